@@ -1,0 +1,222 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_FLOAT32: _ClassVar[DataType]
+    DATA_TYPE_FLOAT16: _ClassVar[DataType]
+    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+    DATA_TYPE_UINT8: _ClassVar[DataType]
+    DATA_TYPE_INT16: _ClassVar[DataType]
+    DATA_TYPE_INT32: _ClassVar[DataType]
+    DATA_TYPE_INT64: _ClassVar[DataType]
+
+class ClassSelection(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CLASS_SELECTION_UNSPECIFIED: _ClassVar[ClassSelection]
+    CLASS_SELECTION_PRESENT: _ClassVar[ClassSelection]
+    CLASS_SELECTION_ALL: _ClassVar[ClassSelection]
+    CLASS_SELECTION_LISTED: _ClassVar[ClassSelection]
+
+class InputKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INPUT_KIND_UNSPECIFIED: _ClassVar[InputKind]
+    INPUT_KIND_LOGITS: _ClassVar[InputKind]
+    INPUT_KIND_PROBABILITIES: _ClassVar[InputKind]
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_FLOAT32: DataType
+DATA_TYPE_FLOAT16: DataType
+DATA_TYPE_BFLOAT16: DataType
+DATA_TYPE_UINT8: DataType
+DATA_TYPE_INT16: DataType
+DATA_TYPE_INT32: DataType
+DATA_TYPE_INT64: DataType
+CLASS_SELECTION_UNSPECIFIED: ClassSelection
+CLASS_SELECTION_PRESENT: ClassSelection
+CLASS_SELECTION_ALL: ClassSelection
+CLASS_SELECTION_LISTED: ClassSelection
+INPUT_KIND_UNSPECIFIED: InputKind
+INPUT_KIND_LOGITS: InputKind
+INPUT_KIND_PROBABILITIES: InputKind
+
+class TensorInfo(_message.Message):
+    __slots__ = ("data_type", "shape")
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    data_type: DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LovaszSoftmax(_message.Message):
+    __slots__ = ("class_selection", "listed_classes", "class_weights", "per_image", "ignore_index", "input")
+    CLASS_SELECTION_FIELD_NUMBER: _ClassVar[int]
+    LISTED_CLASSES_FIELD_NUMBER: _ClassVar[int]
+    CLASS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    PER_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    class_selection: ClassSelection
+    listed_classes: _containers.RepeatedScalarFieldContainer[int]
+    class_weights: _containers.RepeatedScalarFieldContainer[float]
+    per_image: bool
+    ignore_index: int
+    input: InputKind
+    def __init__(self, class_selection: _Optional[_Union[ClassSelection, str]] = ..., listed_classes: _Optional[_Iterable[int]] = ..., class_weights: _Optional[_Iterable[float]] = ..., per_image: bool = ..., ignore_index: _Optional[int] = ..., input: _Optional[_Union[InputKind, str]] = ...) -> None: ...
+
+class LovaszHinge(_message.Message):
+    __slots__ = ("per_image", "ignore_index", "multilabel")
+    PER_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    MULTILABEL_FIELD_NUMBER: _ClassVar[int]
+    per_image: bool
+    ignore_index: int
+    multilabel: bool
+    def __init__(self, per_image: bool = ..., ignore_index: _Optional[int] = ..., multilabel: bool = ...) -> None: ...
+
+class CrossEntropy(_message.Message):
+    __slots__ = ("class_weights", "ignore_index", "label_smoothing")
+    CLASS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    class_weights: _containers.RepeatedScalarFieldContainer[float]
+    ignore_index: int
+    label_smoothing: float
+    def __init__(self, class_weights: _Optional[_Iterable[float]] = ..., ignore_index: _Optional[int] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
+
+class Term(_message.Message):
+    __slots__ = ("weight", "lovasz_softmax", "lovasz_hinge", "cross_entropy")
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    LOVASZ_SOFTMAX_FIELD_NUMBER: _ClassVar[int]
+    LOVASZ_HINGE_FIELD_NUMBER: _ClassVar[int]
+    CROSS_ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    weight: float
+    lovasz_softmax: LovaszSoftmax
+    lovasz_hinge: LovaszHinge
+    cross_entropy: CrossEntropy
+    def __init__(self, weight: _Optional[float] = ..., lovasz_softmax: _Optional[_Union[LovaszSoftmax, _Mapping]] = ..., lovasz_hinge: _Optional[_Union[LovaszHinge, _Mapping]] = ..., cross_entropy: _Optional[_Union[CrossEntropy, _Mapping]] = ...) -> None: ...
+
+class Loss(_message.Message):
+    __slots__ = ("terms",)
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    terms: _containers.RepeatedCompositeFieldContainer[Term]
+    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
+
+class RequestHeader(_message.Message):
+    __slots__ = ("loss", "logits", "labels", "want_grad")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    loss: Loss
+    logits: TensorInfo
+    labels: TensorInfo
+    want_grad: bool
+    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ...) -> None: ...
+
+class ComputeRequest(_message.Message):
+    __slots__ = ("header", "logits", "labels")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    header: RequestHeader
+    logits: bytes
+    labels: bytes
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., logits: _Optional[bytes] = ..., labels: _Optional[bytes] = ...) -> None: ...
+
+class ComputeStreamRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: RequestHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class TermResult(_message.Message):
+    __slots__ = ("loss", "per_class_loss")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    PER_CLASS_LOSS_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    per_class_loss: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, loss: _Optional[float] = ..., per_class_loss: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ServerTiming(_message.Message):
+    __slots__ = ("receive_seconds", "queue_seconds", "compute_seconds", "batch_requests")
+    RECEIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    receive_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    batch_requests: int
+    def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ...) -> None: ...
+
+class ResponseHeader(_message.Message):
+    __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    INTERSECTION_FIELD_NUMBER: _ClassVar[int]
+    UNION_FIELD_NUMBER: _ClassVar[int]
+    GRAD_FIELD_NUMBER: _ClassVar[int]
+    GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    terms: _containers.RepeatedCompositeFieldContainer[TermResult]
+    intersection: _containers.RepeatedScalarFieldContainer[int]
+    union: _containers.RepeatedScalarFieldContainer[int]
+    grad: TensorInfo
+    grad_scale: float
+    timing: ServerTiming
+    def __init__(self, loss: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[TermResult, _Mapping]]] = ..., intersection: _Optional[_Iterable[int]] = ..., union: _Optional[_Iterable[int]] = ..., grad: _Optional[_Union[TensorInfo, _Mapping]] = ..., grad_scale: _Optional[float] = ..., timing: _Optional[_Union[ServerTiming, _Mapping]] = ...) -> None: ...
+
+class ComputeResponse(_message.Message):
+    __slots__ = ("header", "grad")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    GRAD_FIELD_NUMBER: _ClassVar[int]
+    header: ResponseHeader
+    grad: bytes
+    def __init__(self, header: _Optional[_Union[ResponseHeader, _Mapping]] = ..., grad: _Optional[bytes] = ...) -> None: ...
+
+class ComputeStreamResponse(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: ResponseHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[ResponseHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("name", "hardware", "healthy")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    hardware: str
+    healthy: bool
+    def __init__(self, name: _Optional[str] = ..., hardware: _Optional[str] = ..., healthy: bool = ...) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "devices", "losses", "max_message_bytes", "memory_budget_bytes", "max_requests")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    losses: _containers.RepeatedScalarFieldContainer[str]
+    max_message_bytes: int
+    memory_budget_bytes: int
+    max_requests: int
+    def __init__(self, version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., losses: _Optional[_Iterable[str]] = ..., max_message_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., max_requests: _Optional[int] = ...) -> None: ...
