@@ -44,9 +44,12 @@ def _integer(name: str, value: object) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+    if (
+        isinstance(value, (int, float, np.integer, np.floating))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
+        return float(value)
     raise InvalidInput(name, f"got {value!r}; expected a finite number")
 
 
@@ -79,7 +82,7 @@ def _ignore_index(value: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class LovaszSoftmax:
-    """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018, equations 10 and 11).
+    """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018).
 
     Logits have shape (N, C, *spatial), labels (N, *spatial), with any number of spatial axes, also none.
 
@@ -133,7 +136,7 @@ class LovaszSoftmax:
 
 @dataclass(frozen=True)
 class LovaszHinge:
-    """The Lovász hinge (Yu and Blaschko 2015; Berman et al. 2018, section 2.2), for one or several binary labels.
+    """The Lovász hinge (Yu and Blaschko 2015; Berman, Triki and Blaschko 2018), for one or several binary labels.
 
     Logits have shape (N, *spatial) or (N, 1, *spatial), labels (N, *spatial) with values 0 and 1. With ``multilabel``
     both have shape (N, L, *spatial): each of the L labels is a binary problem of its own, and the loss is their mean.
@@ -415,8 +418,9 @@ class Result(Generic[ArrayT]):
     @property
     def class_iou(self) -> npt.NDArray[np.float64]:
         """float64, shape (C,): intersection over union of the arg-max, NaN for a class in neither."""
-        union = self.union.astype(np.float64)
-        return np.divide(self.intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
+        iou = np.full(self.union.shape, np.nan)
+        np.divide(self.intersection, self.union, out=iou, where=self.union > 0)
+        return iou
 
 
 __all__ = [

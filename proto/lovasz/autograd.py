@@ -1,0 +1,53 @@
+"""A loss whose gradient comes with its value, as one node of torch's graph. Shared by core and client; needs torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_gradient(logits: Tensor, loss: float, grad: Tensor | None) -> Tensor:
+    """A 0-dim tensor with the value ``loss``, whose backward hands ``grad`` x grad_output to ``logits``.
+
+    Args:
+        grad: dloss/dlogits in the logits' shape; None where no gradient will be asked for. The product is taken in
+            its dtype (float32 for 16-bit logits, so that a gradient scaler's factor comes in before rounding).
+
+    Returns:
+        float64 for float64 logits, else float32.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    value = torch.tensor(loss, dtype=dtype, device=logits.device)
+    if grad is None:
+        return value
+    return _WithGradient.apply(logits, value, grad)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return _Scale.apply(grad_outputs[0], grad, ctx.dtype), None, None  # type: ignore[no-untyped-call]
+
+
+class _Scale(torch.autograd.Function):
+    """grad x grad_output; its own backward is the second derivative, which there is none of."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return (grad * grad_output.to(grad.dtype)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "double backward through this loss is not supported: its gradient is computed with its value, and no "
+            "second derivative is (leave out create_graph=True, or compute the penalty from another loss)"
+        )

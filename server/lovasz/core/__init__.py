@@ -1,0 +1,26 @@
+"""The Lovász losses in this process: tensors in, loss and gradient out. Knows neither gRPC nor the server."""
+
+from lovasz.core.functional import (
+    LocalLoss,
+    LovaszHingeLoss,
+    LovaszSoftmaxLoss,
+    compute,
+    lovasz_hinge,
+    lovasz_softmax,
+)
+from lovasz.spec import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, Result, TermResult
+
+__all__ = [
+    "CrossEntropy",
+    "InvalidInput",
+    "LocalLoss",
+    "LovaszHinge",
+    "LovaszHingeLoss",
+    "LovaszSoftmax",
+    "LovaszSoftmaxLoss",
+    "Result",
+    "TermResult",
+    "compute",
+    "lovasz_hinge",
+    "lovasz_softmax",
+]

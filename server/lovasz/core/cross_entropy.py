@@ -1,0 +1,69 @@
+"""Softmax cross-entropy over a ragged batch, with torch's class weights, ignore_index and label smoothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lovasz.core.ragged import Ragged
+from lovasz.core.segments import exact_sum
+from lovasz.core.softmax import Softmax, sum_over_classes
+from lovasz.spec import CrossEntropy
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a cross-entropy term adds.
+
+    Attributes:
+        loss: float64, shape (requests,).
+        pull: shape (P,): the gradient is pull x (p_k - [k = y]), plus, with label smoothing, the next two.
+        spread: shape (P,) or None: adds spread x (sum of weights x p_k - weight_k).
+        class_weights: shape (K,).
+    """
+
+    loss: Tensor
+    pull: Tensor
+    spread: Tensor | None
+    class_weights: Tensor
+
+    def add_spread(self, grad: Tensor, softmax: Softmax, labels: Tensor) -> None:
+        """Adds the gradient of the smoothed part of the target to ``grad``, shape (K, P)."""
+        if self.spread is None:
+            return
+        total = sum_over_classes(self.class_weights.unsqueeze(1))
+        probabilities = softmax.errors.scatter(0, labels.unsqueeze(0), softmax.label_probability.unsqueeze(0))
+        grad += probabilities.mul_(total).sub_(self.class_weights.unsqueeze(1)).mul_(self.spread)
+
+
+def cross_entropy(
+    loss: CrossEntropy, weight: float, batch: Ragged, softmax: Softmax, labels: Tensor, valid: Tensor, counts: Tensor
+) -> Part:
+    """Args:
+    weight: the term's weight, which goes into the gradient and not into the loss.
+    labels: int64, shape (P,), in [0, K).
+    valid: bool, shape (P,): pixels that this term counts.
+    counts: int64, shape (K, requests): valid pixels of each class.
+    """
+    requests, dtype, classes = batch.requests, batch.logits.dtype, len(batch.logits)
+    class_weights = torch.tensor(loss.class_weights or [1.0] * classes, dtype=torch.float64, device=labels.device)
+    total_weight = sum_over_classes(counts.to(torch.float64) * class_weights.unsqueeze(1))
+    scale = torch.where(total_weight > 0, 1 / total_weight, 0)
+    class_weights = class_weights.to(dtype)
+    pixel_weight = torch.where(valid, class_weights[labels], 0)
+    pixel_loss = torch.where(valid, softmax.negative_log, 0) * pixel_weight
+    spread = None
+    if loss.label_smoothing > 0:
+        shifted = (batch.logits - softmax.maximum).mul_(class_weights.unsqueeze(1))
+        all_classes = sum_over_classes(class_weights.unsqueeze(1)) * softmax.log_total - sum_over_classes(shifted)
+        share = loss.label_smoothing / classes
+        pixel_loss = (1 - loss.label_smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
+        spread = torch.where(valid, requests.at_pixels((weight * share * scale).to(dtype)), 0)
+    # A request's sum is at most its largest term times the number of its pixels.
+    sizes = torch.tensor(requests.sizes, dtype=torch.float64, device=labels.device)
+    exponent = torch.frexp(requests.max(pixel_loss).to(torch.float64) * sizes).exponent
+    value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), requests, exponent)[0] * scale
+    pull = pixel_weight * requests.at_pixels((weight * (1 - loss.label_smoothing) * scale).to(dtype))
+    return Part(value, pull, spread, class_weights)
