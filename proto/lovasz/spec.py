@@ -197,6 +197,7 @@ class CrossEntropy:
 
 
 Loss: TypeAlias = LovaszSoftmax | LovaszHinge | CrossEntropy
+LOSS_KINDS = ("lovasz_softmax", "lovasz_hinge", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -390,18 +391,29 @@ class TermResult:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Where the server spent the time of a request, in seconds, and how many requests shared its batch."""
+
+    receive_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    batch_requests: int
+
+
+@dataclass(frozen=True)
 class Result(Generic[ArrayT]):
     """The answer to one request.
 
     Attributes:
         loss: the weighted sum of the terms; NaN if a logit of a counted pixel is not finite.
-        grad: dloss/dlogits (dloss/dprobabilities for that input), in the logits' shape; all NaN where ``loss`` is NaN;
-            None if it was not asked for.
+        grad: dloss/dlogits (dloss/dprobabilities for that input), in the logits' shape, and in their dtype but for
+            16-bit logits: float32, as float16 would underflow. All NaN where ``loss`` is NaN; None if not asked for.
         terms: each term's own loss, in the order in which they were given.
         intersection: int64, shape (C,): pixels where arg-max and label are both this class (hinge: logit > 0 and
             label 1). A pixel counts if at least one term counts it.
         union: int64, shape (C,): pixels where arg-max or label is this class. Sums of both over a test set give the
             set's IoU.
+        timing: where a server spent its time; None if none was asked.
     """
 
     loss: float
@@ -409,6 +421,7 @@ class Result(Generic[ArrayT]):
     terms: tuple[TermResult, ...]
     intersection: npt.NDArray[np.int64]
     union: npt.NDArray[np.int64]
+    timing: Timing | None = None
 
     @property
     def per_class_loss(self) -> npt.NDArray[np.float64]:
@@ -424,6 +437,7 @@ class Result(Generic[ArrayT]):
 
 
 __all__ = [
+    "LOSS_KINDS",
     "MAX_AXES",
     "MAX_CLASSES",
     "MAX_TERMS",
@@ -436,6 +450,7 @@ __all__ = [
     "LovaszSoftmax",
     "Result",
     "TermResult",
+    "Timing",
     "WeightedSum",
     "weighted_sum",
 ]

@@ -18,6 +18,8 @@ from lovasz.v1 import loss_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 """Payload bytes of one message of a stream."""
+MAX_MESSAGE_BYTES = 4 << 20
+"""The largest message that a server receives (gRPC's own default)."""
 
 Bytes: TypeAlias = bytes | memoryview
 
@@ -49,13 +51,13 @@ DTYPES: tuple[DType, ...] = (
 )
 _BY_NUMBER = {dtype.number: dtype for dtype in DTYPES}
 _BY_NAME = {dtype.name: dtype for dtype in DTYPES}
-FLOATS = ", ".join(dtype.name for dtype in DTYPES if dtype.is_float)
-INTEGERS = ", ".join(dtype.name for dtype in DTYPES if not dtype.is_float)
+FLOATS = tuple(dtype.name for dtype in DTYPES if dtype.is_float)
+INTEGERS = tuple(dtype.name for dtype in DTYPES if not dtype.is_float)
 
 
-def dtype_named(name: str) -> DType | None:
-    """The element type with this name, or None if the wire has none."""
-    return _BY_NAME.get(name)
+def dtype_named(name: str) -> DType:
+    """The element type with this name; KeyError if the wire has none."""
+    return _BY_NAME[name]
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,13 @@ class Request:
         InvalidInput: an element type or a shape that does not fit the loss.
         """
         if not logits.dtype.is_float:
-            raise spec.InvalidInput("logits", f"got element type {logits.dtype.name}; expected one of {FLOATS}")
+            raise spec.InvalidInput(
+                "logits", f"got element type {logits.dtype.name}; expected one of {', '.join(FLOATS)}"
+            )
         if labels.dtype.is_float:
-            raise spec.InvalidInput("labels", f"got element type {labels.dtype.name}; expected one of {INTEGERS}")
+            raise spec.InvalidInput(
+                "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
+            )
         return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape))
 
     @property
@@ -247,16 +253,6 @@ def _optional_ignore_index(message: pb.LovaszSoftmax | pb.LovaszHinge | pb.Cross
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Where the server spent the time of a request, in seconds, and how many requests shared its batch."""
-
-    receive_seconds: float
-    queue_seconds: float
-    compute_seconds: float
-    batch_requests: int
-
-
-@dataclass(frozen=True)
 class Response:
     """An answer without the gradient's bytes; ``grad`` is None if no gradient was wanted.
 
@@ -269,7 +265,7 @@ class Response:
     union: npt.NDArray[np.int64]
     grad: TensorSpec | None
     grad_scale: float
-    timing: Timing
+    timing: spec.Timing
 
     def to_proto(self) -> pb.ResponseHeader:
         timing = self.timing
@@ -312,7 +308,9 @@ class Response:
             union=np.asarray(message.union, np.int64),
             grad=grad,
             grad_scale=message.grad_scale,
-            timing=Timing(timing.receive_seconds, timing.queue_seconds, timing.compute_seconds, timing.batch_requests),
+            timing=spec.Timing(
+                timing.receive_seconds, timing.queue_seconds, timing.compute_seconds, timing.batch_requests
+            ),
         )
 
 

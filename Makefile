@@ -1,0 +1,98 @@
+# `make demo` and `make test` are all that a newcomer needs; both make .venv first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := 2.13.0
+BUF := @bufbuild/buf@1.75.0
+
+# The environment that a package is built in is pinned, too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check lint types proto-check proto compat gpu bench figures constraints clean
+
+help:
+	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
+	@echo "make test         run the whole test suite"
+	@echo "make check        lint, types, generated stubs (as CI does)"
+	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
+	@echo "make bench        time the core against its peers on this machine"
+	@echo "make gpu          GPU tests and benchmark, from a bare checkout: needs torch, grpcio and pytest, no install"
+	@echo "make proto        generate the stubs anew"
+	@echo "make figures      draw the figures of the docs anew"
+	@echo "make constraints  pin all versions anew"
+	@echo "make clean        remove what the others made"
+
+$(INSTALLED): pyproject.toml constraints.txt proto/lovasz/version.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); torch alone is some 200 MB, and gigabytes where it comes with CUDA ..."
+	$(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/segment_digits.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: lint types proto-check
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@if command -v npx >/dev/null; then cd proto && npx --yes $(BUF) lint && echo "buf lint: no complaint"; \
+	else echo "buf lint: skipped, as npx (Node.js) is not here"; fi
+
+types: $(INSTALLED)
+	$(BIN)/mypy proto client server examples
+
+# The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
+.venv-proto/.installed: proto/requirements.txt
+	@test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	PIP_CONSTRAINT= .venv-proto/bin/python -m pip install --quiet --requirement proto/requirements.txt
+	@touch $@
+
+proto: .venv-proto/.installed
+	cd proto && ../.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		lovasz/v1/loss.proto
+
+proto-check: .venv-proto/.installed
+	@rm -rf out/stubs && mkdir -p out/stubs
+	cd proto && ../.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=../out/stubs --pyi_out=../out/stubs \
+		--grpc_python_out=../out/stubs lovasz/v1/loss.proto
+	@for stub in loss_pb2.py loss_pb2.pyi loss_pb2_grpc.py; do \
+		diff -u proto/lovasz/v1/$$stub out/stubs/lovasz/v1/$$stub || { echo "stale stubs: run make proto"; exit 1; }; done
+	@echo "stubs: as generated"
+
+# The oldest versions lie over those of .venv, so that nothing large is installed twice.
+.venv-oldest/.installed: tests/oldest.txt $(INSTALLED)
+	@rm -rf .venv-oldest
+	$(BIN)/python -m venv .venv-oldest
+	PIP_CONSTRAINT= .venv-oldest/bin/python -m pip install --quiet --no-deps --requirement tests/oldest.txt
+	@site() { $$1/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
+		echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" > "$$(site .venv-oldest)/newest.pth"
+	@touch $@
+
+compat: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest tests/wire tests/client tests/server tests/end_to_end
+
+gpu: export PYTHONPATH := proto:client:server
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/core
+	$(PYTHON) benchmarks/core_loss.py --device cuda --json benchmarks/results/core_cuda.json
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/core_loss.py --json benchmarks/results/core_cpu.json
+
+figures: $(INSTALLED)
+	$(BIN)/python docs/figures/draw.py
+
+constraints:
+	@test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && PIP_CONSTRAINT= .venv-uv/bin/pip install --quiet uv; }
+	printf 'torch==$(TORCH)\nhatchling\neditables\n' | .venv-uv/bin/uv pip compile --universal --python-version 3.10 \
+		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
+
+clean:
+	rm -rf .venv .venv-proto .venv-oldest .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,71 @@
+"""The command ``lovasz``: what a person asks a server."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+from lovasz.client.client import LossClient, ServerInfo
+from lovasz.client.errors import LossError, ServerUnavailableError
+from lovasz.version import VERSION
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 if the server answered, 1 if not."""
+    parser = argparse.ArgumentParser(prog="lovasz", description="Talks to a Lovász loss server.")
+    parser.add_argument("--version", action="version", version=f"lovasz {VERSION}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    ping = commands.add_parser(
+        "ping", help="see whether a server is there, what it is, and how long it takes to answer"
+    )
+    ping.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
+    ping.add_argument("--count", type=int, default=5, metavar="N", help="calls to time (default: 5)")
+    ping.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each call (default: 5)")
+    ping.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="keep trying for so long (default: 0, try once)"
+    )
+    ping.set_defaults(run=_ping)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (LossError, ValueError) as error:
+        print(f"lovasz: {error}", file=sys.stderr)
+        return 1
+
+
+def _ping(options: argparse.Namespace) -> int:
+    with LossClient(options.target, timeout=options.timeout) as client:
+        info = _first_answer(client, time.monotonic() + options.wait)
+        seconds = []
+        for _ in range(max(1, options.count)):
+            started = time.perf_counter()
+            info = client.server_info()
+            seconds.append(time.perf_counter() - started)
+    milliseconds = [1000 * s for s in seconds]
+    print(f"{options.target} answers: lovasz {info.version}")
+    print(
+        f"  round trip  median {statistics.median(milliseconds):.2f} ms, fastest {min(milliseconds):.2f} ms, "
+        f"slowest {max(milliseconds):.2f} ms ({len(milliseconds)} calls)"
+    )
+    for device in info.devices:
+        print(f"  device      {device.name} ({device.hardware}), {'healthy' if device.healthy else 'NOT HEALTHY'}")
+    print(f"  losses      {', '.join(info.losses)}")
+    print(f"  limits      {info.memory_budget_bytes / 2**30:g} GiB of tensors, {info.max_requests} requests at a time")
+    return 0 if all(device.healthy for device in info.devices) else 1
+
+
+def _first_answer(client: LossClient, until: float) -> ServerInfo:
+    while True:
+        try:
+            return client.server_info()
+        except ServerUnavailableError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

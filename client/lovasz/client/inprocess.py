@@ -1,0 +1,62 @@
+"""This process as the target of calls: ``lovasz.core`` computes, on the logits' device. Imported when asked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lovasz import core, spec
+from lovasz.client.client import Device, ServerInfo
+from lovasz.client.tensors import Array, is_torch
+from lovasz.core.ragged import Request
+from lovasz.spec import InvalidInput
+from lovasz.version import VERSION
+
+
+@dataclass(frozen=True)
+class _Call:
+    logits: torch.Tensor
+    labels: torch.Tensor
+    loss: spec.WeightedSum
+    want_grad: bool
+    numpy: bool
+
+
+class InProcessTarget:
+    """No server: for tests, laptops, and trainers that need none."""
+
+    def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> _Call:
+        scores, targets = _tensor("logits", logits), _tensor("labels", labels)
+        Request.checked(scores, targets.to(scores.device), loss)
+        return _Call(scores, targets.to(scores.device), loss, want_grad, numpy=not is_torch(logits))
+
+    def compute(self, call: _Call, timeout: float) -> spec.Result[Any]:
+        started = time.monotonic()
+        result = core.compute(call.logits, call.labels, call.loss, want_grad=call.want_grad)
+        timing = spec.Timing(0.0, 0.0, time.monotonic() - started, 1)
+        grad: Any = result.grad
+        if call.numpy and grad is not None:
+            grad = grad.numpy()
+        return spec.Result(result.loss, grad, result.terms, result.intersection, result.union, timing)
+
+    def server_info(self, timeout: float) -> ServerInfo:
+        device = Device("cpu", f"this process, torch {torch.__version__}", healthy=True)
+        return ServerInfo(VERSION, (device,), spec.LOSS_KINDS, memory_budget_bytes=0, max_requests=0)
+
+    def close(self) -> None:
+        pass
+
+
+def _tensor(field: str, value: Array) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if not isinstance(value, np.ndarray):
+        raise InvalidInput(field, f"got {type(value).__name__}; expected a numpy array or a torch tensor")
+    try:
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    except TypeError as error:
+        raise InvalidInput(field, f"got dtype {value.dtype.name}, which torch cannot take: {error}") from None

@@ -1,0 +1,42 @@
+"""``lovasz-server``: reads the configuration, serves until SIGTERM or SIGINT, drains, exits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from lovasz.server import logs
+from lovasz.server.config import ConfigError, ServerConfig
+from lovasz.server.errors import DeviceError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after a drain, 1 if requests were cut off, 2 for a setting or an address that cannot be."""
+    try:
+        config = ServerConfig.load(sys.argv[1:] if arguments is None else arguments, os.environ)
+    except ConfigError as error:
+        print(f"lovasz-server: {error}", file=sys.stderr)
+        return 2
+    logs.configure(config.log_level, config.log_format)
+    stopping = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stopping.set())
+    # Not earlier: it takes seconds to import torch, and a wrong flag should be told at once.
+    from lovasz.server.server import Server
+
+    try:
+        server = Server(config)
+        server.start()
+    except (DeviceError, OSError) as error:
+        logging.getLogger(__name__).error(str(error))
+        return 2
+    stopping.wait()
+    return 0 if server.stop() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Groups waiting requests into batches by cost and delay; does not compute them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from lovasz.core.ragged import Request
+from lovasz.server.errors import ExpiredError, StoppingError
+from lovasz.spec import Result, WeightedSum
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine makes of a request.
+
+    Attributes:
+        result: with ``grad`` on the host, in the logits' dtype and contiguous, times ``grad_scale``.
+        started: when its batch was started (``time.monotonic``).
+    """
+
+    result: Result[torch.Tensor]
+    grad_scale: float
+    started: float
+    compute_seconds: float
+    batch_requests: int
+
+
+Key: TypeAlias = tuple[WeightedSum, bool, torch.dtype, int]
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request on its way through the queue.
+
+    Attributes:
+        deadline: when its caller stops waiting (``time.monotonic``); None: never.
+        future: receives the answer.
+    """
+
+    request: Request
+    loss: WeightedSum
+    want_grad: bool
+    deadline: float | None
+    future: Future[Answer] = field(default_factory=Future)
+    queued: float = field(default_factory=time.monotonic)
+
+    @property
+    def key(self) -> Key:
+        """Requests with equal keys can share a batch."""
+        return self.loss, self.want_grad, self.request.logits.dtype, self.request.layout.channels
+
+    def cancel(self) -> None:
+        """Gives it up; without effect once it is being computed."""
+        self.future.cancel()
+
+    def claim(self) -> bool:
+        """Starts it, unless its caller has gone or its deadline has passed."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.future.set_exception(ExpiredError("the deadline passed while the request was waiting for the device"))
+            return False
+        return True
+
+
+class Batcher:
+    """The queue in front of a device."""
+
+    def __init__(self, max_elements: int, max_requests: int, max_delay_seconds: float) -> None:
+        self._max_elements = max_elements
+        self._max_requests = max_requests
+        self._max_delay_seconds = max_delay_seconds
+        self._waiting: dict[Key, deque[Entry]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Requests waiting."""
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
+
+    def put(self, entry: Entry) -> None:
+        """Queues a request.
+
+        Raises:
+            StoppingError: the queue is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise StoppingError("the server is stopping and takes no new requests")
+            self._waiting.setdefault(entry.key, deque()).append(entry)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Takes no more; what waits can still be taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def finished(self) -> bool:
+        """Closed and empty."""
+        with self._changed:
+            return self._closed and not self._waiting
+
+    def take(self, *, idle: bool, timeout_seconds: float) -> list[Entry]:
+        """The next batch: of the requests that can share one, those whose first has waited longest.
+
+        Args:
+            idle: True: the device has nothing to do: waits for a request and takes what there is at once. False: takes
+                only a batch that is full or has been open for the delay, and does not wait.
+            timeout_seconds: how long to wait for a request.
+
+        Returns:
+            Claimed entries; none if there is no batch.
+        """
+        with self._changed:
+            if idle:
+                self._changed.wait_for(lambda: self._waiting or self._closed, timeout_seconds)
+            if not self._waiting:
+                return []
+            key = min(self._waiting, key=lambda k: self._waiting[k][0].queued)
+            if not idle and not self._is_closed(self._waiting[key]):
+                return []
+            return self._cut(key)
+
+    def _is_closed(self, entries: deque[Entry]) -> bool:
+        if time.monotonic() - entries[0].queued >= self._max_delay_seconds or len(entries) >= self._max_requests:
+            return True
+        return sum(entry.request.layout.elements for entry in entries) >= self._max_elements
+
+    def _cut(self, key: Key) -> list[Entry]:
+        entries, batch, elements = self._waiting[key], list[Entry](), 0
+        while entries and len(batch) < self._max_requests:
+            if batch and elements + entries[0].request.layout.elements > self._max_elements:
+                break
+            entry = entries.popleft()
+            if entry.claim():
+                batch.append(entry)
+                elements += entry.request.layout.elements
+        if not entries:
+            del self._waiting[key]
+        return batch

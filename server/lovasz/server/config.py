@@ -1,0 +1,219 @@
+"""The server's configuration: one frozen dataclass, from flags and ``LOVASZ_*`` variables, validated at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_METRICS_LISTEN = "127.0.0.1:9095"
+DEFAULT_DEVICE = "auto"
+DEFAULT_MEMORY_BUDGET_BYTES = 4 << 30
+DEFAULT_MAX_REQUESTS = 256
+DEFAULT_MAX_BATCH_ELEMENTS = 1 << 25
+DEFAULT_MAX_BATCH_REQUESTS = 256
+DEFAULT_MAX_BATCH_DELAY_SECONDS = 0.002
+DEFAULT_DRAIN_SECONDS = 30.0
+DEFAULT_HEALTH_INTERVAL_SECONDS = 5.0
+DEFAULT_DEVICE_STALL_SECONDS = 60.0
+DEFAULT_LOG_LEVEL = "info"
+DEFAULT_LOG_FORMAT = "text"
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the text names it, what came and what was expected."""
+
+
+def parse_bytes(text: str) -> int:
+    """``"512MiB"``, ``"4GiB"`` or a number of bytes.
+
+    Raises:
+        ValueError: something else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", text.strip())
+    if match is None:
+        raise ValueError(f"got {text!r}; expected a size such as 512MiB, 4GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(count: int) -> str:
+    """The size in the largest unit that makes it at least 1."""
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if count >= _UNITS[u]), "B")
+    value = count / _UNITS[unit]
+    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"got {text!r}; expected a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"got {text!r}; expected a number") from None
+
+
+def _setting(default: object, flag: str, metavar: str, text: str, parse: Callable[[str], object] = str) -> Any:
+    return field(default=default, metadata={"flag": flag, "metavar": metavar, "help": text, "parse": parse})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that a server can be told. Raises ConfigError on a value that cannot be."""
+
+    listen: str = _setting(
+        DEFAULT_LISTEN,
+        "--listen",
+        "HOST:PORT",
+        "where to serve gRPC; port 0 takes a free one, unix:/path a socket. There is no authentication: open it to "
+        "trusted networks only",
+    )
+    metrics_listen: str = _setting(
+        DEFAULT_METRICS_LISTEN, "--metrics-listen", "HOST:PORT", "where to serve Prometheus metrics over HTTP, /metrics"
+    )
+    device: str = _setting(
+        DEFAULT_DEVICE, "--device", "DEVICE", "auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:N"
+    )
+    memory_budget_bytes: int = _setting(
+        DEFAULT_MEMORY_BUDGET_BYTES,
+        "--memory-budget",
+        "SIZE",
+        "tensor bytes held at most, over all requests in flight (logits, labels and gradient); what is beyond is "
+        "refused with a delay after which to try again. The computation needs memory of its own beside it",
+        parse_bytes,
+    )
+    max_requests: int = _setting(
+        DEFAULT_MAX_REQUESTS, "--max-requests", "N", "requests held at most at one time", _integer
+    )
+    max_batch_elements: int = _setting(
+        DEFAULT_MAX_BATCH_ELEMENTS,
+        "--max-batch-elements",
+        "N",
+        "logits computed in one batch at most; a larger request is a batch of its own",
+        _integer,
+    )
+    max_batch_requests: int = _setting(
+        DEFAULT_MAX_BATCH_REQUESTS, "--max-batch-requests", "N", "requests computed in one batch at most", _integer
+    )
+    max_batch_delay_seconds: float = _setting(
+        DEFAULT_MAX_BATCH_DELAY_SECONDS,
+        "--max-batch-delay",
+        "SECONDS",
+        "how long a batch stays open for more requests while a GPU is busy with the one before; an idle device starts "
+        "at once",
+        _number,
+    )
+    drain_seconds: float = _setting(
+        DEFAULT_DRAIN_SECONDS,
+        "--drain-seconds",
+        "SECONDS",
+        "how long accepted requests may take to finish after SIGTERM or SIGINT",
+        _number,
+    )
+    health_interval_seconds: float = _setting(
+        DEFAULT_HEALTH_INTERVAL_SECONDS,
+        "--health-interval",
+        "SECONDS",
+        "how often an idle device is asked for a loss that is known",
+        _number,
+    )
+    device_stall_seconds: float = _setting(
+        DEFAULT_DEVICE_STALL_SECONDS,
+        "--device-stall",
+        "SECONDS",
+        "a device that is busy for longer with one batch counts as unhealthy",
+        _number,
+    )
+    log_level: str = _setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
+    log_format: str = _setting(DEFAULT_LOG_FORMAT, "--log-format", "FORMAT", "text (for people) or json (a line each)")
+
+    def __post_init__(self) -> None:
+        for name in ("listen", "metrics_listen"):
+            self._check_address(name)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            self._refuse("device", "auto, cpu, cuda or cuda:N")
+        for name in ("memory_budget_bytes", "max_requests", "max_batch_elements", "max_batch_requests"):
+            if getattr(self, name) < 1:
+                self._refuse(name, "at least 1")
+        for name in ("max_batch_delay_seconds", "drain_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                self._refuse(name, "a number >= 0")
+        for name in ("health_interval_seconds", "device_stall_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                self._refuse(name, "a number > 0")
+        if self.log_level not in LOG_LEVELS:
+            self._refuse("log_level", " or ".join(LOG_LEVELS))
+        if self.log_format not in LOG_FORMATS:
+            self._refuse("log_format", " or ".join(LOG_FORMATS))
+
+    def _check_address(self, name: str) -> None:
+        address = getattr(self, name)
+        if name == "listen" and address.startswith("unix:") and len(address) > len("unix:"):
+            return
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d+)", address)
+        if match is None or int(match[2]) > 65535:
+            self._refuse(name, "HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
+
+    def _refuse(self, name: str, expected: str) -> None:
+        flag = next(f.metadata["flag"] for f in fields(self) if f.name == name)
+        raise ConfigError(f"{flag}: got {getattr(self, name)!r}; expected {expected}")
+
+    @classmethod
+    def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
+        """Flags win over ``LOVASZ_*`` variables, which win over defaults.
+
+        Raises:
+            ConfigError: a value that cannot be, or a ``LOVASZ_*`` variable that is none.
+            SystemExit: from argparse: a flag that is none, ``--help``, ``--version``.
+        """
+        given = vars(_parser().parse_args(arguments))
+        variables = {variable_of(f.metadata["flag"]): f.name for f in fields(cls)}
+        for variable in sorted(environment):
+            if variable.startswith("LOVASZ_") and variable not in variables:
+                raise ConfigError(f"{variable}: is set, but is no setting; expected one of {', '.join(variables)}")
+        values: dict[str, object] = {}
+        for f in fields(cls):
+            flag, variable = f.metadata["flag"], variable_of(f.metadata["flag"])
+            source, text = (flag, given[f.name]) if given[f.name] is not None else (variable, environment.get(variable))
+            if text is None:
+                continue
+            try:
+                values[f.name] = f.metadata["parse"](text)
+            except ValueError as error:
+                raise ConfigError(f"{source}: {error}") from None
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def variable_of(flag: str) -> str:
+    """The environment variable that stands for a flag: ``--memory-budget`` is ``LOVASZ_MEMORY_BUDGET``."""
+    return "LOVASZ_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lovasz-server",
+        description="Computes the Lovász losses and their gradients for segmentation trainers, over gRPC.",
+        epilog="Each option can be set by an environment variable too: --memory-budget by LOVASZ_MEMORY_BUDGET, and so "
+        "on; the option wins. SIGTERM and SIGINT finish accepted requests, then exit 0.",
+    )
+    for f in fields(ServerConfig):
+        default = format_bytes(int(str(f.default))) if f.name.endswith("_bytes") else f.default
+        parser.add_argument(
+            f.metadata["flag"],
+            dest=f.name,
+            metavar=f.metadata["metavar"],
+            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
+        )
+    return parser

@@ -1,0 +1,230 @@
+"""The one thread that owns a device: takes batches, computes them, hands the answers out, and checks the device."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lovasz.core.batch import Launched, launch
+from lovasz.core.ragged import Request
+from lovasz.server.batcher import Answer, Batcher, Entry
+from lovasz.server.errors import DeviceError, TooLargeError
+from lovasz.server.metrics import Metrics
+from lovasz.spec import InvalidInput, LovaszHinge, LovaszSoftmax, Result, weighted_sum
+
+_log = logging.getLogger(__name__)
+
+_FLOAT16_PEAK_EXPONENT = 14
+"""Float16 gradients are scaled so that the largest stands in [2^13, 2^14): a quarter of the range is left."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        DeviceError: there is none such here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = torch.device(name).index or 0
+        if index >= count:
+            raise DeviceError(f"--device {name}: torch sees {count} CUDA devices here; expected cpu or auto, or a GPU")
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def hardware_name(device: torch.device) -> str:
+    """The device's own name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+@dataclass(frozen=True)
+class _Running:
+    entries: list[Entry]
+    launched: Launched
+    started: float
+
+
+class Engine:
+    """Computes what its batcher holds, on one device, in one thread.
+
+    On a GPU a batch is launched while the one before still runs, never more than one ahead.
+    """
+
+    def __init__(
+        self, device: torch.device, batcher: Batcher, metrics: Metrics, health_interval_seconds: float
+    ) -> None:
+        self.device = device
+        self._batcher = batcher
+        self._metrics = metrics
+        self._health_interval_seconds = health_interval_seconds
+        self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
+        self._busy_since: float | None = None
+        self._answers = False
+        self._last_check = -math.inf
+
+    def start(self) -> None:
+        """Checks the device, which also brings up its context and kernels, and starts the thread.
+
+        Raises:
+            DeviceError: the device does not answer right.
+        """
+        self._check()
+        if not self._answers:
+            raise DeviceError(f"{self.device} did not compute a known loss; the log says why")
+        self._thread.start()
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Computes what is queued, then ends the thread; True if it did so in time."""
+        self._batcher.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def healthy(self, stall_seconds: float) -> bool:
+        """Whether the device gave the right answer when it was last asked, and is not stuck since."""
+        since = self._busy_since
+        return self._answers and (since is None or time.monotonic() - since < stall_seconds)
+
+    def _run(self) -> None:
+        running: _Running | None = None
+        while running is not None or not self._batcher.finished:
+            batch = self._batcher.take(idle=running is None, timeout_seconds=self._health_interval_seconds)
+            self._busy_since = time.monotonic() if batch or running else None
+            launched = self._launch(batch) if batch else None
+            if running is not None:
+                self._finish(running)
+            running = launched
+            if running is not None and self.device.type == "cpu":
+                self._finish(running)
+                running = None
+            self._busy_since = self._busy_since if running else None
+            if not batch and not running and time.monotonic() - self._last_check >= self._health_interval_seconds:
+                self._check()
+
+    def _launch(self, entries: list[Entry]) -> _Running | None:
+        started = time.monotonic()
+        try:
+            return _Running(entries, self._start(entries), started)
+        except Exception as error:
+            self._split(entries, error)
+            return None
+
+    def _start(self, entries: Sequence[Entry]) -> Launched:
+        first = entries[0]
+        requests = [entry.request for entry in entries]
+        return launch(requests, first.loss, self.device, want_grad=first.want_grad)
+
+    def _finish(self, running: _Running) -> None:
+        try:
+            answers = running.launched.collect()
+            hosted = [
+                self._to_host(a, e) if isinstance(a, Result) else (a, 1.0)
+                for a, e in zip(answers, running.entries, strict=True)
+            ]
+        except Exception as error:
+            self._split(running.entries, error)
+            return
+        seconds = time.monotonic() - running.started
+        elements = sum(entry.request.layout.elements for entry in running.entries)
+        self._metrics.observe_batch(len(running.entries), elements)
+        for entry, (answer, scale) in zip(running.entries, hosted, strict=True):
+            if isinstance(answer, InvalidInput):
+                entry.future.set_exception(answer)
+            else:
+                if math.isnan(answer.loss):
+                    self._metrics.nonfinite_results.inc()
+                entry.future.set_result(Answer(answer, scale, running.started, seconds, len(running.entries)))
+
+    def _to_host(self, result: Result[torch.Tensor], entry: Entry) -> tuple[Result[torch.Tensor], float]:
+        if result.grad is None:
+            return result, 1.0
+        grad, scale = to_wire_dtype(result.grad, entry.request.logits.dtype)
+        host = grad.to("cpu").contiguous()
+        return Result(result.loss, host, result.terms, result.intersection, result.union), scale
+
+    def _split(self, entries: list[Entry], error: Exception) -> None:
+        """A batch failed: computes it in halves, so that a request which cannot be computed is refused alone."""
+        if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        if len(entries) > 1:
+            _log.warning("batch failed; computing it in halves", extra={"requests": len(entries), "error": str(error)})
+            middle = len(entries) // 2
+            for half in (entries[:middle], entries[middle:]):
+                running = self._launch(half)
+                if running is not None:
+                    self._finish(running)
+            return
+        (entry,) = entries
+        if is_out_of_memory(error):
+            _log.warning("a request does not fit on the device", extra={"elements": entry.request.layout.elements})
+            shape = tuple(entry.request.logits.shape)
+            entry.future.set_exception(
+                TooLargeError(f"logits of shape {shape} do not fit into the free memory of {self.device}")
+            )
+            return
+        _log.error("a request could not be computed", exc_info=error)
+        self._check()
+        fault = error if self._answers else DeviceError(f"{self.device} does not answer; try another server")
+        entry.future.set_exception(fault)
+
+    def _check(self) -> None:
+        """Asks the device for losses that are known."""
+        was_answering = self._answers
+        try:
+            self._answers = _known_losses_hold(self.device)
+            if not self._answers:
+                _log.error("the device computes wrongly", extra={"device": str(self.device)})
+        except Exception:
+            self._answers = False
+            _log.exception("the device does not answer", extra={"device": str(self.device)})
+        if self._answers and not was_answering:
+            _log.info("the device answers", extra={"device": str(self.device)})
+        self._last_check = time.monotonic()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the host, had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def to_wire_dtype(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Rounds a gradient to the dtype of its logits.
+
+    Returns:
+        (gradient x scale, scale): the scale is a power of two that keeps float16 from underflowing, 1 for others.
+    """
+    if dtype != torch.float16:
+        return grad.to(dtype), 1.0
+    largest = float(grad.abs().max())
+    if not 0 < largest < math.inf:
+        return grad.to(dtype), 1.0
+    scale = math.ldexp(1.0, _FLOAT16_PEAK_EXPONENT - math.frexp(largest)[1])
+    return (grad.double() * scale).to(dtype), scale
+
+
+def _known_losses_hold(device: torch.device) -> bool:
+    logits = torch.tensor([[[2.0, -1.0]], [[0.5, 1.5]]])
+    hinge, softmax = weighted_sum(LovaszHinge()), weighted_sum(LovaszSoftmax(classes="all"))
+    known = (
+        (hinge, logits, torch.tensor([[[0, 0]], [[1, 1]]]), 7 / 6),
+        # Equal logits: every error is 1/2. Class 0 has the one pixel of two: J = 1/2 (1 + 0); class 1 the same.
+        (softmax, torch.zeros(1, 2, 2), torch.tensor([[0, 1]]), 0.5),
+    )
+    for loss, scores, labels, expected in known:
+        (answer,) = launch([Request.checked(scores, labels, loss)], loss, device).collect()
+        if isinstance(answer, InvalidInput) or not math.isclose(answer.loss, expected, rel_tol=1e-6):
+            return False
+    return True

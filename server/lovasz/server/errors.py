@@ -1,0 +1,35 @@
+"""What can go wrong with a request besides its content; ``service`` holds the table that maps these to gRPC codes."""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """A request that cannot be answered. The text goes to the caller."""
+
+
+class OverloadedError(ServerError):
+    """The server is full at the moment."""
+
+    def __init__(self, text: str, retry_after_seconds: float) -> None:
+        super().__init__(text)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class TooLargeError(ServerError):
+    """The request cannot fit here, however long its caller waits."""
+
+
+class StoppingError(ServerError):
+    """The server takes no new requests."""
+
+
+class DeviceError(ServerError):
+    """The device did not compute."""
+
+
+class ExpiredError(ServerError):
+    """The caller's deadline passed before the request was computed."""
+
+
+class AbandonedError(ServerError):
+    """The caller went away."""

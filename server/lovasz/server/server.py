@@ -1,0 +1,151 @@
+"""Puts the parts together: starts a server, tells where it listens, and drains it."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lovasz import wire
+from lovasz.server.admission import Admission
+from lovasz.server.batcher import Batcher
+from lovasz.server.config import ServerConfig
+from lovasz.server.engine import Engine, choose_device, hardware_name
+from lovasz.server.health import HealthMonitor
+from lovasz.server.metrics import Metrics
+from lovasz.server.service import LossServicer
+from lovasz.v1 import loss_pb2, loss_pb2_grpc
+from lovasz.version import VERSION
+
+_log = logging.getLogger(__name__)
+
+_SPARE_THREADS = 16
+"""Threads beyond one a request: for health, reflection, server info, and to refuse what is over the limit."""
+_SPARE_CALLS = 64
+"""Calls beyond the limit that are refused with a reason; what comes on top of them, gRPC refuses by itself."""
+
+_OPTIONS = (
+    # Without this, a second server would share a port that is taken, instead of failing.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Clients ping idle connections; a server's own pings find clients that are gone without a word.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+class Server:
+    """A loss server in this process.
+
+    Attributes:
+        target: where it serves gRPC, HOST:PORT with the bound port, or unix:/path.
+        metrics_url: where it serves its metrics.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        """
+        Raises:
+            DeviceError: the configured device is not there.
+        """
+        self._config = config
+        self._metrics = Metrics()
+        self._admission = Admission(config.memory_budget_bytes, config.max_requests)
+        self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
+        self._engine = Engine(
+            choose_device(config.device), self._batcher, self._metrics, config.health_interval_seconds
+        )
+        self._health = HealthMonitor(self._engine, config.device_stall_seconds)
+        self._calls = ThreadPoolExecutor(config.max_requests + _SPARE_THREADS, thread_name_prefix="call")
+        self._grpc = grpc.server(
+            self._calls, options=_OPTIONS, maximum_concurrent_rpcs=config.max_requests + _SPARE_CALLS
+        )
+        servicer = LossServicer(
+            self._admission, self._batcher, self._engine, self._metrics, config.device_stall_seconds
+        )
+        loss_pb2_grpc.add_LossServiceServicer_to_server(servicer, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
+        names = (
+            loss_pb2.DESCRIPTOR.services_by_name["LossService"].full_name,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, self._grpc)
+        self._declare_gauges()
+        self.target = config.listen
+        self.metrics_url = ""
+
+    def _declare_gauges(self) -> None:
+        metrics, config = self._metrics, self._config
+        metrics.gauge("lovasz_queue_requests", "Requests waiting for the device.", lambda: len(self._batcher))
+        metrics.gauge("lovasz_in_flight_requests", "Requests held.", lambda: self._admission.requests_in_flight)
+        metrics.gauge(
+            "lovasz_in_flight_bytes",
+            "Tensor bytes of the requests held, with their gradients.",
+            lambda: self._admission.bytes_in_flight,
+        )
+        metrics.gauge("lovasz_budget_bytes", "Tensor bytes held at most.", lambda: config.memory_budget_bytes)
+        metrics.gauge(
+            "lovasz_device_healthy",
+            "1 if the device answers.",
+            lambda: self._engine.healthy(config.device_stall_seconds),
+        )
+        metrics.describe(version=VERSION, device=str(self._engine.device), hardware=hardware_name(self._engine.device))
+
+    def start(self) -> None:
+        """Binds, brings the device up, and serves.
+
+        Raises:
+            OSError: an address cannot be bound.
+            DeviceError: the device does not compute.
+        """
+        config = self._config
+        try:
+            port = self._grpc.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            raise OSError(f"--listen {config.listen}: cannot be bound (is another server there?)") from error
+        if not config.listen.startswith("unix:"):
+            self.target = f"{config.listen.rpartition(':')[0]}:{port}"
+        host, _, metrics_port = config.metrics_listen.rpartition(":")
+        try:
+            metrics_port = str(self._metrics.serve(host.strip("[]"), int(metrics_port)))
+        except OSError as error:
+            raise OSError(f"--metrics-listen {config.metrics_listen}: {error}") from error
+        self.metrics_url = f"http://{host}:{metrics_port}/metrics"
+        self._engine.start()
+        self._health.start()
+        self._grpc.start()
+        device = self._engine.device
+        _log.info(
+            "ready",
+            extra={
+                "listen": self.target,
+                "metrics": self.metrics_url,
+                "device": str(device),
+                "hardware": hardware_name(device),
+                "version": VERSION,
+            },
+        )
+
+    def stop(self) -> bool:
+        """Refuses new calls, lets accepted ones finish for as long as the configuration grants, and ends all threads.
+
+        Returns:
+            Whether all accepted calls finished.
+        """
+        pending = self._admission.requests_in_flight
+        _log.info("draining", extra={"requests": pending, "seconds": self._config.drain_seconds})
+        self._health.stop()
+        self._admission.close()
+        self._grpc.stop(self._config.drain_seconds).wait()
+        left = self._admission.requests_in_flight
+        finished = self._engine.stop(timeout_seconds=5.0) and left == 0
+        self._metrics.stop()
+        self._calls.shutdown(wait=finished, cancel_futures=True)
+        _log.info("stopped", extra={"unfinished_requests": left})
+        return finished
