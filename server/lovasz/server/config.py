@@ -175,14 +175,10 @@ class ServerConfig:
         """Flags win over ``LOVASZ_*`` variables, which win over defaults.
 
         Raises:
-            ConfigError: a value that cannot be, or a ``LOVASZ_*`` variable that is none.
+            ConfigError: a value that cannot be.
             SystemExit: from argparse: a flag that is none, ``--help``, ``--version``.
         """
         given = vars(_parser().parse_args(arguments))
-        variables = {variable_of(f.metadata["flag"]): f.name for f in fields(cls)}
-        for variable in sorted(environment):
-            if variable.startswith("LOVASZ_") and variable not in variables:
-                raise ConfigError(f"{variable}: is set, but is no setting; expected one of {', '.join(variables)}")
         values: dict[str, object] = {}
         for f in fields(cls):
             flag, variable = f.metadata["flag"], variable_of(f.metadata["flag"])
@@ -199,6 +195,12 @@ class ServerConfig:
 def variable_of(flag: str) -> str:
     """The environment variable that stands for a flag: ``--memory-budget`` is ``LOVASZ_MEMORY_BUDGET``."""
     return "LOVASZ_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """``LOVASZ_*`` variables that set nothing: misspelt, or set by others (Kubernetes names some after services)."""
+    known = {variable_of(f.metadata["flag"]) for f in fields(ServerConfig)}
+    return sorted(v for v in environment if v.startswith("LOVASZ_") and v not in known)
 
 
 def _parser() -> argparse.ArgumentParser:

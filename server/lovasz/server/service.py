@@ -75,13 +75,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
     def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> pb.ComputeResponse:  # noqa: N802
         with _Call(self, "Compute", context) as call:
             header = call.read_header(request.header)
-            parts = (("logits", request.logits, header.logits), ("labels", request.labels, header.labels))
-            for name, data, tensor in parts:
-                if len(data) != tensor.nbytes:
-                    raise InvalidInput(
-                        name, f"got {len(data)} bytes; expected {tensor.nbytes} for shape {tensor.shape} as declared"
-                    )
-            answer = call.compute(header, (data for _, data, _ in parts))
+            answer = call.compute(header, _fields(request, header))
             return pb.ComputeResponse(header=call.response_header(header, answer), grad=bytes(_grad_bytes(answer)))
 
     def ComputeStream(  # noqa: N802
@@ -113,6 +107,15 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             memory_budget_bytes=self.admission.budget_bytes,
             max_requests=self.admission.max_requests,
         )
+
+
+def _fields(request: pb.ComputeRequest, header: wire.Request) -> Iterator[bytes]:
+    for name, data, tensor in (("logits", request.logits, header.logits), ("labels", request.labels, header.labels)):
+        if len(data) != tensor.nbytes:
+            raise InvalidInput(
+                name, f"got {len(data)} bytes; expected {tensor.nbytes} for shape {tensor.shape} as declared"
+            )
+        yield data
 
 
 def _chunks(stream: Iterable[pb.ComputeStreamRequest]) -> Iterator[bytes]:

@@ -1,0 +1,250 @@
+"""A server's life: coming up, being watched, being full, losing callers, draining."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from scrape import metric
+
+from lovasz import wire
+from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError, ServerUnavailableError
+from lovasz.server.launch import ServerProcess
+from lovasz.spec import weighted_sum
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.v1 import loss_pb2_grpc
+from lovasz.version import VERSION
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SOFTMAX = LovaszSoftmax()
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether it comes to hold within half a minute."""
+    for _ in range(600):
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def tensors(side: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.RandomState(side)
+    logits = random.randn(1, classes, side, side).astype(np.float32)
+    return logits, random.randint(0, classes, (1, side, side)).astype(np.uint8)
+
+
+def header_of(logits: np.ndarray, labels: np.ndarray) -> pb.RequestHeader:
+    spec = (
+        wire.TensorSpec(wire.dtype_named("float32"), logits.shape),
+        wire.TensorSpec(wire.dtype_named("uint8"), labels.shape),
+    )
+    return wire.Request.checked(weighted_sum(SOFTMAX), *spec, want_grad=True).to_proto()
+
+
+def held_open(target: str, header: pb.RequestHeader) -> tuple[grpc.Channel, grpc.Call, threading.Event]:
+    """A stream whose header was sent, and whose payload does not come."""
+    release = threading.Event()
+
+    def messages() -> Iterator[pb.ComputeStreamRequest]:
+        yield pb.ComputeStreamRequest(header=header)
+        release.wait(60)
+
+    channel = grpc.insecure_channel(target)
+    return channel, loss_pb2_grpc.LossServiceStub(channel).ComputeStream(messages()), release
+
+
+def test_the_log_tells_when_it_is_ready_and_where(server: ServerProcess) -> None:
+    (ready,) = [line for line in server.log if line["event"] == "ready"]
+    assert ready["listen"] == server.target
+    assert ready["metrics"] == server.metrics_url
+    assert ready["device"] == "cpu"
+    assert ready["version"] == VERSION
+    assert ready["level"] == "info"
+
+
+def test_server_info(server: ServerProcess) -> None:
+    with LossClient(server.target) as client:
+        info = client.server_info()
+    assert info.version == VERSION
+    assert [(device.name, device.healthy) for device in info.devices] == [("cpu", True)]
+    assert info.losses == ("lovasz_softmax", "lovasz_hinge", "cross_entropy")
+    assert info.memory_budget_bytes == 4 << 30
+
+
+def test_reflection_names_the_services(server: ServerProcess) -> None:
+    with grpc.insecure_channel(server.target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        answers = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        names = {service.name for service in next(answers).list_services_response.service}
+    assert {"lovasz.v1.LossService", "grpc.health.v1.Health"} <= names
+
+
+def test_metrics_are_served_in_the_format_of_prometheus(server: ServerProcess) -> None:
+    with urllib.request.urlopen(server.metrics_url) as page:
+        assert page.headers["Content-Type"].startswith("text/plain")
+        text = page.read().decode()
+    assert 'lovasz_build_info{device="cpu",hardware="CPU, ' in text
+    assert "# HELP lovasz_phase_seconds " in text
+    assert metric(server, "lovasz_device_healthy") == 1
+    assert metric(server, "lovasz_budget_bytes") == 4 << 30
+
+
+@pytest.mark.parametrize("service", ["", "lovasz.v1.LossService"])
+def test_health_says_serving(server: ServerProcess, service: str) -> None:
+    with grpc.insecure_channel(server.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(health_pb2.HealthCheckRequest(service=service)).status == SERVING
+        with pytest.raises(grpc.RpcError) as unknown:
+            stub.Check(health_pb2.HealthCheckRequest(service="other"))
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_port_that_is_taken_ends_the_start_with_a_reason() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flag in ("--listen", "--metrics-listen"):
+            addresses = {"--listen": "127.0.0.1:0", "--metrics-listen": "127.0.0.1:0", flag: f"127.0.0.1:{port}"}
+            arguments = [word for pair in addresses.items() for word in pair]
+            ended = subprocess.run(
+                [sys.executable, "-m", "lovasz.server", *arguments], capture_output=True, text=True, timeout=100
+            )
+            assert ended.returncode == 2
+            assert f"{flag} 127.0.0.1:{port}: " in ended.stderr
+            assert "Traceback" not in ended.stderr
+
+
+def test_a_unix_socket(tmp_path: object) -> None:
+    with ServerProcess(["--device", "cpu", "--listen", f"unix:{tmp_path}/s"]) as server, LossClient(server.target) as c:
+        assert server.target == f"unix:{tmp_path}/s"
+        assert c.compute(*tensors(8), SOFTMAX).loss > 0
+
+
+def test_over_budget_is_refused_from_the_header_and_room_comes_back() -> None:
+    logits, labels = tensors(64)  # 65,536 bytes of logits, twice with the gradient, and 4,096 of labels
+    with ServerProcess(["--device", "cpu", "--memory-budget", "200KiB"]) as server, LossClient(server.target) as client:
+        channel, call, release = held_open(server.target, header_of(logits, labels))
+        assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 2 * logits.nbytes + labels.nbytes)
+        with pytest.raises(ServerOverloadedError, match=r"132 KiB of 200 KiB are in use"):
+            client.compute(logits, labels, SOFTMAX)
+        # gRPC's own retry asked five times, waiting as long as the server said.
+        assert metric(server, "lovasz_rejections_total", reason="overloaded") == 5
+        assert client.compute(*tensors(16), SOFTMAX).loss > 0
+        call.cancel()
+        release.set()
+        channel.close()
+        assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 0)
+        assert client.compute(logits, labels, SOFTMAX).loss > 0
+        with pytest.raises(ServerOverloadedError, match=r"whole budget is 200 KiB"):
+            client.compute(*tensors(256), SOFTMAX)
+        assert metric(server, "lovasz_rejections_total", reason="too_large") == 1, "what can never fit is not retried"
+
+
+def test_too_many_requests_are_refused_while_health_is_still_answered() -> None:
+    header = header_of(*tensors(8))
+    with ServerProcess(["--device", "cpu", "--max-requests", "2"]) as server, LossClient(server.target) as client:
+        held = [held_open(server.target, header) for _ in range(2)]
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 2)
+        with pytest.raises(ServerOverloadedError, match=r"2 requests are in flight, as many as may be"):
+            client.compute(*tensors(8), SOFTMAX)
+        with grpc.insecure_channel(server.target) as channel:
+            assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == SERVING
+        for channel, call, release in held:
+            call.cancel()
+            release.set()
+            channel.close()
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 0)
+        assert client.compute(*tensors(8), SOFTMAX).loss > 0
+
+
+def test_callers_that_go_away_leave_nothing_behind(server: ServerProcess) -> None:
+    """In the middle of the payload, right after it, and while the answer is sent."""
+    logits, labels = tensors(512)
+    request = [pb.ComputeStreamRequest(header=header_of(logits, labels))]
+    request += [
+        pb.ComputeStreamRequest(chunk=chunk)
+        for chunk in wire.chunks([wire.as_bytes(logits), wire.as_bytes(labels)], 1 << 18)
+    ]
+    before = metric(server, "lovasz_requests_total", code="CANCELLED")
+
+    def half() -> Iterator[pb.ComputeStreamRequest]:
+        yield from request[: len(request) // 2]
+        threading.Event().wait(0.2)
+
+    with grpc.insecure_channel(server.target) as channel:
+        stub = loss_pb2_grpc.LossServiceStub(channel)
+        middle = stub.ComputeStream(half())
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 1)
+        middle.cancel()
+        whole = stub.ComputeStream(iter(request))
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") >= 1)
+        whole.cancel()
+        answered = stub.ComputeStream(iter(request))
+        next(answered)
+        answered.cancel()
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 0)
+    assert metric(server, "lovasz_in_flight_bytes") == 0
+    assert eventually(lambda: metric(server, "lovasz_requests_total", code="CANCELLED") >= before + 2)
+    with LossClient(server.target) as client:
+        assert client.compute(*tensors(16), SOFTMAX).loss > 0
+
+
+def test_sigterm_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+    logits, labels = tensors(256)
+    request = pb.ComputeStreamRequest(header=header_of(logits, labels))
+    with ServerProcess(["--device", "cpu"]) as server:
+        go_on = threading.Event()
+
+        def slowly() -> Iterator[pb.ComputeStreamRequest]:
+            yield request
+            go_on.wait(60)
+            for chunk in wire.chunks([wire.as_bytes(logits), wire.as_bytes(labels)]):
+                yield pb.ComputeStreamRequest(chunk=chunk)
+
+        with grpc.insecure_channel(server.target) as channel, grpc.insecure_channel(server.target) as watching:
+            accepted = loss_pb2_grpc.LossServiceStub(channel).ComputeStream(slowly())
+            assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 1)
+            health = health_pb2_grpc.HealthStub(watching).Watch(health_pb2.HealthCheckRequest())
+            assert next(health).status == SERVING
+            status: list[int] = []
+            stopping = threading.Thread(target=lambda: status.append(server.stop()))
+            stopping.start()
+            assert next(health).status == NOT_SERVING
+            assert eventually(lambda: any(line["event"] == "draining" for line in server.log))
+            with LossClient(server.target) as late, pytest.raises(ServerUnavailableError):
+                late.compute(*tensors(8), SOFTMAX, timeout=20)
+            go_on.set()
+            received = list(accepted)
+        stopping.join()
+        assert status == [0]
+    assert sum(len(message.chunk) for message in received) == logits.nbytes
+    assert server.log[-1]["event"] == "stopped"
+
+
+def test_a_restart_is_ridden_out_by_the_clients_retries() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--device", "cpu", "--listen", address]
+    with LossClient(address) as client:
+        with ServerProcess(arguments) as first:
+            before = client.compute(*tensors(16), SOFTMAX)
+            first.kill()
+        waiting = client.submit(*tensors(16), SOFTMAX)
+        with ServerProcess(arguments):
+            assert waiting.result().loss == before.loss
+
+
+def test_the_server_does_not_come_up_without_the_device_that_was_asked_for() -> None:
+    with pytest.raises(RuntimeError, match=r"torch sees \d+ CUDA devices here"), ServerProcess(["--device", "cuda:99"]):
+        pass

@@ -1,0 +1,109 @@
+"""The configuration: where a value comes from, and what is said of one that cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from lovasz.server.config import ConfigError, ServerConfig, format_bytes, parse_bytes, unknown_variables, variable_of
+
+
+def test_defaults_without_flags_and_variables() -> None:
+    assert ServerConfig.load([], {"HOME": "/"}) == ServerConfig()
+
+
+def test_a_flag_wins_over_its_variable_which_wins_over_the_default() -> None:
+    environment = {"LOVASZ_MEMORY_BUDGET": "2GiB", "LOVASZ_MAX_REQUESTS": "7"}
+    config = ServerConfig.load(["--memory-budget", "512MiB"], environment)
+    assert config.memory_budget_bytes == 512 << 20
+    assert config.max_requests == 7
+    assert config.listen == ServerConfig().listen
+
+
+def test_every_setting_can_be_set_both_ways() -> None:
+    values = {
+        "--listen": ("0.0.0.0:1234", "0.0.0.0:1234"),
+        "--metrics-listen": ("[::1]:9999", "[::1]:9999"),
+        "--device": ("cuda:1", "cuda:1"),
+        "--memory-budget": ("1.5GiB", 3 << 29),
+        "--max-requests": ("3", 3),
+        "--max-batch-elements": ("1000", 1000),
+        "--max-batch-requests": ("5", 5),
+        "--max-batch-delay": ("0.25", 0.25),
+        "--drain-seconds": ("0", 0.0),
+        "--health-interval": ("1.5", 1.5),
+        "--device-stall": ("9", 9.0),
+        "--log-level": ("debug", "debug"),
+        "--log-format": ("json", "json"),
+    }
+    flags = {f.metadata["flag"]: f.name for f in fields(ServerConfig)}
+    assert flags.keys() == values.keys()
+    for flag, (text, expected) in values.items():
+        assert getattr(ServerConfig.load([flag, text], {}), flags[flag]) == expected
+        assert getattr(ServerConfig.load([], {variable_of(flag): text}), flags[flag]) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "said"),
+    [
+        ("--listen", "nowhere", "--listen: got 'nowhere'; expected HOST:PORT"),
+        ("--listen", "host:99999", "--listen: got 'host:99999'; expected HOST:PORT"),
+        ("--metrics-listen", "unix:/tmp/x", "--metrics-listen: got 'unix:/tmp/x'; expected HOST:PORT"),
+        ("--device", "tpu", "--device: got 'tpu'; expected auto, cpu, cuda or cuda:N"),
+        ("--memory-budget", "lots", "--memory-budget: got 'lots'; expected a size such as 512MiB"),
+        ("--memory-budget", "0", "--memory-budget: got 0; expected at least 1"),
+        ("--max-requests", "two", "--max-requests: got 'two'; expected a whole number"),
+        ("--max-requests", "-1", "--max-requests: got -1; expected at least 1"),
+        ("--max-batch-delay", "soon", "--max-batch-delay: got 'soon'; expected a number"),
+        ("--max-batch-delay", "nan", "--max-batch-delay: got nan; expected a number >= 0"),
+        ("--drain-seconds", "inf", "--drain-seconds: got inf; expected a number >= 0"),
+        ("--health-interval", "0", "--health-interval: got 0.0; expected a number > 0"),
+        ("--log-level", "loud", "--log-level: got 'loud'; expected debug or info or warning or error"),
+        ("--log-format", "xml", "--log-format: got 'xml'; expected text or json"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_what_was_expected(flag: str, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ServerConfig.load([flag, text], {})
+    assert str(refused.value).startswith(said)
+
+
+def test_a_bad_variable_is_named_as_the_variable() -> None:
+    with pytest.raises(ConfigError, match="LOVASZ_MAX_REQUESTS: got 'x'; expected a whole number"):
+        ServerConfig.load([], {"LOVASZ_MAX_REQUESTS": "x"})
+
+
+def test_a_misspelt_variable_is_found() -> None:
+    environment = {"LOVASZ_MEMORY_BUDGT": "1GiB", "LOVASZ_MAX_REQUESTS": "3", "PATH": "/bin"}
+    assert unknown_variables(environment) == ["LOVASZ_MEMORY_BUDGT"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("17", 17), ("8B", 8), ("1KiB", 1024), ("1.5 MiB", 3 << 19), ("4GiB", 4 << 30), ("2TiB", 2 << 40)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+    assert parse_bytes(format_bytes(count)) == count
+
+
+def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ServerConfig.load(["--help"], {})
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for f in fields(ServerConfig):
+        assert f.metadata["flag"] in text
+    assert text.count("(default:") == len(fields(ServerConfig))
+    assert "LOVASZ_MEMORY_BUDGET" in text
+
+
+@pytest.mark.parametrize("arguments", [["--memory-budget", "many"], ["--no-such-flag"]])
+def test_a_wrong_command_line_ends_the_process_with_status_2_and_says_why(arguments: list[str]) -> None:
+    ended = subprocess.run([sys.executable, "-m", "lovasz.server", *arguments], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert arguments[0] in ended.stderr
+    assert "Traceback" not in ended.stderr

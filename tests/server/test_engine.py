@@ -1,0 +1,149 @@
+"""The engine: answers, failures of a batch, and what it says of its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from lovasz.core import compute
+from lovasz.core.batch import Launched
+from lovasz.core.ragged import Request
+from lovasz.server.batcher import Batcher, Entry
+from lovasz.server.engine import Engine, choose_device, to_wire_dtype
+from lovasz.server.errors import DeviceError, TooLargeError
+from lovasz.server.metrics import Metrics
+from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
+
+SOFTMAX = weighted_sum(LovaszSoftmax())
+CPU = torch.device("cpu")
+
+
+def entry(pixels: int, *, label: int = 1, dtype: torch.dtype = torch.float32) -> Entry:
+    generator = torch.Generator().manual_seed(pixels)
+    logits = torch.randn(1, 3, pixels, generator=generator).to(dtype)
+    labels = torch.randint(0, 3, (1, pixels), generator=generator)
+    labels[0, 0] = label
+    return Entry(Request.checked(logits, labels, SOFTMAX), SOFTMAX, want_grad=True, deadline=None)
+
+
+class WeakEngine(Engine):
+    """An engine on a device that runs out of memory beyond so many logits, and breaks at one size."""
+
+    memory_elements = 10**9
+    poison_pixels = -1
+
+    def _start(self, entries: Sequence[Entry]) -> Launched:
+        if sum(one.request.layout.elements for one in entries) > self.memory_elements:
+            raise torch.OutOfMemoryError("no memory left")
+        if any(one.request.layout.pixels == self.poison_pixels for one in entries):
+            raise RuntimeError("a kernel failed")
+        return super()._start(entries)
+
+
+@pytest.fixture
+def engine() -> Iterator[WeakEngine]:
+    """Not started: what is put into its queue before ``start`` is one batch."""
+    engine = WeakEngine(CPU, Batcher(10**9, 100, 0.0), Metrics(), health_interval_seconds=0.05)
+    yield engine
+    assert engine.stop(timeout_seconds=10)
+
+
+def run(engine: WeakEngine, *entries: Entry) -> None:
+    for one in entries:
+        engine._batcher.put(one)
+    engine.start()
+
+
+def test_each_gets_its_own_answer_from_a_shared_batch(engine: WeakEngine) -> None:
+    entries = [entry(pixels) for pixels in (5, 50, 500)]
+    run(engine, *entries)
+    for one in entries:
+        answer = one.future.result(timeout=30)
+        local = compute(one.request.logits, one.request.labels, SOFTMAX)
+        assert answer.batch_requests == 3
+        assert answer.result.loss == local.loss
+        assert torch.equal(answer.result.grad, local.grad)
+
+
+def test_a_bad_request_is_refused_alone(engine: WeakEngine) -> None:
+    good, bad = entry(20), entry(30, label=7)
+    run(engine, good, bad)
+    assert good.future.result(timeout=30).batch_requests == 2
+    with pytest.raises(InvalidInput, match=r"labels: got 7 at index \[0, 0\]"):
+        bad.future.result(timeout=30)
+
+
+def test_out_of_memory_splits_the_batch(engine: WeakEngine) -> None:
+    engine.memory_elements = 3 * 100
+    small = [entry(pixels) for pixels in (60, 61, 62, 63)]
+    huge = entry(101)
+    run(engine, *small, huge)
+    assert [one.future.result(timeout=30).batch_requests for one in small] == [1] * 4
+    with pytest.raises(TooLargeError, match=r"shape \(1, 3, 101\) do not fit"):
+        huge.future.result(timeout=30)
+    assert engine.healthy(60)
+
+
+def test_a_request_that_breaks_the_kernel_fails_alone(engine: WeakEngine) -> None:
+    engine.poison_pixels = 13
+    entries = [entry(pixels) for pixels in (11, 12, 13, 14)]
+    run(engine, *entries)
+    for one in entries:
+        if one.request.layout.pixels == 13:
+            with pytest.raises(RuntimeError, match="a kernel failed"):
+                one.future.result(timeout=30)
+        else:
+            assert one.future.result(timeout=30).result.loss > 0
+    assert engine.healthy(60)
+
+
+def test_a_device_that_does_not_compute_is_unhealthy_and_recovers(
+    engine: WeakEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.start()
+    assert engine.healthy(60)
+    broken = RuntimeError("device lost")
+
+    def lost(*_: object, **__: object) -> Launched:
+        raise broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lovasz.server.engine.launch", lost)
+        one = entry(10)
+        engine._batcher.put(one)
+        with pytest.raises(DeviceError, match="cpu does not answer"):
+            one.future.result(timeout=30)
+        assert not engine.healthy(60)
+    other = entry(10)
+    engine._batcher.put(other)
+    assert other.future.result(timeout=30).result.loss > 0
+    for _ in range(200):
+        if engine.healthy(60):
+            break
+        engine._thread.join(0.05)
+    assert engine.healthy(60)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(DeviceError, match=r"--device cuda:99: torch sees \d+ CUDA devices here"):
+        choose_device("cuda:99")
+
+
+@pytest.mark.parametrize("largest", [1.0, 3e-7, 1e-30, 2.0**20])
+def test_float16_gradients_neither_underflow_nor_overflow(largest: float) -> None:
+    grad = torch.tensor([1.0, -0.5, 1e-3, 0.0]) * largest
+    half, scale = to_wire_dtype(grad, torch.float16)
+    assert half.dtype == torch.float16
+    assert np.log2(scale) == int(np.log2(scale))
+    assert torch.isfinite(half).all()
+    assert torch.allclose(half.double() / scale, grad.double(), rtol=2**-11, atol=0)
+
+
+def test_gradients_that_are_zero_or_not_finite_keep_the_scale_of_one() -> None:
+    for value in (0.0, float("nan"), float("inf")):
+        half, scale = to_wire_dtype(torch.full((3,), value), torch.float16)
+        assert scale == 1.0
+        assert np.array_equal(half.float().numpy(), np.full(3, value, np.float32), equal_nan=True)
