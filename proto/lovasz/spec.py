@@ -114,7 +114,7 @@ class LovaszSoftmax:
             raise InvalidInput("input", f"got {self.input!r}; expected 'logits' or 'probabilities'")
 
     def _parsed_classes(self) -> Classes:
-        if self.classes == "present" or self.classes == "all":
+        if isinstance(self.classes, str) and self.classes in ("present", "all"):
             return self.classes
         if isinstance(self.classes, str) or not isinstance(self.classes, Sequence | np.ndarray):
             raise InvalidInput(

@@ -292,10 +292,20 @@ class Response:
         kinds = [loss.kind for _, loss in request.loss.terms]
         if len(message.terms) != len(kinds):
             raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(kinds)}")
+        channels = request.layout.channels
+        for kind, term in zip(kinds, message.terms, strict=True):
+            expected = 0 if kind == "cross_entropy" else channels
+            if len(term.per_class_loss) != expected:
+                raise spec.InvalidInput(
+                    "response.per_class_loss", f"got {len(term.per_class_loss)} for {kind}; expected {expected}"
+                )
+        for name, counts in (("intersection", message.intersection), ("union", message.union)):
+            if len(counts) != channels:
+                raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
         grad = _tensor_from_proto("response.grad", message.grad) if message.HasField("grad") else None
         if grad != (request.logits if request.want_grad else None):
             raise spec.InvalidInput("response.grad", f"got {grad}; expected type and shape of the logits iff wanted")
-        if grad is not None and not message.grad_scale > 0:
+        if grad is not None and math.frexp(message.grad_scale)[0] != 0.5:
             raise spec.InvalidInput("response.grad_scale", f"got {message.grad_scale}; expected a power of two")
         timing = message.timing
         return cls(

@@ -14,6 +14,8 @@ from lovasz.client.tensors import Array, HostTensor, encode_labels, encode_logit
 
 INPROCESS = "inprocess"
 DEFAULT_TIMEOUT_SECONDS = 60.0
+_LONGEST_SECONDS = 1e8
+"""Three years; gRPC takes no endless timeout."""
 _SUBMIT_THREADS = 16
 
 
@@ -142,7 +144,11 @@ class LossClient:
         the future is done. What :meth:`compute` raises for a bad request is raised here, the rest by the future.
         """
         call, deadline = self._begin(logits, labels, loss, want_grad, timeout)
-        return self._threads.submit(self._finish, call, deadline)
+        try:
+            return self._threads.submit(self._finish, call, deadline)
+        except RuntimeError:
+            self._check_open()
+            raise
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server is and what it takes.
@@ -191,7 +197,7 @@ class LossClient:
 def _checked_timeout(timeout: float) -> float:
     if not timeout > 0:
         raise ValueError(f"timeout: got {timeout}; expected seconds > 0")
-    return timeout
+    return min(timeout, _LONGEST_SECONDS)
 
 
 def _open(target: str) -> Target:

@@ -11,7 +11,7 @@ import torch
 
 from lovasz import core, spec
 from lovasz.client.client import Device, ServerInfo
-from lovasz.client.tensors import Array, is_torch
+from lovasz.client.tensors import Array, encode_labels, is_torch
 from lovasz.core.ragged import Request
 from lovasz.spec import InvalidInput
 from lovasz.version import VERSION
@@ -30,7 +30,8 @@ class InProcessTarget:
     """No server: for tests, laptops, and trainers that need none."""
 
     def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> _Call:
-        scores, targets = _tensor("logits", logits), _tensor("labels", labels)
+        narrow = labels if is_torch(labels) else encode_labels(labels).array
+        scores, targets = _tensor("logits", logits), _tensor("labels", narrow)
         Request.checked(scores, targets.to(scores.device), loss)
         return _Call(scores, targets.to(scores.device), loss, want_grad, numpy=not is_torch(logits))
 
@@ -57,6 +58,7 @@ def _tensor(field: str, value: Array) -> torch.Tensor:
     if not isinstance(value, np.ndarray):
         raise InvalidInput(field, f"got {type(value).__name__}; expected a numpy array or a torch tensor")
     try:
-        return torch.from_numpy(value if value.flags.writeable else value.copy())
+        # torch takes no negative strides, no foreign byte order, and warns of read-only memory.
+        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
     except TypeError as error:
         raise InvalidInput(field, f"got dtype {value.dtype.name}, which torch cannot take: {error}") from None

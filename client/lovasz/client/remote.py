@@ -1,8 +1,7 @@
-"""A server as the target of calls: one channel, retries, small requests in one message and large ones in a stream."""
+"""A server as the target of calls: small requests in one message, large ones in a stream, either with retries."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy.typing as npt
 
 from lovasz import spec, wire
 from lovasz.client.client import Call, Device, ServerInfo, encode
-from lovasz.client.errors import IncompatibleServerError, from_rpc_error
+from lovasz.client.errors import CallCancelledError, IncompatibleServerError, from_rpc_error
+from lovasz.client.retry import service_config, with_retries
 from lovasz.client.tensors import Array, decode_grad
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
@@ -21,27 +21,7 @@ from lovasz.v1 import loss_pb2_grpc
 UNARY_BYTES = 1 << 20
 """Requests whose payload is larger are streamed."""
 
-_RETRY_BUFFER_BYTES = 64 << 20
-"""What gRPC keeps of a stream until the server has answered for the first time, to send it again elsewhere."""
-
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "lovasz.v1.LossService", "method": m} for m in ("Compute", "ComputeStream")],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.3s",
-                "backoffMultiplier": 3,
-                "maxBackoff": "5s",
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-            },
-        }
-    ]
-}
-
 _OPTIONS = (
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
@@ -57,18 +37,29 @@ class RemoteTarget:
 
     def __init__(self, target: str) -> None:
         self._name = target
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
-        self._stub = loss_pb2_grpc.LossServiceStub(self._channel)
+        self._closed = False
+        retrying = (("grpc.service_config", service_config("Compute")),)
+        self._messages = grpc.insecure_channel(target, options=_OPTIONS + retrying)
+        # A connection of their own: what is in transit there delays no small request.
+        self._streams = grpc.insecure_channel(target, options=(*_OPTIONS, ("grpc.enable_retries", 0)))
+        self._stub = loss_pb2_grpc.LossServiceStub(self._messages)
+        self._stream_stub = loss_pb2_grpc.LossServiceStub(self._streams)
 
     def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> Call:
         return encode(logits, labels, loss, want_grad)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         try:
-            send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream
-            response, grad = send(call, timeout)
+            if call.request.payload_bytes <= UNARY_BYTES:
+                response, grad = self._unary(call, timeout)
+            else:
+                response, grad = with_retries(lambda left: self._stream(call, left), timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._name) from None
+        except ValueError:
+            if self._closed:  # What gRPC raises for a channel that was closed in the meantime.
+                raise CallCancelledError(f"{self._name}: the client was closed") from None
+            raise
         except _WrongAnswer as error:
             raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
         return spec.Result(
@@ -94,7 +85,9 @@ class RemoteTarget:
         )
 
     def close(self) -> None:
-        self._channel.close()
+        self._closed = True
+        self._messages.close()
+        self._streams.close()
 
     def _unary(self, call: Call, timeout: float) -> tuple[wire.Response, npt.NDArray[Any]]:
         request = pb.ComputeRequest(
@@ -104,7 +97,7 @@ class RemoteTarget:
         return _received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> tuple[wire.Response, npt.NDArray[Any]]:
-        answers = self._stub.ComputeStream(_messages(call), timeout=timeout)
+        answers = self._stream_stub.ComputeStream(_messages(call), timeout=timeout)
         try:
             first = next(answers, None)
             if first is None or first.WhichOneof("message") != "header":

@@ -60,7 +60,7 @@ def encode_labels(labels: Array) -> HostTensor:
     array, name = _on_host("labels", labels)
     if array.dtype.kind == "b":
         array = array.view(np.uint8)
-    elif array.dtype.kind not in "iu":
+    elif array.dtype.kind not in "iu" or name == "bfloat16":  # whose bits are held as integers
         raise InvalidInput("labels", f"got dtype {name}; expected integers or bool")
     if array.dtype != np.uint8:
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
@@ -89,7 +89,11 @@ def _on_host(field: str, value: Array) -> tuple[npt.NDArray[Any], str]:
         name = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.contiguous().view(torch.int16)
-        return tensor.resolve_conj().resolve_neg().numpy(), name
+        try:
+            array: npt.NDArray[Any] = tensor.resolve_conj().resolve_neg().numpy()
+        except TypeError as error:
+            raise InvalidInput(field, f"got a tensor of {name} that numpy cannot take: {error}") from None
+        return array.view(np.uint16) if name == "bfloat16" else array, name
     raise InvalidInput(field, f"got {type(value).__name__}; expected a numpy array or a torch tensor")
 
 

@@ -45,7 +45,7 @@ class RemoteLoss(torch.nn.Module):
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
         self._target = target if isinstance(target, str) else target.target
-        self._timeout = timeout
+        self._timeout = timeout if isinstance(target, str) else target.timeout
 
     @property
     def client(self) -> LossClient:

@@ -1,0 +1,333 @@
+"""``RemoteLoss`` against a real server: the same module as ``LocalLoss``, but for where the loss is computed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from core.comparison import norm_error, normal, random_labels, reference_answer
+from torch import Tensor
+
+from lovasz.client import (
+    CrossEntropy,
+    InvalidInputError,
+    LossClient,
+    LovaszHinge,
+    LovaszSoftmax,
+    Result,
+    ServerUnavailableError,
+)
+from lovasz.client.torch import RemoteLoss
+from lovasz.core import LocalLoss, compute
+from lovasz.server.launch import ServerProcess
+from lovasz.spec import InvalidInput, LossLike, weighted_sum
+
+LOSSES: list[LossLike] = [
+    LovaszSoftmax(),
+    LovaszSoftmax(classes="all", per_image=True, ignore_index=1),
+    CrossEntropy(class_weights=[0.5, 1.0, 2.0], label_smoothing=0.1),
+    LovaszHinge(multilabel=True),
+    [(0.5, CrossEntropy()), (2.0, LovaszSoftmax(classes=[2, 0]))],
+]
+
+
+class RecordingClient(LossClient):
+    """Keeps every answer that came from the server."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.answers: list[Result[Any]] = []
+
+    def compute(self, *args: Any, **options: Any) -> Result[Any]:
+        self.answers.append(super().compute(*args, **options))
+        return self.answers[-1]
+
+
+@pytest.fixture(scope="module")
+def shared(server: ServerProcess) -> Iterator[LossClient]:
+    with LossClient(server.target) as client:
+        yield client
+
+
+@pytest.fixture
+def recording(server: ServerProcess) -> Iterator[RecordingClient]:
+    with RecordingClient(server.target) as client:
+        yield client
+
+
+def some_input(dtype: torch.dtype = torch.float32, *, hinge: bool = False) -> tuple[Tensor, Tensor]:
+    logits = normal(2, 3, 6, 5, seed=1, dtype=dtype).requires_grad_()
+    shape = (2, 3, 6, 5) if hinge else (2, 6, 5)
+    return logits, random_labels(*shape, values=2 if hinge else 3, seed=2)
+
+
+def backward(criterion: torch.nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient that it leaves."""
+    loss = criterion(logits, labels)
+    (grad,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), grad
+
+
+# --- Values and gradients -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
+def test_it_equals_the_local_loss_bit_for_bit(shared: LossClient, loss: LossLike) -> None:
+    logits, labels = some_input(hinge=weighted_sum(loss).is_hinge)
+    remote, local = (backward(criterion, logits, labels) for criterion in (RemoteLoss(shared, loss), LocalLoss(loss)))
+    assert remote[0].dtype == local[0].dtype == torch.float32
+    assert remote[0].shape == ()
+    assert torch.equal(remote[0], local[0])
+    assert torch.equal(remote[1], local[1])
+    assert local[1].norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_dtype"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtypes_and_devices(
+    shared: LossClient, dtype: torch.dtype, loss_dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, labels = some_input(dtype)
+    logits = logits.detach().to(device).requires_grad_()
+    loss, grad = backward(RemoteLoss(shared, LovaszSoftmax()), logits, labels.to(device))
+    expected = compute(logits.cpu().float(), labels, LovaszSoftmax())
+    assert expected.grad is not None
+    assert (loss.dtype, loss.device) == (loss_dtype, logits.device)
+    assert (grad.dtype, grad.device) == (dtype, logits.device)
+    assert torch.equal(loss.cpu(), torch.tensor(expected.loss, dtype=loss_dtype))
+    assert norm_error(grad, expected.grad.double()) < (1e-6 if loss_dtype == dtype else torch.finfo(dtype).eps)
+
+
+def test_channels_last_logits(shared: LossClient) -> None:
+    logits, labels = some_input()
+    strided = logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert not strided.is_contiguous()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    assert torch.equal(backward(criterion, strided, labels)[1], backward(criterion, logits, labels)[1])
+
+
+def test_a_training_step_under_autocast(shared: LossClient, device: torch.device) -> None:
+    images = normal(2, 1, 16, 16, seed=3, dtype=torch.float32).to(device)
+    labels = random_labels(2, 16, 16, values=3, seed=4).to(device)
+    mix: LossLike = [(1.0, CrossEntropy()), (1.0, LovaszSoftmax())]
+
+    def step(criterion: torch.nn.Module) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(5)
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 3, padding=2))
+        model.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = model(images)
+            assert logits.dtype == torch.bfloat16
+            loss = criterion(logits, labels)
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    loss, grads = step(RemoteLoss(shared, mix))
+    local, expected = step(LocalLoss(mix))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(local.item(), rel=1e-5)
+    assert len(grads) == 4
+    for grad, true in zip(grads, expected, strict=True):
+        assert grad.dtype == torch.float32
+        assert grad.norm() > 0
+        assert norm_error(grad, true.cpu().double()) < 1e-2
+
+
+def test_with_a_gradient_scale_float16_does_not_underflow(shared: LossClient) -> None:
+    scale = 65536.0
+    logits = normal(1, 4, 200, 200, seed=6, dtype=torch.float16).requires_grad_()
+    labels = random_labels(1, 200, 200, values=4, seed=7)
+    value, expected = reference_answer(logits, labels, LovaszSoftmax())
+    loss = RemoteLoss(shared, LovaszSoftmax())(logits, labels)
+    (loss * scale).backward()
+    assert loss.item() == pytest.approx(value, rel=1e-6)
+    assert logits.grad is not None
+    assert norm_error(expected.half(), expected) > 0.005  # what float16 makes of the gradient without the scale
+    assert norm_error(logits.grad, expected * scale) < 2 * torch.finfo(torch.float16).eps
+
+
+def test_the_gradient_follows_what_is_done_with_the_loss(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    value, plain = backward(criterion, logits, labels)
+    (grad,) = torch.autograd.grad(3 * criterion(logits, labels) ** 2, logits)
+    torch.testing.assert_close(grad, 6 * value * plain)
+
+
+def test_retain_graph_gives_the_same_again(recording: RecordingClient) -> None:
+    logits, labels = some_input()
+    loss = RemoteLoss(recording, LovaszSoftmax())(logits, labels)
+    loss.backward(retain_graph=True)
+    assert logits.grad is not None
+    once = logits.grad.clone()
+    loss.backward(retain_graph=True)
+    assert torch.equal(logits.grad, 2 * once)
+    assert len(recording.answers) == 1
+
+
+def test_double_backward_is_refused(shared: LossClient) -> None:
+    logits, labels = some_input()
+    loss = RemoteLoss(shared, LovaszSoftmax())(logits, labels)
+    (grad,) = torch.autograd.grad(loss**2, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward through this loss is not supported"):
+        torch.autograd.grad(grad.sum(), logits)
+
+
+# --- When a gradient is asked for ---------------------------------------------------------------------------------
+
+
+def test_a_gradient_is_asked_for_in_training(recording: RecordingClient) -> None:
+    loss = RemoteLoss(recording, LovaszSoftmax())(*some_input())
+    assert loss.requires_grad
+    assert recording.answers[0].grad is not None
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "eval", "detached"])
+def test_no_gradient_is_asked_for_where_none_is_needed(recording: RecordingClient, how: str) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(recording, LovaszSoftmax())
+    if how == "eval":
+        loss = criterion.eval()(logits, labels)
+    elif how == "detached":
+        loss = criterion(logits.detach(), labels)
+    else:
+        with getattr(torch, how)():
+            loss = criterion(logits, labels)
+    assert not loss.requires_grad
+    assert recording.answers[0].grad is None
+    assert loss.item() == LocalLoss(LovaszSoftmax())(logits, labels).item()
+
+
+# --- The module ---------------------------------------------------------------------------------------------------
+
+
+def test_result_is_the_last_answer_without_its_gradient(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    assert criterion.result is None
+    loss = criterion(logits, labels)
+    result = criterion.result
+    assert result is not None
+    assert result.grad is None
+    assert torch.tensor(result.loss) == loss
+    assert result.per_class_loss.shape == result.class_iou.shape == (3,)
+    assert result.timing is not None
+    criterion(-logits, labels)
+    assert criterion.result is not result
+
+
+def test_as_a_part_of_a_model_it_adds_no_state(shared: LossClient) -> None:
+    model = torch.nn.ModuleDict({"net": torch.nn.Conv2d(1, 3, 1), "criterion": RemoteLoss(shared, LovaszSoftmax())})
+    model["criterion"](*some_input())
+    assert set(model.state_dict()) == {"net.weight", "net.bias"}
+    assert list(model["criterion"].parameters()) == []
+    assert not model.eval()["criterion"].training
+
+
+def pickled(module: RemoteLoss) -> RemoteLoss:
+    copied = pickle.loads(pickle.dumps(module))
+    assert isinstance(copied, RemoteLoss)
+    return copied
+
+
+def saved(module: RemoteLoss) -> RemoteLoss:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert isinstance(loaded, RemoteLoss)
+    return loaded
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("with_client", [False, True], ids=["own connection", "given client"])
+def test_a_copy_opens_its_own_connection(
+    server: ServerProcess, shared: LossClient, copying: Callable[[RemoteLoss], RemoteLoss], with_client: bool
+) -> None:
+    logits, labels = some_input()
+    mix: LossLike = [(0.5, CrossEntropy()), (2.0, LovaszSoftmax(ignore_index=2))]
+    criterion = RemoteLoss(shared if with_client else server.target, mix)
+    expected = criterion(logits, labels)
+    copied = copying(criterion)
+    assert copied.result is None
+    criterion.close()
+    assert torch.equal(copied(logits, labels), expected)
+    assert copied.client is not criterion.client
+    assert copied.loss == criterion.loss
+    copied.close()
+    criterion.close()
+
+
+def test_close_can_be_called_at_any_time(server: ServerProcess) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(server.target, LovaszSoftmax())
+    criterion.close()
+    before = criterion(logits, labels)
+    criterion.close()
+    criterion.close()
+    assert torch.equal(criterion(logits, labels), before)  # opened anew
+    criterion.close()
+
+
+def test_close_leaves_a_client_that_was_given_open(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    assert criterion.client is shared
+    criterion.close()
+    assert criterion(logits, labels).item() > 0
+
+
+def test_an_error_leaves_nothing_broken(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    before = criterion(logits, labels)
+    result = criterion.result
+    with pytest.raises(InvalidInputError, match="labels: got shape"):
+        criterion(logits, labels[:1])  # seen here
+    with pytest.raises(InvalidInputError, match="77"):
+        criterion(logits, labels.clone().fill_(77))  # seen by the server
+    assert criterion.result is result
+    assert logits.grad is None
+    after = criterion(logits, labels)
+    assert torch.equal(after, before)
+    after.backward()
+    assert logits.grad is not None
+
+
+def test_what_cannot_be_is_refused_when_it_is_built() -> None:
+    with pytest.raises(InvalidInput, match="loss: LovaszHinge stands beside a softmax loss"):
+        RemoteLoss("localhost:1", [(1.0, LovaszHinge()), (1.0, CrossEntropy())])
+
+
+def test_the_server_is_needed_at_the_first_call_and_not_before() -> None:
+    criterion = RemoteLoss("unix:/nowhere/at/all", LovaszSoftmax())
+    with pytest.raises(ServerUnavailableError, match="unix:/nowhere/at/all"):
+        criterion.client.server_info()
+    criterion.close()
+
+
+def test_it_says_what_it_computes_and_where() -> None:
+    text = repr(RemoteLoss("localhost:1", [(0.5, CrossEntropy()), (2, LovaszSoftmax(ignore_index=255))]))
+    assert text.startswith("RemoteLoss(localhost:1, 0.5 * CrossEntropy(")
+    assert "+ 2 * LovaszSoftmax(classes='present', " in text
+
+
+def test_inprocess() -> None:
+    logits, labels = some_input(torch.float64)
+    criterion = RemoteLoss("inprocess", LovaszSoftmax())
+    remote, local = backward(criterion, logits, labels), backward(LocalLoss(LovaszSoftmax()), logits, labels)
+    assert torch.equal(remote[0], local[0])
+    assert torch.equal(remote[1], local[1])
+    criterion.close()

@@ -1,0 +1,351 @@
+"""The loss descriptions: every rule with its words, equality, and the rules on shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lovasz.spec import (
+    MAX_AXES,
+    MAX_CLASSES,
+    MAX_TERMS,
+    CrossEntropy,
+    InvalidInput,
+    Layout,
+    LossLike,
+    LovaszHinge,
+    LovaszSoftmax,
+    Result,
+    TermResult,
+    WeightedSum,
+    weighted_sum,
+)
+
+
+def refusal(build: Callable[[], object]) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        build()
+    assert str(caught.value) == f"{caught.value.field}: {caught.value.problem}"
+    return str(caught.value)
+
+
+# --- Options ------------------------------------------------------------------------------------------------------
+
+EXPECTED_CLASSES = "expected 'present', 'all' or a sequence of class numbers"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"classes": "some"}, f"classes: got 'some'; {EXPECTED_CLASSES}"),
+        ({"classes": 3}, f"classes: got 3; {EXPECTED_CLASSES}"),
+        ({"classes": None}, f"classes: got None; {EXPECTED_CLASSES}"),
+        ({"classes": []}, "classes: got an empty list; expected at least one class number"),
+        ({"classes": [1, 2, 1]}, "classes: got [1, 2, 1]; expected each class once"),
+        ({"classes": [1, -1]}, "classes: got -1; expected class numbers >= 0"),
+        ({"classes": [0, 1.0]}, "classes[1]: got 1.0; expected an integer"),
+        ({"classes": [True]}, "classes[0]: got True; expected an integer"),
+        ({"class_weights": []}, "class_weights: got an empty list; expected one number a class, or None"),
+        ({"class_weights": [1, -0.5]}, "class_weights[1]: got -0.5; expected a number >= 0"),
+        ({"class_weights": [1, math.nan]}, "class_weights[1]: got nan; expected a finite number"),
+        ({"class_weights": [math.inf]}, "class_weights[0]: got inf; expected a finite number"),
+        ({"class_weights": ["1"]}, "class_weights[0]: got '1'; expected a finite number"),
+        ({"class_weights": [False]}, "class_weights[0]: got False; expected a finite number"),
+        ({"per_image": 1}, "per_image: got 1; expected True or False"),
+        ({"per_image": "yes"}, "per_image: got 'yes'; expected True or False"),
+        ({"ignore_index": 1.5}, "ignore_index: got 1.5; expected an integer"),
+        ({"ignore_index": True}, "ignore_index: got True; expected an integer"),
+        ({"ignore_index": 2**63}, f"ignore_index: got {2**63}; expected a 64-bit signed integer"),
+        ({"ignore_index": -(2**63) - 1}, f"ignore_index: got {-(2**63) - 1}; expected a 64-bit signed integer"),
+        ({"input": "scores"}, "input: got 'scores'; expected 'logits' or 'probabilities'"),
+    ],
+)
+def test_softmax_options(options: dict[str, Any], text: str) -> None:
+    assert refusal(lambda: LovaszSoftmax(**options)) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"per_image": None}, "per_image: got None; expected True or False"),
+        ({"ignore_index": "255"}, "ignore_index: got '255'; expected an integer"),
+        ({"multilabel": 1}, "multilabel: got 1; expected True or False"),
+    ],
+)
+def test_hinge_options(options: dict[str, Any], text: str) -> None:
+    assert refusal(lambda: LovaszHinge(**options)) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"class_weights": [-1]}, "class_weights[0]: got -1.0; expected a number >= 0"),
+        ({"ignore_index": 0.0}, "ignore_index: got 0.0; expected an integer"),
+        ({"label_smoothing": -0.1}, "label_smoothing: got -0.1; expected a number in [0, 1]"),
+        ({"label_smoothing": 1.01}, "label_smoothing: got 1.01; expected a number in [0, 1]"),
+        ({"label_smoothing": math.nan}, "label_smoothing: got nan; expected a finite number"),
+        ({"label_smoothing": None}, "label_smoothing: got None; expected a finite number"),
+    ],
+)
+def test_cross_entropy_options(options: dict[str, Any], text: str) -> None:
+    assert refusal(lambda: CrossEntropy(**options)) == text
+
+
+def test_options_are_brought_into_plain_immutable_values() -> None:
+    loss = LovaszSoftmax(
+        classes=[np.int64(2), 0],
+        class_weights=np.array([1, 2, 3], dtype=np.float32),
+        per_image=np.bool_(True),
+        ignore_index=np.uint8(255),
+    )
+    assert loss == LovaszSoftmax((2, 0), (1.0, 2.0, 3.0), True, 255)
+    assert type(loss.ignore_index) is int
+    assert type(loss.per_image) is bool
+    assert isinstance(loss.classes, tuple)
+    assert all(type(c) is int for c in loss.classes)
+    assert isinstance(loss.class_weights, tuple)
+    assert all(type(w) is float for w in loss.class_weights)
+    assert CrossEntropy(label_smoothing=1).label_smoothing == 1.0
+
+
+def test_classes_may_be_an_array() -> None:
+    assert LovaszSoftmax(classes=np.array([2, 0])) == LovaszSoftmax(classes=(2, 0))
+
+
+def test_defaults() -> None:
+    assert LovaszSoftmax() == LovaszSoftmax("present", None, False, None, "logits")
+    assert LovaszHinge() == LovaszHinge(False, None, False)
+    assert CrossEntropy() == CrossEntropy(None, -100, 0.0)
+
+
+DIFFERENT: list[LossLike] = [
+    LovaszSoftmax(),
+    LovaszSoftmax("all"),
+    LovaszSoftmax([0, 1]),
+    LovaszSoftmax([1, 0]),
+    LovaszSoftmax(class_weights=[1, 1]),
+    LovaszSoftmax(per_image=True),
+    LovaszSoftmax(ignore_index=0),
+    LovaszSoftmax(input="probabilities"),
+    LovaszHinge(),
+    LovaszHinge(per_image=True),
+    LovaszHinge(ignore_index=0),
+    LovaszHinge(multilabel=True),
+    CrossEntropy(),
+    CrossEntropy([1, 1]),
+    CrossEntropy(ignore_index=None),
+    CrossEntropy(label_smoothing=0.5),
+    [(2.0, LovaszSoftmax())],
+    [(1.0, LovaszSoftmax()), (1.0, CrossEntropy())],
+    [(1.0, CrossEntropy()), (1.0, LovaszSoftmax())],
+]
+
+
+def test_losses_are_equal_and_hash_alike_if_they_say_the_same() -> None:
+    sums = [weighted_sum(loss) for loss in DIFFERENT]
+    assert len(set(sums)) == len(sums)
+    for loss, total in zip(DIFFERENT, sums, strict=True):
+        again = weighted_sum([(weight, dataclasses.replace(term)) for weight, term in total.terms])
+        assert again == total
+        assert hash(again) == hash(total)
+        assert weighted_sum(loss) == total
+        assert pickle.loads(pickle.dumps(total)) == total
+    assert LovaszSoftmax([0, 1]) == LovaszSoftmax((0, 1))
+    assert hash(LovaszSoftmax(class_weights=[1])) == hash(LovaszSoftmax(class_weights=(1.0,)))
+
+
+def test_losses_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LovaszSoftmax().per_image = True  # type: ignore[misc]
+
+
+def test_refusal_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(InvalidInput("labels", "got 7; expected less")))
+    assert isinstance(error, ValueError)
+    assert (str(error), error.field, error.problem) == (
+        "labels: got 7; expected less",
+        "labels",
+        "got 7; expected less",
+    )
+
+
+# --- Sums ---------------------------------------------------------------------------------------------------------
+
+EXPECTED_LOSS = "expected LovaszSoftmax, LovaszHinge, CrossEntropy or a list of (weight, loss) pairs"
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (None, f"loss: got None; {EXPECTED_LOSS}"),
+        ("lovasz_softmax", f"loss: got 'lovasz_softmax'; {EXPECTED_LOSS}"),
+        (LovaszSoftmax, f"loss: got {LovaszSoftmax!r}; {EXPECTED_LOSS}"),
+        ([], "loss: got 0 terms; expected 1 to 16"),
+        ([(1.0, CrossEntropy())] * 17, "loss: got 17 terms; expected 1 to 16"),
+        ([CrossEntropy()], f"loss[0]: got {CrossEntropy()!r}; expected a pair (weight, loss)"),
+        ([(1.0, CrossEntropy()), (1.0,)], "loss[1]: got (1.0,); expected a pair (weight, loss)"),
+        ([(CrossEntropy(), 1.0)], f"loss[0]: got {(CrossEntropy(), 1.0)!r}; expected a pair (weight, loss)"),
+        ([(math.inf, CrossEntropy())], "loss[0] weight: got inf; expected a finite number"),
+        ([("1", CrossEntropy())], "loss[0] weight: got '1'; expected a finite number"),
+        (
+            [(1.0, LovaszHinge()), (1.0, LovaszSoftmax())],
+            "loss: LovaszHinge stands beside a softmax loss; expected hinge terms alone or softmax terms alone",
+        ),
+        (
+            [(1.0, LovaszHinge()), (1.0, LovaszHinge(multilabel=True))],
+            "loss: hinge terms differ in multilabel; expected the same in all terms",
+        ),
+        (
+            [(1.0, CrossEntropy()), (1.0, LovaszSoftmax(input="probabilities"))],
+            "loss: one term reads input='probabilities', another one logits; expected the same input in all terms "
+            "(CrossEntropy reads logits)",
+        ),
+    ],
+)
+def test_what_is_no_sum(loss: Any, text: str) -> None:
+    assert refusal(lambda: weighted_sum(loss)) == text
+
+
+def test_weighted_sum() -> None:
+    softmax, cross_entropy = LovaszSoftmax(per_image=True), CrossEntropy()
+    total = weighted_sum([(1, cross_entropy), [-0.5, softmax]])
+    assert total.terms == ((1.0, cross_entropy), (-0.5, softmax))
+    assert type(total.terms[0][0]) is float
+    assert weighted_sum(total) is total
+    assert weighted_sum(softmax) == WeightedSum(((1.0, softmax),))
+    assert len(weighted_sum([(1.0, softmax)] * MAX_TERMS).terms) == MAX_TERMS
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "is_hinge", "multilabel", "probabilities"),
+    [
+        (LovaszSoftmax(), "lovasz_softmax", False, False, False),
+        (LovaszSoftmax(input="probabilities"), "lovasz_softmax", False, False, True),
+        (LovaszHinge(), "lovasz_hinge", True, False, False),
+        (LovaszHinge(multilabel=True), "lovasz_hinge", True, True, False),
+        ([(1.0, LovaszSoftmax()), (2.0, CrossEntropy())], "cross_entropy+lovasz_softmax", False, False, False),
+        ([(1.0, CrossEntropy()), (2.0, CrossEntropy([1, 2]))], "cross_entropy", False, False, False),
+    ],
+)
+def test_what_a_sum_is(loss: LossLike, kind: str, is_hinge: bool, multilabel: bool, probabilities: bool) -> None:
+    total = weighted_sum(loss)
+    assert (total.kind, total.is_hinge, total.multilabel) == (kind, is_hinge, multilabel)
+    assert total.probabilities == probabilities
+
+
+# --- Shapes -------------------------------------------------------------------------------------------------------
+
+SOFTMAX, HINGE, MULTILABEL = LovaszSoftmax(), LovaszHinge(), LovaszHinge(multilabel=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "labels", "expected"),
+    [
+        (SOFTMAX, (2, 3, 4, 5), (2, 4, 5), Layout(2, 3, 20, 3)),
+        (SOFTMAX, (7, 3), (7,), Layout(7, 3, 1, 3)),
+        (SOFTMAX, (1, 2, 3, 4, 5), (1, 3, 4, 5), Layout(1, 2, 60, 2)),
+        (CrossEntropy(), (2, MAX_CLASSES, 1), (2, 1), Layout(2, MAX_CLASSES, 1, MAX_CLASSES)),
+        (HINGE, (2, 4, 5), (2, 4, 5), Layout(2, 1, 20, 2)),
+        (HINGE, (2, 1, 4, 5), (2, 4, 5), Layout(2, 1, 20, 2)),
+        (HINGE, (2, 1, 4, 5), (2, 1, 4, 5), Layout(2, 1, 20, 2)),
+        (HINGE, (9,), (9,), Layout(9, 1, 1, 2)),
+        (HINGE, (9, 1), (9,), Layout(9, 1, 1, 2)),
+        (MULTILABEL, (2, 3, 4), (2, 3, 4), Layout(2, 3, 4, 2)),
+        (MULTILABEL, (2, 1), (2, 1), Layout(2, 1, 1, 2)),
+        (SOFTMAX, (1, 2, *[1] * (MAX_AXES - 2)), (1, *[1] * (MAX_AXES - 2)), Layout(1, 2, 1, 2)),
+    ],
+)
+def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...], expected: Layout) -> None:
+    layout = weighted_sum(loss).layout(logits, labels)
+    assert layout == expected
+    assert layout.elements == math.prod(logits)
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "labels", "text"),
+    [
+        (SOFTMAX, (), (), "logits: got shape (); expected (N, C, *spatial)"),
+        (SOFTMAX, (5,), (5,), "logits: got shape (5,); expected (N, C, *spatial)"),
+        (SOFTMAX, (2, 0, 4), (2, 4), "logits: got shape (2, 0, 4) with no class; expected (N, C, *spatial), C >= 2"),
+        (SOFTMAX, (2, 3, 4), (2, 3, 4), "labels: got shape (2, 3, 4) for logits (2, 3, 4); expected (2, 4)"),
+        (SOFTMAX, (2, 3), (3,), "labels: got shape (3,) for logits (2, 3); expected (2,)"),
+        (SOFTMAX, (0, 3), (0,), "logits: got shape (0, 3), which holds no element; expected at least one pixel"),
+        (
+            SOFTMAX,
+            (2, 1, 4),
+            (2, 4),
+            "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
+            "(for a binary problem with one channel use LovaszHinge)",
+        ),
+        (SOFTMAX, (2, -3, 4), (2, 4), "logits: got shape (2, -3, 4); expected sizes >= 1"),
+        (SOFTMAX, (2, 3, 4), (2, -4), "labels: got shape (2, -4); expected sizes >= 1"),
+        (SOFTMAX, (1,) * 17, (1,) * 16, "logits: got 17 axes; expected at most 16"),
+        (HINGE, (1,) * 16, (1,) * 17, "labels: got 17 axes; expected at most 16"),
+        (SOFTMAX, (1, 65_537, 1), (1, 1), "logits: got 65537 channels; expected at most 65536"),
+        (HINGE, (), (), "logits: got shape (); expected (N, *spatial) or (N, 1, *spatial)"),
+        (
+            HINGE,
+            (2, 3, 4),
+            (2, 4),
+            "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
+            "(for several binary labels a pixel, set multilabel=True)",
+        ),
+        (
+            HINGE,
+            (2, 1, 4),
+            (2, 2, 4),
+            "labels: got shape (2, 2, 4) for hinge logits (2, 1, 4); expected (2, 4) "
+            "(for several binary labels a pixel, set multilabel=True)",
+        ),
+        (HINGE, (0,), (0,), "logits: got shape (0,), which holds no element; expected at least one pixel"),
+        (MULTILABEL, (4,), (4,), "logits: got shape (4,); expected (N, L, *spatial)"),
+        (
+            MULTILABEL,
+            (2, 3, 4),
+            (2, 4),
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same",
+        ),
+        (
+            MULTILABEL,
+            (2, 0, 4),
+            (2, 0, 4),
+            "logits: got shape (2, 0, 4), which holds no element; expected at least one pixel",
+        ),
+        (MULTILABEL, (1, 65_537), (1, 65_537), "logits: got 65537 channels; expected at most 65536"),
+        (
+            LovaszSoftmax(class_weights=[1, 2]),
+            (2, 3),
+            (2,),
+            "class_weights: got 2 numbers; expected 3, one a class",
+        ),
+        (
+            [(1.0, SOFTMAX), (1.0, CrossEntropy(class_weights=[1, 2, 3, 4]))],
+            (2, 3),
+            (2,),
+            "class_weights: got 4 numbers; expected 3, one a class",
+        ),
+        (LovaszSoftmax(classes=[1, 5]), (2, 3), (2,), "classes: got class 5; expected class numbers in [0, 3)"),
+    ],
+)
+def test_shapes_that_do_not_fit(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...], text: str) -> None:
+    assert refusal(lambda: weighted_sum(loss).layout(logits, labels)) == text
+
+
+# --- Results ------------------------------------------------------------------------------------------------------
+
+
+def test_result() -> None:
+    cross_entropy = TermResult("cross_entropy", 0.7, np.empty(0))
+    lovasz = TermResult("lovasz_softmax", 0.3, np.array([0.2, np.nan, 0.4]))
+    intersection, union = np.array([1, 0, 0]), np.array([4, 0, 2])
+    result: Result[Any] = Result(1.0, None, (cross_entropy, lovasz), intersection, union)
+    np.testing.assert_array_equal(result.per_class_loss, lovasz.per_class_loss)
+    np.testing.assert_array_equal(result.class_iou, [0.25, np.nan, 0.0])
+    alone: Result[Any] = Result(0.7, None, (cross_entropy,), intersection, union)
+    assert alone.per_class_loss.shape == (0,)
