@@ -248,3 +248,17 @@ def test_a_restart_is_ridden_out_by_the_clients_retries() -> None:
 def test_the_server_does_not_come_up_without_the_device_that_was_asked_for() -> None:
     with pytest.raises(RuntimeError, match=r"torch sees \d+ CUDA devices here"), ServerProcess(["--device", "cuda:99"]):
         pass
+
+
+def test_what_does_not_finish_in_time_is_cut_off_and_the_exit_status_says_so() -> None:
+    with ServerProcess(["--device", "cpu", "--drain-seconds", "0.3"]) as server:
+        channel, call, release = held_open(server.target, header_of(*tensors(8)))
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 1)
+        status = server.stop()
+        with pytest.raises(grpc.RpcError):
+            list(call)
+        release.set()
+        channel.close()
+    assert status == 1
+    assert server.log[-1]["event"] == "stopped"
+    assert server.log[-1]["unfinished_requests"] == 1

@@ -74,3 +74,12 @@ def test_many_threads_leave_nothing_behind_and_never_exceed_the_budget() -> None
         thread.join()
     assert not exceeded
     assert (admission.bytes_in_flight, admission.requests_in_flight) == (0, 0)
+
+
+def test_waiting_until_all_is_given_back() -> None:
+    admission = Admission(100, 2)
+    assert admission.wait_until_empty(0) == 0
+    permit = admission.reserve(10)
+    assert admission.wait_until_empty(0) == 1
+    threading.Timer(0.05, permit.release).start()
+    assert admission.wait_until_empty(30) == 0

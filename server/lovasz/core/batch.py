@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lovasz.core.cross_entropy import Part, cross_entropy
 from lovasz.core.ragged import Ragged, Request, flatten, unflatten
-from lovasz.core.segments import Groups, lovasz_extension
+from lovasz.core.segments import Groups, lovasz_extension, on_device
 from lovasz.core.softmax import Softmax, backward, given_probabilities, softmax, sum_over_classes
 from lovasz.spec import (
     CrossEntropy,
@@ -197,10 +197,10 @@ def _lovasz_softmax(
     else:
         scored = (counts.sum(0) > 0).expand(counts.shape)
         if term.classes != "all":
-            listed = torch.zeros(channels, dtype=torch.bool)
-            listed[list(term.classes)] = True
-            scored = scored & listed.to(device).unsqueeze(1)
-    class_weights = torch.tensor(term.class_weights or [1.0] * channels, dtype=torch.float64, device=device)
+            wanted = frozenset(term.classes)
+            listed = on_device([c in wanted for c in range(channels)], torch.bool, device)
+            scored = scored & listed.unsqueeze(1)
+    class_weights = on_device(term.class_weights or [1.0] * channels, torch.float64, device)
     weights = weight * share * class_weights.unsqueeze(1) * scored / scored.sum(0).clamp(min=1)
     class_numbers = torch.arange(channels, device=device).unsqueeze(1)
     # Knowing which classes are present spares the CPU the sorting of the others; a GPU would have to be waited for.
@@ -251,7 +251,7 @@ def _groups(batch: Ragged, per_image: bool) -> tuple[Groups, Tensor]:
     if not per_image:
         return batch.requests, torch.ones(len(batch.requests), dtype=torch.float64, device=batch.logits.device)
     shares = [1 / layout.images for layout in batch.layouts for _ in range(layout.images)]
-    return batch.images, torch.tensor(shares, dtype=torch.float64, device=batch.logits.device)
+    return batch.images, on_device(shares, torch.float64, batch.logits.device)
 
 
 def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: int) -> Tensor:
@@ -289,7 +289,7 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput:
 
 
 def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput:
-    values = request.logits
+    values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as they were judged
     bad = (values < -PROBABILITY_TOLERANCE) | (values > 1 + PROBABILITY_TOLERANCE)
     counted = torch.zeros_like(request.labels, dtype=torch.bool)
     for _, term in loss.terms:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core.ragged import Ragged
-from lovasz.core.segments import exact_sum
+from lovasz.core.segments import exact_sum, on_device
 from lovasz.core.softmax import Softmax, sum_over_classes
 from lovasz.spec import CrossEntropy
 
@@ -48,7 +48,7 @@ def cross_entropy(
     counts: int64, shape (K, requests): valid pixels of each class.
     """
     requests, dtype, classes = batch.requests, batch.logits.dtype, len(batch.logits)
-    class_weights = torch.tensor(loss.class_weights or [1.0] * classes, dtype=torch.float64, device=labels.device)
+    class_weights = on_device(loss.class_weights or [1.0] * classes, torch.float64, labels.device)
     total_weight = sum_over_classes(counts.to(torch.float64) * class_weights.unsqueeze(1))
     scale = torch.where(total_weight > 0, 1 / total_weight, 0)
     class_weights = class_weights.to(dtype)
@@ -62,7 +62,7 @@ def cross_entropy(
         pixel_loss = (1 - loss.label_smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
         spread = torch.where(valid, requests.at_pixels((weight * share * scale).to(dtype)), 0)
     # A request's sum is at most its largest term times the number of its pixels.
-    sizes = torch.tensor(requests.sizes, dtype=torch.float64, device=labels.device)
+    sizes = on_device(requests.sizes, torch.float64, labels.device)
     exponent = torch.frexp(requests.max(pixel_loss).to(torch.float64) * sizes).exponent
     value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), requests, exponent)[0] * scale
     pull = pixel_weight * requests.at_pixels((weight * (1 - loss.label_smoothing) * scale).to(dtype))

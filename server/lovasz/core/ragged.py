@@ -94,6 +94,6 @@ def unflatten(flat: Tensor, batch: Ragged, shapes: Sequence[torch.Size]) -> list
     """Cuts a (K, P) tensor into one contiguous tensor a request, in the shapes given."""
     parts = torch.split(flat, list(batch.requests.sizes), dim=1)
     return [
-        part.reshape(layout.channels, layout.images, layout.pixels).transpose(0, 1).reshape(shape)
+        part.reshape(layout.channels, layout.images, layout.pixels).transpose(0, 1).reshape(shape).contiguous()
         for part, layout, shape in zip(parts, batch.layouts, shapes, strict=True)
     ]

@@ -21,6 +21,12 @@ _FIXED_POINT_BITS = 60
 """A segment's sum is at most its largest error (the g add up to at most 1): terms are multiples of that x 2^-60."""
 
 
+def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A short tensor on the device. To a GPU it goes from pinned memory: the host would wait for any other copy."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @dataclass(frozen=True)
 class Groups:
     """Consecutive runs of pixels; each is scored on its own.
@@ -37,10 +43,12 @@ class Groups:
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Groups:
-        counts = torch.tensor(sizes, dtype=torch.int64)
-        numbers = torch.arange(len(sizes)).repeat_interleave(counts, output_size=sum(sizes))
-        starts = counts.cumsum(0) - counts
-        return cls(tuple(sizes), numbers.to(device), starts.to(device))
+        if len(sizes) == 1:
+            starts = torch.zeros(1, dtype=torch.int64, device=device)
+            return cls(tuple(sizes), starts.expand(sizes[0]), starts)
+        counts = on_device(sizes, torch.int64, device)
+        numbers = torch.arange(len(sizes), device=device).repeat_interleave(counts, output_size=sum(sizes))
+        return cls(tuple(sizes), numbers, counts.cumsum(0) - counts)
 
     def __len__(self) -> int:
         return len(self.sizes)

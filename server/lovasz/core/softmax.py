@@ -68,8 +68,9 @@ def softmax(logits: Tensor, labels: Tensor) -> Softmax:
     label_shifted = shifted.gather(0, index)[0]
     errors = shifted.exp_()
     label_exponential = errors.gather(0, index)[0]
+    # Not others + label_exponential, whose last bit depends on the label: equal logits have to give equal errors.
+    total = sum_over_classes(errors)
     others = sum_over_classes(errors.scatter_(0, index, 0))
-    total = others + label_exponential
     label_error = others / total
     errors.div_(total).scatter_(0, index, label_error.unsqueeze(0))
     log_total = total.log()
@@ -86,7 +87,7 @@ def given_probabilities(probabilities: Tensor, labels: Tensor) -> Softmax:
     finite = torch.isfinite(maximum) & torch.isfinite(probabilities.amin(dim=0))
     label_probability = probabilities.gather(0, index)[0]
     label_error = 1 - label_probability
-    errors = probabilities.scatter(0, index, label_error.unsqueeze(0))
+    errors = probabilities.scatter(0, index, label_error.unsqueeze(0)).add_(0.0)  # -0.0 becomes 0.0, with which it ties
     unused = torch.empty(0)
     return Softmax(errors, label_error, label_probability, unused, unused, maximum, prediction, finite)
 

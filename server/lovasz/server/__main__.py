@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).error(str(error))
         return 2
     stopping.wait()
-    return 0 if server.stop() else 1
+    if server.stop():
+        return 0
+    # Threads that are still stuck in cut-off requests would keep the interpreter from ending.
+    logging.shutdown()
+    os._exit(1)
 
 
 if __name__ == "__main__":

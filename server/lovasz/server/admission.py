@@ -40,7 +40,7 @@ class Admission:
     def __init__(self, budget_bytes: int, max_requests: int) -> None:
         self.budget_bytes = budget_bytes
         self.max_requests = max_requests
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._bytes = 0
         self._requests = 0
         self._open = True
@@ -67,7 +67,7 @@ class Admission:
                 f"the request's tensors take {format_bytes(nbytes)} with their gradient; the server's whole budget is "
                 f"{format_bytes(self.budget_bytes)} (--memory-budget)"
             )
-        with self._lock:
+        with self._changed:
             if not self._open:
                 raise StoppingError("the server is stopping and takes no new requests")
             if self._requests >= self.max_requests:
@@ -83,8 +83,14 @@ class Admission:
 
     def close(self) -> None:
         """Admits nothing from now on."""
-        with self._lock:
+        with self._changed:
             self._open = False
+
+    def wait_until_empty(self, timeout_seconds: float) -> int:
+        """Waits for all that was admitted to be given back; returns how many requests were not."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._requests == 0, timeout_seconds)
+            return self._requests
 
     def _overloaded(self, text: str) -> OverloadedError:
         # About the time for which room is held, spread, so that those refused together do not come back together.
@@ -92,7 +98,8 @@ class Admission:
         return OverloadedError(text, min(max(delay, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS))
 
     def _give_back(self, nbytes: int, held_seconds: float) -> None:
-        with self._lock:
+        with self._changed:
             self._bytes -= nbytes
             self._requests -= 1
+            self._changed.notify_all()
             self._mean_held_seconds += 0.1 * (held_seconds - self._mean_held_seconds)

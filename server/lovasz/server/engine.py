@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +55,14 @@ class _Running:
     entries: list[Entry]
     launched: Launched
     started: float
+    stream: torch.cuda.Stream | None
 
 
 class Engine:
     """Computes what its batcher holds, on one device, in one thread.
 
-    On a GPU a batch is launched while the one before still runs, never more than one ahead.
+    On a GPU a batch is launched while the one before still runs, never more than one ahead. The two are on streams of
+    their own, so that the answers of the first do not wait for the second.
     """
 
     def __init__(
@@ -68,6 +72,9 @@ class Engine:
         self._batcher = batcher
         self._metrics = metrics
         self._health_interval_seconds = health_interval_seconds
+        on_gpu = device.type == "cuda"
+        streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]  # type: ignore[no-untyped-call]
+        self._streams = itertools.cycle(streams)
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
         self._busy_since: float | None = None
         self._answers = False
@@ -114,8 +121,10 @@ class Engine:
 
     def _launch(self, entries: list[Entry]) -> _Running | None:
         started = time.monotonic()
+        stream = next(self._streams)
         try:
-            return _Running(entries, self._start(entries), started)
+            with on(stream):
+                return _Running(entries, self._start(entries), started, stream)
         except Exception as error:
             self._split(entries, error)
             return None
@@ -127,11 +136,12 @@ class Engine:
 
     def _finish(self, running: _Running) -> None:
         try:
-            answers = running.launched.collect()
-            hosted = [
-                self._to_host(a, e) if isinstance(a, Result) else (a, 1.0)
-                for a, e in zip(answers, running.entries, strict=True)
-            ]
+            with on(running.stream):
+                answers = running.launched.collect()
+                hosted = [
+                    self._to_host(answer, entry) if isinstance(answer, Result) else (answer, 1.0)
+                    for answer, entry in zip(answers, running.entries, strict=True)
+                ]
         except Exception as error:
             self._split(running.entries, error)
             return
@@ -191,6 +201,11 @@ class Engine:
         if self._answers and not was_answering:
             _log.info("the device answers", extra={"device": str(self.device)})
         self._last_check = time.monotonic()
+
+
+def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Work inside goes to this stream; None on a CPU, which has none."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def is_out_of_memory(error: Exception) -> bool:

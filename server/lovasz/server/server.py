@@ -142,8 +142,10 @@ class Server:
         _log.info("draining", extra={"requests": pending, "seconds": self._config.drain_seconds})
         self._health.stop()
         self._admission.close()
-        self._grpc.stop(self._config.drain_seconds).wait()
-        left = self._admission.requests_in_flight
+        # gRPC cancels what is left a little later than it is counted here.
+        stopped = self._grpc.stop(self._config.drain_seconds + 1.0)
+        left = self._admission.wait_until_empty(self._config.drain_seconds)
+        stopped.wait()
         finished = self._engine.stop(timeout_seconds=5.0) and left == 0
         self._metrics.stop()
         self._calls.shutdown(wait=finished, cancel_futures=True)
