@@ -46,7 +46,7 @@ lint: $(INSTALLED)
 	else echo "buf lint: skipped, as npx (Node.js) is not here"; fi
 
 types: $(INSTALLED)
-	$(BIN)/mypy proto client server examples
+	$(BIN)/mypy proto client server examples benchmarks docs/figures
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt

@@ -28,22 +28,22 @@ def with_gradient(logits: Tensor, loss: float, grad: Tensor | None) -> Tensor:
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        ctx.dtype = logits.dtype
+        # The logits go along so that a second derivative with respect to them is asked for, and refused, below.
+        ctx.save_for_backward(logits, grad)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return _Scale.apply(grad_outputs[0], grad, ctx.dtype), None, None  # type: ignore[no-untyped-call]
+        logits, grad = ctx.saved_tensors
+        return _Scale.apply(grad_outputs[0], grad, logits), None, None  # type: ignore[no-untyped-call]
 
 
 class _Scale(torch.autograd.Function):
     """grad x grad_output; its own backward is the second derivative, which there is none of."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return (grad * grad_output.to(grad.dtype)).to(dtype)
+    def forward(ctx: Any, grad_output: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
+        return (grad * grad_output.to(grad.dtype)).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,15 +55,19 @@ class Ragged:
             May be a view of a caller's tensor: not to be written to.
         labels: int64, shape (P,) for softmax losses, (K, P) for the hinge.
         requests: the pixels of each request are a group.
-        images: the pixels of each image are a group.
         layouts: each request's sizes.
     """
 
     logits: Tensor
     labels: Tensor
     requests: Groups
-    images: Groups
     layouts: tuple[Layout, ...]
+
+    @cached_property
+    def images(self) -> Groups:
+        """The pixels of each image are a group."""
+        sizes = [layout.pixels for layout in self.layouts for _ in range(layout.images)]
+        return Groups.of_sizes(sizes, self.logits.device)
 
 
 def flatten(requests: Sequence[Request], loss: WeightedSum, device: torch.device) -> Ragged:
@@ -85,7 +90,6 @@ def flatten(requests: Sequence[Request], loss: WeightedSum, device: torch.device
         logits=logits[0] if len(logits) == 1 else torch.cat(logits, dim=1),
         labels=labels[0] if len(labels) == 1 else torch.cat(labels, dim=-1),
         requests=Groups.of_sizes([layout.images * layout.pixels for layout in layouts], device),
-        images=Groups.of_sizes([layout.pixels for layout in layouts for _ in range(layout.images)], device),
         layouts=layouts,
     )
 

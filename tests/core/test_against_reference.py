@@ -1,0 +1,280 @@
+"""The production path against the textbook in float64, over random options, shapes, labels and ties."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core.comparison import norm_error, normal, reference_answer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute, reference
+from lovasz.spec import Loss, LossLike, Result, WeightedSum, weighted_sum
+
+random_cases = settings(deadline=None, max_examples=100)
+
+VOID = 255
+weights = st.floats(-2, 2).map(lambda weight: round(weight, 3))
+spatial_axes = st.lists(st.integers(1, 5), max_size=3).map(tuple)
+
+
+@st.composite
+def logits_of(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
+    """Random logits of shape (N, C, *spatial); or few different pixels, so that errors tie; or all the same."""
+    seed = draw(st.integers(0, 2**31))
+    kind = draw(st.sampled_from(["normal", "tied", "equal", "confident"]))
+    if kind == "equal":
+        return torch.zeros(shape, dtype=torch.float64)
+    if kind == "tied":
+        images, classes, *spatial = shape
+        pool = normal(3, classes, seed=seed)
+        choice = torch.randint(0, 3, (images, *spatial), generator=torch.Generator().manual_seed(seed))
+        return pool[choice].movedim(-1, 1).contiguous()
+    return normal(*shape, seed=seed) * (8 if kind == "confident" else 1)
+
+
+@st.composite
+def labels_of(draw: st.DrawFn, shape: tuple[int, ...], values: int, void: int | None) -> Tensor:
+    """Labels that need not use all values, with void pixels if there is such a label: none, some or all."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    labels = torch.randint(0, draw(st.integers(1, values)), shape, generator=generator)
+    if void is not None:
+        share = draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+        labels[torch.rand(shape, generator=generator) < share] = void
+    return labels.to(draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint8])))
+
+
+def class_weights(classes: int) -> st.SearchStrategy[list[float] | None]:
+    weight = st.sampled_from([0.0, 0.25, 1.0, 3.0])
+    return st.none() | st.lists(weight, min_size=classes, max_size=classes)
+
+
+@st.composite
+def softmax_terms(draw: st.DrawFn, classes: int, ignore: st.SearchStrategy[int | None], **fixed: Any) -> LovaszSoftmax:
+    listed = st.lists(st.integers(0, classes - 1), min_size=1, unique=True)
+    return LovaszSoftmax(
+        classes=draw(st.sampled_from(["present", "all"]) | listed),
+        class_weights=draw(class_weights(classes)),
+        per_image=draw(st.booleans()),
+        ignore_index=draw(ignore),
+        **fixed,
+    )
+
+
+@st.composite
+def cross_entropies(draw: st.DrawFn, classes: int, ignore: st.SearchStrategy[int | None]) -> CrossEntropy:
+    smoothing = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    return CrossEntropy(draw(class_weights(classes)), ignore_index=draw(ignore), label_smoothing=smoothing)
+
+
+def ignored(void: int | None, values: int) -> st.SearchStrategy[int | None]:
+    """Where no label is void: nothing ignored, a value that does not occur, or one of the classes."""
+    return st.just(void) if void is not None else st.none() | st.integers(-1, values - 1)
+
+
+@st.composite
+def softmax_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
+    classes, spatial = draw(st.integers(2, 6)), draw(spatial_axes)
+    images = draw(st.integers(1, 3 if spatial else 12))
+    void = draw(st.sampled_from([None, VOID]))
+    logits = draw(logits_of((images, classes, *spatial)))
+    labels = draw(labels_of((images, *spatial), classes, void))
+    term = softmax_terms(classes, ignored(void, classes)) | cross_entropies(classes, ignored(void, classes))
+    return logits, labels, draw(term | st.lists(st.tuples(weights, term), min_size=1, max_size=3))
+
+
+@st.composite
+def probability_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
+    """Multiples of 1/8: many ties, and 1 - p is exact on both sides."""
+    classes, spatial = draw(st.integers(2, 4)), draw(spatial_axes)
+    images, seed = draw(st.integers(1, 3 if spatial else 12)), draw(st.integers(0, 2**31))
+    void = draw(st.sampled_from([None, VOID]))
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.randint(0, 9, (images, classes, *spatial), generator=generator).double() / 8
+    labels = draw(labels_of((images, *spatial), classes, void))
+    term = softmax_terms(classes, ignored(void, classes), input="probabilities")
+    return probabilities, labels, draw(term | st.lists(st.tuples(weights, term), min_size=1, max_size=2))
+
+
+@st.composite
+def hinge_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
+    """Multiples of 1/2, so that errors tie (also at 0), or random numbers."""
+    layout = draw(st.sampled_from(["plain", "one channel", "one channel, labels too", "multilabel"]))
+    spatial = draw(spatial_axes)
+    channels = draw(st.integers(1, 4)) if layout == "multilabel" else 1
+    shape = (draw(st.integers(1, 3 if spatial else 9)), channels, *spatial)
+    seed = draw(st.integers(0, 2**31))
+    logits = normal(*shape, seed=seed) * 2
+    if draw(st.booleans()):
+        logits = (logits * 2).round() / 2
+    void = draw(st.sampled_from([None, VOID]))
+    labels = draw(labels_of(shape, 2, void))
+    if void is None and draw(st.booleans()):
+        labels = labels.bool()
+    if layout.startswith("plain"):
+        logits, labels = logits.squeeze(1), labels.squeeze(1)
+    elif layout == "one channel":
+        labels = labels.squeeze(1)
+    ignore = ignored(void, 2)
+    term = st.builds(LovaszHinge, st.booleans(), ignore, st.just(layout == "multilabel"))
+    return logits, labels, draw(term | st.lists(st.tuples(weights, term), min_size=1, max_size=3))
+
+
+def assert_is_the_reference(case: tuple[Tensor, Tensor, LossLike], device: torch.device) -> Result[Tensor]:
+    logits, labels, loss = case
+    result = compute(logits.to(device), labels.to(device), loss)
+    expected, expected_grad = reference_answer(logits, labels, loss)
+    assert result.loss == pytest.approx(expected, rel=1e-11, abs=1e-13)
+    assert result.grad is not None
+    assert result.grad.dtype == torch.float64
+    assert (result.grad.cpu() - expected_grad).norm() <= 1e-11 * expected_grad.norm() + 1e-14
+    terms = weighted_sum(loss).terms
+    assert len(result.terms) == len(terms)
+    for (_, term), answer in zip(terms, result.terms, strict=True):
+        assert answer.kind == term.kind
+        assert answer.loss == pytest.approx(reference.compute(logits, labels, term).item(), rel=1e-11, abs=1e-13)
+        if isinstance(term, CrossEntropy):
+            assert answer.per_class_loss.shape == (0,)
+        else:
+            per_class = reference.per_class_losses(logits, labels, term).numpy()
+            np.testing.assert_allclose(answer.per_class_loss, per_class, rtol=1e-11, atol=1e-13)
+    counted = counted_pixels(logits, labels, weighted_sum(loss))
+    without_grad = compute(logits.to(device), labels.to(device), loss, want_grad=False)
+    assert without_grad.grad is None
+    assert without_grad.loss == result.loss
+    assert (result.grad.cpu()[~counted.expand(logits.shape)] == 0).all()
+    return result
+
+
+def counted_pixels(logits: Tensor, labels: Tensor, loss: WeightedSum) -> Tensor:
+    """bool, broadcasts to the logits: pixels that at least one term counts."""
+    terms = [labels != t.ignore_index if t.ignore_index is not None else labels == labels for _, t in loss.terms]
+    counted = torch.stack(terms).any(0)
+    return counted.unsqueeze(1) if counted.dim() < logits.dim() else counted
+
+
+def counts(predicted: Tensor, true: Tensor) -> tuple[int, int]:
+    return int((predicted & true).sum()), int((predicted | true).sum())
+
+
+def iou(intersection: int, union: int) -> float:
+    return intersection / union if union else math.nan
+
+
+@random_cases
+@given(softmax_cases())
+def test_softmax_losses(device: torch.device, case: tuple[Tensor, Tensor, LossLike]) -> None:
+    result = assert_is_the_reference(case, device)
+    logits, labels, loss = case
+    counted = counted_pixels(logits, labels, weighted_sum(loss)).squeeze(1)
+    prediction = logits.argmax(1)
+    expected = [counts((prediction == c) & counted, (labels == c) & counted) for c in range(logits.shape[1])]
+    assert list(zip(result.intersection.tolist(), result.union.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(result.class_iou, [iou(*pair) for pair in expected])
+
+
+@random_cases
+@given(probability_cases())
+def test_probabilities(device: torch.device, case: tuple[Tensor, Tensor, LossLike]) -> None:
+    assert_is_the_reference(case, device)
+
+
+@random_cases
+@given(hinge_cases())
+def test_hinge_losses(device: torch.device, case: tuple[Tensor, Tensor, LossLike]) -> None:
+    result = assert_is_the_reference(case, device)
+    logits, labels, loss = case
+    counted = counted_pixels(logits, labels, weighted_sum(loss))
+    if not weighted_sum(loss).multilabel:
+        logits, labels, counted = (tensor.reshape(len(tensor), 1, -1) for tensor in (logits, labels, counted))
+    predicted, true = (logits > 0) & counted, (labels == 1) & counted
+    expected = [counts(predicted[:, c], true[:, c]) for c in range(logits.shape[1])]
+    assert list(zip(result.intersection.tolist(), result.union.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(result.class_iou, [iou(*pair) for pair in expected])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.15, 1.0])
+@pytest.mark.parametrize("class_weight", [None, [0.5, 0.0, 2.0, 1.0]])
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cross_entropy_is_torchs(
+    smoothing: float, class_weight: list[float] | None, ignore_index: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits = normal(2, 4, 9, 7, seed=1).requires_grad_()
+    labels = torch.randint(0, 4, (2, 9, 7), generator=torch.Generator().manual_seed(2))
+    labels[0, 3:5] = ignore_index
+    weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
+    expected = functional.cross_entropy(
+        logits, labels, weight=weight, ignore_index=ignore_index, label_smoothing=smoothing
+    )
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    loss = CrossEntropy(class_weight, ignore_index, smoothing)
+    result = compute(logits.detach().to(device, dtype), labels.to(device), loss)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    assert result.loss == pytest.approx(expected.item(), rel=tolerance)
+    assert norm_error(result.grad, expected_grad) < tolerance
+
+
+def test_cross_entropy_where_nothing_has_weight_is_zero(device: torch.device) -> None:
+    logits, labels = normal(1, 3, 4, seed=3).to(device), torch.zeros(1, 4, dtype=torch.int64, device=device)
+    result = compute(logits, labels, CrossEntropy(class_weights=[0, 1, 1], label_smoothing=0.1))
+    assert result.loss == 0
+    assert torch.equal(result.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_permuting_pixels_permutes_the_gradient_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+    logits, order = normal(1, 5, 3000, seed=4, dtype=dtype), torch.randperm(3000, generator=torch.Generator())
+    labels = torch.randint(0, 5, (1, 3000), generator=torch.Generator().manual_seed(5))
+    loss: list[tuple[float, Loss]] = [(1.0, LovaszSoftmax()), (0.5, CrossEntropy(label_smoothing=0.1))]
+    straight = compute(logits.to(device), labels.to(device), loss)
+    permuted = compute(logits[..., order].to(device), labels[..., order].to(device), loss)
+    assert straight.grad is not None
+    assert permuted.grad is not None
+    assert permuted.loss == straight.loss
+    assert torch.equal(permuted.grad.cpu(), straight.grad.cpu()[..., order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixels_of_equal_logits_tie_whatever_their_labels(dtype: torch.dtype, device: torch.device) -> None:
+    logits = normal(1, 6, 20, seed=8, dtype=dtype).repeat_interleave(25, dim=2)
+    labels = torch.randint(0, 6, (1, 500), generator=torch.Generator().manual_seed(9))
+    result = compute(logits.to(device), labels.to(device), LovaszSoftmax())
+    expected, expected_grad = reference_answer(logits, labels, LovaszSoftmax())
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert norm_error(result.grad, expected_grad) < (1e-6 if dtype == torch.float32 else 1e-12)
+
+
+@random_cases
+@given(softmax_cases().filter(lambda case: isinstance(case[2], LovaszSoftmax) and case[2].class_weights is None))
+def test_softmax_loss_is_within_0_and_1(device: torch.device, case: tuple[Tensor, Tensor, LossLike]) -> None:
+    logits, labels, loss = case
+    assert 0 <= compute(logits.float().to(device), labels.to(device), loss).loss <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_perfect_prediction_costs_nothing(per_image: bool, device: torch.device) -> None:
+    labels = torch.randint(0, 4, (2, 6, 5), generator=torch.Generator().manual_seed(6)).to(device)
+    one_hot = functional.one_hot(labels, 4).movedim(-1, 1).float()
+    results = [
+        compute(one_hot, labels, LovaszSoftmax(per_image=per_image, input="probabilities")),
+        compute(one_hot * 200, labels, LovaszSoftmax(per_image=per_image)),
+        compute(one_hot * 2 - 1, one_hot.long(), LovaszHinge(per_image=per_image, multilabel=True)),
+    ]
+    for result in results:
+        assert result.loss == 0
+        assert (result.class_iou == 1).all()
+
+
+def test_wrong_prediction_costs_everything(device: torch.device) -> None:
+    labels = torch.randint(0, 4, (2, 6, 5), generator=torch.Generator().manual_seed(7)).to(device)
+    wrong = functional.one_hot((labels + 1) % 4, 4).movedim(-1, 1).float()
+    result = compute(wrong * 200, labels, LovaszSoftmax())
+    assert result.loss == pytest.approx(1, rel=1e-6)
+    assert (result.class_iou == 0).all()

@@ -1,0 +1,99 @@
+"""What only a GPU can show: work that is queued without waiting, memory that comes back, bits that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from core.comparison import bits, normal, random_labels
+from torch import Tensor
+
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute
+from lovasz.core.batch import launch
+from lovasz.core.ragged import Request
+from lovasz.spec import LossLike, Result, WeightedSum, weighted_sum
+
+pytestmark = pytest.mark.gpu
+
+VOID = 255
+LOSSES: list[LossLike] = [
+    LovaszSoftmax(ignore_index=VOID),
+    LovaszSoftmax(classes=[0, 3], class_weights=[1.0, 2.0, 0.0, 0.5], per_image=True, ignore_index=VOID),
+    LovaszSoftmax(input="probabilities", ignore_index=VOID),
+    [
+        (1.0, CrossEntropy(class_weights=[1.0, 2.0, 0.0, 0.5], ignore_index=VOID, label_smoothing=0.1)),
+        (1.0, LovaszSoftmax(classes="all", ignore_index=VOID)),
+    ],
+    LovaszHinge(multilabel=True, ignore_index=VOID),
+    LovaszHinge(multilabel=True, per_image=True, ignore_index=VOID),
+]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
+
+
+@pytest.fixture
+def no_waiting(cuda: torch.device) -> Iterator[None]:
+    """Any wait of the host for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def batch_of(loss: WeightedSum, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    members = []
+    for seed, (images, height, width) in enumerate([(1, 64, 80), (3, 16, 16), (2, 1, 1)]):
+        logits = normal(images, 4, height, width, seed=seed, dtype=torch.float32)
+        shape = logits.shape if loss.is_hinge else (images, height, width)
+        labels = random_labels(*shape, values=2 if loss.is_hinge else 4, seed=seed, void=VOID)
+        members.append(((logits.softmax(1) if loss.probabilities else logits).to(device), labels.to(device)))
+    return members
+
+
+@each_loss
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("want_grad", [False, True])
+def test_launch_does_not_wait_for_the_device(
+    loss: LossLike, size: int, want_grad: bool, cuda: torch.device, request: pytest.FixtureRequest
+) -> None:
+    total = weighted_sum(loss)
+    members = batch_of(total, cuda)[:size]
+    expected = [compute(logits, labels, total, want_grad=want_grad) for logits, labels in members]
+    request.getfixturevalue("no_waiting")
+    requests = [Request.checked(logits, labels, total) for logits, labels in members]
+    launched = launch(requests, total, cuda, want_grad=want_grad)
+    torch.cuda.set_sync_debug_mode("default")
+    answers = launched.collect()
+    assert [bits(answer) for answer in answers if isinstance(answer, Result)] == [bits(answer) for answer in expected]
+
+
+@each_loss
+def test_memory_comes_back(loss: LossLike, cuda: torch.device) -> None:
+    members = batch_of(weighted_sum(loss), cuda)
+    for logits, labels in members:
+        compute(logits, labels, loss)
+    before = torch.cuda.memory_allocated()
+    for logits, labels in members * 3:
+        compute(logits, labels, loss)
+    assert torch.cuda.memory_allocated() == before
+
+
+@each_loss
+def test_run_to_run_no_bit_changes_on_a_large_batch(loss: LossLike, cuda: torch.device) -> None:
+    total = weighted_sum(loss)
+    logits = normal(2, 4, 512, 512, seed=1, dtype=torch.float32).to(cuda)
+    logits = logits.softmax(1) if total.probabilities else logits
+    shape = logits.shape if total.is_hinge else (2, 512, 512)
+    labels = random_labels(*shape, values=2 if total.is_hinge else 4, seed=2, void=VOID).to(cuda)
+    assert len({bits(compute(logits, labels, loss)) for _ in range(5)}) == 1
+
+
+@each_loss
+def test_inputs_from_the_host_give_the_same_bits(loss: LossLike, cuda: torch.device) -> None:
+    total = weighted_sum(loss)
+    for logits, labels in batch_of(total, cuda):
+        expected = bits(compute(logits, labels, loss))
+        for host in ((logits.cpu(), labels.cpu()), (logits.cpu().pin_memory(), labels.cpu().pin_memory())):
+            (answer,) = launch([Request.checked(*host, total)], total, cuda).collect()
+            assert isinstance(answer, Result)
+            assert bits(answer) == expected

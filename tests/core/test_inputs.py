@@ -1,0 +1,401 @@
+"""What may come in: 16-bit types, odd memory, void and non-finite pixels; and what is refused, with which words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from core.comparison import bits, norm_error, normal, random_labels, reference_answer
+from torch import Tensor
+
+from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax
+from lovasz.core.batch import launch
+from lovasz.core.ragged import Request
+from lovasz.spec import Loss, LossLike, weighted_sum
+
+VOID = 255
+LOSSES: list[LossLike] = [
+    LovaszSoftmax(ignore_index=VOID),
+    LovaszSoftmax(classes=[0, 2], per_image=True, ignore_index=VOID),
+    CrossEntropy(ignore_index=VOID, label_smoothing=0.1),
+    [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(classes="all", ignore_index=VOID))],
+    LovaszHinge(multilabel=True, ignore_index=VOID),
+    LovaszHinge(multilabel=True, per_image=True, ignore_index=VOID),
+]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+def some_input(loss: LossLike, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Two images of 6 x 5 pixels, 3 channels; no label is void."""
+    is_hinge = weighted_sum(loss).is_hinge
+    logits = normal(2, 3, 6, 5, seed=1, dtype=dtype)
+    shape = logits.shape if is_hinge else (2, 6, 5)
+    return logits.to(device), random_labels(*shape, values=2 if is_hinge else 3, seed=2).to(device)
+
+
+# --- Element types and memory -------------------------------------------------------------------------------------
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_logits_are_widened_and_computed_in_float32(
+    loss: LossLike, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, labels = some_input(loss, device, dtype)
+    narrow, wide = compute(logits, labels, loss), compute(logits.float(), labels, loss)
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.float32
+    assert bits(narrow) == bits(wide)
+
+
+@each_loss
+@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_dtype_of_labels_does_not_matter(loss: LossLike, labels_dtype: torch.dtype, device: torch.device) -> None:
+    logits, labels = some_input(loss, device)
+    assert bits(compute(logits, labels.to(labels_dtype), loss)) == bits(compute(logits, labels, loss))
+
+
+def test_hinge_takes_bool_labels(device: torch.device) -> None:
+    logits, labels = some_input(LovaszHinge(multilabel=True), device)
+    loss = LovaszHinge(multilabel=True)
+    assert bits(compute(logits, labels.bool(), loss)) == bits(compute(logits, labels, loss))
+
+
+@each_loss
+def test_odd_strides_do_not_matter(loss: LossLike, device: torch.device) -> None:
+    logits, labels = some_input(loss, device)
+    expected = bits(compute(logits, labels, loss))
+    wide_logits = torch.zeros(2, 3, 6, 10, device=device)
+    wide_logits[..., ::2] = logits
+    for same in (logits.contiguous(memory_format=torch.channels_last), wide_logits[..., ::2]):
+        assert not same.is_contiguous()
+        result = compute(same, labels.transpose(-1, -2).contiguous().transpose(-1, -2), loss)
+        assert bits(result) == expected
+        assert result.grad is not None
+        assert result.grad.is_contiguous()
+
+
+@each_loss
+def test_inputs_are_never_written_to(loss: LossLike, device: torch.device) -> None:
+    logits, labels = some_input(loss, device)
+    labels.view(-1)[::7] = VOID
+    logits_before, labels_before = logits.clone(), labels.clone()
+    first = compute(logits, labels, loss)
+    assert first.grad is not None
+    first.grad.fill_(3)
+    assert torch.equal(logits, logits_before)
+    assert torch.equal(labels, labels_before)
+    assert logits._version == 0
+
+
+def test_probabilities_are_never_written_to(device: torch.device) -> None:
+    loss = LovaszSoftmax(input="probabilities")
+    logits, labels = some_input(loss, device)
+    probabilities = logits.softmax(1)
+    before = probabilities.clone()
+    compute(probabilities, labels, loss)
+    assert torch.equal(probabilities, before)
+
+
+def test_probability_of_minus_zero_ties_with_zero(device: torch.device) -> None:
+    probabilities = torch.tensor([[-0.0, 1.0], [0.0, 1.0]], device=device)
+    result = compute(probabilities, torch.tensor([1, 1], device=device), LovaszSoftmax([0], input="probabilities"))
+    assert result.grad is not None
+    assert result.grad.tolist() == [[1, 0], [0, 0]]
+
+
+# --- Void pixels and logits that are not finite -------------------------------------------------------------------
+
+
+@each_loss
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_non_finite_logit_makes_the_answer_nan(
+    loss: LossLike, bad: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, labels = some_input(loss, device, dtype)
+    logits[1, 1, 2, 3] = bad
+    result = compute(logits, labels, loss)
+    assert math.isnan(result.loss)
+    assert result.grad is not None
+    assert result.grad.shape == logits.shape
+    assert result.grad.isnan().all()
+    assert (result.intersection == 0).all()
+    assert (result.union == 0).all()
+    assert result.intersection.shape == result.union.shape == (3,)
+    assert np.isnan(result.class_iou).all()
+    for (_, term), answer in zip(weighted_sum(loss).terms, result.terms, strict=True):
+        assert math.isnan(answer.loss)
+        assert answer.per_class_loss.shape == ((0,) if isinstance(term, CrossEntropy) else (3,))
+        assert np.isnan(answer.per_class_loss).all()
+    without_grad = compute(logits, labels, loss, want_grad=False)
+    assert math.isnan(without_grad.loss)
+    assert without_grad.grad is None
+
+
+@each_loss
+@pytest.mark.parametrize("bad", [*NOT_FINITE, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_of_void_pixels_do_not_matter(
+    loss: LossLike, bad: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, labels = some_input(loss, device, dtype)
+    pixels = (slice(None), slice(None), slice(1, 4), 2)
+    labels[pixels if labels.dim() == 4 else (slice(None), slice(1, 4), 2)] = VOID
+    expected = compute(logits, labels, loss)
+    logits[pixels] = bad
+    result = compute(logits, labels, loss)
+    assert bits(result) == bits(expected)
+    assert result.grad is not None
+    assert (result.grad[pixels] == 0).all()
+    assert math.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_pixel_that_one_term_counts_has_to_be_finite(bad: float, device: torch.device) -> None:
+    loss: list[tuple[float, Loss]] = [(1.0, LovaszSoftmax(ignore_index=0)), (1.0, CrossEntropy())]
+    logits, labels = some_input(loss, device)
+    labels[0, 0, 0] = 0
+    logits[0, 1, 0, 0] = bad
+    assert math.isnan(compute(logits, labels, loss).loss)
+    assert math.isfinite(compute(logits, labels, loss[0][1]).loss)
+
+
+@each_loss
+@pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
+def test_all_void_is_zero(loss: LossLike, value: float, device: torch.device) -> None:
+    logits, labels = some_input(loss, device)
+    result = compute(logits.fill_(value), labels.fill_(VOID), loss)
+    assert result.loss == 0
+    assert result.grad is not None
+    assert result.grad.cpu().numpy().tobytes() == bytes(result.grad.nbytes)  # +0.0, each
+    assert (result.union == 0).all()
+    for answer in result.terms:
+        assert answer.loss == 0
+        assert np.isnan(answer.per_class_loss).all()
+
+
+def test_void_image_counts_as_zero(device: torch.device) -> None:
+    loss = LovaszSoftmax(per_image=True, ignore_index=VOID)
+    logits, labels = some_input(loss, device)
+    alone = compute(logits[:1], labels[:1], loss)
+    labels[1] = VOID
+    both = compute(logits, labels, loss)
+    assert both.loss == pytest.approx(alone.loss / 2, rel=1e-12)
+    np.testing.assert_allclose(both.per_class_loss, alone.per_class_loss, rtol=1e-12)
+    assert both.grad is not None
+    assert (both.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -100, 1000, 2**62, -(2**63)])
+def test_ignore_index_may_be_any_number(ignore_index: int, device: torch.device) -> None:
+    logits, labels = some_input(LovaszSoftmax(), device)
+    labels[:, 2] = VOID
+    expected = compute(logits, labels, LovaszSoftmax(ignore_index=VOID))
+    labels[labels == VOID] = ignore_index
+    assert bits(compute(logits, labels, LovaszSoftmax(ignore_index=ignore_index))) == bits(expected)
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------
+
+
+def refusal(logits: Tensor, labels: Tensor, loss: LossLike) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        compute(logits, labels, loss)
+    return str(caught.value)
+
+
+def test_label_out_of_range(device: torch.device) -> None:
+    logits, labels = some_input(LovaszSoftmax(), device)
+    labels[0, 1, 2] = 7
+    labels[1, 0, 0] = -4
+    expected = "labels: got 7 at index [0, 1, 2]; expected a value in [0, 3)"
+    assert refusal(logits, labels, LovaszSoftmax()) == expected + " (2 such pixels)"
+    with_void = expected + " or the ignore_index 255 of LovaszSoftmax (2 such pixels)"
+    assert refusal(logits, labels, LovaszSoftmax(ignore_index=VOID)) == with_void
+    one_of_two = refusal(logits, labels, [(1.0, LovaszSoftmax(ignore_index=-4)), (1.0, CrossEntropy(ignore_index=7))])
+    assert one_of_two == expected + " or the ignore_index -4 of LovaszSoftmax (1 such pixels)"
+    assert refusal(logits, labels.to(torch.int8), CrossEntropy(ignore_index=7)) == (
+        "labels: got -4 at index [1, 0, 0]; expected a value in [0, 3) or the ignore_index 7 of CrossEntropy "
+        "(1 such pixels)"
+    )
+    with pytest.raises(InvalidInput, match="got 7 at index"):
+        lovasz_softmax(logits.requires_grad_(), labels)
+
+
+def test_hinge_label_out_of_range(device: torch.device) -> None:
+    logits, labels = some_input(LovaszHinge(multilabel=True), device)
+    labels = labels[:, 0]
+    labels[1, 5, 4] = 2
+    assert refusal(logits[:, 0], labels, LovaszHinge()) == (
+        "labels: got 2 at index [1, 5, 4]; expected a value in [0, 2) (1 such pixels)"
+    )
+    with pytest.raises(InvalidInput, match=r"labels: got 2 at index \[1, 0, 5, 4\]"):
+        lovasz_hinge(logits[:, :1], labels.unsqueeze(1))
+
+
+@pytest.mark.parametrize("value", [-5.0, 1.5, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_probability_out_of_range(value: float, dtype: torch.dtype, device: torch.device) -> None:
+    loss = LovaszSoftmax(input="probabilities", ignore_index=VOID)
+    logits, labels = some_input(loss, device)
+    probabilities = logits.softmax(1).to(dtype)
+    probabilities[0, 1, 2, 3] = value
+    labels[0, 0, 0] = VOID
+    probabilities[0, 0, 0, 0] = 50  # at a void pixel
+    if math.isinf(value):
+        assert math.isnan(compute(probabilities, labels, loss).loss)
+        return
+    assert refusal(probabilities, labels, loss) == (
+        f"logits: got {value} at index [0, 1, 2, 3] with input='probabilities'; expected a value in [0, 1] "
+        "(for scores before the softmax use input='logits')"
+    )
+    labels[0, 2, 3] = VOID
+    assert math.isfinite(compute(probabilities, labels, loss).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_probabilities_are_judged_and_reported_alike_at_the_edge(dtype: torch.dtype, device: torch.device) -> None:
+    edges = torch.tensor([-1e-3, 1 + 1e-3], dtype=dtype)
+    around = torch.cat([edges, torch.nextafter(edges, edges + 1), torch.nextafter(edges, edges - 1)]).tolist()
+    loss, refused = weighted_sum(LovaszSoftmax(input="probabilities")), []
+    for value in [-1e-4, *around, -0.02]:
+        probabilities = torch.tensor([[0.5, value]], dtype=dtype, device=device)
+        request = Request.checked(probabilities, torch.tensor([0], device=device), loss)
+        (answer,) = launch([request], loss, device).collect()
+        if isinstance(answer, InvalidInput):
+            assert f"got {probabilities[0, 1].item()} at index [0, 1]" in str(answer)
+            refused.append(value)
+    assert -1e-4 not in refused
+    assert -0.02 in refused
+    assert min(around) in refused
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+INTEGERS = torch.int64
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "loss", "text"),
+    [
+        (
+            zeros(2, 3, 4, dtype=INTEGERS),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "logits: got element type int64; expected float32, float16, bfloat16 or float64",
+        ),
+        (
+            zeros(2, 3, 4, dtype=torch.complex64),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "logits: got element type complex64; expected float32, float16, bfloat16 or float64",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 4),
+            LovaszSoftmax(),
+            "labels: got element type float32; expected uint8, int8, int16, int32, int64 or bool",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 5, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "labels: got shape (2, 5) for logits (2, 3, 4); expected (2, 4)",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 1, 4, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "labels: got shape (2, 1, 4) for logits (2, 3, 4); expected (2, 4)",
+        ),
+        (zeros(4), zeros(4, dtype=INTEGERS), LovaszSoftmax(), "logits: got shape (4,); expected (N, C, *spatial)"),
+        (
+            zeros(2, 1, 4),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
+            "(for a binary problem with one channel use LovaszHinge)",
+        ),
+        (
+            zeros(2, 0, 4),
+            zeros(2, 4, dtype=INTEGERS),
+            CrossEntropy(),
+            "logits: got shape (2, 0, 4) with no class; expected (N, C, *spatial), C >= 2",
+        ),
+        (
+            zeros(0, 3, 4),
+            zeros(0, 4, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "logits: got shape (0, 3, 4), which holds no element; expected at least one pixel",
+        ),
+        (
+            zeros(2, 3, 0),
+            zeros(2, 0, dtype=INTEGERS),
+            LovaszSoftmax(),
+            "logits: got shape (2, 3, 0), which holds no element; expected at least one pixel",
+        ),
+        (
+            zeros(),
+            zeros(dtype=INTEGERS),
+            LovaszHinge(),
+            "logits: got shape (); expected (N, *spatial) or (N, 1, *spatial)",
+        ),
+        (
+            zeros(2, 0),
+            zeros(2, 0, dtype=INTEGERS),
+            LovaszHinge(),
+            "logits: got shape (2, 0), which holds no element; expected at least one pixel",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszHinge(),
+            "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
+            "(for several binary labels a pixel, set multilabel=True)",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszHinge(multilabel=True),
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszSoftmax(class_weights=[1, 2]),
+            "class_weights: got 2 numbers; expected 3, one a class",
+        ),
+        (
+            zeros(2, 3, 4),
+            zeros(2, 4, dtype=INTEGERS),
+            LovaszSoftmax(classes=[0, 3]),
+            "classes: got class 3; expected class numbers in [0, 3)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(logits: Tensor, labels: Tensor, loss: LossLike, text: str) -> None:
+    assert refusal(logits, labels, loss) == text
+
+
+def test_labels_on_another_device_are_refused() -> None:
+    labels = torch.zeros(2, 4, dtype=torch.int64, device="meta")
+    assert refusal(zeros(2, 3, 4), labels, LovaszSoftmax()) == "labels: got device meta; expected cpu as the logits"
+
+
+def test_empty_sum_is_refused() -> None:
+    assert refusal(zeros(2, 3), zeros(2, dtype=INTEGERS), []) == "loss: got 0 terms; expected 1 to 16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_answers_are_near_the_truth(dtype: torch.dtype, device: torch.device) -> None:
+    logits, labels = normal(2, 19, 40, 50, seed=5, dtype=dtype).to(device), random_labels(2, 40, 50, values=19, seed=6)
+    result = compute(logits, labels.to(device), LovaszSoftmax())
+    expected, expected_grad = reference_answer(logits, labels, LovaszSoftmax())
+    assert result.loss == pytest.approx(expected, rel=1e-7)
+    assert norm_error(result.grad, expected_grad) < 1e-6
