@@ -73,7 +73,7 @@ class Engine:
         self._metrics = metrics
         self._health_interval_seconds = health_interval_seconds
         on_gpu = device.type == "cuda"
-        streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]  # type: ignore[no-untyped-call]
+        streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]
         self._streams = itertools.cycle(streams)
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
         self._busy_since: float | None = None
