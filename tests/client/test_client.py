@@ -65,8 +65,8 @@ class Size:
 
 
 SMALL = Size("small", 2, 3, 8, "Compute")
-LARGE = Size("large", 2, 5, 170, "ComputeStream")
-LARGE_16_BIT = Size("large", 2, 5, 240, "ComputeStream")
+LARGE = Size("large", 2, 5, 240, "ComputeStream")
+LARGE_16_BIT = Size("large", 2, 5, 340, "ComputeStream")
 each_size = pytest.mark.parametrize("size", [SMALL, LARGE], ids=lambda size: size.name)
 
 

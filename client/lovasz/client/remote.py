@@ -18,8 +18,8 @@ from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 
-UNARY_BYTES = 1 << 20
-"""Requests whose payload is larger are streamed."""
+UNARY_BYTES = 2 << 20
+"""Requests whose payload is larger are streamed: about where that gets faster (measured on loopback, 2 cores)."""
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
