@@ -7,7 +7,7 @@ TORCH := 2.13.0
 BUF := @bufbuild/buf@1.75.0
 
 # The environment that a package is built in is pinned, too.
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test check lint types proto-check proto compat gpu bench figures constraints clean
@@ -18,14 +18,15 @@ help:
 	@echo "make check        lint, types, generated stubs (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
 	@echo "make bench        time the core against its peers on this machine"
-	@echo "make gpu          GPU tests and benchmark, from a bare checkout: needs torch, grpcio and pytest, no install"
+	@echo "make gpu          GPU tests and benchmark from a bare checkout: no install, but torch, pytest,"
+	@echo "                  pytest-timeout and hypothesis have to be there"
 	@echo "make proto        generate the stubs anew"
 	@echo "make figures      draw the figures of the docs anew"
 	@echo "make constraints  pin all versions anew"
 	@echo "make clean        remove what the others made"
 
 $(INSTALLED): pyproject.toml constraints.txt proto/lovasz/version.py
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); torch alone is some 200 MB, and gigabytes where it comes with CUDA ..."
 	$(BIN)/python -m pip install --quiet torch
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -50,7 +51,7 @@ types: $(INSTALLED)
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
-	@test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	@test -x .venv-proto/bin/pip || $(PYTHON) -m venv .venv-proto
 	PIP_CONSTRAINT= .venv-proto/bin/python -m pip install --quiet --requirement proto/requirements.txt
 	@touch $@
 
@@ -71,8 +72,8 @@ proto-check: .venv-proto/.installed
 	@rm -rf .venv-oldest
 	$(BIN)/python -m venv .venv-oldest
 	PIP_CONSTRAINT= .venv-oldest/bin/python -m pip install --quiet --no-deps --requirement tests/oldest.txt
-	@site() { $$1/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
-		echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" > "$$(site .venv-oldest)/newest.pth"
+	@site() { "$$1"/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
+		echo "import site; site.addsitedir('$$(site "$(CURDIR)/$(VENV)")')" > "$$(site .venv-oldest)/newest.pth"
 	@touch $@
 
 compat: .venv-oldest/.installed

@@ -15,7 +15,6 @@ PyTorch; the second asks a loss server, which this script starts and stops (or n
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,9 +22,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-
-# Before anything loads OpenMP: its threads spin while they wait, and so keep the cores from the server beside them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import numpy.typing as npt
@@ -429,6 +425,7 @@ def main() -> None:
     args = parse_arguments()
     scale = QUICK if args.quick else Scale()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # more do not help so small a network, and they would be in the way of the server
     started = time.perf_counter()
 
     train_digits, test_digits = split_digits(args.seed)

@@ -65,9 +65,10 @@ class Size:
 
 
 SMALL = Size("small", 2, 3, 8, "Compute")
+MEDIUM = Size("medium", 2, 5, 150, "Compute")  # 0.9 MB: more than gRPC keeps for a retry unless it is told
 LARGE = Size("large", 2, 5, 240, "ComputeStream")
 LARGE_16_BIT = Size("large", 2, 5, 340, "ComputeStream")
-each_size = pytest.mark.parametrize("size", [SMALL, LARGE], ids=lambda size: size.name)
+each_size = pytest.mark.parametrize("size", [SMALL, MEDIUM, LARGE], ids=lambda size: size.name)
 
 
 @pytest.fixture(scope="module")

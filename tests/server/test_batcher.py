@@ -131,6 +131,19 @@ def test_a_caller_that_has_gone_is_left_out() -> None:
     assert queue.take(idle=True, timeout_seconds=0) == [here]
 
 
+def test_a_discarded_request_is_held_no_more() -> None:
+    queue = batcher()
+    gone, here, other = entry(), entry(), entry(classes=4)
+    for one in (gone, here, other):
+        queue.put(one)
+    queue.discard(gone)
+    queue.discard(other)
+    queue.discard(other)
+    assert len(queue) == 1
+    assert take_all(queue) == [[here]]
+    queue.discard(here)
+
+
 def test_work_whose_deadline_has_passed_is_not_started() -> None:
     queue = batcher()
     late, in_time = entry(deadline=time.monotonic() - 1), entry(deadline=time.monotonic() + 3600)

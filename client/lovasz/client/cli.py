@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from lovasz.client.client import LossClient, ServerInfo
-from lovasz.client.errors import LossError, ServerUnavailableError
+from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
 from lovasz.version import VERSION
 
 
@@ -61,7 +61,7 @@ def _first_answer(client: LossClient, until: float) -> ServerInfo:
     while True:
         try:
             return client.server_info()
-        except ServerUnavailableError:
+        except (ServerUnavailableError, DeadlineExceededError):
             if time.monotonic() >= until:
                 raise
             time.sleep(0.2)

@@ -88,7 +88,7 @@ class LossClient:
         Args:
             target: HOST:PORT, ``unix:/path``, any other target of gRPC, or ``"inprocess"``: no server, ``lovasz.core``
                 computes here on the logits' device.
-            timeout: seconds for a call with all its retries, unless the call says otherwise.
+            timeout: seconds for a call with all its retries, unless the call says otherwise; without effect in process.
 
         A call that finds no server or a full one is tried again, up to 5 times in about 10 seconds, within its timeout.
         Connecting happens at the first call.

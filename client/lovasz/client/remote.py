@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -21,6 +22,9 @@ from lovasz.v1 import loss_pb2_grpc
 UNARY_BYTES = 2 << 20
 """Requests whose payload is larger are streamed: about where that gets faster (measured on loopback, 2 cores)."""
 
+_RETRY_BUFFER_BYTES = 2 * UNARY_BYTES
+"""gRPC tries again only what fits into its buffer, which is smaller unless it is told."""
+
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -38,7 +42,10 @@ class RemoteTarget:
     def __init__(self, target: str) -> None:
         self._name = target
         self._closed = False
-        retrying = (("grpc.service_config", service_config("Compute")),)
+        retrying = (
+            ("grpc.service_config", service_config("Compute")),
+            ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
+        )
         self._messages = grpc.insecure_channel(target, options=_OPTIONS + retrying)
         # A connection of their own: what is in transit there delays no small request.
         self._streams = grpc.insecure_channel(target, options=(*_OPTIONS, ("grpc.enable_retries", 0)))
@@ -49,19 +56,11 @@ class RemoteTarget:
         return encode(logits, labels, loss, want_grad)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
-        try:
+        with self._own_errors():
             if call.request.payload_bytes <= UNARY_BYTES:
                 response, grad = self._unary(call, timeout)
             else:
                 response, grad = with_retries(lambda left: self._stream(call, left), timeout)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._name) from None
-        except ValueError:
-            if self._closed:  # What gRPC raises for a channel that was closed in the meantime.
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            raise
-        except _WrongAnswer as error:
-            raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
         return spec.Result(
             loss=response.loss,
             grad=None if response.grad is None else decode_grad(grad, response, call.original),
@@ -72,10 +71,8 @@ class RemoteTarget:
         )
 
     def server_info(self, timeout: float) -> ServerInfo:
-        try:
+        with self._own_errors():
             info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._name) from None
         return ServerInfo(
             version=info.version,
             devices=tuple(Device(device.name, device.hardware, device.healthy) for device in info.devices),
@@ -83,6 +80,20 @@ class RemoteTarget:
             memory_budget_bytes=info.memory_budget_bytes,
             max_requests=info.max_requests,
         )
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Turns what gRPC raises into the client's errors."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._name) from None
+        except ValueError:
+            if self._closed:  # What gRPC raises for a channel that was closed in the meantime.
+                raise CallCancelledError(f"{self._name}: the client was closed") from None
+            raise
+        except _WrongAnswer as error:
+            raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
 
     def close(self) -> None:
         self._closed = True

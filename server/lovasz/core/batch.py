@@ -291,9 +291,10 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput:
 def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput:
     values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as they were judged
     bad = (values < -PROBABILITY_TOLERANCE) | (values > 1 + PROBABILITY_TOLERANCE)
-    counted = torch.zeros_like(request.labels, dtype=torch.bool)
+    labels = request.labels.to(torch.int64)
+    counted = torch.zeros_like(labels, dtype=torch.bool)
     for _, term in loss.terms:
-        counted |= request.labels != term.ignore_index if term.ignore_index is not None else True
+        counted |= labels != term.ignore_index if term.ignore_index is not None else True
     place = tuple((bad & counted.unsqueeze(1)).nonzero()[0].tolist())
     return InvalidInput(
         "logits",

@@ -1,4 +1,4 @@
-"""Decides from a request's header whether the server has room for it, and holds that room until its answer is sent."""
+"""Decides from a request's header whether there is room for it, and holds that room until gRPC has its answer."""
 
 from __future__ import annotations
 

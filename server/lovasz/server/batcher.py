@@ -98,6 +98,15 @@ class Batcher:
             self._waiting.setdefault(entry.key, deque()).append(entry)
             self._changed.notify()
 
+    def discard(self, entry: Entry) -> None:
+        """Takes a cancelled entry, and the tensors that it holds, out of the queue if it is still there."""
+        with self._changed:
+            entries = self._waiting.get(entry.key)
+            if entries is not None and entry in entries:
+                entries.remove(entry)
+                if not entries:
+                    del self._waiting[entry.key]
+
     def close(self) -> None:
         """Takes no more; what waits can still be taken."""
         with self._changed:

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,24 +108,49 @@ class Engine:
         running: _Running | None = None
         while running is not None or not self._batcher.finished:
             batch = self._batcher.take(idle=running is None, timeout_seconds=self._health_interval_seconds)
-            self._busy_since = time.monotonic() if batch or running else None
-            launched = self._launch(batch) if batch else None
-            if running is not None:
-                self._finish(running)
-            running = launched
-            if running is not None and self.device.type == "cpu":
-                self._finish(running)
+            try:
+                running = self._step(batch, running)
+            except Exception as error:
+                _log.exception("a fault of the engine itself")
+                for entry in [*batch, *(running.entries if running else ())]:
+                    if not entry.future.done():
+                        entry.future.set_exception(error)
                 running = None
-            self._busy_since = self._busy_since if running else None
-            if not batch and not running and time.monotonic() - self._last_check >= self._health_interval_seconds:
+            batch.clear()  # So that nothing is held while the next is waited for.
+            self._busy_since = time.monotonic() if running else None
+
+    def _step(self, batch: list[Entry], running: _Running | None) -> _Running | None:
+        """Launches a batch, finishes the one before, and returns what runs then."""
+        if not batch and not running:
+            if time.monotonic() - self._last_check >= self._health_interval_seconds:
                 self._check()
+            return None
+        self._busy_since = time.monotonic()
+        launched = None
+        if batch:
+            try:
+                launched = self._begin(batch)
+            except Exception as error:
+                if running is None:
+                    self._split(batch, error)
+                else:  # The memory that it holds may be all that was missing.
+                    self._finish(running)
+                    running, launched = None, self._launch(batch)
+        if running is not None:
+            self._finish(running)
+        if launched is not None and self.device.type == "cpu":
+            self._finish(launched)
+            launched = None
+        return launched
+
+    def _begin(self, entries: Sequence[Entry]) -> _Running:
+        started, stream = time.monotonic(), next(self._streams)
+        with on(stream):
+            return _Running(list(entries), self._start(entries), started, stream)
 
     def _launch(self, entries: list[Entry]) -> _Running | None:
-        started = time.monotonic()
-        stream = next(self._streams)
         try:
-            with on(stream):
-                return _Running(entries, self._start(entries), started, stream)
+            return self._begin(entries)
         except Exception as error:
             self._split(entries, error)
             return None
@@ -165,6 +191,7 @@ class Engine:
 
     def _split(self, entries: list[Entry], error: Exception) -> None:
         """A batch failed: computes it in halves, so that a request which cannot be computed is refused alone."""
+        traceback.clear_frames(error.__traceback__)  # They hold what the failed attempt took of the device's memory.
         if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
         if len(entries) > 1:
@@ -212,7 +239,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether the device, or the host, had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def to_wire_dtype(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:

@@ -32,7 +32,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
-    # Clients ping idle connections; a server's own pings find clients that are gone without a word.
+    # Pings find peers that are gone without a word; those of clients are taken.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
@@ -145,6 +145,8 @@ class Server:
         # gRPC cancels what is left a little later than it is counted here.
         stopped = self._grpc.stop(self._config.drain_seconds + 1.0)
         left = self._admission.wait_until_empty(self._config.drain_seconds)
+        if left == 0:
+            self._grpc.stop(1.0)  # Nobody waits for the grace of open health watches.
         stopped.wait()
         finished = self._engine.stop(timeout_seconds=5.0) and left == 0
         self._metrics.stop()

@@ -17,7 +17,7 @@ import torch
 from lovasz import wire
 from lovasz.server.admission import Admission, Permit
 from lovasz.server.batcher import Answer, Batcher, Entry
-from lovasz.server.engine import Engine, hardware_name
+from lovasz.server.engine import Engine, hardware_name, is_out_of_memory
 from lovasz.server.errors import (
     AbandonedError,
     DeviceError,
@@ -46,6 +46,9 @@ STATUS: dict[type[BaseException], grpc.StatusCode] = {
     AbandonedError: grpc.StatusCode.CANCELLED,
 }
 """What each error leaves the server as; whatever is not here leaves as a bland INTERNAL."""
+
+_MAX_TEXT = 2000
+"""Characters of an error's text: gRPC's metadata is limited."""
 
 _REJECTION_REASONS: dict[type[BaseException], str] = {
     InvalidInput: "invalid",
@@ -161,7 +164,12 @@ class _Call:
         service = self._service
         grad_bytes = header.logits.nbytes if header.want_grad else 0
         self._permit = service.admission.reserve(header.payload_bytes + grad_bytes)
-        staging = Staging(header, pinned=service.engine.device.type == "cuda")
+        try:
+            staging = Staging(header, pinned=service.engine.device.type == "cuda")
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OverloadedError("the server's host has no memory left for the request's tensors", 1.0) from None
+            raise
         staging.receive(payload)
         self._received = time.monotonic()
         entry = Entry(staging.request(), header.loss, header.want_grad, self._deadline)
@@ -171,7 +179,11 @@ class _Call:
         try:
             answer = entry.future.result()
         except CancelledError:
+            service.batcher.discard(entry)
             raise AbandonedError("the caller went away") from None
+        finally:
+            # An error's trace leads to this frame, and must not keep the tensors alive.
+            del entry, staging
         seconds = service.metrics.phase_seconds
         seconds.labels("receive").observe(self._received - self._started)
         seconds.labels("queue").observe(answer.started - self._received)
@@ -219,7 +231,7 @@ class _Call:
         if code is grpc.StatusCode.INTERNAL:
             _log.error("unexpected fault", exc_info=error, extra={"method": self._method, "loss": self._loss})
             text = "the server failed on this request; its log says why"
-        self._context.abort(code, text)
+        self._context.abort(code, text[:_MAX_TEXT])
 
     def _gone(self) -> ServerError:
         if self._deadline is not None and time.monotonic() >= self._deadline:
