@@ -257,6 +257,7 @@ def main() -> None:
         rows += measured
     if args.json:
         content = {"setting": setting, "rows": [dataclasses.asdict(row) for row in rows]}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -2,13 +2,13 @@
 
 The images are composed of real handwritten digits (scikit-learn's 1,797 scans of 8x8 pixels): several a canvas, in many
 sizes, among fragments of other digits and under noise. Background is class 0, digit d is class d + 1, and a thin border
-round each digit is void: label 255, which neither the losses nor the scores count. Background dominates and high digits
-are rare, as in most real segmentation problems.
+round each digit is void: label 255, which neither the losses nor the scores count. Background dominates and some digits
+are rarer than others, as in most real segmentation problems.
 
 Both trainings start from the same weights and see the same images in the same order. The first takes its loss from
 PyTorch; the second asks a loss server, which this script starts and stops (or name a running one with --target):
 
-    python examples/segment_digits.py                            # about two minutes on two CPU cores
+    python examples/segment_digits.py                            # two to three minutes on two CPU cores
     python examples/segment_digits.py --target localhost:50051   # with a server that is already there
 """
 
@@ -18,7 +18,7 @@ import argparse
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from lovasz.client import CrossEntropy, LovaszSoftmax
+from lovasz.client import CrossEntropy, LossClient, LovaszSoftmax
 from lovasz.client.torch import RemoteLoss
 from lovasz.server.launch import ServerProcess
 
@@ -223,9 +223,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, ignore_index=VOID)
 
 
-def cross_entropy_and_lovasz(target: str) -> RemoteLoss:
-    """The sum of both losses, computed by the server at ``target`` in one call."""
-    return RemoteLoss(target, [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(ignore_index=VOID))])
+def cross_entropy_and_lovasz(client: LossClient) -> RemoteLoss:
+    """The sum of both losses, which the client's server computes in one call."""
+    return RemoteLoss(client, [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(ignore_index=VOID))])
 
 
 def batches(scenes: Scenes, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -434,15 +434,13 @@ def main() -> None:
     print(f"{len(train_digits.values):,} digits on {scale.train_canvases:,} canvases to train with, ", end="")
     print(f"{len(test_digits.values):,} other digits on {scale.test_canvases:,} canvases to test with", flush=True)
 
-    with loss_server(args.target, args.metrics_url) as server:
-        print(
-            f"loss server at {server.target}, U-Net on {device}, {scale.steps:,} steps of {BATCH} canvases each",
-            flush=True,
-        )
+    with loss_server(args.target, args.metrics_url) as server, LossClient(server.target) as client:
+        there = client.server_info()
+        print(f"loss server {there.version} at {server.target}, {there.devices[0].hardware}")
+        print(f"U-Net on {device}, {scale.steps:,} steps of {BATCH} canvases each", flush=True)
         before = Metrics.scrape(server.metrics_url) if server.metrics_url else None
         baseline = train("cross-entropy", cross_entropy, train_scenes, scale.steps, args.seed)
-        with closing(cross_entropy_and_lovasz(server.target)) as criterion:
-            lovasz = train("cross-entropy + Lovász", criterion, train_scenes, scale.steps, args.seed)
+        lovasz = train("cross-entropy + Lovász", cross_entropy_and_lovasz(client), train_scenes, scale.steps, args.seed)
         counted = Metrics.scrape(server.metrics_url).since(before) if server.metrics_url and before else None
 
     baseline_score, lovasz_score = (evaluate(training.model, test_scenes) for training in (baseline, lovasz))
