@@ -27,6 +27,9 @@ _SPARE_THREADS = 16
 _SPARE_CALLS = 64
 """Calls beyond the limit that are refused with a reason; what comes on top of them, gRPC refuses by itself."""
 
+_LAST_BYTES_SECONDS = 1.0
+"""What answers that were handed to gRPC have to leave the host, once nothing else is in flight."""
+
 _OPTIONS = (
     # Without this, a second server would share a port that is taken, instead of failing.
     ("grpc.so_reuseport", 0),
@@ -142,12 +145,9 @@ class Server:
         _log.info("draining", extra={"requests": pending, "seconds": self._config.drain_seconds})
         self._health.stop()
         self._admission.close()
-        # gRPC cancels what is left a little later than it is counted here.
-        stopped = self._grpc.stop(self._config.drain_seconds + 1.0)
+        # Until the end, new calls are refused by admission, with a reason that clients try again on.
         left = self._admission.wait_until_empty(self._config.drain_seconds)
-        if left == 0:
-            self._grpc.stop(1.0)  # Nobody waits for the grace of open health watches.
-        stopped.wait()
+        self._grpc.stop(_LAST_BYTES_SECONDS).wait()
         finished = self._engine.stop(timeout_seconds=5.0) and left == 0
         self._metrics.stop()
         self._calls.shutdown(wait=finished, cancel_futures=True)
