@@ -11,8 +11,8 @@ from lovasz.server.launch import ServerProcess
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that the core runs on; what is held on one of them has to hold on all."""
+def torch_device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that torch's own path runs on."""
     if request.param == "cuda":
         require_gpu()
     return torch.device(request.param)

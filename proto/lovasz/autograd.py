@@ -35,7 +35,25 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, grad = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not _graph_is_kept():
+            return _scale_in_place(grad, grad_outputs[0]).to(logits.dtype), None, None
         return _Scale.apply(grad_outputs[0], grad, logits), None, None  # type: ignore[no-untyped-call]
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be followed by another over the same graph (``retain_graph=True``)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
+def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient is as large as the logits and is used once: no copy of it is made, and a factor of 1 costs nothing.
+
+    (On a GPU, to look at the factor would be to wait for it.)
+    """
+    if grad_output.device.type == "cpu" and grad_output.item() == 1:
+        return grad
+    return grad.mul_(grad_output.to(grad.dtype))
 
 
 class _Scale(torch.autograd.Function):

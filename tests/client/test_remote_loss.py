@@ -97,7 +97,7 @@ def test_it_equals_the_local_loss_bit_for_bit(shared: LossClient, loss: LossLike
     ],
 )
 def test_dtypes_and_devices(
-    shared: LossClient, dtype: torch.dtype, loss_dtype: torch.dtype, device: torch.device
+    shared: LossClient, dtype: torch.dtype, loss_dtype: torch.dtype, torch_device: torch.device
 ) -> None:
     logits, labels = some_input(dtype)
     logits = logits.detach().to(device).requires_grad_()
@@ -118,7 +118,7 @@ def test_channels_last_logits(shared: LossClient) -> None:
     assert torch.equal(backward(criterion, strided, labels)[1], backward(criterion, logits, labels)[1])
 
 
-def test_a_training_step_under_autocast(shared: LossClient, device: torch.device) -> None:
+def test_a_training_step_under_autocast(shared: LossClient, torch_device: torch.device) -> None:
     images = normal(2, 1, 16, 16, seed=3, dtype=torch.float32).to(device)
     labels = random_labels(2, 16, 16, values=3, seed=4).to(device)
     mix: LossLike = [(1.0, CrossEntropy()), (1.0, LovaszSoftmax())]

@@ -1,6 +1,6 @@
-"""Computes a batch of requests at once: validity of labels, terms of the loss, gradient, and the counts for IoU.
+"""Computes a batch of requests at once and sorts the answers.
 
-``launch`` queues all work on the device without waiting for it; ``Launched.collect`` waits and sorts the answers.
+``launch`` queues all work on the device without waiting for it; ``Launched.collect`` waits.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.core.cross_entropy import Part, cross_entropy
-from lovasz.core.ragged import Ragged, Request, flatten, unflatten
-from lovasz.core.segments import Groups, lovasz_extension, on_device
-from lovasz.core.softmax import Softmax, backward, given_probabilities, softmax, sum_over_classes
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed
+from lovasz.core.paths import Path, choose, compute
+from lovasz.core.ragged import Request
 from lovasz.spec import (
     CrossEntropy,
     InvalidInput,
@@ -27,66 +26,58 @@ from lovasz.spec import (
     WeightedSum,
 )
 
-PROBABILITY_TOLERANCE = 1e-3
-"""How far a probability may stand outside [0, 1]; what is further out is taken for a mistake."""
-
-
-@dataclass(frozen=True)
-class _TermValues:
-    """One term's values on the device; of ``losses`` and ``scored``, groups of one request stand side by side."""
-
-    losses: Tensor  # float64, (K, groups); cross-entropy: (1, requests)
-    scored: Tensor  # bool, (K, groups)
-    per_image: bool
+Answer = Result[Tensor] | InvalidInput
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A batch whose computation may still be running on its device."""
+    """A batch whose computation may still be running on its device; in parts, one for each path that requests take."""
 
     requests: tuple[Request, ...]
-    loss: WeightedSum
-    batch: Ragged
-    terms: tuple[_TermValues, ...]
-    grad: Tensor | None
-    intersection: Tensor
-    union: Tensor
-    faults: Tensor  # int64, (3, requests): bad labels, non-finite pixels, pixels with probabilities out of range
+    parts: tuple[_Part, ...]
 
-    def collect(self) -> list[Result[Tensor] | InvalidInput]:
+    def collect(self) -> list[Answer]:
         """Waits for the device; one answer a request, in their order. A request that cannot be computed with is
         answered by the error that says why, and the others are not touched by it."""
-        bad_labels, not_finite, out_of_range = self.faults.cpu().numpy()
-        terms = [(t.losses.cpu().numpy(), t.scored.cpu().numpy(), t.per_image) for t in self.terms]
-        intersection, union = self.intersection.cpu().numpy(), self.union.cpu().numpy()
-        grads = self._grads()
-        answers: list[Result[Tensor] | InvalidInput] = []
+        answers = {place: answer for part in self.parts for place, answer in part.collect()}
+        return [answers[place] for place in range(len(self.requests))]
+
+
+@dataclass(frozen=True)
+class _Part:
+    places: tuple[int, ...]
+    requests: tuple[Request, ...]
+    loss: WeightedSum
+    computed: Computed
+
+    def collect(self) -> list[tuple[int, Answer]]:
+        computed = self.computed
+        bad_labels, not_finite, out_of_range = computed.faults.cpu().numpy()
+        terms = [(t.losses.cpu().numpy(), t.scored.cpu().numpy(), t.per_image) for t in computed.terms]
+        intersection, union = computed.intersection.cpu().numpy(), computed.union.cpu().numpy()
+        answers: list[Answer] = []
         image = 0
         for r, request in enumerate(self.requests):
             images = slice(image, image + request.layout.images)
             image = images.stop
+            grad = None if computed.grads is None else computed.grads[r]
             if bad_labels[r]:
                 answers.append(_label_error(request, self.loss))
             elif out_of_range[r]:
                 answers.append(_probability_error(request, self.loss))
             elif not_finite[r]:
-                answers.append(self._not_a_number(grads[r]))
+                answers.append(self._not_a_number(request, grad))
             else:
                 results = []
                 for (_, loss), (losses, scored, per_image) in zip(self.loss.terms, terms, strict=True):
                     groups = images if per_image else slice(r, r + 1)
                     results.append(_term_result(loss, losses[:, groups], scored[:, groups]))
                 total = sum(weight * term.loss for (weight, _), term in zip(self.loss.terms, results, strict=True))
-                answers.append(Result(total, grads[r], tuple(results), intersection[:, r].copy(), union[:, r].copy()))
-        return answers
+                answers.append(Result(total, grad, tuple(results), intersection[:, r].copy(), union[:, r].copy()))
+        return list(zip(self.places, answers, strict=True))
 
-    def _grads(self) -> Sequence[Tensor | None]:
-        if self.grad is None:
-            return [None] * len(self.requests)
-        return unflatten(self.grad, self.batch, [request.logits.shape for request in self.requests])
-
-    def _not_a_number(self, grad: Tensor | None) -> Result[Tensor]:
-        nan, channels = float("nan"), len(self.batch.logits)
+    def _not_a_number(self, request: Request, grad: Tensor | None) -> Result[Tensor]:
+        nan, channels = float("nan"), request.layout.channels
         terms = tuple(
             TermResult(loss.kind, nan, np.full(0 if isinstance(loss, CrossEntropy) else channels, nan))
             for _, loss in self.loss.terms
@@ -114,162 +105,29 @@ def _term_result(
     return TermResult(loss.kind, float(groups.mean()), per_class)
 
 
-def launch(requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool = True) -> Launched:
+def launch(
+    requests: Sequence[Request],
+    loss: WeightedSum,
+    device: torch.device,
+    *,
+    want_grad: bool = True,
+    path: Path | None = None,
+) -> Launched:
     """Queues the computation of requests that agree in element type and channels.
 
     The answer to each is bit-identical to that in a batch of its own.
+
+    Args:
+        path: how to compute them; None for the fastest that fits each.
     """
-    with torch.no_grad():
-        batch = flatten(requests, loss, device)
-        computed = _hinge(batch, loss, want_grad) if loss.is_hinge else _softmax(batch, loss, want_grad)
-        terms, grad, intersection, union, faults = computed
-    return Launched(tuple(requests), loss, batch, terms, grad, intersection, union, faults)
-
-
-_Computed = tuple[tuple[_TermValues, ...], Tensor | None, Tensor, Tensor, Tensor]
-
-
-class _Validity:
-    """Which pixels each term counts."""
-
-    def __init__(self, batch: Ragged, loss: WeightedSum) -> None:
-        labels = batch.labels
-        in_range = (labels >= 0) & (labels < batch.layouts[0].label_values)
-        self.safe_labels = torch.where(in_range, labels, 0)
-        self.any_ignored = any(term.ignore_index is not None for _, term in loss.terms)
-        self._of: dict[int | None, Tensor] = {}
-        self.bad = torch.zeros_like(in_range)
-        for _, term in loss.terms:
-            ignored = labels == term.ignore_index if term.ignore_index is not None else torch.zeros_like(in_range)
-            self._of[term.ignore_index] = in_range & ~ignored
-            self.bad |= ~in_range & ~ignored
-        self.counted = torch.stack(list(self._of.values())).any(0)
-
-    def of(self, loss: LovaszSoftmax | LovaszHinge | CrossEntropy) -> Tensor:
-        return self._of[loss.ignore_index]
-
-
-def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
-    validity = _Validity(batch, loss)
-    labels = validity.safe_labels
-    soft = given_probabilities(batch.logits, labels) if loss.probabilities else softmax(batch.logits, labels)
-    g = torch.zeros_like(batch.logits) if want_grad else None
-    terms: list[_TermValues] = []
-    parts: list[Part] = []
-    for weight, term in loss.terms:
-        if isinstance(term, LovaszSoftmax):
-            terms.append(_lovasz_softmax(term, weight, batch, soft, validity, g))
-        elif isinstance(term, CrossEntropy):
-            valid = validity.of(term)
-            counts = _class_counts(labels, valid, batch.requests, len(batch.logits))
-            parts.append(cross_entropy(term, weight, batch, soft, labels, valid, counts))
-            values = parts[-1].loss.unsqueeze(0)
-            terms.append(_TermValues(values, torch.ones_like(values, dtype=torch.bool), per_image=False))
-    grad = None
-    if g is not None:
-        if loss.probabilities:
-            grad = g.scatter_(0, labels.unsqueeze(0), -g.gather(0, labels.unsqueeze(0)))
-        else:
-            pull = torch.stack([part.pull for part in parts]) if parts else None
-            grad = backward(soft, labels, g, None if pull is None else sum_over_classes(pull))
-            for part in parts:
-                part.add_spread(grad, soft, labels)
-        if validity.any_ignored:
-            grad.masked_fill_(~validity.counted, 0)
-    hit = validity.counted & (soft.prediction == labels)
-    channels = len(batch.logits)
-    intersection = _class_counts(labels, hit, batch.requests, channels)
-    union = _class_counts(labels, validity.counted, batch.requests, channels)
-    union += _class_counts(soft.prediction, validity.counted, batch.requests, channels)
-    union -= intersection
-    return tuple(terms), grad, intersection, union, _faults(batch, loss, validity, soft)
-
-
-def _lovasz_softmax(
-    term: LovaszSoftmax, weight: float, batch: Ragged, soft: Softmax, validity: _Validity, g: Tensor | None
-) -> _TermValues:
-    labels, valid = validity.safe_labels, validity.of(term)
-    groups, share = _groups(batch, term.per_image)
-    channels, device = len(batch.logits), labels.device
-    counts = _class_counts(labels, valid, groups, channels)
-    if term.classes == "present":
-        scored = counts > 0
-    else:
-        scored = (counts.sum(0) > 0).expand(counts.shape)
-        if term.classes != "all":
-            wanted = frozenset(term.classes)
-            listed = on_device([c in wanted for c in range(channels)], torch.bool, device)
-            scored = scored & listed.unsqueeze(1)
-    class_weights = on_device(term.class_weights or [1.0] * channels, torch.float64, device)
-    weights = weight * share * class_weights.unsqueeze(1) * scored / scored.sum(0).clamp(min=1)
-    class_numbers = torch.arange(channels, device=device).unsqueeze(1)
-    # Knowing which classes are present spares the CPU the sorting of the others; a GPU would have to be waited for.
-    rows = None if labels.is_cuda else scored.any(1).nonzero()[:, 0].tolist()
-    losses = lovasz_extension(
-        soft.errors,
-        lambda block: labels == class_numbers[block],
-        valid,
-        counts,
-        groups,
-        weights.to(soft.errors.dtype),
-        g,
-        rows=rows,
-        largest_error=1.0 + PROBABILITY_TOLERANCE,
-    )
-    return _TermValues(losses, scored, term.per_image)
-
-
-def _hinge(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
-    validity = _Validity(batch, loss)
-    logits, foreground = batch.logits, validity.safe_labels == 1
-    errors = torch.where(foreground, 1 - logits, 1 + logits).clamp_(min=0)
-    g = torch.zeros_like(logits) if want_grad else None
-    terms: list[_TermValues] = []
-    for weight, term in loss.terms:
-        valid = validity.of(term)
-        groups, share = _groups(batch, _per_image(term))
-        counts = groups.sum(foreground & valid)
-        scored = groups.sum(valid) > 0
-        weights = (weight / len(logits) * share).to(logits.dtype).expand(counts.shape)
-        losses = lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights, g)
-        terms.append(_TermValues(losses, scored, _per_image(term)))
-    grad = None if g is None else torch.where(foreground, -g, g).mul_(errors > 0)
-    if grad is not None and validity.any_ignored:
-        grad.masked_fill_(~validity.counted, 0)
-    predicted = logits > 0
-    intersection = batch.requests.sum(predicted & foreground & validity.counted)
-    union = batch.requests.sum((predicted | foreground) & validity.counted)
-    return tuple(terms), grad, intersection, union, _faults(batch, loss, validity, None)
-
-
-def _per_image(loss: LovaszSoftmax | LovaszHinge | CrossEntropy) -> bool:
-    return not isinstance(loss, CrossEntropy) and loss.per_image
-
-
-def _groups(batch: Ragged, per_image: bool) -> tuple[Groups, Tensor]:
-    """The groups that are scored, and each one's share of its request's loss (float64, one a group)."""
-    if not per_image:
-        return batch.requests, torch.ones(len(batch.requests), dtype=torch.float64, device=batch.logits.device)
-    shares = [1 / layout.images for layout in batch.layouts for _ in range(layout.images)]
-    return batch.images, on_device(shares, torch.float64, batch.logits.device)
-
-
-def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: int) -> Tensor:
-    """int64, shape (K, groups): pixels of each class among those counted."""
-    counts = torch.zeros(channels * len(groups), dtype=torch.int64, device=classes.device)
-    index = classes if len(groups) == 1 else classes * len(groups) + groups.of_pixel
-    return counts.scatter_add_(0, index, counted.to(torch.int64)).view(channels, len(groups))
-
-
-def _faults(batch: Ragged, loss: WeightedSum, validity: _Validity, soft: Softmax | None) -> Tensor:
-    finite = torch.isfinite(batch.logits) if soft is None else soft.finite
-    faults = [validity.bad, ~finite & validity.counted]
-    if loss.probabilities:
-        low, high = -PROBABILITY_TOLERANCE, 1 + PROBABILITY_TOLERANCE
-        faults.append(((batch.logits < low) | (batch.logits > high)).any(0) & finite & validity.counted)
-    else:
-        faults.append(torch.zeros_like(validity.bad))
-    return torch.stack([batch.requests.sum(fault.reshape(-1, fault.shape[-1])).sum(0) for fault in faults])
+    places: dict[Path, list[int]] = {}
+    for place, request in enumerate(requests):
+        places.setdefault(path or choose(request, loss, device), []).append(place)
+    parts = []
+    for taken, members in places.items():
+        own = tuple(requests[place] for place in members)
+        parts.append(_Part(tuple(members), own, loss, compute(taken, own, loss, device, want_grad=want_grad)))
+    return Launched(tuple(requests), tuple(parts))
 
 
 def _label_error(request: Request, loss: WeightedSum) -> InvalidInput:

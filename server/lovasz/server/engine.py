@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from lovasz.core.batch import Launched, launch
+from lovasz.core.paths import advice, warm_up
 from lovasz.core.ragged import Request
 from lovasz.server.batcher import Answer, Batcher, Entry
 from lovasz.server.errors import DeviceError, TooLargeError
@@ -82,11 +83,20 @@ class Engine:
         self._last_check = -math.inf
 
     def start(self) -> None:
-        """Checks the device, which also brings up its context and kernels, and starts the thread.
+        """Compiles what the device will run, checks it, and starts the thread.
 
         Raises:
             DeviceError: the device does not answer right.
         """
+        hint = advice(self.device)
+        if hint is not None:
+            _log.warning(hint)
+        since = time.monotonic()
+        try:
+            warm_up(self.device)
+        except Exception as error:
+            raise DeviceError(f"{self.device} cannot compute: {error}") from error
+        _log.info("compiled", extra={"device": str(self.device), "seconds": round(time.monotonic() - since, 1)})
         self._check()
         if not self._answers:
             raise DeviceError(f"{self.device} did not compute a known loss; the log says why")

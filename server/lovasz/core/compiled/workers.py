@@ -1,0 +1,63 @@
+"""Threads for compiled loops. The thread that asks works along, so that it never waits for a busy pool."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Workers:
+    """Runs a compiled loop in as many threads as torch uses (``torch.set_num_threads``)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._size = 0
+        os.register_at_fork(after_in_child=self._forget)
+
+    def run(
+        self,
+        threads: int,
+        loop: Callable[..., None],
+        *arguments: Any,
+        own: Callable[[int], tuple[Any, ...]] = lambda thread: (),
+    ) -> None:
+        """Calls ``loop(tasks, *arguments, *own(thread))`` in each thread; returns when all tasks are done.
+
+        Args:
+            threads: how many, at least 1.
+            own: what a thread has for itself.
+        """
+        tasks = np.zeros(1, np.int64)
+        helpers = range(1, threads)
+        pool = self._helpers(threads - 1) if helpers else None
+        futures = [pool.submit(loop, tasks, *arguments, *own(thread)) for thread in helpers] if pool else []
+        try:
+            loop(tasks, *arguments, *own(0))
+        finally:
+            for future in futures:
+                if not future.cancel():  # One that has not started would find nothing left to do.
+                    future.result()
+
+    def _helpers(self, size: int) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None or self._size < size:
+                self._pool, self._size = ThreadPoolExecutor(size, thread_name_prefix="lovasz-core"), size
+            return self._pool
+
+    def _forget(self) -> None:
+        """In a forked process there are no threads but the one that forked."""
+        self._lock, self._pool = threading.Lock(), None
+
+
+WORKERS = Workers()
+
+
+def thread_count() -> int:
+    return torch.get_num_threads()
