@@ -53,14 +53,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
  && wheel="/dist/lovasz-${VERSION}-py3-none-any.whl" \
  && { test -e "$wheel" || { echo "VERSION is ${VERSION}, but the wheel is $(ls /dist)" >&2; exit 1; }; } \
- && /opt/build/bin/pip --python /opt/lovasz/bin/python install --constraint constraints.txt "${wheel}[server]" \
+ && /opt/build/bin/pip --python /opt/lovasz/bin/python install --constraint constraints.txt "${wheel}[server,cpu]" \
  && /opt/lovasz/bin/python -c 'import lovasz.server.server'
 
 
 FROM python
 RUN groupadd --gid 10001 lovasz \
  && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /nonexistent \
-      --shell /usr/sbin/nologin lovasz
+      --shell /usr/sbin/nologin lovasz \
+ && install --directory --owner 10001 --group 10001 /var/cache/lovasz
 COPY --from=torch /opt/torch /opt/torch
 COPY --from=build /opt/lovasz /opt/lovasz
 
@@ -71,6 +72,8 @@ ENV PATH=/opt/lovasz/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     no_grpc_proxy=127.0.0.1,localhost \
+    NUMBA_CACHE_DIR=/var/cache/lovasz/numba \
+    TRITON_CACHE_DIR=/var/cache/lovasz/triton \
     LOVASZ_LISTEN=0.0.0.0:50051 \
     LOVASZ_METRICS_LISTEN=0.0.0.0:9095
 
@@ -80,11 +83,12 @@ LABEL org.opencontainers.image.title="lovasz-server" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}"
 
-# By number, so that an orchestrator can see that it is not root. Nothing is written: the root may be read-only.
+# By number, so that an orchestrator can see that it is not root. The root may be read-only: only compiled code is
+# written, to /var/cache/lovasz. Where that cannot be written to, it is compiled at each start (half a minute).
 USER 10001:10001
 EXPOSE 50051 9095
 STOPSIGNAL SIGTERM
 # The port is that of LOVASZ_LISTEN. Exit 1 also when the server answers but its device does not compute.
-HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=10s --start-period=120s --retries=3 \
     CMD ["lovasz", "ping", "127.0.0.1:50051", "--count", "1", "--timeout", "3"]
 ENTRYPOINT ["lovasz-server"]

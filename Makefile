@@ -10,14 +10,15 @@ BUF := @bufbuild/buf@1.75.0
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types proto-check proto compat gpu bench figures constraints clean
+.PHONY: help demo test interpret check lint types proto-check proto compat gpu bench figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make test         run the whole test suite"
+	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
-	@echo "make bench        time the core against its peers on this machine"
+	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make gpu          GPU tests and benchmark from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there"
 	@echo "make proto        generate the stubs anew"
@@ -37,6 +38,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# A process of its own: Triton reads the variable when it is imported.
+interpret: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/core -k cpu-triton
 
 check: lint types proto-check
 
@@ -84,11 +90,14 @@ gpu:
 	$(PYTHON) -m pytest -m gpu tests/core
 	$(PYTHON) benchmarks/core_loss.py --device cuda --json benchmarks/results/core_cuda.json
 
+# The peer without what it wants for other losses than this one.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/core_loss.py --json benchmarks/results/core_cpu.json
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+	$(BIN)/python benchmarks/core_loss.py --device cpu --json benchmarks/results/core_cpu.json --plot docs/figures
 
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures/draw.py
+	$(BIN)/python benchmarks/bins_error.py
 
 constraints:
 	@test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && PIP_CONSTRAINT= .venv-uv/bin/pip install --quiet uv; }
@@ -97,3 +106,4 @@ constraints:
 
 clean:
 	rm -rf .venv .venv-proto .venv-oldest .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find proto client server -name __pycache__ -type d -exec rm -rf {} +

@@ -100,8 +100,8 @@ def test_dtypes_and_devices(
     shared: LossClient, dtype: torch.dtype, loss_dtype: torch.dtype, torch_device: torch.device
 ) -> None:
     logits, labels = some_input(dtype)
-    logits = logits.detach().to(device).requires_grad_()
-    loss, grad = backward(RemoteLoss(shared, LovaszSoftmax()), logits, labels.to(device))
+    logits = logits.detach().to(torch_device).requires_grad_()
+    loss, grad = backward(RemoteLoss(shared, LovaszSoftmax()), logits, labels.to(torch_device))
     expected = compute(logits.cpu().float(), labels, LovaszSoftmax())
     assert expected.grad is not None
     assert (loss.dtype, loss.device) == (loss_dtype, logits.device)
@@ -119,15 +119,15 @@ def test_channels_last_logits(shared: LossClient) -> None:
 
 
 def test_a_training_step_under_autocast(shared: LossClient, torch_device: torch.device) -> None:
-    images = normal(2, 1, 16, 16, seed=3, dtype=torch.float32).to(device)
-    labels = random_labels(2, 16, 16, values=3, seed=4).to(device)
+    images = normal(2, 1, 16, 16, seed=3, dtype=torch.float32).to(torch_device)
+    labels = random_labels(2, 16, 16, values=3, seed=4).to(torch_device)
     mix: LossLike = [(1.0, CrossEntropy()), (1.0, LovaszSoftmax())]
 
     def step(criterion: torch.nn.Module) -> tuple[Tensor, list[Tensor]]:
         torch.manual_seed(5)
         model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 3, padding=2))
-        model.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        model.to(torch_device)
+        with torch.autocast(torch_device.type, dtype=torch.bfloat16):
             logits = model(images)
             assert logits.dtype == torch.bfloat16
             loss = criterion(logits, labels)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import numpy.typing as npt
+import pytest
 import torch
 from torch import Tensor
 
-from lovasz.core import reference
+from lovasz.core import bins, reference
 from lovasz.spec import LossLike, Result
+
+_extension = reference.lovasz_extension
+
+IN_TABLES = 2.0 ** (1 - bins.OCTAVES)
+"""Of the largest error's power of two: what is smaller has no octave of its own in tables."""
 
 
 def reference_answer(logits: Tensor, labels: Tensor, loss: LossLike) -> tuple[float, Tensor]:
@@ -16,6 +26,74 @@ def reference_answer(logits: Tensor, labels: Tensor, loss: LossLike) -> tuple[fl
     value = reference.compute(logits, labels.cpu(), loss)
     (grad,) = torch.autograd.grad(value, logits)
     return value.item(), grad
+
+
+def shared_ties_answer(logits: Tensor, labels: Tensor, loss: LossLike) -> tuple[float, Tensor]:
+    """The same, but equal errors, and all that is too small for an octave of its own, share their gradient evenly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "lovasz_extension", _shared_ties_extension)
+        return reference_answer(logits, labels, loss)
+
+
+def _shared_ties_extension(errors: Tensor, foreground: Tensor) -> Tensor:
+    """Among equal errors, the mean of what pixels get where foreground comes first and where background does."""
+    total = int(foreground.sum())
+    if total == 0:
+        return _extension(errors, foreground)
+    values = errors.detach()
+    largest = values.max()
+    if largest > 0:
+        values = torch.where(values < IN_TABLES * 2 ** largest.log2().floor(), 0, values)
+    _, tie = torch.unique(-values, return_inverse=True)
+    ties = int(tie.max()) + 1
+    n, b = (torch.bincount(tie[which], minlength=ties).double() for which in (foreground, ~foreground))
+    n_before, b_before = n.cumsum(0) - n, b.cumsum(0) - b
+
+    def jaccard(n: Tensor, b: Tensor) -> Tensor:
+        return (n + b) / (total + b)
+
+    n_after, b_after = n_before + n, b_before + b
+    step = jaccard(n_after, b_before) - jaccard(n_before, b_before)
+    foreground_g = (step + jaccard(n_after, b_after) - jaccard(n_before, b_after)) / (2 * n)
+    step = jaccard(n_before, b_after) - jaccard(n_before, b_before)
+    background_g = (step + jaccard(n_after, b_after) - jaccard(n_after, b_before)) / (2 * b)
+    return torch.dot(errors, torch.where(foreground, foreground_g[tie], background_g[tie]))
+
+
+def slow_bin(errors: npt.NDArray[np.float64], top: int) -> npt.NDArray[np.int64]:
+    """The bin of each error, as the docstring of :mod:`lovasz.core.bins` has it."""
+    octave = top - (np.frexp(errors)[1].astype(np.int64) - 1)
+    found = np.full(len(errors), bins.BINS - 1)
+    for o, first in enumerate(bins.first_bins()[:-1]):
+        here = (octave == o) & (errors > 0)
+        upper, width = 2.0 ** (top - o + 1), 2.0 ** (top - o - bins.bits_of(o))
+        found[here] = first + np.ceil((upper - errors[here]) / width) - 1
+    return found
+
+
+@contextmanager
+def noting_near_ties(*, tables: bool) -> Iterator[list[bool]]:
+    """While the reference computes: of each segment, whether float32 can take unequal errors for equal ones.
+
+    Args:
+        tables: whether errors are taken for equal that share a bin; else only those that rounding can bring together.
+    """
+    near: list[bool] = []
+
+    def noted(errors: Tensor, foreground: Tensor) -> Tensor:
+        values = np.unique(errors.detach().numpy())[::-1]
+        low, high = values[:-1] * (1 - 1e-6), values[1:] * (1 + 1e-6)
+        if tables and values[0] > 0:
+            top = int(np.frexp(values[0])[1]) - 1
+            top = max(top, bins.SOFTMAX_TOP)
+            near.append(bool((slow_bin(low, top) >= slow_bin(high, top)).any()))
+        else:
+            near.append(bool((low <= high).any()))
+        return _extension(errors, foreground)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "lovasz_extension", noted)
+        yield near
 
 
 def norm_error(grad: Tensor | None, expected: Tensor) -> float:

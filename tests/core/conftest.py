@@ -4,52 +4,118 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import require_gpu
 
 from lovasz.core import batch
-from lovasz.core.paths import Path, choose, installed
+from lovasz.core.bins import SORTED_BELOW_PIXELS
+from lovasz.core.paths import Path, installed
 from lovasz.core.ragged import Request
 from lovasz.spec import WeightedSum
+
+collect_ignore = [] if installed("numba") else ["test_compiled.py"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's kernels run on a CPU under its interpreter, if this is set before triton is first imported."""
 
+INTERPRETED_ELEMENTS = 1 << 15
+"""More logits than these take the interpreter too long."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A device and the path that all float32 and 16-bit losses take on it; float64 always takes torch's."""
+
+    device: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.path.name.lower()}"
+
+    def counts(self, pixels: int) -> bool:
+        """Whether groups of so many pixels are counted in tables, where a bin is one tie, shared evenly."""
+        if self.path is Path.NUMBA:
+            return pixels >= SORTED_BELOW_PIXELS
+        return self.path in (Path.NUMBA_TABLES, Path.TRITON)
+
+    def require(self) -> None:
+        """Skips the test where this way cannot be taken."""
+        if self.device == "cuda":
+            require_gpu()
+        if self.path.name.startswith("NUMBA") and not installed("numba"):
+            pytest.skip("needs numba (the extra cpu)")
+        if self.path is Path.TRITON:
+            if not installed("triton"):
+                pytest.skip("needs triton, which comes with torch for CUDA")
+            if (self.device == "cpu") != INTERPRETED:
+                pytest.skip(f"runs {'without' if INTERPRETED else 'with'} TRITON_INTERPRET=1 (make interpret)")
+
+    @property
+    def most_elements(self) -> int:
+        """Logits that this way computes in a reasonable time."""
+        return INTERPRETED_ELEMENTS if (self.device, self.path) == ("cpu", Path.TRITON) else 1 << 30
+
+    def require_speed(self, elements: int) -> None:
+        """Skips the test if so many logits would take this way too long."""
+        if elements > self.most_elements:
+            pytest.skip("too large for Triton's interpreter")
+
+
 WAYS = [
-    ("cpu", Path.TORCH),
-    ("cpu", Path.NUMBA),
-    ("cpu", Path.NUMBA_SORTED),
-    ("cpu", Path.NUMBA_TABLES),
-    ("cuda", Path.TORCH),
-    ("cuda", Path.TRITON),
+    Way("cpu", Path.TORCH),
+    Way("cpu", Path.NUMBA),
+    Way("cpu", Path.NUMBA_SORTED),
+    Way("cpu", Path.NUMBA_TABLES),
+    Way("cpu", Path.TRITON),
+    Way("cuda", Path.TORCH),
+    Way("cuda", Path.TRITON),
 ]
 
 
-def _parameter(device: str, path: Path) -> object:
-    marks = [pytest.mark.gpu] if device == "cuda" else []
-    return pytest.param((device, path), id=f"{device}-{path.name.lower()}", marks=marks)
+def _parameter(way: Way) -> object:
+    return pytest.param(way, id=str(way), marks=[pytest.mark.gpu] if way.device == "cuda" else [])
 
 
-@pytest.fixture(scope="session", params=[_parameter(*way) for way in WAYS])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device, on which all losses take one path for as long as the fixture is used (float64 always takes torch's)."""
-    name, path = request.param
-    if name == "cuda":
-        require_gpu()
-    if path.name.startswith("NUMBA") and not installed("numba"):
-        pytest.skip("needs numba (the extra cpu)")
+# Not of the session: the fixture would be in force until its end, also for tests that do not ask for it.
+@pytest.fixture(scope="module", params=[_parameter(way) for way in WAYS])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    """A way that all losses take for as long as the fixture is used."""
+    way: Way = request.param
+    way.require()
 
     def forced(asked: Request, loss: WeightedSum, on: torch.device) -> Path:
-        return Path.TORCH if asked.logits.dtype == torch.float64 else path
+        return Path.TORCH if asked.logits.dtype == torch.float64 else way.path
 
-    with pytest.MonkeyPatch.context() as patch:
+    # The interpreter computes with NumPy, which warns of divisions whose results kernels then pass over.
+    quiet = np.errstate(all="ignore") if way.path is Path.TRITON else nullcontext()
+    with pytest.MonkeyPatch.context() as patch, quiet:
         patch.setattr(batch, "choose", forced)
-        yield torch.device(name)
+        yield way
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module")
+def device(way: Way) -> torch.device:
+    """The device of each way; all losses take its path."""
+    return torch.device(way.device)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Drops the cases in float64 of all paths but torch's, which they would take again and again."""
+
+    def repeats(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        way = parameters.get("way")
+        return way is not None and way.path is not Path.TORCH and parameters.get("dtype") == torch.float64
+
+    items[:] = [item for item in items if not repeats(item)]
+
+
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Small tensors are faster on one thread, above all where others use the machine; test_batch.py takes more."""
     before = torch.get_num_threads()

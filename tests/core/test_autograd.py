@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from core.comparison import norm_error, normal, random_labels, reference_answer
+from core.conftest import Way
 from torch import Tensor
 
 from lovasz.core import (
@@ -32,23 +33,23 @@ SOFTMAX_LOSSES: list[LossLike] = [
 
 
 @pytest.mark.parametrize("loss", SOFTMAX_LOSSES, ids=str)
-def test_gradcheck_softmax(loss: LossLike, device: torch.device) -> None:
-    logits = normal(2, 3, 2, 3, seed=3).to(device).requires_grad_()  # random, so without ties
-    labels = random_labels(2, 2, 3, values=3, seed=4).to(device)
+def test_gradcheck_softmax(loss: LossLike, torch_device: torch.device) -> None:
+    logits = normal(2, 3, 2, 3, seed=3).to(torch_device).requires_grad_()  # random, so without ties
+    labels = random_labels(2, 2, 3, values=3, seed=4).to(torch_device)
     assert torch.autograd.gradcheck(lambda x: LocalLoss(loss)(x, labels), logits)
 
 
-def test_gradcheck_probabilities(device: torch.device) -> None:
-    probabilities = normal(2, 3, 2, 3, seed=3).softmax(1).to(device).requires_grad_()
-    labels = random_labels(2, 2, 3, values=3, seed=4).to(device)
+def test_gradcheck_probabilities(torch_device: torch.device) -> None:
+    probabilities = normal(2, 3, 2, 3, seed=3).softmax(1).to(torch_device).requires_grad_()
+    labels = random_labels(2, 2, 3, values=3, seed=4).to(torch_device)
     assert torch.autograd.gradcheck(lambda x: lovasz_softmax(x, labels, input="probabilities"), probabilities)
 
 
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("multilabel", [False, True])
-def test_gradcheck_hinge(per_image: bool, multilabel: bool, device: torch.device) -> None:
-    logits = normal(2, 3, 7, seed=5).to(device).requires_grad_()
-    labels = random_labels(2, 3, 7, values=2, seed=6, void=9).to(device)
+def test_gradcheck_hinge(per_image: bool, multilabel: bool, torch_device: torch.device) -> None:
+    logits = normal(2, 3, 7, seed=5).to(torch_device).requires_grad_()
+    labels = random_labels(2, 3, 7, values=2, seed=6, void=9).to(torch_device)
     options = {"per_image": per_image, "multilabel": multilabel, "ignore_index": 9}
     assert torch.autograd.gradcheck(lambda x: lovasz_hinge(x, labels, **options), logits)
 
@@ -110,8 +111,8 @@ def test_backward_twice_without_retain_graph_is_refused_by_torch(device: torch.d
         loss.backward()
 
 
-def test_gradient_follows_what_is_done_with_the_loss(device: torch.device) -> None:
-    logits, labels = some_input(device, torch.float64)
+def test_gradient_follows_what_is_done_with_the_loss(torch_device: torch.device) -> None:
+    logits, labels = some_input(torch_device, torch.float64)
     (plain,) = torch.autograd.grad(lovasz_softmax(logits, labels), logits)
     loss = lovasz_softmax(logits, labels)
     (grad,) = torch.autograd.grad(3 * loss**2, logits)
@@ -134,7 +135,10 @@ def test_gradient_penalty_is_refused(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scaled_gradient_of_16_bit_logits_does_not_underflow(dtype: torch.dtype, device: torch.device) -> None:
+def test_scaled_gradient_of_16_bit_logits_does_not_underflow(
+    dtype: torch.dtype, way: Way, device: torch.device
+) -> None:
+    way.require_speed(4 * 300 * 300)
     scale = 65536.0
     logits = normal(1, 4, 300, 300, seed=9, dtype=dtype).to(device).requires_grad_()
     labels = random_labels(1, 300, 300, values=4, seed=10).to(device)

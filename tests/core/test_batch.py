@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 
 import pytest
 import torch
 from core.comparison import bits, norm_error, normal, random_labels, reference_answer
+from core.conftest import WAYS, Way
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute
 from lovasz.core.batch import launch
+from lovasz.core.paths import Path
 from lovasz.core.ragged import Request
 from lovasz.spec import LossLike, Result, weighted_sum
 
@@ -41,22 +44,32 @@ each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_su
 Tensors = tuple[Tensor, Tensor]
 
 
-def tensors(shape: tuple[int, ...], loss: LossLike, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
+def tensors(
+    shape: tuple[int, ...],
+    loss: LossLike,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    channels: int = CHANNELS,
+) -> Tensors:
     total = weighted_sum(loss)
     images, *spatial = shape
-    logits = 2 * normal(images, CHANNELS, *spatial, seed=seed)
+    logits = 2 * normal(images, channels, *spatial, seed=seed)
     if total.probabilities:
         logits = logits.softmax(1)
     label_shape = logits.shape if total.is_hinge else shape
     # Few classes in small requests, so that some are absent from one and present in another.
-    values = 2 if total.is_hinge else min(CHANNELS, 2 + seed % CHANNELS)
+    values = 2 if total.is_hinge else min(channels, 2 + seed % channels)
     labels = random_labels(*label_shape, values=values, seed=seed, void=VOID)
     labels.view(-1)[0] = 1  # never wholly void
     return logits.to(dtype).to(device), labels.to(torch.uint8).to(device)
 
 
-def members(loss: LossLike, dtype: torch.dtype, device: torch.device) -> list[Tensors]:
-    return [tensors(shape, loss, dtype, device, seed) for seed, shape in enumerate(SHAPES)]
+def members(loss: LossLike, dtype: torch.dtype, device: torch.device, way: Way | None = None) -> list[Tensors]:
+    """A request of each shape; none that this way would take too long for."""
+    most = 1 << 30 if way is None else way.most_elements
+    shapes = [shape for shape in SHAPES if CHANNELS * prod(shape) <= most]
+    return [tensors(shape, loss, dtype, device, seed) for seed, shape in enumerate(shapes)]
 
 
 def strangers(loss: LossLike, dtype: torch.dtype, device: torch.device) -> list[Tensors]:
@@ -83,19 +96,21 @@ def result_bits(answer: Result[Tensor] | InvalidInput) -> tuple[object, ...]:
 
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_batch_gives_each_the_bits_that_it_has_alone(loss: LossLike, dtype: torch.dtype, device: torch.device) -> None:
-    batch = members(loss, dtype, device)
+def test_batch_gives_each_the_bits_that_it_has_alone(
+    loss: LossLike, dtype: torch.dtype, way: Way, device: torch.device
+) -> None:
+    batch = members(loss, dtype, device, way)
     alone = [bits(compute(*member, loss)) for member in batch]
     assert len(set(alone)) == len(alone)
-    for order in (range(len(batch)), reversed(range(len(batch))), (5, 0, 3, 1, 6, 4, 2)):
-        order = list(order)
+    some_order = [i for i in (5, 0, 3, 1, 6, 4, 2) if i < len(batch)]
+    for order in (list(range(len(batch))), list(reversed(range(len(batch)))), some_order):
         together = answers([batch[i] for i in order], loss)
         assert [result_bits(answer) for answer in together] == [alone[i] for i in order]
 
 
 @each_loss
-def test_strangers_change_no_bit(loss: LossLike, device: torch.device) -> None:
-    batch, odd = members(loss, torch.float32, device), strangers(loss, torch.float32, device)
+def test_strangers_change_no_bit(loss: LossLike, way: Way, device: torch.device) -> None:
+    batch, odd = members(loss, torch.float32, device, way), strangers(loss, torch.float32, device)
     alone = [bits(compute(*member, loss)) for member in batch]
     odd_alone = [result_bits(answers([stranger], loss)[0]) for stranger in odd]
     mixed = [member for pair in itertools.zip_longest(odd, batch) for member in pair if member is not None]
@@ -122,8 +137,8 @@ def test_answers_of_the_strangers(loss: LossLike, device: torch.device) -> None:
 
 
 @each_loss
-def test_loss_alone_has_the_same_bits(loss: LossLike, device: torch.device) -> None:
-    batch = members(loss, torch.float32, device)
+def test_loss_alone_has_the_same_bits(loss: LossLike, way: Way, device: torch.device) -> None:
+    batch = members(loss, torch.float32, device, way)
     for with_grad, without in zip(answers(batch, loss), answers(batch, loss, want_grad=False), strict=True):
         assert isinstance(with_grad, Result)
         assert isinstance(without, Result)
@@ -132,23 +147,91 @@ def test_loss_alone_has_the_same_bits(loss: LossLike, device: torch.device) -> N
 
 
 @each_loss
-def test_number_of_threads_changes_no_bit(loss: LossLike, threads: None) -> None:
+def test_number_of_threads_changes_no_bit(loss: LossLike, way: Way, threads: None) -> None:
+    if way.device != "cpu" or way.most_elements < 1 << 30:
+        pytest.skip("takes no threads")
     batch = members(loss, torch.float32, torch.device("cpu"))
     seen = set()
-    for number in (1, 2, 3):
+    for number in (1, 2, 3, 5):
         torch.set_num_threads(number)
         seen.add(tuple(result_bits(answer) for answer in answers(batch, loss)))
     assert len(seen) == 1
 
 
+LARGE_SHAPES = [(1, 2, 3), (1, 512, 600), (2, 300, 450), (40, 7), (1, 401, 663), (3, 33, 34)]
+"""Of the labels; groups of more than 2^18 pixels among small ones, in no order. Of the second and the third, an image
+alone is on the other side."""
+
+LARGE_LOSSES: list[LossLike] = [
+    [(0.5, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(classes="all", ignore_index=VOID))],
+    [
+        (1.0, LovaszSoftmax(per_image=True, ignore_index=VOID)),
+        (-0.3, LovaszSoftmax(classes=[1, 2], class_weights=[1.0, 0.2, 0.7], ignore_index=VOID)),
+    ],
+    LovaszSoftmax(input="probabilities", ignore_index=VOID),
+    [
+        (1.0, LovaszHinge(multilabel=True, ignore_index=VOID)),
+        (0.3, LovaszHinge(multilabel=True, per_image=True, ignore_index=VOID)),
+    ],
+]
+each_large_loss = pytest.mark.parametrize("loss", LARGE_LOSSES, ids=lambda loss: weighted_sum(loss).kind)
+
+COMPILED = [way for way in WAYS if way.path not in (Path.TORCH, Path.NUMBA_SORTED)]
+compiled_ways = pytest.mark.parametrize("way", COMPILED, ids=str, indirect=True)
+
+
+def large_members(loss: LossLike, way: Way) -> list[Tensors]:
+    way.require_speed(max(map(prod, LARGE_SHAPES)))
+    on = torch.device(way.device)
+    return [tensors(shape, loss, torch.float32, on, seed, channels=3) for seed, shape in enumerate(LARGE_SHAPES)]
+
+
+@each_large_loss
+@compiled_ways
+def test_large_and_small_requests_together(loss: LossLike, way: Way, threads: None) -> None:
+    """Each has the bits that it has alone, in any order, on any number of threads, run after run."""
+    batch = large_members(loss, way)
+    alone = [bits(compute(*member, loss)) for member in batch]
+    assert len(set(alone)) == len(alone)
+    orders = [list(range(len(batch))), list(reversed(range(len(batch)))), [3, 4, 0, 5, 1, 2]]
+    for number, order in zip((2, 3, 5), orders, strict=True):
+        torch.set_num_threads(number)
+        together = answers([batch[i] for i in order], loss)
+        assert [result_bits(answer) for answer in together] == [alone[i] for i in order]
+        assert [bits(compute(*member, loss)) for member in batch[1:3]] == alone[1:3]
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@compiled_ways
+def test_single_class_that_threads_divide_into_parts(per_image: bool, way: Way, threads: None) -> None:
+    """On one thread each segment is counted in one table; on several, this one in parts whose tables are added up."""
+    way.require_speed(1 << 20)
+    loss = LovaszHinge(per_image=per_image, ignore_index=VOID)
+    logits = 3 * normal(1, 1024, 1024, seed=31, dtype=torch.float32)
+    labels = random_labels(1, 1024, 1024, values=2, seed=32, void=VOID)
+    logits[0, :100] = 0.25  # many ties, and all in the first part
+    inputs = logits.to(way.device), labels.to(way.device)
+    small = normal(2, 30, 30, seed=33, dtype=torch.float32), random_labels(2, 30, 30, values=2, seed=34)
+    seen, beside_another = set(), set()
+    for number in (1, 2, 3, 5, 2):
+        torch.set_num_threads(number)
+        seen.add(bits(compute(*inputs, loss)))
+        beside_another.add(result_bits(answers([(small[0].to(way.device), small[1].to(way.device)), inputs], loss)[1]))
+        without_grad = compute(*inputs, loss, want_grad=False)
+        assert bits(without_grad)[1:] == next(iter(seen))[1:]
+    assert len(seen) == 1
+    assert beside_another == seen
+
+
 @each_loss
-def test_run_to_run_no_bit_changes(loss: LossLike, device: torch.device) -> None:
-    batch = members(loss, torch.float32, device)
+def test_run_to_run_no_bit_changes(loss: LossLike, way: Way, device: torch.device) -> None:
+    batch = members(loss, torch.float32, device, way)
     assert len({tuple(result_bits(answer) for answer in answers(batch, loss)) for _ in range(3)}) == 1
 
 
-def test_request_so_large_that_its_rows_are_worked_on_in_blocks(device: torch.device) -> None:
+def test_request_so_large_that_its_rows_are_worked_on_in_blocks(way: Way, device: torch.device) -> None:
     """Rows are worked on together as long as they are small: the batch takes them in other portions than each alone."""
+    way.require_speed(3 * 900_000)
     loss = weighted_sum(LovaszSoftmax(classes="all"))
     batch = []
     for seed, pixels in ((1, 900_000), (2, 700_000)):
@@ -159,8 +242,8 @@ def test_request_so_large_that_its_rows_are_worked_on_in_blocks(device: torch.de
 
 
 @each_loss
-def test_batch_agrees_with_the_reference(loss: LossLike, device: torch.device) -> None:
-    batch = members(loss, torch.float64, device)[:-1]
+def test_batch_agrees_with_the_reference(loss: LossLike, torch_device: torch.device) -> None:
+    batch = members(loss, torch.float64, torch_device)[:-1]
     for (logits, labels), answer in zip(batch, answers(batch, loss), strict=True):
         expected, expected_grad = reference_answer(logits, labels, loss)
         assert isinstance(answer, Result)
@@ -169,8 +252,8 @@ def test_batch_agrees_with_the_reference(loss: LossLike, device: torch.device) -
 
 
 @each_loss
-def test_gradients_are_contiguous_and_apart(loss: LossLike, device: torch.device) -> None:
-    batch = members(loss, torch.float32, device)
+def test_gradients_are_contiguous_and_apart(loss: LossLike, way: Way, device: torch.device) -> None:
+    batch = members(loss, torch.float32, device, way)
     before = [result_bits(answer) for answer in answers(batch, loss)]
     together = answers(batch, loss)
     for (logits, _), answer in zip(batch, together, strict=True):

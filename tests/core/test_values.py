@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from core.comparison import norm_error
+from core.conftest import Way
 from torch import Tensor
 from vector_cases import Case, load
 
@@ -23,6 +24,10 @@ from lovasz.core import (
 )
 from lovasz.spec import Classes
 
+GRADIENT, GRADIENT_FROM_TABLES = 1e-6, 3e-4
+"""Errors, relative to the norm. Tables are for large groups: in these of a few hundred pixels, one bin in which two
+pixels meet by chance costs up to 1e-4."""
+
 vectors = pytest.mark.parametrize("case", load(), ids=lambda case: case.name)
 
 
@@ -31,26 +36,28 @@ def test_all_vectors_are_there() -> None:
 
 
 @vectors
-def test_compute_gives_the_vectors(case: Case, device: torch.device) -> None:
+def test_compute_gives_the_vectors(case: Case, way: Way, device: torch.device) -> None:
     logits, labels = torch.from_numpy(case.logits).to(device), torch.from_numpy(case.labels).to(device)
     result = compute(logits, labels, case.loss_spec)
     assert result.loss == pytest.approx(case.loss, rel=1e-6)
     assert result.grad is not None
     assert result.grad.dtype == torch.float32
     assert result.grad.device == logits.device
-    assert norm_error(result.grad, torch.from_numpy(case.grad)) < 1e-5
+    tolerance = GRADIENT_FROM_TABLES if way.counts(case.labels.size) else GRADIENT
+    assert norm_error(result.grad, torch.from_numpy(case.grad)) < tolerance
 
 
 @vectors
-def test_compute_gives_the_vectors_in_float64(case: Case, device: torch.device) -> None:
-    logits, labels = torch.from_numpy(case.logits).to(device).double(), torch.from_numpy(case.labels).to(device)
+def test_compute_gives_the_vectors_in_float64(case: Case, torch_device: torch.device) -> None:
+    logits = torch.from_numpy(case.logits).to(torch_device).double()
+    labels = torch.from_numpy(case.labels).to(torch_device)
     result = compute(logits, labels, case.loss_spec)
     assert result.loss == pytest.approx(case.loss, rel=1e-13)
     assert norm_error(result.grad, torch.from_numpy(case.grad)) < 1e-13
 
 
 @vectors
-def test_function_and_modules_give_the_vectors(case: Case, device: torch.device) -> None:
+def test_function_and_modules_give_the_vectors(case: Case, way: Way, device: torch.device) -> None:
     options = {f.name: getattr(case.loss_spec, f.name) for f in dataclasses.fields(case.loss_spec)}
     is_softmax = isinstance(case.loss_spec, LovaszSoftmax)
     function = lovasz_softmax if is_softmax else lovasz_hinge
@@ -62,23 +69,27 @@ def test_function_and_modules_give_the_vectors(case: Case, device: torch.device)
         assert loss.shape == ()
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(case.loss, rel=1e-6)
-        assert norm_error(logits.grad, torch.from_numpy(case.grad)) < 1e-5
+        tolerance = GRADIENT_FROM_TABLES if way.counts(case.labels.size) else GRADIENT
+        assert norm_error(logits.grad, torch.from_numpy(case.grad)) < tolerance
 
 
 @pytest.mark.parametrize(
     ("classes", "expected"), [("present", 7 / 15), ("all", 7 / 15), ((0,), 0.45), ((1, 2), 0.475), ((2, 1), 0.475)]
 )
-def test_probabilities_of_a_point_cloud(classes: Classes, expected: float, device: torch.device) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_probabilities_of_a_point_cloud(
+    classes: Classes, expected: float, dtype: torch.dtype, tolerance: float, device: torch.device
+) -> None:
     probabilities = torch.tensor(
-        [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5], [0.4, 0.5, 0.1]], dtype=torch.float64, device=device
+        [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5], [0.4, 0.5, 0.1]], dtype=dtype, device=device
     )
     labels = torch.tensor([0, 1, 2, 0], device=device)
     result = compute(probabilities, labels, LovaszSoftmax(classes=classes, input="probabilities"))
-    assert result.loss == pytest.approx(expected, rel=1e-14)
+    assert result.loss == pytest.approx(expected, rel=tolerance)
     scored = list(range(3)) if isinstance(classes, str) else list(classes)
     expected_per_class = np.full(3, np.nan)
     expected_per_class[scored] = np.array([0.45, 0.45, 0.5])[scored]
-    np.testing.assert_allclose(result.per_class_loss, expected_per_class, rtol=1e-14)
+    np.testing.assert_allclose(result.per_class_loss, expected_per_class, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("per_image", "expected"), [(True, 1.625), (False, 7 / 6)])

@@ -16,14 +16,14 @@ order.
 
 from __future__ import annotations
 
-MAX_BITS = 16
+MAX_BITS = 15
 MIN_BITS = 5
-OCTAVES_PER_BIT = 2
+OCTAVES_PER_BIT = 3
 OCTAVES = 64
 
 SORTED_BELOW_PIXELS = 1 << 18
 """Groups with fewer pixels are sorted. Near here both take as long (measured on a CPU); and in smaller groups single
-pixels weigh more, so that ties within a bin would cost the gradient more than 1e-5 of its norm."""
+pixels weigh more, so that ties within a bin would cost the gradient up to some 2e-5 of its norm."""
 
 SOFTMAX_TOP = 0
 """The top exponent for probabilities: 1 is the largest, and stands alone in its octave."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import itertools
+import logging
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from lovasz.core import torch_path
-from lovasz.core.bins import SORTED_BELOW_PIXELS
+from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
 from lovasz.core.computed import Computed
 from lovasz.core.ragged import Request
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
+
+_log = logging.getLogger(__name__)
 
 
 class Path(enum.Enum):
@@ -36,26 +40,39 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@cache
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton is there and can compile: it needs a C compiler, which a container may lack. Tried once."""
+    if not installed("triton"):
+        return False
+    try:
+        _compute_small([Path.TRITON], device, torch.float32)
+    except Exception:
+        _log.exception("Triton cannot compile for %s; losses are computed by torch's own kernels", device)
+        return False
+    return True
+
+
 def choose(request: Request, loss: WeightedSum, device: torch.device) -> Path:
     """The fastest path for a request. Depends on the request alone, so that its answer does not depend on its batch."""
     if request.logits.dtype == torch.float64:
         return Path.TORCH
     if device.type == "cpu":
         return Path.NUMBA if installed("numba") else Path.TORCH
-    if device.type == "cuda" and installed("triton") and _smallest_group(request, loss) >= SORTED_BELOW_PIXELS:
-        return Path.TRITON
+    sizes = _group_sizes(request, loss)
+    if device.type == "cuda" and sizes and min(sizes) >= SORTED_BELOW_PIXELS and max(sizes) < MAX_PIXELS:
+        return Path.TRITON if triton_works(device) else Path.TORCH
     return Path.TORCH
 
 
-def _smallest_group(request: Request, loss: WeightedSum) -> int:
-    """Pixels of the smallest group that is scored; 0 if none is, as for cross-entropy alone."""
+def _group_sizes(request: Request, loss: WeightedSum) -> list[int]:
+    """Pixels of a group, for each term that has groups."""
     layout = request.layout
-    sizes = [
+    return [
         layout.pixels if term.per_image else layout.images * layout.pixels
         for _, term in loss.terms
         if not isinstance(term, CrossEntropy)
     ]
-    return min(sizes, default=0)
 
 
 def compute(
@@ -83,27 +100,38 @@ _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
 
 
 def warm_up(device: torch.device) -> None:
-    """Compiles all that requests on this device will need. Takes seconds, a minute at the very first time."""
-    paths = {Path.TORCH}
+    """Compiles all that requests on this device will need. Takes seconds, and up to a minute the first time."""
+    paths = [Path.TORCH]
     if device.type == "cpu" and installed("numba"):
-        paths = {Path.NUMBA_SORTED, Path.NUMBA_TABLES}
-    elif device.type == "cuda" and installed("triton"):
-        paths.add(Path.TRITON)
+        paths = [Path.NUMBA_SORTED, Path.NUMBA_TABLES]
+    elif device.type == "cuda" and triton_works(device):
+        paths.append(Path.TRITON)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        _compute_small(paths, device, dtype)
+    if Path.NUMBA_TABLES in paths:  # A segment that is divided among threads.
+        _compute_zeros(LovaszHinge(), (1, 4 * SORTED_BELOW_PIXELS), [Path.NUMBA_TABLES], device, torch.float32)
+
+
+def _compute_small(paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
     for loss, shape in _KINDS:
-        total = weighted_sum(loss)
-        labels = shape if total.is_hinge else (shape[0], *shape[2:])
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            logits = torch.full(shape, 0.5, dtype=dtype, device=device)
-            for want_grad in (True, False):
-                request = Request.checked(logits, torch.zeros(labels, dtype=torch.uint8, device=device), total)
-                for path in paths:
-                    compute(path, [request], total, device, want_grad=want_grad)
+        _compute_zeros(loss, shape, paths, device, dtype)
+
+
+def _compute_zeros(
+    loss: LossLike, shape: tuple[int, ...], paths: Sequence[Path], device: torch.device, dtype: torch.dtype
+) -> None:
+    total = weighted_sum(loss)
+    labels = torch.zeros(shape if total.is_hinge else (shape[0], *shape[2:]), dtype=torch.uint8, device=device)
+    labels.view(-1)[0] = 1
+    request = Request.checked(torch.zeros(shape, dtype=dtype, device=device), labels, total)
+    for path, want_grad in itertools.product(paths, (True, False)):
+        compute(path, [request], total, device, want_grad=want_grad)
 
 
 def advice(device: torch.device) -> str | None:
     """What would make this device faster, for people; None if nothing is known."""
     if device.type == "cpu" and not installed("numba"):
         return "losses are computed by torch; some twenty times as fast with numba: pip install 'lovasz[cpu]'"
-    if device.type == "cuda" and not installed("triton"):
-        return "losses are computed by torch's own kernels; large images are faster with triton: pip install triton"
+    if device.type == "cuda" and not triton_works(device):
+        return "losses are computed by torch's own kernels; large images are faster with triton and a C compiler"
     return None

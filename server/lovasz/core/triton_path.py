@@ -253,6 +253,8 @@ class _CrossEntropies:
         classes, device = batch.channels, batch.device
         weighted = [(weight, term) for weight, term in batch.loss.terms if isinstance(term, CrossEntropy)]
         terms = tuple(term for _, term in weighted)
+        if not terms:
+            return cls(terms, *[torch.empty(0, device=device)] * 6)
         numbers: list[float] = []
         class_weights: list[float] = []
         rules: list[int] = []

@@ -155,6 +155,7 @@ def softmax_sweep(
             low = tl.minimum(low, load_class(first, stride, k, pixels, inside))
         out_of_range = (low < -tolerance) | (maximum > 1.0 + tolerance)
         add_count(faults + number * FAULTS + OUT_OF_RANGE, counted & out_of_range)
+        # Not used; a kernel's variables have to be there on all ways.
         reciprocal = maximum
         label_error = maximum
     else:
@@ -245,6 +246,7 @@ def softmax_backward(
     counted = (word >> LABEL_BITS) != 0
     maximum, _, _ = maximum_of(first, stride, classes, pixels, inside)
     if PROBABILITIES:
+        # Not used; a kernel's variables have to be there on all ways.
         reciprocal = maximum
         label_error = maximum
     else:

@@ -3,7 +3,4 @@
 No result depends on which thread takes which task: what is added up over pixels is integers, and all else is computed
 for each pixel, or each segment, on its own. Floating-point contraction and reordering are off; where a multiplication
 and an addition are to be one operation, :func:`~lovasz.core.compiled.intrinsics.fma` says so.
-
-Numba keeps compiled code on disk beside the source. It looks at a function's own file to tell whether that is stale,
-not at the files of what the function calls: after a change to ``intrinsics`` or ``elementary``, run ``make clean``.
 """

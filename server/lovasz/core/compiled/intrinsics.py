@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -14,12 +16,30 @@ from numba.extending import intrinsic
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _digest() -> str:
+    """Changes with any source that compiled functions are made of."""
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), here.parent / "bins.py"]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+_DIGEST = _digest()
+
+
 def compiled(function: F) -> F:
-    """Compiles a function when it is first called, to run without the GIL; kept on disk where that can be written."""
+    """Compiles a function when it is first called, to run without the GIL; kept on disk where that can be written.
+
+    Numba would take what it finds there for stale by the age of the function's own file alone, and so run what other
+    files had once put into it. Here all of them count.
+    """
     try:
-        return cast(F, numba.njit(function, nogil=True, cache=True, error_model="numpy"))
-    except RuntimeError:  # There is no folder that can be written to.
-        return cast(F, numba.njit(function, nogil=True, error_model="numpy"))
+        dispatcher = numba.njit(function, nogil=True, cache=True, error_model="numpy")
+        if not hasattr(dispatcher._cache._cache_file, "_source_stamp"):
+            raise RuntimeError("this Numba keeps its stamp elsewhere")
+        dispatcher._cache._cache_file._source_stamp = _DIGEST
+    except (AttributeError, RuntimeError):  # Or there is no folder that can be written to.
+        dispatcher = numba.njit(function, nogil=True, error_model="numpy")
+    return cast(F, dispatcher)
 
 
 def inlined(function: F) -> F:

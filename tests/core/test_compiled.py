@@ -1,0 +1,460 @@
+"""The compiled pieces of the CPU's path, each held by itself to what its docstring says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from core.comparison import bits, normal, random_labels, slow_bin
+
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, bins, compute, reference
+from lovasz.core.compiled import elementary, images, scratch, sorting, tables
+from lovasz.core.compiled.scratch import SCRATCH, ScratchPool
+from lovasz.core.compiled.workers import Workers
+from lovasz.core.paths import Path
+from lovasz.spec import LossLike
+
+Floats = npt.NDArray[np.float32]
+
+
+# --- Exponential and logarithm ------------------------------------------------------------------------------------
+
+
+@numba.njit(error_model="numpy")
+def exp_of(x: Floats, out: Floats) -> None:
+    for i in range(len(x)):
+        out[i] = elementary.exp(x[i])
+
+
+@numba.njit(error_model="numpy")
+def log_of(x: Floats, out: Floats) -> None:
+    for i in range(len(x)):
+        out[i] = elementary.log(x[i])
+
+
+@numba.njit(error_model="numpy")
+def log1p_of(x: Floats, out: Floats) -> None:
+    for i in range(len(x)):
+        out[i] = elementary.log1p(x[i])
+
+
+def values(low: float, high: float, count: int = 300_000) -> Floats:
+    return np.random.default_rng(1).uniform(low, high, count).astype(np.float32)
+
+
+def normal_floats() -> Floats:
+    """Of all exponents, and densely around 1."""
+    words = np.random.default_rng(2).integers(0x00800000, 0x7F800000, 300_000, dtype=np.uint32)
+    around_1 = np.arange(0x3F800000 - 5000, 0x3F800000 + 5000, dtype=np.uint32)
+    return np.concatenate([words, around_1]).view(np.float32)
+
+
+FUNCTIONS = {
+    "exp": (exp_of, np.exp, np.append(values(-87, 0), np.float32([-87, -1e-30, -0.0, 0]))),
+    "log": (log_of, np.log, normal_floats()),
+    "log1p": (log1p_of, np.log1p, np.concatenate([values(0, 1), 10 ** values(-37, 0), np.float32([0, 1])])),
+}
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@each_function
+def test_relative_error_of_elementary_functions(name: str) -> None:
+    function, exact, x = FUNCTIONS[name]
+    out = np.empty_like(x)
+    function(x, out)
+    expected = exact(x.astype(np.float64))
+    assert (np.abs(out - expected) <= 1.2e-7 * np.abs(expected)).all()
+
+
+def test_exp_of_what_would_not_be_a_normal_number_is_zero() -> None:
+    x = np.float32([-87.34, -88, -104, -1e30, -np.inf])
+    out = np.ones_like(x)
+    exp_of(x, out)
+    assert out.tobytes() == bytes(out.nbytes)
+
+
+@each_function
+def test_elementary_functions_give_the_same_bits_at_every_place(name: str) -> None:
+    """In the body of a loop, in its vectors and in what is left behind them."""
+    function, _, x = FUNCTIONS[name]
+    x = x[:64].copy()
+    alone = np.concatenate([apply(function, x[i : i + 1]) for i in range(len(x))])
+    for first in range(17):
+        for last in range(first + 1, len(x) + 1):
+            assert apply(function, x[first:last]).tobytes() == alone[first:last].tobytes()
+
+
+def apply(function: Callable[[Floats, Floats], None], x: Floats) -> Floats:
+    out = np.empty_like(x)
+    function(x, out)
+    return out
+
+
+# --- 16-bit floats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(images.FLOAT16, torch.float16), (images.BFLOAT16, torch.bfloat16)])
+@pytest.mark.parametrize("first", [0, 3])
+def test_widening_is_exact_for_all_words(kind: int, dtype: torch.dtype, first: int) -> None:
+    words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    expected = words.view(dtype).float().numpy()[first:]
+    out = np.empty_like(expected)
+    images.widen(kind, np.uint64(words.data_ptr()), first, out)
+    is_nan = np.isnan(expected)
+    assert (np.isnan(out) == is_nan).all()
+    assert out[~is_nan].tobytes() == expected[~is_nan].tobytes()
+
+
+# --- Bins ---------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(error_model="numpy")
+def place(errors: Floats, top: int, found: npt.NDArray[np.int64], rests: npt.NDArray[np.int64]) -> None:
+    for i in range(len(errors)):
+        distance = tables._distance(errors[i], tables._top_bits(top))
+        found[i] = tables._bin(distance)
+        rests[i] = tables._rest(distance)
+
+
+def placed(errors: Floats, top: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    found, rests = np.empty((2, len(errors)), np.int64)
+    place(errors, top, found, rests)
+    return found, rests
+
+
+def floats_below(top: int) -> Floats:
+    """Random floats of 70 octaves, the edges of all octaves and of many bins, and the neighbours of all, ascending."""
+    exponents = np.arange(top - 69, top + 1)
+    edges = [np.ldexp(1.0, exponents)]
+    rng = np.random.default_rng(3)
+    for octave in range(bins.OCTAVES):
+        width = 2.0 ** (top - octave - bins.bits_of(octave))
+        number = rng.integers(0, 1 << bins.bits_of(octave), 200)
+        edges.append(2.0 ** (top - octave) + number * width)
+    edges.append(np.ldexp(rng.uniform(1, 2, 20_000), rng.choice(exponents, 20_000)))
+    floats = np.concatenate(edges).astype(np.float32)
+    around = [np.nextafter(floats, np.float32(side)) for side in (0, np.inf)]
+    return np.unique(np.concatenate([floats, *around]))
+
+
+@pytest.mark.parametrize("top", [bins.SOFTMAX_TOP, 7, 100, -50])
+def test_bins_are_those_that_the_docstring_describes(top: int) -> None:
+    errors = floats_below(top)
+    found, rests = placed(errors, top)
+    exact = errors.astype(np.float64)
+    assert found.tolist() == slow_bin(exact, top).tolist()
+    assert (np.diff(found) <= 0).all()
+    octave = top - (np.frexp(exact)[1].astype(np.int64) - 1)
+    own = octave < bins.OCTAVES
+    width = np.array([2.0 ** (top - o - bins.bits_of(o)) for o in octave])
+    lower = 2.0 ** (top - octave)
+    largest = 2 * lower - (found - np.array(bins.first_bins())[np.minimum(octave, 64)]) * width - lower / 2**23
+    expected = np.floor((largest - exact) / (width / (1 << bins.REST_BITS)))
+    assert rests[own].tolist() == expected[own].tolist()
+    assert (rests[~own] == 0).all()
+
+
+def test_zero_and_not_a_number_have_a_bin() -> None:
+    for top in (bins.SOFTMAX_TOP, bins.LOWEST_TOP):
+        found, rests = placed(np.float32([0.0, 1e-45, np.nan, np.inf]), top)
+        assert found[:2].tolist() == [bins.BINS - 1] * 2
+        assert (found >= 0).all()
+        assert (found < bins.BINS).all()
+        assert rests[0] == 0
+
+
+def test_rests_of_the_largest_group_do_not_spill_into_the_count() -> None:
+    largest_sum = ((1 << bins.REST_BITS) - 1) * (bins.MAX_PIXELS - 1)
+    assert largest_sum < 1 << bins.REST_SUM_BITS
+    assert (bins.MAX_PIXELS - 1) << bins.REST_SUM_BITS < 1 << 64
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------
+
+VOID, IGNORED = 9, 2
+
+
+def segment(kind: str, pixels: int = 50_000) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    rng = np.random.default_rng(4)
+    codes = rng.choice(np.array([0, 1, IGNORED, VOID], np.uint8), pixels, p=[0.6, 0.3, 0.05, 0.05])
+    errors = {
+        "uniform": rng.random(pixels),
+        "decades": 10 ** (-30 * rng.random(pixels)),
+        "two bins": rng.choice([0.0, 1.0], pixels),
+        "all equal": np.full(pixels, 0.3),
+        "all zero": np.zeros(pixels),
+        "tiny": 1e-25 * rng.random(pixels),
+    }[kind]
+    return errors.astype(np.float32), codes
+
+
+each_kind = pytest.mark.parametrize("kind", ["uniform", "decades", "two bins", "all equal", "all zero", "tiny"])
+
+
+def new_table() -> npt.NDArray[np.int64]:
+    return np.zeros(2 * bins.BINS + 1, np.int64)
+
+
+def count(errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64]) -> tuple[int, int]:
+    return tables.count(errors, codes, 1, VOID, IGNORED, bins.SOFTMAX_TOP, table)
+
+
+def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
+    return tables.scan(table, lowest, highest, foreground, bins.SOFTMAX_TOP, 0.7, -0.3)
+
+
+@each_kind
+def test_table_counts_every_pixel_once(kind: str) -> None:
+    errors, codes = segment(kind)
+    table = new_table()
+    lowest, highest = count(errors, codes, table)
+    counts = table.view(np.uint64) >> np.uint64(bins.REST_SUM_BITS)
+    for code, first in ((0, 0), (1, bins.BINS)):
+        expected = np.bincount(slow_bin(errors[codes == code].astype(np.float64), 0), minlength=bins.BINS)
+        assert counts[first : first + bins.BINS].tolist() == expected.tolist()
+        assert lowest <= expected.nonzero()[0].min()
+        assert highest >= expected.nonzero()[0].max()
+    loss = scan(table, lowest, highest, int((codes == 1).sum()))
+    taking_part = codes < IGNORED
+    exact = reference.lovasz_extension(
+        torch.from_numpy(errors[taking_part]).double(), torch.from_numpy(codes[taking_part] == 1)
+    )
+    assert loss == pytest.approx(exact.item(), rel=1e-6, abs=2.0**-bins.OCTAVES)
+
+
+@each_kind
+@pytest.mark.parametrize("shards", [2, 5])
+def test_tables_of_shards_add(kind: str, shards: int) -> None:
+    """Whichever pixels a shard holds: the sum of the tables is the table of all, and so is what it is turned into."""
+    errors, codes = segment(kind)
+    whole, foreground = new_table(), int((codes == 1).sum())
+    lowest, highest = count(errors, codes, whole)
+    owner = np.random.default_rng(5).integers(0, shards, len(errors))
+    added, ranges = new_table(), []
+    for shard in range(shards):
+        table = new_table()
+        ranges.append(count(errors[owner == shard], codes[owner == shard], table))
+        added += table
+    assert added.tobytes() == whole.tobytes()
+    assert (min(low for low, _ in ranges), max(high for _, high in ranges)) == (lowest, highest)
+    loss = scan(whole, lowest, highest, foreground)
+    assert scan(added, 0, bins.BINS - 1, foreground) == loss  # also where nobody knows the range
+    in_use = slice(lowest, highest + 1)
+    assert added[in_use].tobytes() == whole[in_use].tobytes()
+    assert added[bins.BINS :][in_use].tobytes() == whole[bins.BINS :][in_use].tobytes()
+
+
+@each_kind
+def test_table_is_all_zero_after_use(kind: str) -> None:
+    errors, codes = segment(kind)
+    table = new_table()
+    lowest, highest = count(errors, codes, table)
+    assert table.any()
+    scan(table, lowest, highest, int((codes == 1).sum()))
+    tables.clear(table, lowest, highest)
+    assert not table.any()
+
+
+CALLS: list[LossLike] = [
+    [(1.0, CrossEntropy(ignore_index=255)), (1.0, LovaszSoftmax(classes="all", ignore_index=255))],
+    [(1.0, LovaszSoftmax(per_image=True, ignore_index=255)), (1.0, LovaszSoftmax(classes=[1], ignore_index=0))],
+    LovaszHinge(multilabel=True, ignore_index=255),
+    LovaszHinge(multilabel=True, per_image=True),
+]
+
+
+def call(loss: LossLike, path: Path, side: int = 60) -> tuple[object, ...]:
+    is_hinge = not isinstance(loss, list)
+    logits = 3 * normal(2, 3, side, side, seed=6, dtype=torch.float32)
+    logits[0, 1] = 1.0  # errors of 0 for the hinge
+    void = 255 if loss != CALLS[-1] else None
+    labels = random_labels(*((2, 3) if is_hinge else (2,)), side, side, values=2, seed=7, void=void)
+    if loss == CALLS[1]:
+        labels = labels.clamp(max=255)
+    return bits(compute(logits, labels, loss, path=path))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_tables_in_scratch_are_all_zero_between_calls(number: int, threads: None) -> None:
+    torch.set_num_threads(number)
+    for loss in (CALLS[0], CALLS[2], CALLS[3], CALLS[0]):
+        for side in (20, 90):
+            call(loss, Path.NUMBA_TABLES, side)
+            assert_tables_are_zero()
+
+
+@pytest.mark.parametrize("want_grad", [False, True])
+def test_tables_of_parts_in_scratch_are_all_zero_between_calls(want_grad: bool, threads: None) -> None:
+    logits, labels = normal(1, 900, 900, seed=8, dtype=torch.float32), random_labels(1, 900, 900, values=2, seed=9)
+    torch.set_num_threads(3)
+    compute(logits, labels, LovaszHinge(ignore_index=255), want_grad=want_grad, path=Path.NUMBA)
+    assert assert_tables_are_zero() > 1
+
+
+def assert_tables_are_zero() -> int:
+    """Returns how many tables there are."""
+    with SCRATCH.borrow() as borrowed:
+        buffer = borrowed._buffers["tables"]
+        assert not buffer.any()
+        return buffer.nbytes // new_table().nbytes
+
+
+# --- Sorting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sort", ["_insert", "_radix"])
+@pytest.mark.parametrize("distinct", [1, 3, 1 << 33])
+@pytest.mark.parametrize("size", [1, 2, 47, 48, 49, 1000, 30_000])
+def test_sorter_is_numpys_stable_sort(sort: str, distinct: int, size: int) -> None:
+    if sort == "_insert" and size > 1000:
+        pytest.skip("for few keys")
+    above = np.random.default_rng(10).integers(0, distinct, size, dtype=np.uint64)
+    keys = (above << np.uint64(31)) | np.arange(size, dtype=np.uint64)
+    expected = keys[np.argsort(above, kind="stable")]
+    given = keys.copy()
+    if sort == "_insert":
+        sorting._insert(given)
+        assert given.tolist() == expected.tolist()
+    else:
+        assert sorting._radix(given, np.empty_like(given)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 47, 48, 49, 50, 400])
+@pytest.mark.parametrize("distinct", [1, 3, 1000])
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_sorted_segment_is_the_reference(size: int, distinct: int, share: float) -> None:
+    rng = np.random.default_rng(11)
+    errors = (rng.integers(0, distinct, size) / np.float32(8)).astype(np.float32)
+    codes = np.where(rng.random(size) < share, 1, 0).astype(np.uint8)
+    codes[0] = 1
+    keys, other, g = np.empty(size, np.uint64), np.empty(size, np.uint64), np.full(size, np.nan, np.float32)
+    loss = sorting.extension(errors, codes, 1, VOID, VOID, 1.0, 1.0, False, keys, other, g)
+    exact = torch.from_numpy(errors).double().requires_grad_()
+    expected = reference.lovasz_extension(exact, torch.from_numpy(codes == 1))
+    (expected_g,) = torch.autograd.grad(expected, exact)
+    assert loss == pytest.approx(expected.item(), rel=1e-13)
+    np.testing.assert_allclose(g, expected_g.numpy(), rtol=1e-6, atol=1e-15)
+
+
+# --- Scratch ------------------------------------------------------------------------------------------------------
+
+
+def test_scratch_is_kept_for_the_next_call() -> None:
+    pool = ScratchPool()
+    with pool.borrow() as first:
+        array = first.array("rows", (3, 5), np.float32)
+        array[:] = 7
+    with pool.borrow() as second:
+        assert second is first
+        assert (second.array("rows", (2, 5), np.float32) == 7).all()
+        assert second.array("rows", (30, 5), np.float32).shape == (30, 5)
+        assert not second.array("tables", (100,), np.int64, zero=True).any()
+        assert second.nbytes == 30 * 5 * 4 + 100 * 8
+
+
+def test_scratch_of_calls_at_the_same_time_is_apart() -> None:
+    pool = ScratchPool()
+    with pool.borrow() as one, pool.borrow() as other:
+        assert one is not other
+
+
+def test_scratch_is_not_kept_after_an_error() -> None:
+    pool = ScratchPool()
+    with pytest.raises(ZeroDivisionError), pool.borrow() as broken:
+        raise ZeroDivisionError
+    with pool.borrow() as next_one:
+        assert next_one is not broken
+
+
+def test_large_scratch_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "KEPT_BYTES", 1000)
+    pool = ScratchPool()
+    with pool.borrow() as large:
+        large.array("rows", (1001,), np.uint8)
+    with pool.borrow() as next_one:
+        assert next_one is not large
+        next_one.array("rows", (1000,), np.uint8)
+    with pool.borrow() as another:
+        assert another is next_one
+
+
+# --- Threads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_each_thread_has_its_own(number: int) -> None:
+    workers, seen = Workers(), []
+
+    def loop(tasks: npt.NDArray[np.int64], given: str, own: int) -> None:
+        seen.append((given, own))
+
+    workers.run(number, loop, "given", own=lambda thread: (thread,))
+    assert ("given", 0) in seen
+    assert set(seen) <= {("given", thread) for thread in range(number)}
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_error_in_a_thread_comes_out_and_leaves_the_workers_usable(failing: int) -> None:
+    workers, started = Workers(), []
+
+    def loop(tasks: npt.NDArray[np.int64], own: int) -> None:
+        started.append(own)
+        while failing not in started:  # A helper that has not started when the caller ends is called off.
+            pass
+        if own == failing:
+            raise ZeroDivisionError
+
+    for _ in range(3):
+        started.clear()
+        with pytest.raises(ZeroDivisionError):
+            workers.run(2, loop, own=lambda thread: (thread,))
+    done: list[int] = []
+    workers.run(2, lambda tasks, own: done.append(own), own=lambda thread: (thread,))
+    assert 0 in done
+
+
+def test_calls_from_several_threads_at_once(threads: None) -> None:
+    torch.set_num_threads(2)
+    jobs = [(loss, path) for loss in (CALLS[0], CALLS[2], CALLS[3]) for path in (Path.NUMBA_TABLES, Path.NUMBA_SORTED)]
+    expected = [call(*job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda job: call(*job), jobs)) == expected
+
+
+AFTER_FORK = """
+import os, signal
+import torch
+from lovasz.core import LovaszSoftmax, compute
+from lovasz.core.paths import Path
+
+torch.set_num_threads(2)
+generator = torch.Generator().manual_seed(1)
+logits, labels = torch.randn(1, 3, 60, 1000, generator=generator), torch.zeros(1, 60, 1000, dtype=torch.uint8)
+labels[0, ::2] = 1
+
+def answer():
+    result = compute(logits, labels, LovaszSoftmax(), path=Path.NUMBA_TABLES)
+    return result.loss, result.grad.numpy().tobytes()
+
+before = answer()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # seconds: the child ends whatever happens
+    os._exit(0 if answer() == before else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert answer() == before
+"""
+
+
+def test_forked_process_computes() -> None:
+    done = subprocess.run([sys.executable, "-c", AFTER_FORK], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
