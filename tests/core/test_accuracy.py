@@ -131,7 +131,8 @@ def test_one_foreground_pixel_among_2_to_the_20(
     logits, labels, expected, expected_grad = one_foreground_pixel(2**20, error, dtype)
     result = compute(logits.to(device), labels.to(device), LovaszHinge())
     assert result.loss == pytest.approx(expected, rel=tolerance)
-    assert norm_error(result.grad, expected_grad) < tolerance
+    counted = way.counts(2**20) and dtype != torch.float64
+    assert norm_error(result.grad, expected_grad) < (1e-5 if counted else tolerance)
     assert result.union.tolist() == [int(((logits > 0) | (labels == 1)).sum())]
 
 
@@ -164,7 +165,7 @@ def test_probabilities_of_softmax_over_many_decades(
         result = compute(logits.to(device), labels.to(device), loss)
         expected, expected_grad = reference_answer(logits, labels, loss)
         assert result.loss == pytest.approx(expected, rel=tolerance)
-        assert norm_error(result.grad, expected_grad) < (2e-5 if way.counts(8000) else tolerance * 3)
+        assert norm_error(result.grad, expected_grad) < (3e-5 if way.counts(8000) else tolerance * 3)
 
 
 @TOLERANCES

@@ -6,8 +6,7 @@ the errors in [2^(top - o), 2^(top - o + 1)) and is cut into 2^bits(o) bins of e
     bits(o) = max(MIN_BITS, MAX_BITS - o // OCTAVES_PER_BIT)
 
 so the bins of larger errors, which weigh more in loss and gradient, are finer. What lies below the last octave shares
-the last bin. The number of bins is the same for all groups, so that tables of shards add; groups of fewer than
-``SORTED_BELOW_PIXELS`` pixels are sorted.
+the last bin. The number of bins is the same for all groups, so that tables of shards add; small groups are sorted.
 
 A table's entry is one 64-bit word, count x 2^REST_SUM_BITS + sum of rests: the rest of an error is how far it lies
 below its bin's upper end, in units of 2^-REST_BITS of the bin's width, rounded down. Integers: no sum depends on any
@@ -24,6 +23,10 @@ OCTAVES = 64
 SORTED_BELOW_PIXELS = 1 << 18
 """Groups with fewer pixels are sorted. Near here both take as long (measured on a CPU); and in smaller groups single
 pixels weigh more, so that ties within a bin would cost the gradient up to some 2e-5 of its norm."""
+
+SORTED_BELOW_FOREGROUND = 256
+"""On a CPU, classes with fewer pixels are sorted in large groups, too: each of their pixels weighs much in the
+gradient, and so do those that share its bin."""
 
 SOFTMAX_TOP = 0
 """The top exponent for probabilities: 1 is the largest, and stands alone in its octave."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lovasz.core import bins
-from lovasz.core.compiled import hinge, segments, softmax, tables
-from lovasz.core.compiled.images import (
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
+from lovasz.core.numba_kernels import hinge, segments, softmax, tables
+from lovasz.core.numba_kernels.images import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
@@ -31,11 +32,10 @@ from lovasz.core.compiled.images import (
     Images,
     Labelling,
 )
-from lovasz.core.compiled.scratch import SCRATCH, Scratch
-from lovasz.core.compiled.segments import ABSENT, COUNTED, SORTED, Parts, Rules, Segments
-from lovasz.core.compiled.softmax import Counts, CrossEntropies
-from lovasz.core.compiled.workers import WORKERS, thread_count
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
+from lovasz.core.numba_kernels.scratch import SCRATCH, Scratch
+from lovasz.core.numba_kernels.segments import ABSENT, COUNTED, SORTED, Parts, Rules, Segments
+from lovasz.core.numba_kernels.softmax import Counts, CrossEntropies
+from lovasz.core.numba_kernels.workers import WORKERS, thread_count
 from lovasz.core.ragged import Request
 from lovasz.core.softmax import sum_over_classes
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
@@ -65,21 +65,22 @@ _ROW_PADDING = 1040
 _FIXED_POINT_BITS = 60
 
 
-def compute(
-    requests: Sequence[Request],
-    loss: WeightedSum,
-    *,
-    want_grad: bool,
-    sorted_below: int | None = bins.SORTED_BELOW_PIXELS,
-) -> Computed:
+class Threshold(NamedTuple):
+    """From how many pixels, and pixels of foreground, a segment is counted in tables."""
+
+    pixels: int
+    foreground: int
+
+
+def compute(requests: Sequence[Request], loss: WeightedSum, *, want_grad: bool, counted_from: Threshold) -> Computed:
     """Computes requests that agree in element type (16 or 32 bits) and channels.
 
     Args:
-        sorted_below: groups of fewer pixels are sorted, others counted; None to sort all.
+        counted_from: segments below this are sorted.
     """
     with SCRATCH.borrow() as scratch:
         batch = _Batch(requests, loss, scratch, want_grad=want_grad)
-        terms = _hinge(batch, sorted_below) if loss.is_hinge else _softmax(batch, sorted_below)
+        terms = _hinge(batch, counted_from) if loss.is_hinge else _softmax(batch, counted_from)
     intersection, union = batch.intersection_and_union()
     grads = batch.grads() if want_grad else None
     faults = torch.from_numpy(batch.counts.faults.reshape(3, -1))
@@ -118,7 +119,7 @@ class _Member:
         layout, shape = self.request.layout, self.request.logits.shape
         if self.images == layout.images:
             return self.grad.view(shape)
-        return self.grad.view(layout.channels, layout.images, layout.pixels).transpose(0, 1).reshape(shape)
+        return self.grad.view(layout.channels, layout.images, layout.pixels).transpose(0, 1).reshape(shape).contiguous()
 
 
 class _Batch:
@@ -254,7 +255,7 @@ class _Groups:
         )
 
 
-def _softmax(batch: _Batch, sorted_below: int | None) -> list[TermValues]:
+def _softmax(batch: _Batch, counted_from: Threshold) -> list[TermValues]:
     labelling, codes = batch.labelling, batch.codes()
     entropies = _entropies(batch)
     probability = batch.scratch.array("label probability", (batch.pixels,), np.float32)
@@ -285,7 +286,7 @@ def _softmax(batch: _Batch, sorted_below: int | None) -> list[TermValues]:
             groups = _Groups.of(batch, per_image=term.per_image)
             scored, weights = score(term, weight, counts, groups.share)
             rules = Rules(labelling.void, ignored, False, batch.want_grad, several)
-            losses = _score(batch, groups, scored, weights, counts, codes, rules, sorted_below, None)
+            losses = _score(batch, groups, scored, weights, counts, codes, rules, counted_from, None)
             terms.append(TermValues(losses, scored, term.per_image))
             _mark(scored_images, groups, scored)
         elif isinstance(term, CrossEntropy):
@@ -297,7 +298,7 @@ def _softmax(batch: _Batch, sorted_below: int | None) -> list[TermValues]:
     return terms
 
 
-def _hinge(batch: _Batch, sorted_below: int | None) -> list[TermValues]:
+def _hinge(batch: _Batch, counted_from: Threshold) -> list[TermValues]:
     labelling, codes, count = batch.labelling, batch.codes(), len(batch.counts.labels)
     valid, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
     batch.run_blocks(
@@ -320,7 +321,7 @@ def _hinge(batch: _Batch, sorted_below: int | None) -> list[TermValues]:
         rules = Rules(labelling.void, ignored, True, batch.want_grad, several)
         bits = np.maximum.reduceat(largest.reshape(-1, batch.channels), groups.first_image, axis=0).T
         tops = np.maximum((bits >> 23) - 127, bins.LOWEST_TOP)
-        losses = _score(batch, groups, scored, weights, foreground, codes, rules, sorted_below, tops)
+        losses = _score(batch, groups, scored, weights, foreground, codes, rules, counted_from, tops)
         terms.append(TermValues(losses, scored, term.per_image))
         _mark(scored_images, groups, scored)
     if batch.want_grad:
@@ -336,7 +337,7 @@ def _score(
     foreground_counts: Tensor,
     codes: npt.NDArray[Any],
     rules: Rules,
-    sorted_below: int | None,
+    counted_from: Threshold,
     tops: npt.NDArray[np.int64] | None,
 ) -> Tensor:
     """Losses, shape (K, groups), and gradients of the scored segments of a term.
@@ -347,7 +348,7 @@ def _score(
     row, group = np.nonzero(scored.numpy())
     order = np.argsort(-groups.pixels[group], kind="stable")  # The largest first, so that threads end together.
     row, group = row[order], group[order]
-    found = _segments(batch, groups, row, group, weights, foreground_counts, sorted_below, tops)
+    found = _segments(batch, groups, row, group, weights, foreground_counts, counted_from, tops)
     losses = np.zeros(len(row))
     pixels = found.stop - found.start
     fair = max(int(pixels.sum()) // (2 * batch.threads), bins.SORTED_BELOW_PIXELS)
@@ -368,17 +369,17 @@ def _segments(
     group: npt.NDArray[np.int64],
     weights: Tensor,
     foreground_counts: Tensor,
-    sorted_below: int | None,
+    counted_from: Threshold,
     tops: npt.NDArray[np.int64] | None,
 ) -> Segments:
     pixels, foreground = groups.pixels[group], foreground_counts.numpy()[row, group]
-    counted = np.zeros(len(row), np.bool_) if sorted_below is None else pixels >= sorted_below
+    counted = (pixels >= counted_from.pixels) & (foreground >= counted_from.foreground) & (pixels < bins.MAX_PIXELS)
     weight = weights.numpy()[row, group]
     is_hinge = batch.loss.is_hinge
     # The gradient in a probability or a logit; softmax's way back takes the sign into account itself.
     sign = -1.0 if is_hinge or batch.loss.probabilities else 1.0
     return Segments(
-        how=np.where(foreground == 0, ABSENT, np.where(counted & (pixels < bins.MAX_PIXELS), COUNTED, SORTED)),
+        how=np.where(foreground == 0, ABSENT, np.where(counted, COUNTED, SORTED)),
         row=row,
         code_row=row if is_hinge else np.zeros_like(row),
         foreground=np.ones_like(row) if is_hinge else row,
@@ -435,7 +436,7 @@ def _score_in_parts(
     part_tables = batch.scratch.array("tables", shape, np.int64, zero=True)
     losses = np.zeros(len(pixels))
     batch.run(segments.count_parts, parts, found, rules, batch.errors, codes, part_tables)
-    batch.run(segments.scan_parts, firsts, parts, found, rules, losses, part_tables)
+    batch.run(segments.scan_parts, firsts, parts, found, losses, part_tables)
     if rules.want_grad:
         table = firsts[segment]
         batch.run(segments.look_up_parts, table, parts, found, rules, batch.images, batch.errors, codes, part_tables)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from lovasz.core import torch_path
-from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
+from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
 from lovasz.core.computed import Computed
 from lovasz.core.ragged import Request
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
@@ -26,7 +26,7 @@ class Path(enum.Enum):
     TORCH = "torch"
     """Sorts; any device and dtype. The only one for float64."""
     NUMBA = "numba"
-    """Compiled, on the CPU: sorts small groups, counts large ones in tables."""
+    """Compiled, on the CPU: sorts small groups and rare classes, counts the others in tables."""
     NUMBA_SORTED = "numba, sorted"
     """The same, all groups sorted."""
     NUMBA_TABLES = "numba, tables"
@@ -87,8 +87,12 @@ def compute(
         return triton_path.compute(requests, loss, device, want_grad=want_grad)
     from lovasz.core import numba_path
 
-    sorted_below = {Path.NUMBA: SORTED_BELOW_PIXELS, Path.NUMBA_SORTED: None, Path.NUMBA_TABLES: 0}[path]
-    return numba_path.compute(requests, loss, want_grad=want_grad, sorted_below=sorted_below)
+    counted_from = {
+        Path.NUMBA: numba_path.Threshold(SORTED_BELOW_PIXELS, SORTED_BELOW_FOREGROUND),
+        Path.NUMBA_SORTED: numba_path.Threshold(MAX_PIXELS, 0),
+        Path.NUMBA_TABLES: numba_path.Threshold(0, 0),
+    }[path]
+    return numba_path.compute(requests, loss, want_grad=want_grad, counted_from=counted_from)
 
 
 _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (

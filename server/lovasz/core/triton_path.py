@@ -15,13 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from lovasz.core import torch_path, triton_hinge, triton_softmax, triton_tables
+from lovasz.core import torch_path
 from lovasz.core.bins import BINS, SOFTMAX_TOP
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
 from lovasz.core.ragged import Request
 from lovasz.core.segments import Groups, exact_sum, on_device
 from lovasz.core.softmax import sum_over_classes
-from lovasz.core.triton_batch import TritonBatch, is_per_image, place
+from lovasz.core.triton_kernels import hinge, softmax, tables
+from lovasz.core.triton_kernels.batch import TritonBatch, is_per_image, place
 from lovasz.spec import CrossEntropy, LovaszHinge, WeightedSum
 
 MAX_CLASSES = 512
@@ -30,8 +31,8 @@ MAX_CLASSES = 512
 _SMALLEST_TOP = -62
 """With this exponent at the top, the last octave still ends above the smallest normal float32."""
 
-_COUNTED, _ABSENT = triton_tables.COUNTED.value, triton_tables.ABSENT.value
-_MANTISSA_BITS, _EXPONENT_BIAS = triton_tables.MANTISSA_BITS.value, triton_tables.EXPONENT_BIAS.value
+_COUNTED, _ABSENT = tables.COUNTED.value, tables.ABSENT.value
+_MANTISSA_BITS, _EXPONENT_BIAS = tables.MANTISSA_BITS.value, tables.EXPONENT_BIAS.value
 
 
 def compute(requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
@@ -113,14 +114,14 @@ class _Tables:
         Args:
             tops: int32, one a segment: the exponent of the first octave.
         """
-        chunk = triton_tables.CHUNK if tops.is_cuda else triton_tables.INTERPRETED_CHUNK
+        chunk = tables.CHUNK if tops.is_cuda else tables.INTERPRETED_CHUNK
         chunks = triton.cdiv(BINS, chunk)
         grid = (len(self.states) * chunks,)
         totals = torch.empty(len(self.states), chunks, dtype=torch.int64, device=tops.device)
         losses = torch.zeros_like(totals, dtype=torch.float64)
         constants = {"CHUNK": chunk, "CHUNKS": chunks}
-        triton_tables.sum_chunks[grid](self.words, self.states, totals, **constants, num_warps=triton_tables.SCAN_WARPS)
-        triton_tables.scan[grid](
+        tables.sum_chunks[grid](self.words, self.states, totals, **constants, num_warps=tables.SCAN_WARPS)
+        tables.scan[grid](
             self.words,
             self.states,
             self.foreground,
@@ -132,7 +133,7 @@ class _Tables:
             **constants,
             CHUNKS_PADDED=triton.next_power_of_2(chunks),
             WANT_GRAD=want_grad,
-            num_warps=triton_tables.SCAN_WARPS,
+            num_warps=tables.SCAN_WARPS,
         )
         values = sum_over_classes(losses.T)
         if self.any_absent:
@@ -151,17 +152,17 @@ def _shares(batch: TritonBatch, *, per_image: bool) -> Tensor:
 
 
 def _softmax(batch: TritonBatch, want_grad: bool) -> tuple[tuple[TermValues, ...], Tensor]:
-    tables, cross = _Tables.of(batch), _CrossEntropies.of(batch)
+    counted, cross = _Tables.of(batch), _CrossEntropies.of(batch)
     predictions = torch.zeros(len(batch.planes), 2, batch.channels, dtype=torch.int64, device=batch.device)
     constants = {
         "DTYPE": batch.logits_type,
         "PROBABILITIES": batch.loss.probabilities,
-        "TERMS": len(tables.scored),
+        "TERMS": len(counted.scored),
         "CROSS_TERMS": len(cross.terms),
     }
-    inputs = (batch.words, batch.channels, tables.parameters, tables.states, tables.words, tables.winners)
+    inputs = (batch.words, batch.channels, counted.parameters, counted.states, counted.words, counted.winners)
     batch.launch(
-        triton_softmax.softmax_sweep,
+        softmax.softmax_sweep,
         *inputs,
         batch.faults,
         predictions,
@@ -173,20 +174,20 @@ def _softmax(batch: TritonBatch, want_grad: bool) -> tuple[tuple[TermValues, ...
         PROBABILITY_TOLERANCE,
         **constants,
     )
-    tops = torch.full_like(tables.states, SOFTMAX_TOP, dtype=torch.int32)
-    losses, cross_losses = iter(tables.scan(tops, want_grad=want_grad)), iter(cross.values(batch))
+    tops = torch.full_like(counted.states, SOFTMAX_TOP, dtype=torch.int32)
+    losses, cross_losses = iter(counted.scan(tops, want_grad=want_grad)), iter(cross.values(batch))
     if want_grad:
         batch.launch(
-            triton_softmax.softmax_backward,
+            softmax.softmax_backward,
             *inputs,
-            tables.weights,
+            counted.weights,
             cross.parameters,
             cross.constants,
             cross.weights,
             cross.scales,
             **constants,
         )
-    scored = iter(tables.scored)
+    scored = iter(counted.scored)
     terms = []
     for _, term in batch.loss.terms:
         if isinstance(term, CrossEntropy):
@@ -198,29 +199,29 @@ def _softmax(batch: TritonBatch, want_grad: bool) -> tuple[tuple[TermValues, ...
 
 
 def _hinge(batch: TritonBatch, want_grad: bool) -> tuple[tuple[TermValues, ...], Tensor]:
-    tables = _Tables.of(batch)
+    counted = _Tables.of(batch)
     predictions = torch.zeros(len(batch.planes), 2, dtype=torch.int64, device=batch.device)
-    largest = torch.zeros_like(tables.states, dtype=torch.int32)
-    constants = {"DTYPE": batch.logits_type, "TERMS": len(tables.scored)}
+    largest = torch.zeros_like(counted.states, dtype=torch.int32)
+    constants = {"DTYPE": batch.logits_type, "TERMS": len(counted.scored)}
     batch.launch(
-        triton_hinge.largest_hinges,
+        hinge.largest_hinges,
         batch.words,
         batch.channels,
-        tables.parameters,
+        counted.parameters,
         largest,
         batch.faults,
         predictions,
         **constants,
     )
     tops = ((largest >> _MANTISSA_BITS) - _EXPONENT_BIAS).clamp_(min=_SMALLEST_TOP)
-    inputs = (batch.words, batch.channels, tables.parameters, tables.states, tops, tables.words, tables.winners)
-    batch.launch(triton_hinge.hinge_sweep, *inputs, **constants)
-    losses = tables.scan(tops, want_grad=want_grad)
+    inputs = (batch.words, batch.channels, counted.parameters, counted.states, tops, counted.words, counted.winners)
+    batch.launch(hinge.hinge_sweep, *inputs, **constants)
+    losses = counted.scan(tops, want_grad=want_grad)
     if want_grad:
-        batch.launch(triton_hinge.hinge_backward, *inputs, tables.weights, **constants)
+        batch.launch(hinge.hinge_backward, *inputs, counted.weights, **constants)
     terms = [
         TermValues(values, scored, is_per_image(term))
-        for values, scored, (_, term) in zip(losses, tables.scored, batch.loss.terms, strict=True)
+        for values, scored, (_, term) in zip(losses, counted.scored, batch.loss.terms, strict=True)
     ]
     return tuple(terms), predictions.view(-1, batch.maps, 2).transpose(1, 2)
 

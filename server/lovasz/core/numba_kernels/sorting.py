@@ -7,8 +7,8 @@ import numpy.typing as npt
 from numpy import int32 as i32
 from numpy import uint64 as u64
 
-from lovasz.core.compiled.images import Codes, Floats
-from lovasz.core.compiled.intrinsics import bits_float, compiled, float_bits
+from lovasz.core.numba_kernels.images import Codes, Floats
+from lovasz.core.numba_kernels.intrinsics import bits_float, compiled, float_bits
 
 Keys = npt.NDArray[np.uint64]
 
@@ -44,7 +44,7 @@ def extension(
 
     Args:
         errors: float32, shape (P,), at least 0.
-        foreground, void, ignored: as for :func:`lovasz.core.compiled.tables.count`.
+        foreground, void, ignored: as for :func:`lovasz.core.numba_kernels.tables.count`.
         cut: whether an error of 0 gets no gradient, as the hinge has it.
         keys: room for P keys, as ``other_keys``.
         g: float32, shape (P,); may be of shape (0,) where no gradient is wanted.

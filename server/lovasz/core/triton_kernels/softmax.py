@@ -13,8 +13,8 @@ finds each error in the bin in which the first one counted it.
 import triton
 import triton.language as tl
 
-from lovasz.core.triton_elementary import exponential, log1p
-from lovasz.core.triton_planes import (
+from lovasz.core.triton_kernels.elementary import exponential, log1p
+from lovasz.core.triton_kernels.planes import (
     FAULTS,
     FIRST_PIXEL,
     GRAD,
@@ -33,7 +33,7 @@ from lovasz.core.triton_planes import (
     load_words,
     plane_and_pixels,
 )
-from lovasz.core.triton_tables import (
+from lovasz.core.triton_kernels.tables import (
     BINS,
     COUNTED,
     PASSED_OVER,

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.compiled.intrinsics import atomic_add, bits_float, compiled, float_bits, pointer
+from lovasz.core.numba_kernels.intrinsics import atomic_add, bits_float, compiled, float_bits, pointer
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 UINT8, INT8, INT16, INT32, INT64 = range(5)

@@ -8,10 +8,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.compiled import sorting, tables
-from lovasz.core.compiled.images import Floats, Images, Integers, claim
-from lovasz.core.compiled.intrinsics import compiled, pointer
-from lovasz.core.compiled.sorting import Keys
+from lovasz.core.numba_kernels import sorting, tables
+from lovasz.core.numba_kernels.images import Floats, Images, Integers, claim
+from lovasz.core.numba_kernels.intrinsics import compiled, pointer
+from lovasz.core.numba_kernels.sorting import Keys
 
 ABSENT, SORTED, COUNTED = range(3)
 
@@ -90,7 +90,7 @@ def score(
             break
         if segments.how[s] == COUNTED:
             lowest, highest = count_range(segments, s, rules, errors, codes, segments.start[s], segments.stop[s], table)
-            losses[s] = scan(segments, s, rules, lowest, highest, table)
+            losses[s] = scan(segments, s, lowest, highest, table)
             if rules.want_grad:
                 look_up_range(segments, s, rules, images, errors, codes, segments.start[s], segments.stop[s], table)
             tables.clear(table, lowest, highest)
@@ -135,9 +135,9 @@ def count_range(
 
 
 @compiled
-def scan(segments: Segments, s: int, rules: Rules, lowest: int, highest: int, table: Integers) -> float:
+def scan(segments: Segments, s: int, lowest: int, highest: int, table: Integers) -> float:
     """Turns a segment's table into one to look up in; returns the loss."""
-    loss = tables.scan(
+    return tables.scan(
         table,
         lowest,
         highest,
@@ -146,9 +146,6 @@ def scan(segments: Segments, s: int, rules: Rules, lowest: int, highest: int, ta
         segments.weight[s],
         segments.foreground_weight[s],
     )
-    if rules.cut:
-        table[tables.BINS - 1] = table[2 * tables.BINS - 1] = 0
-    return loss
 
 
 @compiled
@@ -171,6 +168,7 @@ def look_up_range(
         segments.foreground[s],
         rules.void,
         rules.ignored,
+        rules.cut,
         segments.top[s],
         table,
         images,
@@ -243,7 +241,6 @@ def scan_parts(
     firsts: Integers,
     parts: Parts,
     segments: Segments,
-    rules: Rules,
     losses: npt.NDArray[np.float64],
     part_tables: npt.NDArray[np.int64],
 ) -> None:
@@ -267,7 +264,7 @@ def scan_parts(
             tables.clear(other, low, high)
             lowest, highest = min(lowest, low), max(highest, high)
             p += 1
-        losses[s] = scan(segments, s, rules, lowest, highest, table)
+        losses[s] = scan(segments, s, lowest, highest, table)
         parts.lowest[first], parts.highest[first] = lowest, highest
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
 
-from lovasz.core.compiled.elementary import exp, log, log1p
-from lovasz.core.compiled.images import (
+from lovasz.core.numba_kernels.elementary import exp, log, log1p
+from lovasz.core.numba_kernels.images import (
     FLOAT32,
     Blocks,
     Codes,
@@ -26,7 +26,7 @@ from lovasz.core.compiled.images import (
     read_codes,
     widen,
 )
-from lovasz.core.compiled.intrinsics import atomic_add, atomic_max, compiled, float_bits, pointer
+from lovasz.core.numba_kernels.intrinsics import atomic_add, atomic_max, compiled, float_bits, pointer
 
 BLOCK_ELEMENTS = 1 << 15
 """Classes x pixels that are worked on together: 128 KiB of float32, a part of a core's second-level cache."""

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lovasz.core import triton_planes
 from lovasz.core.ragged import Request
 from lovasz.core.segments import on_device
-from lovasz.core.triton_planes import FAULTS, Plane
+from lovasz.core.triton_kernels.planes import FAULTS, Plane
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
 
 _JOINED_BELOW_PIXELS = 256
@@ -156,7 +155,7 @@ class TritonBatch:
         )
         ignored = chain.from_iterable((0, 0) if rule is None else (rule, 1) for rule in rules)
         batch.launch(
-            triton_planes.read_labels,
+            planes.read_labels,
             on_device(list(ignored), torch.int64, device),
             batch.words,
             batch.counts,

@@ -2,5 +2,5 @@
 
 No result depends on which thread takes which task: what is added up over pixels is integers, and all else is computed
 for each pixel, or each segment, on its own. Floating-point contraction and reordering are off; where a multiplication
-and an addition are to be one operation, :func:`~lovasz.core.compiled.intrinsics.fma` says so.
+and an addition are to be one operation, :func:`~lovasz.core.numba_kernels.intrinsics.fma` says so.
 """

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
 
-from lovasz.core.compiled.images import (
+from lovasz.core.numba_kernels.images import (
     Blocks,
     Codes,
     Floats,
@@ -17,8 +17,8 @@ from lovasz.core.compiled.images import (
     read_codes,
     widen,
 )
-from lovasz.core.compiled.intrinsics import atomic_add, atomic_max, compiled, float_bits
-from lovasz.core.compiled.softmax import Counts
+from lovasz.core.numba_kernels.intrinsics import atomic_add, atomic_max, compiled, float_bits
+from lovasz.core.numba_kernels.softmax import Counts
 
 _BLOCK_PIXELS = 2048
 

@@ -9,7 +9,7 @@ exponent is the top of its table. They have a smallest one, though: 1 - s x is 0
 import triton
 import triton.language as tl
 
-from lovasz.core.triton_planes import (
+from lovasz.core.triton_kernels.planes import (
     FAULTS,
     GRAD,
     LABEL_BITS,
@@ -23,7 +23,7 @@ from lovasz.core.triton_planes import (
     load_words,
     plane_and_pixels,
 )
-from lovasz.core.triton_tables import (
+from lovasz.core.triton_kernels.tables import (
     ABSENT,
     BINS,
     COUNTED,

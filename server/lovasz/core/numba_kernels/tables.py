@@ -12,8 +12,8 @@ from numpy import float32 as f32
 from numpy import int32 as i32
 
 from lovasz.core import bins
-from lovasz.core.compiled.images import Codes, Floats, Images, Integers
-from lovasz.core.compiled.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
+from lovasz.core.numba_kernels.images import Codes, Floats, Images, Integers
+from lovasz.core.numba_kernels.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
 
 BINS = bins.BINS
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
@@ -251,6 +251,7 @@ def look_up(
     foreground: int,
     void: int,
     ignored: int,
+    cut: bool,
     top: int,
     table: Integers,
     images: Images,
@@ -264,6 +265,7 @@ def look_up(
     entries = table.view(np.float32)
     entries[4 * BINS : 4 * BINS + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
+    nothing = top_bits if cut else i32(-1)  # how far an error of 0 lies below the top
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     for image in range(first_image, last_image):
         begin = images.start[image]
@@ -281,7 +283,8 @@ def look_up(
                 found, own = _bin(distance), i32(code[i])
                 found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
                 found = i32(2 * BINS) if own == void_code else found
-                place[i] = i32(2 * BINS) if own == ignored_code else found
+                found = i32(2 * BINS) if own == ignored_code else found
+                place[i] = i32(2 * BINS) if distance == nothing else found
                 rest[i] = _rest(distance)
             if add:
                 for i in range(n):
