@@ -40,9 +40,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 # A process of its own: Triton reads the variable when it is imported.
-interpret: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/core -k cpu-triton
+interpret: .venv-interpreter/.installed
+	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core -k cpu-triton
 
 check: lint types proto-check
 
@@ -73,13 +72,13 @@ proto-check: .venv-proto/.installed
 		diff -u proto/lovasz/v1/$$stub out/stubs/lovasz/v1/$$stub || { echo "stale stubs: run make proto"; exit 1; }; done
 	@echo "stubs: as generated"
 
-# The oldest versions lie over those of .venv, so that nothing large is installed twice.
-.venv-oldest/.installed: tests/oldest.txt $(INSTALLED)
-	@rm -rf .venv-oldest
-	$(BIN)/python -m venv .venv-oldest
-	PIP_CONSTRAINT= .venv-oldest/bin/python -m pip install --quiet --no-deps --requirement tests/oldest.txt
+# Versions that lie over those of .venv, so that nothing large is installed twice.
+.venv-oldest/.installed .venv-interpreter/.installed: .venv-%/.installed: tests/%.txt $(INSTALLED)
+	@rm -rf .venv-$*
+	$(BIN)/python -m venv .venv-$*
+	PIP_CONSTRAINT= .venv-$*/bin/python -m pip install --quiet --no-deps --requirement $<
 	@site() { "$$1"/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
-		echo "import site; site.addsitedir('$$(site "$(CURDIR)/$(VENV)")')" > "$$(site .venv-oldest)/newest.pth"
+		echo "import site; site.addsitedir('$$(site "$(CURDIR)/$(VENV)")')" > "$$(site .venv-$*)/newest.pth"
 	@touch $@
 
 compat: .venv-oldest/.installed
@@ -105,5 +104,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-proto .venv-oldest .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-proto .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto client server -name __pycache__ -type d -exec rm -rf {} +

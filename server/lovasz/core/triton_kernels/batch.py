@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lovasz.core.ragged import Request
 from lovasz.core.segments import on_device
-from lovasz.core.triton_kernels.planes import FAULTS, Plane
+from lovasz.core.triton_kernels.planes import FAULTS, Plane, read_labels
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
 
 _JOINED_BELOW_PIXELS = 256
@@ -155,7 +155,7 @@ class TritonBatch:
         )
         ignored = chain.from_iterable((0, 0) if rule is None else (rule, 1) for rule in rules)
         batch.launch(
-            planes.read_labels,
+            read_labels,
             on_device(list(ignored), torch.int64, device),
             batch.words,
             batch.counts,
