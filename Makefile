@@ -39,9 +39,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# A process of its own: Triton reads the variable when it is imported.
+# A process of its own: Triton reads the variable when it is imported. Of the slow tests of batches, the strictest.
 interpret: .venv-interpreter/.installed
-	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core -k cpu-triton
+	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core \
+		-k "cpu-triton and (not test_batch.py or test_strangers_change_no_bit)"
 
 check: lint types proto-check
 

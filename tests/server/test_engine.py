@@ -147,3 +147,27 @@ def test_gradients_that_are_zero_or_not_finite_keep_the_scale_of_one() -> None:
         half, scale = to_wire_dtype(torch.full((3,), value), torch.float16)
         assert scale == 1.0
         assert np.array_equal(half.float().numpy(), np.full(3, value, np.float32), equal_nan=True)
+
+
+def test_says_when_a_faster_way_can_be_had_and_compiles_before_it_serves(
+    engine: WeakEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled: list[torch.device] = []
+    monkeypatch.setattr("lovasz.server.engine.advice", lambda device: f"faster on {device} with numba")
+    monkeypatch.setattr("lovasz.server.engine.warm_up", compiled.append)
+    with caplog.at_level("INFO"):
+        engine.start()
+    assert compiled == [CPU]
+    assert "faster on cpu with numba" in caplog.messages
+    assert "compiled" in caplog.messages
+
+
+def test_a_device_that_cannot_compile_is_refused_at_the_start(
+    engine: WeakEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("lovasz.server.engine.warm_up", fail)
+    with pytest.raises(DeviceError, match="cpu cannot compute: no such instruction"):
+        engine.start()
