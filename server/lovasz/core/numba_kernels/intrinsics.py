@@ -47,7 +47,7 @@ def inlined(function: F) -> F:
     return cast(F, numba.njit(function, inline="always", error_model="numpy"))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a x b + c in float32, rounded once: the same bits in vector and in scalar code."""
 
@@ -57,7 +57,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float_bits(typing: Any, value: Any) -> Any:
     """The bits of a float32 as an int32."""
 
@@ -67,7 +67,7 @@ def float_bits(typing: Any, value: Any) -> Any:
     return types.int32(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits_float(typing: Any, bits: Any) -> Any:
     """The float32 that has these bits (int32)."""
 
@@ -77,7 +77,7 @@ def bits_float(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits_double(typing: Any, bits: Any) -> Any:
     """The float64 that has these bits (int64)."""
 
@@ -87,7 +87,7 @@ def bits_double(typing: Any, bits: Any) -> Any:
     return types.float64(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typing: Any, address: Any) -> Any:
     """An address (uint64) as what ``numba.carray`` takes."""
 
@@ -98,7 +98,7 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 def _atomic(operation: str) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def atomic(typing: Any, array: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             base = context.make_array(signature.args[0])(context, builder, arguments[0]).data

@@ -1,6 +1,5 @@
 """Elementary functions on a GPU, to the accuracy of float32."""
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 import triton
 import triton.language as tl
 

@@ -4,8 +4,6 @@ The errors m = max(0, 1 - s x), s = +-1, have no largest possible one, so the fi
 exponent is the top of its table. They have a smallest one, though: 1 - s x is 0 or at least 2^-24.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-# ruff: noqa: N803 (what is known when a kernel is compiled is written in capitals)
 import triton
 import triton.language as tl
 

@@ -8,8 +8,6 @@ What is computed for a pixel depends on its logits and its label alone, and what
 no result depends on the batch or on the order in which blocks run.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-# ruff: noqa: N803 (what is known when a kernel is compiled is written in capitals)
 import enum
 
 import triton

@@ -8,8 +8,6 @@ Launches switch the fusion of multiplications and additions off, so that both sw
 finds each error in the bin in which the first one counted it.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-# ruff: noqa: N803 (what is known when a kernel is compiled is written in capitals)
 import triton
 import triton.language as tl
 

@@ -8,8 +8,6 @@ pixel whose error has this rest, the gradient g of the Lovász extension, times 
 whose mean over the pixels of the bin is exactly what the bin as a whole contributes (docs/mathematics.md).
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-# ruff: noqa: N803 (what is known when a kernel is compiled is written in capitals)
 import triton
 import triton.language as tl
 
