@@ -117,13 +117,13 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
 def test_warm_up_compiles_everything_that_a_request_needs(threads: None) -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")
-    from lovasz.core.numba_kernels import hinge, segments, softmax
+    from lovasz.core.numba_kernels import cross_entropy, hinge, segments, softmax
 
     loops = [
         softmax.prepare,
         softmax.prepare_probabilities,
         softmax.finish,
-        softmax.add_losses,
+        cross_entropy.add_losses,
         hinge.prepare,
         segments.score,
     ]
