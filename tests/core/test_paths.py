@@ -13,7 +13,7 @@ from lovasz.core.batch import launch
 from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
 from lovasz.core.paths import Path, choose
 from lovasz.core.ragged import Request
-from lovasz.spec import LossLike, Result, weighted_sum
+from lovasz.spec import InvalidInput, LossLike, Result, weighted_sum
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIDE = int(SORTED_BELOW_PIXELS**0.5)
@@ -146,3 +146,23 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None) -> None
                     (answer,) = launch([Request.checked(logits, labels, total)], total, CPU, path=path).collect()
                     assert isinstance(answer, Result)
     assert [len(loop.signatures) for loop in loops] == before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype", "device", "problem"),
+    [
+        ("numba", torch.float32, CPU, "got 'numba'; expected None or one of lovasz.core.paths.Path"),
+        (Path.NUMBA, torch.float64, CPU, "got Path.NUMBA for logits of float64; expected None or Path.TORCH"),
+        (Path.NUMBA_TABLES, torch.float32, CUDA, "got Path.NUMBA_TABLES for logits on cuda; expected"),
+        (Path.TRITON, torch.float32, CPU, "got Path.TRITON, but triton is not installed; expected"),
+    ],
+)
+def test_a_way_that_cannot_be_taken_is_refused(
+    path: Path, dtype: torch.dtype, device: torch.device, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "installed", lambda package: package == "numba")
+    total = weighted_sum(LovaszSoftmax())
+    with pytest.raises(InvalidInput) as caught:
+        launch([a_request(total, 1, 8, dtype)], total, device, path=path)
+    assert caught.value.field == "path"
+    assert caught.value.problem.startswith(problem)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed
-from lovasz.core.paths import Path, choose, compute
+from lovasz.core.paths import Path, checked, choose, compute
 from lovasz.core.ragged import Request
 from lovasz.spec import (
     CrossEntropy,
@@ -119,10 +119,14 @@ def launch(
 
     Args:
         path: how to compute them; None for the fastest that fits each.
+
+    Raises:
+        InvalidInput: the path cannot be taken here.
     """
     places: dict[Path, list[int]] = {}
     for place, request in enumerate(requests):
-        places.setdefault(path or choose(request, loss, device), []).append(place)
+        taken = choose(request, loss, device) if path is None else checked(path, request, device)
+        places.setdefault(taken, []).append(place)
     parts = []
     for taken, members in places.items():
         own = tuple(requests[place] for place in members)

@@ -15,7 +15,7 @@ from lovasz.core import torch_path
 from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
 from lovasz.core.computed import Computed
 from lovasz.core.ragged import Request
-from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec import CrossEntropy, InvalidInput, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,24 @@ def _group_sizes(request: Request, loss: WeightedSum) -> list[int]:
         for _, term in loss.terms
         if not isinstance(term, CrossEntropy)
     ]
+
+
+def checked(path: Path, request: Request, device: torch.device) -> Path:
+    """Raises:
+    InvalidInput: this way was asked for, and cannot be taken here.
+    """
+    if not isinstance(path, Path):
+        raise InvalidInput("path", f"got {path!r}; expected None or one of lovasz.core.paths.Path")
+    if path is Path.TORCH:
+        return path
+    if request.logits.dtype == torch.float64:
+        raise InvalidInput("path", f"got {path} for logits of float64; expected None or Path.TORCH")
+    if path is not Path.TRITON and device.type != "cpu":
+        raise InvalidInput("path", f"got {path} for logits on {device}; expected None, Path.TORCH or Path.TRITON")
+    package = "triton" if path is Path.TRITON else "numba"
+    if not installed(package):
+        raise InvalidInput("path", f"got {path}, but {package} is not installed; expected None or Path.TORCH")
+    return path
 
 
 def compute(
