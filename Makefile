@@ -82,6 +82,13 @@ proto-check: .venv-proto/.installed
 		echo "import site; site.addsitedir('$$(site "$(CURDIR)/$(VENV)")')" > "$$(site .venv-$*)/newest.pth"
 	@touch $@
 
+# NVIDIA's Triton Inference Server, as a peer for the benchmark: over a gigabyte, and another NumPy.
+.venv-triton/.installed: benchmarks/triton.txt benchmarks/requirements.txt
+	@test -x .venv-triton/bin/pip || $(PYTHON) -m venv .venv-triton
+	PIP_CONSTRAINT= .venv-triton/bin/python -m pip install --quiet --requirement benchmarks/triton.txt
+	PIP_CONSTRAINT= .venv-triton/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+	@touch $@
+
 compat: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest tests/wire tests/client tests/server tests/end_to_end
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec
+from lovasz.framing import Bytes
 from lovasz.v1 import loss_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 """Payload bytes of one message of a stream."""
+MAX_FRAME_BYTES = CHUNK_BYTES + (1 << 10)
+"""The largest HTTP/2 frame: a chunk is one. By default gRPC cuts it into 16 KiB, which takes a fifth longer."""
+MEMORY_SUFFIX = ".memory"
+"""What stands behind the path of a Unix socket of gRPC in that of the socket on which memory is shared."""
 MAX_MESSAGE_BYTES = 4 << 20
 """The largest message that a server receives (gRPC's own default)."""
-
-Bytes: TypeAlias = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,35 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class SharedTensors:
+    """Where the tensors of a request lie in shared memory; offsets in bytes."""
+
+    session: bytes
+    region: int
+    logits_offset: int
+    labels_offset: int
+    grad_offset: int
+
+    def to_proto(self) -> pb.SharedTensors:
+        return pb.SharedTensors(
+            session=self.session,
+            region=self.region,
+            logits_offset=self.logits_offset,
+            labels_offset=self.labels_offset,
+            grad_offset=self.grad_offset,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.SharedTensors) -> SharedTensors:
+        return cls(message.session, message.region, message.logits_offset, message.labels_offset, message.grad_offset)
+
+
+@dataclass(frozen=True)
 class Request:
     """A request without its payload.
 
     Attributes:
+        shared: where its tensors lie; None if they travel.
         layout: the sizes that the shapes come to; computing it has checked them.
     """
 
@@ -88,9 +115,17 @@ class Request:
     labels: TensorSpec
     want_grad: bool
     layout: spec.Layout
+    shared: SharedTensors | None = None
 
     @classmethod
-    def checked(cls, loss: spec.WeightedSum, logits: TensorSpec, labels: TensorSpec, want_grad: bool) -> Request:
+    def checked(
+        cls,
+        loss: spec.WeightedSum,
+        logits: TensorSpec,
+        labels: TensorSpec,
+        want_grad: bool,
+        shared: SharedTensors | None = None,
+    ) -> Request:
         """Raises:
         InvalidInput: an element type or a shape that does not fit the loss.
         """
@@ -102,7 +137,12 @@ class Request:
             raise spec.InvalidInput(
                 "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
             )
-        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape))
+        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape), shared)
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of the gradient that is wanted."""
+        return self.logits.nbytes if self.want_grad else 0
 
     @property
     def payload_bytes(self) -> int:
@@ -114,6 +154,7 @@ class Request:
             logits=self.logits.to_proto(),
             labels=self.labels.to_proto(),
             want_grad=self.want_grad,
+            shared_tensors=None if self.shared is None else self.shared.to_proto(),
         )
 
     @classmethod
@@ -126,6 +167,7 @@ class Request:
             _tensor_from_proto("logits", header.logits),
             _tensor_from_proto("labels", header.labels),
             header.want_grad,
+            SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
         )
 
 
@@ -329,11 +371,14 @@ def as_bytes(array: npt.NDArray[np.generic]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def chunks(buffers: Sequence[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """Cuts the buffers, one after the other, into pieces of at most ``chunk_bytes``."""
+def chunks(buffers: Sequence[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """Cuts the buffers, one after the other, into pieces of at most ``chunk_bytes``, without a copy."""
     for buffer in buffers:
         for start in range(0, len(buffer), chunk_bytes):
-            yield bytes(buffer[start : start + chunk_bytes])
+            yield buffer[start : start + chunk_bytes]
+
+
+_NOTHING = np.empty(0, np.uint8)
 
 
 class Assembly:
@@ -344,7 +389,8 @@ class Assembly:
         Args:
             buffers: writable, in the order of the payload.
         """
-        self._buffers = buffers
+        # As arrays of NumPy, which lets other threads run while it copies.
+        self._buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers if len(buffer)]
         self._index = 0
         self._offset = 0
         self.received = 0
@@ -358,8 +404,8 @@ class Assembly:
             raise spec.InvalidInput(
                 "payload", f"got at least {self.received + len(chunk)} bytes; expected {self.expected} as declared"
             )
-        rest = memoryview(chunk)
-        while rest:
+        rest = np.frombuffer(chunk, np.uint8) if len(chunk) else _NOTHING
+        while len(rest):
             buffer = self._buffers[self._index]
             taken = min(len(rest), len(buffer) - self._offset)
             buffer[self._offset : self._offset + taken] = rest[:taken]

@@ -123,11 +123,16 @@ def test_help() -> None:
     assert status == 0
     assert out.startswith("usage: lovasz ")
     assert "ping" in out
+    assert "bench" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--version"], [f"lovasz {VERSION}\n"]), (["ping", "--help"], ["TARGET", "--count", "--timeout", "--wait"])],
+    [
+        (["--version"], [f"lovasz {VERSION}\n"]),
+        (["ping", "--help"], ["TARGET", "--count", "--timeout", "--wait"]),
+        (["bench", "--help"], ["TARGET", "--shape", "--dtype", "--transport", "--concurrency", "--json", "--plot"]),
+    ],
 )
 def test_what_it_says_of_itself(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -137,7 +142,9 @@ def test_what_it_says_of_itself(arguments: list[str], said: list[str], capsys: p
     assert all(text in out for text in said)
 
 
-@pytest.mark.parametrize("arguments", [[], ["ping"], ["pong", "localhost:1"], ["ping", "localhost:1", "--count", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["ping"], ["bench"], ["pong", "localhost:1"], ["ping", "localhost:1", "--count", "x"]]
+)
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

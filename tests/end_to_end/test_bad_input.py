@@ -49,7 +49,7 @@ def _the_server_goes_on(server: ServerProcess, stub: loss_pb2_grpc.LossServiceSt
 def stream_of(request: pb.ComputeRequest) -> Iterator[pb.ComputeStreamRequest]:
     yield pb.ComputeStreamRequest(header=request.header)
     for chunk in wire.chunks([memoryview(request.logits), memoryview(request.labels)], 100):
-        yield pb.ComputeStreamRequest(chunk=chunk)
+        yield pb.ComputeStreamRequest(chunk=bytes(chunk))
 
 
 def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:

@@ -173,7 +173,7 @@ def test_callers_that_go_away_leave_nothing_behind(server: ServerProcess) -> Non
     logits, labels = tensors(512)
     request = [pb.ComputeStreamRequest(header=header_of(logits, labels))]
     request += [
-        pb.ComputeStreamRequest(chunk=chunk)
+        pb.ComputeStreamRequest(chunk=bytes(chunk))
         for chunk in wire.chunks([wire.as_bytes(logits), wire.as_bytes(labels)], 1 << 18)
     ]
     before = metric(server, "lovasz_requests_total", code="CANCELLED")
@@ -210,7 +210,7 @@ def test_sigterm_finishes_what_was_accepted_and_takes_nothing_new() -> None:
             yield request
             go_on.wait(60)
             for chunk in wire.chunks([wire.as_bytes(logits), wire.as_bytes(labels)]):
-                yield pb.ComputeStreamRequest(chunk=chunk)
+                yield pb.ComputeStreamRequest(chunk=bytes(chunk))
 
         with grpc.insecure_channel(server.target) as channel, grpc.insecure_channel(server.target) as watching:
             accepted = loss_pb2_grpc.LossServiceStub(channel).ComputeStream(slowly())

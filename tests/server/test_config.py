@@ -33,6 +33,8 @@ def test_every_setting_can_be_set_both_ways() -> None:
         "--max-batch-elements": ("1000", 1000),
         "--max-batch-requests": ("5", 5),
         "--max-batch-delay": ("0.25", 0.25),
+        "--stall-timeout": ("0.5", 0.5),
+        "--shared-memory": ("off", False),
         "--drain-seconds": ("0", 0.0),
         "--health-interval": ("1.5", 1.5),
         "--device-stall": ("9", 9.0),
@@ -51,6 +53,11 @@ def test_every_setting_can_be_set_both_ways() -> None:
     [
         ("--listen", "nowhere", "--listen: got 'nowhere'; expected HOST:PORT"),
         ("--listen", "host:99999", "--listen: got 'host:99999'; expected HOST:PORT"),
+        ("--listen", "a:1,nowhere", "--listen: got 'a:1,nowhere'; expected HOST:PORT"),
+        ("--listen", "a:1,a:1", "--listen: got 'a:1,a:1'; expected each address once"),
+        ("--shared-memory", "perhaps", "--shared-memory: got 'perhaps'; expected on or off"),
+        ("--shared-memory", "on", "--listen: got '127.0.0.1:50051'; expected at least one unix:/path with --shared"),
+        ("--stall-timeout", "0", "--stall-timeout: got 0.0; expected a number > 0"),
         ("--metrics-listen", "unix:/tmp/x", "--metrics-listen: got 'unix:/tmp/x'; expected HOST:PORT"),
         ("--device", "tpu", "--device: got 'tpu'; expected auto, cpu, cuda or cuda:N"),
         ("--memory-budget", "lots", "--memory-budget: got 'lots'; expected a size such as 512MiB"),
@@ -69,6 +76,14 @@ def test_a_value_that_cannot_be_is_named_with_what_was_expected(flag: str, text:
     with pytest.raises(ConfigError) as refused:
         ServerConfig.load([flag, text], {})
     assert str(refused.value).startswith(said)
+
+
+def test_several_addresses_and_a_switch_without_a_value() -> None:
+    config = ServerConfig.load(["--listen", "0.0.0.0:1, unix:/a,unix:/b", "--shared-memory"], {})
+    assert config.addresses == ("0.0.0.0:1", "unix:/a", "unix:/b")
+    assert config.socket_paths == ("/a", "/b")
+    assert config.shared_memory
+    assert not ServerConfig().shared_memory
 
 
 def test_a_bad_variable_is_named_as_the_variable() -> None:

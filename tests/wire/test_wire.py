@@ -537,7 +537,7 @@ def test_client_and_server_never_import_each_other() -> None:
 
 
 def test_what_both_sides_share_imports_neither() -> None:
-    shared = ("lovasz.spec", "lovasz.wire", "lovasz.autograd", "lovasz.version")
+    shared = ("lovasz.spec", "lovasz.framing", "lovasz.wire", "lovasz.autograd", "lovasz.version")
     assert importers("lovasz.client", "lovasz.core", "lovasz.server", of=shared) == set()
 
 
@@ -547,11 +547,11 @@ def test_the_core_knows_no_wire() -> None:
 
 def test_spec_needs_neither_torch_nor_protobuf_and_wire_no_torch() -> None:
     assert importers("torch", "lovasz.autograd", *GRPC, *PROTOBUF, "lovasz.wire", of=("lovasz.spec",)) == set()
-    assert importers("torch", "lovasz.autograd", *GRPC, of=("lovasz.wire",)) == set()
+    assert importers("torch", "lovasz.autograd", *GRPC, of=("lovasz.framing", "lovasz.wire")) == set()
 
 
 def test_the_client_is_thin() -> None:
-    thin = ("lovasz.client", "lovasz.autograd", "lovasz.spec", "lovasz.wire", "lovasz.version")
+    thin = ("lovasz.client", "lovasz.autograd", "lovasz.spec", "lovasz.framing", "lovasz.wire", "lovasz.version")
     assert importers("torch", of=thin, lazily=False) == {
         "lovasz.autograd",
         "lovasz.client.inprocess",

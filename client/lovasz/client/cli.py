@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from lovasz.client import bench
 from lovasz.client.client import LossClient, ServerInfo
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
 from lovasz.version import VERSION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 if the server answered, 1 if not."""
+    """Exit status: 0 if the server answered, 1 if not; 130 if Ctrl-C ended a load."""
     parser = argparse.ArgumentParser(prog="lovasz", description="Talks to a Lovász loss server.")
     parser.add_argument("--version", action="version", version=f"lovasz {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -28,10 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--wait", type=float, default=0.0, metavar="SECONDS", help="keep trying for so long (default: 0, try once)"
     )
     ping.set_defaults(run=_ping)
+    benching = commands.add_parser("bench", help="put a load on a server, and see what it stands and where time goes")
+    bench.add_arguments(benching)
+    benching.set_defaults(run=bench.run)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (LossError, ValueError) as error:
+    except (LossError, ValueError, OSError) as error:
         print(f"lovasz: {error}", file=sys.stderr)
         return 1
 

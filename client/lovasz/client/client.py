@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from lovasz import spec, wire
 from lovasz.client.errors import CallCancelledError, InvalidInputError
-from lovasz.client.tensors import Array, HostTensor, encode_labels, encode_logits
+from lovasz.client.tensors import Array
 
 INPROCESS = "inprocess"
 DEFAULT_TIMEOUT_SECONDS = 60.0
+TRANSPORTS = ("auto", "grpc", "shm")
 _LONGEST_SECONDS = 1e8
 """Three years; gRPC takes no endless timeout."""
 _SUBMIT_THREADS = 16
@@ -45,16 +46,6 @@ class ServerInfo:
     max_requests: int
 
 
-@dataclass(frozen=True)
-class Call:
-    """A request, encoded and checked; ``original`` is the logits as they came."""
-
-    request: wire.Request
-    logits: HostTensor
-    labels: HostTensor
-    original: Array
-
-
 class Target(Protocol):
     """Where losses are computed."""
 
@@ -71,31 +62,38 @@ class Target(Protocol):
         """Ends its connections."""
 
 
-def encode(logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> Call:
-    """Raises:
-    InvalidInput: a dtype or a shape that cannot be.
-    """
-    host_logits, host_labels = encode_logits(logits), encode_labels(labels)
-    request = wire.Request.checked(loss, host_logits.spec, host_labels.spec, want_grad)
-    return Call(request, host_logits, host_labels, logits)
-
-
 class LossClient:
     """Computes losses on a server. Threads can share it; ``close`` it, or use it in a ``with``."""
 
-    def __init__(self, target: str, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        transport: str = "auto",
+        wire_dtype: str | None = None,
+    ) -> None:
         """
         Args:
             target: HOST:PORT, ``unix:/path``, any other target of gRPC, or ``"inprocess"``: no server, ``lovasz.core``
                 computes here on the logits' device.
             timeout: seconds for a call with all its retries, unless the call says otherwise; without effect in process.
+            transport: ``"auto"``: tensors go through shared memory if the target is a Unix socket and its server takes
+                it (``--shared-memory``), else over gRPC; ``"grpc"`` or ``"shm"``: that alone.
+            wire_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: what logits are rounded to before they are sent,
+                and their gradient before it comes back; None: the logits' own dtype. 16 bits halve the traffic, at an
+                error that docs/benchmarks.md states. Without effect in process.
+
+        Raises:
+            ValueError: an argument that cannot be.
 
         A call that finds no server or a full one is tried again, up to 5 times in about 10 seconds, within its timeout.
         Connecting happens at the first call.
         """
         self.target = target
         self.timeout = _checked_timeout(timeout)
-        self._target = _open(target)
+        self.options: dict[str, Any] = {"timeout": timeout, "transport": transport, "wire_dtype": wire_dtype}
+        self._target = _open(target, transport, wire_dtype)
         self._threads = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="lovasz-submit")
         self._closed = False
 
@@ -200,7 +198,11 @@ def _checked_timeout(timeout: float) -> float:
     return min(timeout, _LONGEST_SECONDS)
 
 
-def _open(target: str) -> Target:
+def _open(target: str, transport: str, wire_dtype: str | None) -> Target:
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport: got {transport!r}; expected one of {', '.join(TRANSPORTS)}")
+    if wire_dtype is not None and wire_dtype not in wire.FLOATS:
+        raise ValueError(f"wire_dtype: got {wire_dtype!r}; expected None or one of {', '.join(wire.FLOATS)}")
     if not isinstance(target, str) or not target:
         raise ValueError(f"target: got {target!r}; expected HOST:PORT, unix:/path or 'inprocess'")
     if target == INPROCESS:
@@ -209,4 +211,4 @@ def _open(target: str) -> Target:
         return InProcessTarget()
     from lovasz.client.remote import RemoteTarget
 
-    return RemoteTarget(target)
+    return RemoteTarget(target, transport, wire_dtype)

@@ -30,7 +30,7 @@ class InProcessTarget:
     """No server: for tests, laptops, and trainers that need none."""
 
     def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> _Call:
-        narrow = labels if is_torch(labels) else encode_labels(labels).array
+        narrow = labels if is_torch(labels) else encode_labels(labels).array()
         scores, targets = _tensor("logits", logits), _tensor("labels", narrow)
         Request.checked(scores, targets.to(scores.device), loss)
         return _Call(scores, targets.to(scores.device), loss, want_grad, numpy=not is_torch(logits))

@@ -29,15 +29,26 @@ class RemoteLoss(torch.nn.Module):
         result: the last answer, with per-class losses, IoU counts and timing, without its gradient; None before.
     """
 
-    def __init__(self, target: str | LossClient, loss: LossLike, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        target: str | LossClient,
+        loss: LossLike,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        transport: str = "auto",
+        wire_dtype: str | None = None,
+    ) -> None:
         """
         Args:
             target: as for :class:`LossClient`; or a client, which this module then uses and does not close.
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
-            timeout: seconds for a call; not used with a client, which has its own.
+            timeout: seconds for a call; not used with a client, which has its own, as for the next two.
+            transport: as for :class:`LossClient`.
+            wire_dtype: as for :class:`LossClient`.
 
         Raises:
             InvalidInput: terms that do not go together.
+            ValueError: at the first call: an argument that cannot be.
         """
         super().__init__()
         self.loss = weighted_sum(loss)
@@ -45,13 +56,15 @@ class RemoteLoss(torch.nn.Module):
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
         self._target = target if isinstance(target, str) else target.target
-        self._timeout = timeout if isinstance(target, str) else target.timeout
+        self._options: dict[str, Any] = {"timeout": timeout, "transport": transport, "wire_dtype": wire_dtype}
+        if not isinstance(target, str):
+            self._options = target.options
 
     @property
     def client(self) -> LossClient:
         """The client, which is opened when it is first used."""
         if self._client is None:
-            self._client = LossClient(self._target, timeout=self._timeout)
+            self._client = LossClient(self._target, **self._options)
         return self._client
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

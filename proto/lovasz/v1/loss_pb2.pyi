@@ -108,16 +108,48 @@ class Loss(_message.Message):
     def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
 
 class RequestHeader(_message.Message):
-    __slots__ = ("loss", "logits", "labels", "want_grad")
+    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    SHARED_TENSORS_FIELD_NUMBER: _ClassVar[int]
     loss: Loss
     logits: TensorInfo
     labels: TensorInfo
     want_grad: bool
-    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ...) -> None: ...
+    shared_tensors: SharedTensors
+    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ...) -> None: ...
+
+class SharedTensors(_message.Message):
+    __slots__ = ("session", "region", "logits_offset", "labels_offset", "grad_offset")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LABELS_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    GRAD_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    region: int
+    logits_offset: int
+    labels_offset: int
+    grad_offset: int
+    def __init__(self, session: _Optional[bytes] = ..., region: _Optional[int] = ..., logits_offset: _Optional[int] = ..., labels_offset: _Optional[int] = ..., grad_offset: _Optional[int] = ...) -> None: ...
+
+class SharedMemoryRequest(_message.Message):
+    __slots__ = ("region", "release")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    release: bool
+    def __init__(self, region: _Optional[int] = ..., release: bool = ...) -> None: ...
+
+class SharedMemoryReply(_message.Message):
+    __slots__ = ("session", "error")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    error: str
+    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
 
 class ComputeRequest(_message.Message):
     __slots__ = ("header", "logits", "labels")

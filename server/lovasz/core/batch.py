@@ -16,6 +16,7 @@ from torch import Tensor
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed
 from lovasz.core.paths import Path, checked, choose, compute
 from lovasz.core.ragged import Request
+from lovasz.core.stop import Stop
 from lovasz.spec import (
     CrossEntropy,
     InvalidInput,
@@ -83,7 +84,7 @@ class _Part:
             for _, loss in self.loss.terms
         )
         counts = np.zeros(channels, np.int64)
-        return Result(nan, None if grad is None else torch.full_like(grad, nan), terms, counts, counts.copy())
+        return Result(nan, None if grad is None else grad.fill_(nan), terms, counts, counts.copy())
 
 
 def _term_result(
@@ -112,6 +113,7 @@ def launch(
     *,
     want_grad: bool = True,
     path: Path | None = None,
+    stop: Stop | None = None,
 ) -> Launched:
     """Queues the computation of requests that agree in element type and channels.
 
@@ -119,9 +121,11 @@ def launch(
 
     Args:
         path: how to compute them; None for the fastest that fits each.
+        stop: asks for an early end, which the compiled loops of the CPU listen to.
 
     Raises:
         InvalidInput: the path cannot be taken here.
+        Stopped: it was asked to end early.
     """
     places: dict[Path, list[int]] = {}
     for place, request in enumerate(requests):
@@ -130,7 +134,8 @@ def launch(
     parts = []
     for taken, members in places.items():
         own = tuple(requests[place] for place in members)
-        parts.append(_Part(tuple(members), own, loss, compute(taken, own, loss, device, want_grad=want_grad)))
+        computed = compute(taken, own, loss, device, want_grad=want_grad, stop=stop)
+        parts.append(_Part(tuple(members), own, loss, computed))
     return Launched(tuple(requests), tuple(parts))
 
 

@@ -22,9 +22,9 @@ from lovasz.core.numba_kernels.batch import Groups, NumbaBatch
 from lovasz.core.numba_kernels.cross_entropy import CrossEntropies, add_losses
 from lovasz.core.numba_kernels.scratch import SCRATCH
 from lovasz.core.numba_kernels.segments import ABSENT, COUNTED, SORTED, Parts, Rules, Segments
-from lovasz.core.numba_kernels.workers import WORKERS
 from lovasz.core.ragged import Request
 from lovasz.core.softmax import sum_over_classes
+from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
 
 _FIXED_POINT_BITS = 60
@@ -37,14 +37,24 @@ class Threshold(NamedTuple):
     foreground: int
 
 
-def compute(requests: Sequence[Request], loss: WeightedSum, *, want_grad: bool, counted_from: Threshold) -> Computed:
+def compute(
+    requests: Sequence[Request],
+    loss: WeightedSum,
+    *,
+    want_grad: bool,
+    counted_from: Threshold,
+    stop: Stop | None = None,
+) -> Computed:
     """Computes requests that agree in element type (16 or 32 bits) and channels.
 
     Args:
         counted_from: segments below this are sorted.
+
+    Raises:
+        Stopped: it was asked to end early.
     """
     with SCRATCH.borrow() as scratch:
-        batch = NumbaBatch(requests, loss, scratch, want_grad=want_grad)
+        batch = NumbaBatch(requests, loss, scratch, want_grad=want_grad, stop=stop)
         terms = _hinge(batch, counted_from) if loss.is_hinge else _softmax(batch, counted_from)
     intersection, union = batch.intersection_and_union()
     grads = batch.grads() if want_grad else None
@@ -204,8 +214,7 @@ def _score_whole(batch: NumbaBatch, found: Segments, codes: npt.NDArray[Any], ru
     keys = batch.scratch.array("keys", (2, threads, largest), np.uint64)
     room = batch.scratch.array("room", (threads, largest), np.float32)
     losses = np.zeros(len(found.row))
-    WORKERS.run(
-        threads,
+    batch.run(
         segments.score,
         found,
         rules,
@@ -213,6 +222,7 @@ def _score_whole(batch: NumbaBatch, found: Segments, codes: npt.NDArray[Any], ru
         batch.errors,
         codes,
         losses,
+        threads=threads,
         own=lambda thread: (table[thread], keys[0, thread], keys[1, thread], room[thread]),
     )
     return losses

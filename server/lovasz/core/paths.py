@@ -15,6 +15,7 @@ from lovasz.core import torch_path
 from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
 from lovasz.core.computed import Computed
 from lovasz.core.ragged import Request
+from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, InvalidInput, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
 
 _log = logging.getLogger(__name__)
@@ -94,9 +95,19 @@ def checked(path: Path, request: Request, device: torch.device) -> Path:
 
 
 def compute(
-    path: Path, requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool
+    path: Path,
+    requests: Sequence[Request],
+    loss: WeightedSum,
+    device: torch.device,
+    *,
+    want_grad: bool,
+    stop: Stop | None = None,
 ) -> Computed:
-    """Computes requests that agree in element type and channels on one path."""
+    """Computes requests that agree in element type and channels on one path.
+
+    Raises:
+        Stopped: it was asked to end early, and this path listens to that.
+    """
     if path is Path.TORCH:
         return torch_path.compute(requests, loss, device, want_grad=want_grad)
     if path is Path.TRITON:
@@ -110,7 +121,7 @@ def compute(
         Path.NUMBA_SORTED: numba_path.Threshold(MAX_PIXELS, 0),
         Path.NUMBA_TABLES: numba_path.Threshold(0, 0),
     }[path]
-    return numba_path.compute(requests, loss, want_grad=want_grad, counted_from=counted_from)
+    return numba_path.compute(requests, loss, want_grad=want_grad, counted_from=counted_from, stop=stop)
 
 
 _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (

@@ -18,11 +18,17 @@ INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 
 @dataclass(frozen=True)
 class Request:
-    """The tensors of one request, in the shapes of their caller, and the sizes that these come to."""
+    """The tensors of one request, in the shapes of their caller, and the sizes that these come to.
+
+    Attributes:
+        grad: room for the gradient, float32 and contiguous on the CPU, which a path may use or leave alone; None if
+            the caller has none.
+    """
 
     logits: Tensor
     labels: Tensor
     layout: Layout
+    grad: Tensor | None = None
 
     @classmethod
     def checked(cls, logits: Tensor, labels: Tensor, loss: WeightedSum) -> Request:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 
 from lovasz.server import logs
+from lovasz.server.allocator import keep_freed_memory
 from lovasz.server.config import ConfigError, ServerConfig, unknown_variables
 from lovasz.server.errors import DeviceError
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lovasz-server: {error}", file=sys.stderr)
         return 2
     logs.configure(config.log_level, config.log_format)
+    keep_freed_memory()
     if unknown := unknown_variables(os.environ):
         logging.getLogger(__name__).warning("variables that set nothing", extra={"variables": unknown})
     stopping = threading.Event()

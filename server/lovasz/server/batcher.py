@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from bisect import insort
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -13,7 +14,11 @@ import torch
 
 from lovasz.core.ragged import Request
 from lovasz.server.errors import ExpiredError, StoppingError
+from lovasz.server.staging import Staging
 from lovasz.spec import Result, WeightedSum
+
+_SECONDS_PER_ELEMENT = 5e-9
+"""About what a CPU takes for a logit; for the order of the queue alone."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,27 @@ class Entry:
 
     Attributes:
         deadline: when its caller stops waiting (``time.monotonic``); None: never.
+        staging: where its tensors lie on the host, and where its gradient is to be put; None: anywhere.
         future: receives the answer.
+        left: its caller has gone while it was being computed.
+        when_left: called then.
     """
 
     request: Request
     loss: WeightedSum
     want_grad: bool
     deadline: float | None
+    staging: Staging | None = None
     future: Future[Answer] = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
+    left: bool = False
+    when_left: Callable[[], None] | None = None
+
+    @property
+    def due(self) -> float:
+        """Its place in the queue: a request of N logits steps back behind those that come within N times a constant
+        after it, so that large ones do not hold up small ones, nor wait forever."""
+        return self.queued + _SECONDS_PER_ELEMENT * self.request.layout.elements
 
     @property
     def key(self) -> Key:
@@ -57,8 +74,12 @@ class Entry:
         return self.loss, self.want_grad, self.request.logits.dtype, self.request.layout.channels
 
     def cancel(self) -> None:
-        """Gives it up; without effect once it is being computed."""
-        self.future.cancel()
+        """Gives it up. Once it is being computed, this ends early only if nobody waits for the rest of its batch."""
+        if self.future.cancel():
+            return
+        self.left = True
+        if self.when_left is not None:
+            self.when_left()
 
     def claim(self) -> bool:
         """Starts it, unless its caller has gone or its deadline has passed."""
@@ -77,7 +98,8 @@ class Batcher:
         self._max_elements = max_elements
         self._max_requests = max_requests
         self._max_delay_seconds = max_delay_seconds
-        self._waiting: dict[Key, deque[Entry]] = {}
+        self._waiting: dict[Key, list[Entry]] = {}
+        """Those with equal keys in the order in which they are due."""
         self._changed = threading.Condition()
         self._closed = False
 
@@ -95,7 +117,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise StoppingError("the server is stopping and takes no new requests")
-            self._waiting.setdefault(entry.key, deque()).append(entry)
+            insort(self._waiting.setdefault(entry.key, []), entry, key=lambda e: e.due)
             self._changed.notify()
 
     def discard(self, entry: Entry) -> None:
@@ -120,7 +142,7 @@ class Batcher:
             return self._closed and not self._waiting
 
     def take(self, *, idle: bool, timeout_seconds: float) -> list[Entry]:
-        """The next batch: of the requests that can share one, those whose first has waited longest.
+        """The next batch: of the requests that can share one, those whose first is due first.
 
         Args:
             idle: True: the device has nothing to do: waits for a request and takes what there is at once. False: takes
@@ -135,25 +157,29 @@ class Batcher:
                 self._changed.wait_for(lambda: self._waiting or self._closed, timeout_seconds)
             if not self._waiting:
                 return []
-            key = min(self._waiting, key=lambda k: self._waiting[k][0].queued)
+            key = min(self._waiting, key=lambda k: self._waiting[k][0].due)
             if not idle and not self._is_closed(self._waiting[key]):
                 return []
             return self._cut(key)
 
-    def _is_closed(self, entries: deque[Entry]) -> bool:
-        if time.monotonic() - entries[0].queued >= self._max_delay_seconds or len(entries) >= self._max_requests:
+    def _is_closed(self, entries: list[Entry]) -> bool:
+        open_since = min(entry.queued for entry in entries)
+        if time.monotonic() - open_since >= self._max_delay_seconds or len(entries) >= self._max_requests:
             return True
         return sum(entry.request.layout.elements for entry in entries) >= self._max_elements
 
     def _cut(self, key: Key) -> list[Entry]:
-        entries, batch, elements = self._waiting[key], list[Entry](), 0
-        while entries and len(batch) < self._max_requests:
-            if batch and elements + entries[0].request.layout.elements > self._max_elements:
+        entries, batch, elements, taken = self._waiting[key], list[Entry](), 0, 0
+        for entry in entries:
+            if len(batch) == self._max_requests:
                 break
-            entry = entries.popleft()
+            if batch and elements + entry.request.layout.elements > self._max_elements:
+                break
+            taken += 1
             if entry.claim():
                 batch.append(entry)
                 elements += entry.request.layout.elements
+        del entries[:taken]
         if not entries:
             del self._waiting[key]
         return batch

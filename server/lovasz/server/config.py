@@ -19,11 +19,16 @@ DEFAULT_MAX_BATCH_DELAY_SECONDS = 0.002
 DEFAULT_DRAIN_SECONDS = 30.0
 DEFAULT_HEALTH_INTERVAL_SECONDS = 5.0
 DEFAULT_DEVICE_STALL_SECONDS = 60.0
+DEFAULT_STALL_SECONDS = 20.0
+DEFAULT_SHARED_MEMORY = False
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+
+UNIX = "unix:"
+"""What the address of a Unix socket begins with."""
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -65,6 +70,14 @@ def _number(text: str) -> float:
         raise ValueError(f"got {text!r}; expected a number") from None
 
 
+def _switch(text: str) -> bool:
+    if text.lower() in ("on", "true", "yes", "1"):
+        return True
+    if text.lower() in ("off", "false", "no", "0"):
+        return False
+    raise ValueError(f"got {text!r}; expected on or off")
+
+
 def _setting(default: object, flag: str, metavar: str, text: str, parse: Callable[[str], object] = str) -> Any:
     return field(default=default, metadata={"flag": flag, "metavar": metavar, "help": text, "parse": parse})
 
@@ -76,9 +89,9 @@ class ServerConfig:
     listen: str = _setting(
         DEFAULT_LISTEN,
         "--listen",
-        "HOST:PORT",
-        "where to serve gRPC; port 0 takes a free one, unix:/path a socket. There is no authentication: open it to "
-        "trusted networks only",
+        "ADDRESSES",
+        "where to serve gRPC: HOST:PORT (port 0 takes a free one), unix:/path for callers on this host, or several "
+        "with commas between. There is no authentication: open it to trusted networks only",
     )
     metrics_listen: str = _setting(
         DEFAULT_METRICS_LISTEN, "--metrics-listen", "HOST:PORT", "where to serve Prometheus metrics over HTTP, /metrics"
@@ -115,6 +128,21 @@ class ServerConfig:
         "at once",
         _number,
     )
+    stall_seconds: float = _setting(
+        DEFAULT_STALL_SECONDS,
+        "--stall-timeout",
+        "SECONDS",
+        "a caller that stops sending its request, or taking its answer, for so long is cut off",
+        _number,
+    )
+    shared_memory: bool = _setting(
+        DEFAULT_SHARED_MEMORY,
+        "--shared-memory",
+        "on|off",
+        "take tensors through memory that callers on this host share, beside each unix: address of --listen (the "
+        "socket's path with .memory behind it); whoever may open that socket may do so",
+        _switch,
+    )
     drain_seconds: float = _setting(
         DEFAULT_DRAIN_SECONDS,
         "--drain-seconds",
@@ -140,8 +168,14 @@ class ServerConfig:
     log_format: str = _setting(DEFAULT_LOG_FORMAT, "--log-format", "FORMAT", "text (for people) or json (a line each)")
 
     def __post_init__(self) -> None:
-        for name in ("listen", "metrics_listen"):
-            self._check_address(name)
+        for address in self.addresses:
+            if not (address.startswith(UNIX) and len(address) > len(UNIX)):
+                self._check_address("listen", address)
+        if len(set(self.addresses)) < len(self.addresses):
+            self._refuse("listen", "each address once")
+        self._check_address("metrics_listen", self.metrics_listen)
+        if self.shared_memory and not self.socket_paths:
+            self._refuse("listen", "at least one unix:/path with --shared-memory, beside HOST:PORT if need be")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             self._refuse("device", "auto, cpu, cuda or cuda:N")
         for name in ("memory_budget_bytes", "max_requests", "max_batch_elements", "max_batch_requests"):
@@ -150,7 +184,7 @@ class ServerConfig:
         for name in ("max_batch_delay_seconds", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "a number >= 0")
-        for name in ("health_interval_seconds", "device_stall_seconds"):
+        for name in ("health_interval_seconds", "device_stall_seconds", "stall_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number > 0")
         if self.log_level not in LOG_LEVELS:
@@ -158,10 +192,17 @@ class ServerConfig:
         if self.log_format not in LOG_FORMATS:
             self._refuse("log_format", " or ".join(LOG_FORMATS))
 
-    def _check_address(self, name: str) -> None:
-        address = getattr(self, name)
-        if name == "listen" and address.startswith("unix:") and len(address) > len("unix:"):
-            return
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where to serve gRPC, each."""
+        return tuple(address.strip() for address in self.listen.split(","))
+
+    @property
+    def socket_paths(self) -> tuple[str, ...]:
+        """The paths of the Unix sockets among them."""
+        return tuple(address.removeprefix(UNIX) for address in self.addresses if address.startswith(UNIX))
+
+    def _check_address(self, name: str, address: str) -> None:
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d+)", address)
         if match is None or int(match[2]) > 65535:
             self._refuse(name, "HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
@@ -212,10 +253,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     for f in fields(ServerConfig):
         default = format_bytes(int(str(f.default))) if f.name.endswith("_bytes") else f.default
+        switch = isinstance(f.default, bool)
+        if switch:
+            default = "on" if f.default else "off"
         parser.add_argument(
             f.metadata["flag"],
             dest=f.name,
             metavar=f.metadata["metavar"],
+            nargs="?" if switch else None,
+            const="on" if switch else None,
             help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
         )
     return parser

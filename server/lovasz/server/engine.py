@@ -17,8 +17,9 @@ import torch
 from lovasz.core.batch import Launched, launch
 from lovasz.core.paths import advice, warm_up
 from lovasz.core.ragged import Request
+from lovasz.core.stop import Stop, Stopped
 from lovasz.server.batcher import Answer, Batcher, Entry
-from lovasz.server.errors import DeviceError, TooLargeError
+from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.metrics import Metrics
 from lovasz.spec import InvalidInput, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _FLOAT16_PEAK_EXPONENT = 14
 """Float16 gradients are scaled so that the largest stands in [2^13, 2^14): a quarter of the range is left."""
+_LARGEST_SCALE_EXPONENT = 126
 
 
 def choose_device(name: str) -> torch.device:
@@ -156,7 +158,7 @@ class Engine:
     def _begin(self, entries: Sequence[Entry]) -> _Running:
         started, stream = time.monotonic(), next(self._streams)
         with on(stream):
-            return _Running(list(entries), self._start(entries), started, stream)
+            return _Running(list(entries), self._start(entries, stream), started, stream)
 
     def _launch(self, entries: list[Entry]) -> _Running | None:
         try:
@@ -165,19 +167,31 @@ class Engine:
             self._split(entries, error)
             return None
 
-    def _start(self, entries: Sequence[Entry]) -> Launched:
-        first = entries[0]
+    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
+        first, stop = entries[0], Stop()
+
+        def stop_if_all_left() -> None:
+            if all(entry.left for entry in entries):
+                stop.ask()
+
+        for entry in entries:
+            entry.when_left = stop_if_all_left
+            if entry.staging is not None and entry.staging.upload is not None:
+                entry.staging.upload.hand_over(stream)
+        stop_if_all_left()  # Those that left before they were told whom to tell.
         requests = [entry.request for entry in entries]
-        return launch(requests, first.loss, self.device, want_grad=first.want_grad)
+        return launch(requests, first.loss, self.device, want_grad=first.want_grad, stop=stop)
 
     def _finish(self, running: _Running) -> None:
         try:
             with on(running.stream):
                 answers = running.launched.collect()
                 hosted = [
-                    self._to_host(answer, entry) if isinstance(answer, Result) else (answer, 1.0)
+                    _to_host(answer, entry) if isinstance(answer, Result) else (answer, 1.0)
                     for answer, entry in zip(answers, running.entries, strict=True)
                 ]
+                if running.stream is not None:
+                    running.stream.synchronize()
         except Exception as error:
             self._split(running.entries, error)
             return
@@ -192,15 +206,12 @@ class Engine:
                     self._metrics.nonfinite_results.inc()
                 entry.future.set_result(Answer(answer, scale, running.started, seconds, len(running.entries)))
 
-    def _to_host(self, result: Result[torch.Tensor], entry: Entry) -> tuple[Result[torch.Tensor], float]:
-        if result.grad is None:
-            return result, 1.0
-        grad, scale = to_wire_dtype(result.grad, entry.request.logits.dtype)
-        host = grad.to("cpu").contiguous()
-        return Result(result.loss, host, result.terms, result.intersection, result.union), scale
-
     def _split(self, entries: list[Entry], error: Exception) -> None:
         """A batch failed: computes it in halves, so that a request which cannot be computed is refused alone."""
+        if isinstance(error, Stopped):
+            for entry in entries:
+                entry.future.set_exception(AbandonedError("the caller went away"))
+            return
         traceback.clear_frames(error.__traceback__)  # They hold what the failed attempt took of the device's memory.
         if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
@@ -253,19 +264,37 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
-def to_wire_dtype(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """Rounds a gradient to the dtype of its logits.
+def _to_host(result: Result[torch.Tensor], entry: Entry) -> tuple[Result[torch.Tensor], float]:
+    """The result with its gradient at its place on the host, once the current stream has come to it."""
+    if result.grad is None:
+        return result, 1.0
+    dtype = entry.request.logits.dtype
+    if entry.staging is None or entry.staging.grad is None:
+        place = torch.empty(result.grad.shape, dtype=dtype)
+    else:
+        place = entry.staging.grad
+    scale = to_wire_dtype(result.grad, place)
+    return Result(result.loss, place, result.terms, result.intersection, result.union), scale
+
+
+def to_wire_dtype(grad: torch.Tensor, place: torch.Tensor) -> float:
+    """Writes a gradient, which is used up by that, to its place, in the element type that this has.
 
     Returns:
-        (gradient x scale, scale): the scale is a power of two that keeps float16 from underflowing, 1 for others.
+        The power of two that it was multiplied with; it keeps float16 from underflowing, and is 1 for others.
     """
-    if dtype != torch.float16:
-        return grad.to(dtype), 1.0
-    largest = float(grad.abs().max())
-    if not 0 < largest < math.inf:
-        return grad.to(dtype), 1.0
-    scale = math.ldexp(1.0, _FLOAT16_PEAK_EXPONENT - math.frexp(largest)[1])
-    return (grad.double() * scale).to(dtype), scale
+    scale = 1.0
+    if place.dtype == torch.float16:
+        smallest, largest = (float(extreme) for extreme in torch.aminmax(grad))
+        peak = max(-smallest, largest)
+        if 0 < peak < math.inf:
+            # Any scale in reach of a float32, so that the product is exact.
+            exponent = min(_FLOAT16_PEAK_EXPONENT - math.frexp(peak)[1], _LARGEST_SCALE_EXPONENT)
+            scale = math.ldexp(1.0, exponent)
+            grad.mul_(scale)
+    if grad.data_ptr() != place.data_ptr():
+        place.copy_(grad, non_blocking=True)
+    return scale
 
 
 def _known_losses_hold(device: torch.device) -> bool:

@@ -33,3 +33,11 @@ class ExpiredError(ServerError):
 
 class AbandonedError(ServerError):
     """The caller went away."""
+
+
+class StalledError(ServerError):
+    """The caller stopped sending its request."""
+
+
+class SessionLostError(ServerError):
+    """The request's shared memory belongs to a session that is not there."""

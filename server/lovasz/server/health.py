@@ -8,12 +8,12 @@ import threading
 from grpc_health.v1 import health, health_pb2
 
 from lovasz.server.engine import Engine
-from lovasz.v1 import loss_pb2
+from lovasz.server.service import SERVICE_NAME
 
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
-SERVICE_NAMES = ("", loss_pb2.DESCRIPTOR.services_by_name["LossService"].full_name)
+SERVICE_NAMES = ("", SERVICE_NAME)
 
 
 class HealthMonitor:

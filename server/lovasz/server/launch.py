@@ -19,7 +19,8 @@ class ServerProcess:
     Listens on free ports of the loopback interface unless the arguments say otherwise.
 
     Attributes:
-        target: where it serves gRPC.
+        target: where it serves gRPC; the first address, if there are several.
+        targets: all of them.
         metrics_url: where it serves its metrics.
         pid: its process id.
         log: the lines that it has logged so far, parsed.
@@ -34,6 +35,7 @@ class ServerProcess:
         self._command = [sys.executable, "-m", "lovasz.server", *defaults, *arguments, "--log-format", "json"]
         self.log: list[dict[str, object]] = []
         self.target = self.metrics_url = ""
+        self.targets: tuple[str, ...] = ()
         self.pid = 0
 
     def __enter__(self) -> ServerProcess:
@@ -91,6 +93,7 @@ class ServerProcess:
                 self.log.append(entry)
                 if entry.get("event") == "ready" and "listen" in entry:
                     self.metrics_url = str(entry["metrics"])
-                    self.target = str(entry["listen"])
+                    self.targets = tuple(str(entry["listen"]).split(","))
+                    self.target = self.targets[0]
                     self._ready.set()
         self._ready.set()

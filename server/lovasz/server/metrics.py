@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PHASES = ("header", "payload", "queue", "compute", "result")
+"""What a request goes through, for what ends in one of them."""
 _ELEMENTS = tuple(float(4**k) for k in range(5, 17))
 
 
@@ -36,8 +38,15 @@ class Metrics:
         )
         self.abandoned = Counter(
             "lovasz_abandoned",
-            "Requests that were given up before their answer was sent: cancelled by their caller, or expired.",
-            ["reason"],
+            "Requests that were given up before their answer was sent: cancelled by their caller, or expired; and the "
+            "phase that they were in.",
+            ["reason", "phase"],
+            registry=registry,
+        )
+        self.stalled = Counter(
+            "lovasz_stalled",
+            "Calls that were cut off as their caller stopped sending its request, or taking its answer.",
+            ["phase"],
             registry=registry,
         )
         self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
@@ -55,8 +64,11 @@ class Metrics:
             self.phase_seconds.labels(phase)
         for reason in ("overloaded", "too_large", "stopping", "invalid"):
             self.rejections.labels(reason)
-        for reason in ("cancelled", "expired"):
-            self.abandoned.labels(reason)
+        for phase in PHASES:
+            for reason in ("cancelled", "expired"):
+                self.abandoned.labels(reason, phase)
+        for phase in ("header", "payload", "result"):
+            self.stalled.labels(phase)
         self._http: tuple[WSGIServer, threading.Thread] | None = None
 
     def observe_batch(self, requests: int, elements: int) -> None:

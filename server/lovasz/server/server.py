@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -11,13 +14,17 @@ from grpc_reflection.v1alpha import reflection
 
 from lovasz import wire
 from lovasz.server.admission import Admission
+from lovasz.server.allocator import give_back_freed_memory
 from lovasz.server.batcher import Batcher
-from lovasz.server.config import ServerConfig
+from lovasz.server.config import UNIX, ServerConfig
 from lovasz.server.engine import Engine, choose_device, hardware_name
 from lovasz.server.health import HealthMonitor
+from lovasz.server.housekeeping import Housekeeper
 from lovasz.server.metrics import Metrics
-from lovasz.server.service import LossServicer
-from lovasz.v1 import loss_pb2, loss_pb2_grpc
+from lovasz.server.sending import SendWatch
+from lovasz.server.service import SERVICE_NAME, LossServicer
+from lovasz.server.shared_memory import SharedMemory
+from lovasz.server.staging import KEPT_SECONDS, StagingPool
 from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
@@ -31,6 +38,7 @@ _LAST_BYTES_SECONDS = 1.0
 """What answers that were handed to gRPC have to leave the host, once nothing else is in flight."""
 
 _OPTIONS = (
+    ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
     # Without this, a second server would share a port that is taken, instead of failing.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
@@ -47,7 +55,7 @@ class Server:
     """A loss server in this process.
 
     Attributes:
-        target: where it serves gRPC, HOST:PORT with the bound port, or unix:/path.
+        targets: where it serves gRPC, each HOST:PORT with the bound port, or unix:/path.
         metrics_url: where it serves its metrics.
     """
 
@@ -68,19 +76,35 @@ class Server:
         self._grpc = grpc.server(
             self._calls, options=_OPTIONS, maximum_concurrent_rpcs=config.max_requests + _SPARE_CALLS
         )
+        self._readers = ThreadPoolExecutor(config.max_requests + _SPARE_CALLS, thread_name_prefix="reader")
+        self._staging = StagingPool(self._engine.device)
+        paths = config.socket_paths if config.shared_memory else ()
+        self._shared_memory = [SharedMemory(path + wire.MEMORY_SUFFIX) for path in paths]
+        sending = SendWatch(config.stall_seconds, self._metrics)
         servicer = LossServicer(
-            self._admission, self._batcher, self._engine, self._metrics, config.device_stall_seconds
+            self._admission,
+            self._batcher,
+            self._engine,
+            self._metrics,
+            self._staging,
+            self._shared_memory,
+            self._readers,
+            sending,
+            config.stall_seconds,
+            config.device_stall_seconds,
         )
-        loss_pb2_grpc.add_LossServiceServicer_to_server(servicer, self._grpc)
+        self._grpc.add_generic_rpc_handlers((servicer.handler(),))
+        self._housekeeper = Housekeeper([sending.check, self._staging.trim, self._give_back_memory])
+        self._last_busy = math.inf
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
         names = (
-            loss_pb2.DESCRIPTOR.services_by_name["LossService"].full_name,
+            SERVICE_NAME,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, self._grpc)
         self._declare_gauges()
-        self.target = config.listen
+        self.targets = config.addresses
         self.metrics_url = ""
 
     def _declare_gauges(self) -> None:
@@ -91,6 +115,21 @@ class Server:
             "lovasz_in_flight_bytes",
             "Tensor bytes of the requests held, with their gradients.",
             lambda: self._admission.bytes_in_flight,
+        )
+        metrics.gauge(
+            "lovasz_staging_idle_bytes",
+            "Memory kept for the tensors of the next requests.",
+            lambda: self._staging.idle_bytes,
+        )
+        metrics.gauge(
+            "lovasz_shared_memory_sessions",
+            "Processes on this host that share memory with the server.",
+            lambda: sum(shared.sessions for shared in self._shared_memory),
+        )
+        metrics.gauge(
+            "lovasz_shared_memory_bytes",
+            "Memory that these share; it is theirs.",
+            lambda: sum(shared.nbytes for shared in self._shared_memory),
         )
         metrics.gauge("lovasz_budget_bytes", "Tensor bytes held at most.", lambda: config.memory_budget_bytes)
         metrics.gauge(
@@ -108,12 +147,12 @@ class Server:
             DeviceError: the device does not compute.
         """
         config = self._config
-        try:
-            port = self._grpc.add_insecure_port(config.listen)
-        except RuntimeError as error:
-            raise OSError(f"--listen {config.listen}: cannot be bound (is another server there?)") from error
-        if not config.listen.startswith("unix:"):
-            self.target = f"{config.listen.rpartition(':')[0]}:{port}"
+        self.targets = tuple(map(self._bind, config.addresses))
+        for shared_memory in self._shared_memory:
+            try:
+                shared_memory.start()
+            except OSError as error:
+                raise OSError(f"--shared-memory: {shared_memory.path}: {error}") from error
         host, _, metrics_port = config.metrics_listen.rpartition(":")
         try:
             metrics_port = str(self._metrics.serve(host.strip("[]"), int(metrics_port)))
@@ -122,18 +161,37 @@ class Server:
         self.metrics_url = f"http://{host}:{metrics_port}/metrics"
         self._engine.start()
         self._health.start()
+        self._housekeeper.start()
         self._grpc.start()
         device = self._engine.device
         _log.info(
             "ready",
             extra={
-                "listen": self.target,
+                "listen": ",".join(self.targets),
                 "metrics": self.metrics_url,
                 "device": str(device),
                 "hardware": hardware_name(device),
                 "version": VERSION,
             },
         )
+
+    def _bind(self, address: str) -> str:
+        """Binds an address of gRPC; returns it with its port."""
+        if address.startswith(UNIX) and _answers(address.removeprefix(UNIX)):
+            raise OSError(f"--listen {address}: another server is there")  # gRPC would take its place unasked.
+        try:
+            port = self._grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"--listen {address}: cannot be bound (is another server there?)") from error
+        return address if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:{port}"
+
+    def _give_back_memory(self) -> None:
+        """A chore: what the allocator keeps is given back once the server has been idle for a while."""
+        if self._admission.requests_in_flight:
+            self._last_busy = time.monotonic()
+        elif time.monotonic() - self._last_busy > KEPT_SECONDS:
+            self._last_busy = math.inf
+            give_back_freed_memory()
 
     def stop(self) -> bool:
         """Refuses new calls, lets accepted ones finish for as long as the configuration grants, and ends all threads.
@@ -150,6 +208,20 @@ class Server:
         self._grpc.stop(_LAST_BYTES_SECONDS).wait()
         finished = self._engine.stop(timeout_seconds=5.0) and left == 0
         self._metrics.stop()
+        for shared_memory in self._shared_memory:
+            shared_memory.stop()
+        self._housekeeper.stop()
+        self._readers.shutdown(wait=finished, cancel_futures=True)
         self._calls.shutdown(wait=finished, cancel_futures=True)
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished
+
+
+def _answers(path: str) -> bool:
+    """Whether something listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(path)
+        except OSError:
+            return False
+        return True

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import grpc
+import numpy as np
 import torch
 
-from lovasz import wire
+from lovasz import framing, wire
+from lovasz.framing import Bytes
 from lovasz.server.admission import Admission, Permit
 from lovasz.server.batcher import Answer, Batcher, Entry
 from lovasz.server.engine import Engine, hardware_name, is_out_of_memory
@@ -24,17 +28,23 @@ from lovasz.server.errors import (
     ExpiredError,
     OverloadedError,
     ServerError,
+    SessionLostError,
+    StalledError,
     StoppingError,
     TooLargeError,
 )
 from lovasz.server.metrics import Metrics
-from lovasz.server.staging import Staging
+from lovasz.server.receiving import Receiver
+from lovasz.server.sending import SendWatch
+from lovasz.server.shared_memory import SharedMemory
+from lovasz.server.staging import Staging, StagingPool
 from lovasz.spec import LOSS_KINDS, InvalidInput, Timing
 from lovasz.v1 import loss_pb2 as pb
-from lovasz.v1 import loss_pb2_grpc
 from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 STATUS: dict[type[BaseException], grpc.StatusCode] = {
     InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
@@ -44,6 +54,8 @@ STATUS: dict[type[BaseException], grpc.StatusCode] = {
     DeviceError: grpc.StatusCode.UNAVAILABLE,
     ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     AbandonedError: grpc.StatusCode.CANCELLED,
+    StalledError: grpc.StatusCode.ABORTED,
+    SessionLostError: grpc.StatusCode.UNAVAILABLE,
 }
 """What each error leaves the server as; whatever is not here leaves as a bland INTERNAL."""
 
@@ -58,45 +70,75 @@ _REJECTION_REASONS: dict[type[BaseException], str] = {
 }
 
 
-class LossServicer(loss_pb2_grpc.LossServiceServicer):
-    """Answers the three methods of LossService."""
+@dataclass(frozen=True)
+class LossServicer:
+    """Answers the three methods of LossService.
 
-    def __init__(
-        self,
-        admission: Admission,
-        batcher: Batcher,
-        engine: Engine,
-        metrics: Metrics,
-        device_stall_seconds: float,
-    ) -> None:
-        self.admission = admission
-        self.batcher = batcher
-        self.engine = engine
-        self.metrics = metrics
-        self.device_stall_seconds = device_stall_seconds
+    Attributes:
+        shared_memory: one for each socket on which memory can be shared.
+        readers: threads that read streams.
+        stall_seconds: how long a caller may keep a call waiting.
+        device_stall_seconds: how long a batch may keep the device busy before it counts as unhealthy.
+    """
 
-    def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> pb.ComputeResponse:  # noqa: N802
+    admission: Admission
+    batcher: Batcher
+    engine: Engine
+    metrics: Metrics
+    staging: StagingPool
+    shared_memory: Sequence[SharedMemory]
+    readers: Executor
+    sending: SendWatch
+    stall_seconds: float
+    device_stall_seconds: float
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The methods, with messages read and written without protobuf's copies (``lovasz.framing``)."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Compute": grpc.unary_unary_rpc_method_handler(
+                self.compute, request_deserializer=framing.UnaryRequest.decode
+            ),
+            "ComputeStream": grpc.stream_stream_rpc_method_handler(
+                self.compute_stream,
+                request_deserializer=framing.stream_message_decoder(pb.ComputeStreamRequest),
+                response_serializer=framing.encode_stream_message,
+            ),
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+                self.server_info,
+                request_deserializer=pb.GetServerInfoRequest.FromString,
+                response_serializer=pb.GetServerInfoResponse.SerializeToString,
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    def compute(self, request: framing.UnaryRequest, context: grpc.ServicerContext) -> bytes:
         with _Call(self, "Compute", context) as call:
             header = call.read_header(request.header)
-            answer = call.compute(header, _fields(request, header))
-            return pb.ComputeResponse(header=call.response_header(header, answer), grad=bytes(_grad_bytes(answer)))
+            answer = call.compute(header, lambda staging: call.place_fields(staging, header, request))
+            grad = call.grad_bytes(answer)
+            if header.shared is not None:
+                _, _, place = call.shared_tensors(header)
+                np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(grad, np.uint8))
+                grad = memoryview(b"")
+            # Encoded here, as the gradient's memory is given back with the call.
+            return framing.UnaryResponse(call.response_header(header, answer), grad).encode()
 
-    def ComputeStream(  # noqa: N802
-        self, request_iterator: Iterator[pb.ComputeStreamRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.ComputeStreamResponse]:
+    def compute_stream(
+        self, messages: Iterator[pb.ComputeStreamRequest | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.ComputeStreamResponse | memoryview]:
         with _Call(self, "ComputeStream", context) as call:
-            first = next(request_iterator, None)
-            if first is None or first.WhichOneof("message") != "header":
-                raise InvalidInput("header", "the stream does not begin with one; expected the header, then chunks")
-            header = call.read_header(first.header)
-            answer = call.compute(header, _chunks(request_iterator))
+            receiver = Receiver(messages, self.readers.submit, self.stall_seconds)
+            try:
+                header = call.read_header(receiver.header())
+                if header.shared is not None:
+                    raise InvalidInput("shared_tensors", "came with ComputeStream; expected them with Compute alone")
+                answer = call.compute(header, receiver.payload)
+            finally:
+                receiver.stop()
             yield pb.ComputeStreamResponse(header=call.response_header(header, answer))
-            for chunk in wire.chunks([_grad_bytes(answer)]):
-                yield pb.ComputeStreamResponse(chunk=chunk)
+            yield from self.sending.watched(wire.chunks([call.grad_bytes(answer)]), context.cancel)
 
-    def GetServerInfo(  # noqa: N802
-        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
-    ) -> pb.GetServerInfoResponse:
+    def server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> pb.GetServerInfoResponse:
         device = pb.Device(
             name=str(self.engine.device),
             hardware=hardware_name(self.engine.device),
@@ -112,29 +154,6 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         )
 
 
-def _fields(request: pb.ComputeRequest, header: wire.Request) -> Iterator[bytes]:
-    for name, data, tensor in (("logits", request.logits, header.logits), ("labels", request.labels, header.labels)):
-        if len(data) != tensor.nbytes:
-            raise InvalidInput(
-                name, f"got {len(data)} bytes; expected {tensor.nbytes} for shape {tensor.shape} as declared"
-            )
-        yield data
-
-
-def _chunks(stream: Iterable[pb.ComputeStreamRequest]) -> Iterator[bytes]:
-    for message in stream:
-        if message.WhichOneof("message") != "chunk":
-            raise InvalidInput("message", "got a message without a chunk; expected chunks after the header")
-        yield message.chunk
-
-
-def _grad_bytes(answer: Answer) -> memoryview:
-    grad = answer.result.grad
-    if grad is None:
-        return memoryview(b"")
-    return grad.reshape(-1).view(torch.uint8).numpy().data
-
-
 class _Call:
     """One call from its header to its last byte: its room, its phases, and what becomes of its errors."""
 
@@ -143,7 +162,9 @@ class _Call:
         self._method = method
         self._context = context
         self._loss = "unknown"
+        self._phase = "header"
         self._permit: Permit | None = None
+        self._staging: Staging | None = None
         self._started = self._received = time.monotonic()
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else self._started + remaining
@@ -159,20 +180,21 @@ class _Call:
         self._loss = header.loss.kind
         return header
 
-    def compute(self, header: wire.Request, payload: Iterable[bytes]) -> Answer:
+    def compute(self, header: wire.Request, receive: Callable[[Staging], None]) -> Answer:
         """Takes room, receives the payload, queues the request and waits for its answer."""
         service = self._service
-        grad_bytes = header.logits.nbytes if header.want_grad else 0
-        self._permit = service.admission.reserve(header.payload_bytes + grad_bytes)
+        self._permit = service.admission.reserve(header.payload_bytes + header.grad_bytes)
+        self._phase = "payload"
         try:
-            staging = Staging(header, pinned=service.engine.device.type == "cuda")
+            staging = self._staging = Staging(header, service.staging)
         except Exception as error:
             if is_out_of_memory(error):
                 raise OverloadedError("the server's host has no memory left for the request's tensors", 1.0) from None
             raise
-        staging.receive(payload)
+        receive(staging)
         self._received = time.monotonic()
-        entry = Entry(staging.request(), header.loss, header.want_grad, self._deadline)
+        self._phase = "queue"
+        entry = Entry(staging.request(), header.loss, header.want_grad, self._deadline, staging)
         if not self._context.add_callback(entry.cancel):
             raise AbandonedError("the caller went away")
         service.batcher.put(entry)
@@ -181,15 +203,65 @@ class _Call:
         except CancelledError:
             service.batcher.discard(entry)
             raise AbandonedError("the caller went away") from None
+        except AbandonedError:
+            self._phase = "compute"
+            raise
         finally:
             # An error's trace leads to this frame, and must not keep the tensors alive.
             del entry, staging
+        self._phase = "result"
         seconds = service.metrics.phase_seconds
         seconds.labels("receive").observe(self._received - self._started)
         seconds.labels("queue").observe(answer.started - self._received)
         seconds.labels("compute").observe(answer.compute_seconds)
         self._computed = time.monotonic()
         return answer
+
+    def place_fields(self, staging: Staging, header: wire.Request, request: framing.UnaryRequest) -> None:
+        """Copies the payload of a message, or of shared memory, to its place.
+
+        Raises:
+            InvalidInput: a tensor has more or fewer bytes than the header declared.
+            SessionLostError: the shared memory is not there.
+        """
+        fields: Sequence[tuple[str, Bytes, int]] = (
+            ("logits", request.logits, header.logits.nbytes),
+            ("labels", request.labels, header.labels.nbytes),
+        )
+        if header.shared is not None:
+            for name, data, _ in fields:
+                if len(data):
+                    raise InvalidInput(name, f"got {len(data)} bytes beside shared_tensors; expected none")
+            logits, labels, _ = self.shared_tensors(header)
+            staging.receive([logits, labels])
+            return
+        for name, data, expected in fields:
+            if len(data) != expected:
+                raise InvalidInput(name, f"got {len(data)} bytes; expected {expected} for the declared type and shape")
+        staging.receive([data for _, data, _ in fields])
+
+    def shared_tensors(self, header: wire.Request) -> tuple[memoryview, memoryview, memoryview]:
+        """Where the request's tensors lie in shared memory: logits, labels and gradient.
+
+        Raises:
+            SessionLostError: the session is not there.
+            InvalidInput: they do not lie in a region of it.
+        """
+        for shared_memory in self._service.shared_memory:
+            try:
+                return shared_memory.tensors(header)
+            except SessionLostError as error:
+                lost = error
+        if not self._service.shared_memory:
+            raise InvalidInput("shared_tensors", "came, but this server shares no memory (--shared-memory)")
+        raise lost
+
+    def grad_bytes(self, answer: Answer) -> memoryview:
+        """The gradient as it is sent; good until the call ends."""
+        grad = answer.result.grad
+        if grad is None:
+            return memoryview(b"")
+        return grad.reshape(-1).view(torch.uint8).numpy().data
 
     def response_header(self, header: wire.Request, answer: Answer) -> pb.ResponseHeader:
         result = answer.result
@@ -207,6 +279,9 @@ class _Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._staging is not None:
+            self._staging.release()
+            self._staging = None
         if self._permit is not None:
             self._permit.release()
         if not self._context.is_active() and not isinstance(error, ExpiredError):
@@ -220,7 +295,10 @@ class _Call:
         if reason := _REJECTION_REASONS.get(type(error)):
             self._service.metrics.rejections.labels(reason).inc()
         if isinstance(error, AbandonedError | ExpiredError):
-            self._service.metrics.abandoned.labels("expired" if isinstance(error, ExpiredError) else "cancelled").inc()
+            reason = "expired" if isinstance(error, ExpiredError) else "cancelled"
+            self._service.metrics.abandoned.labels(reason, self._phase).inc()
+        if isinstance(error, StalledError):
+            self._service.metrics.stalled.labels(self._phase).inc()
         if isinstance(error, OverloadedError):
             self._retry_after(error.retry_after_seconds)
         elif isinstance(error, TooLargeError):

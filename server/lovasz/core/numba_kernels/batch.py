@@ -28,6 +28,7 @@ from lovasz.core.numba_kernels.scratch import Scratch
 from lovasz.core.numba_kernels.softmax import Counts
 from lovasz.core.numba_kernels.workers import WORKERS, thread_count
 from lovasz.core.ragged import Request
+from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
 
 _FLOAT_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -77,9 +78,11 @@ class _Member:
             if loss.is_hinge:
                 labels = labels.reshape(images, layout.channels, pixels).transpose(0, 1)
             images, pixels = 1, images * pixels
-        # Of NumPy, as it asks the system for large pages.
-        grad = np.empty(images * layout.channels * pixels if want_grad else 0, np.float32)
-        return cls(request, images, pixels, logits.contiguous(), labels.contiguous(), torch.from_numpy(grad))
+        if want_grad and request.grad is not None and images == layout.images:
+            grad = request.grad.view(-1)
+        else:  # Of NumPy, as it asks the system for large pages.
+            grad = torch.from_numpy(np.empty(images * layout.channels * pixels if want_grad else 0, np.float32))
+        return cls(request, images, pixels, logits.contiguous(), labels.contiguous(), grad)
 
     def grad_of_request(self) -> Tensor:
         layout, shape = self.request.layout, self.request.logits.shape
@@ -91,8 +94,10 @@ class _Member:
 class NumbaBatch:
     """The requests as compiled code takes them, and what it counts in them."""
 
-    def __init__(self, requests: Sequence[Request], loss: WeightedSum, scratch: Scratch, *, want_grad: bool) -> None:
-        self.loss, self.scratch, self.want_grad = loss, scratch, want_grad
+    def __init__(
+        self, requests: Sequence[Request], loss: WeightedSum, scratch: Scratch, *, want_grad: bool, stop: Stop | None
+    ) -> None:
+        self.loss, self.scratch, self.want_grad, self._stop = loss, scratch, want_grad, stop
         may_join = not any(isinstance(term, LovaszSoftmax | LovaszHinge) and term.per_image for _, term in loss.terms)
         self._members = [_Member.of(request, loss, may_join=may_join, want_grad=want_grad) for request in requests]
         self.channels = requests[0].layout.channels
@@ -177,11 +182,11 @@ class NumbaBatch:
         name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
         return self._rows(name, dtype, self.channels if self.loss.is_hinge else 1)
 
-    def run(self, loop: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        WORKERS.run(self.threads, loop, *arguments, **options)
+    def run(self, loop: Callable[..., None], *arguments: Any, threads: int | None = None, **options: Any) -> None:
+        WORKERS.run(threads or self.threads, loop, *arguments, stop=self._stop, **options)
 
     def run_blocks(self, loop: Callable[..., None], *arguments: Any) -> None:
-        WORKERS.run(min(self.threads, len(self.blocks.image)), loop, self.blocks, self.images, *arguments)
+        self.run(loop, self.blocks, self.images, *arguments, threads=min(self.threads, len(self.blocks.image)))
 
     def per_image(self, counts: npt.NDArray[np.int64]) -> Tensor:
         """(images x K) to (K, images)."""

@@ -6,10 +6,13 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+
+from lovasz.core.stop import Stop
 
 
 class Workers:
@@ -27,23 +30,28 @@ class Workers:
         loop: Callable[..., None],
         *arguments: Any,
         own: Callable[[int], tuple[Any, ...]] = lambda thread: (),
+        stop: Stop | None = None,
     ) -> None:
         """Calls ``loop(tasks, *arguments, *own(thread))`` in each thread; returns when all tasks are done.
 
         Args:
             threads: how many, at least 1.
             own: what a thread has for itself.
+
+        Raises:
+            Stopped: the loop was asked to end early.
         """
         tasks = np.zeros(1, np.int64)
-        helpers = range(1, threads)
-        pool = self._helpers(threads - 1) if helpers else None
-        futures = [pool.submit(loop, tasks, *arguments, *own(thread)) for thread in helpers] if pool else []
-        try:
-            loop(tasks, *arguments, *own(0))
-        finally:
-            for future in futures:
-                if not future.cancel():  # One that has not started would find nothing left to do.
-                    future.result()
+        with nullcontext() if stop is None else stop.watching(tasks):
+            helpers = range(1, threads)
+            pool = self._helpers(threads - 1) if helpers else None
+            futures = [pool.submit(loop, tasks, *arguments, *own(thread)) for thread in helpers] if pool else []
+            try:
+                loop(tasks, *arguments, *own(0))
+            finally:
+                for future in futures:
+                    if not future.cancel():  # One that has not started would find nothing left to do.
+                        future.result()
 
     def _helpers(self, size: int) -> ThreadPoolExecutor:
         with self._lock:

@@ -1,0 +1,50 @@
+"""Ends a computation early, from another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+_NO_TASK_IS_LEFT = 1 << 62
+
+
+class Stopped(Exception):
+    """The computation was asked to end early; its results are worthless."""
+
+
+class Stop:
+    """Asks a computation to end; compiled loops on the CPU see it when they claim their next block of pixels."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = False
+        self._running: npt.NDArray[np.int64] | None = None
+
+    def ask(self) -> None:
+        with self._lock:
+            self._asked = True
+            if self._running is not None:
+                self._running[0] = _NO_TASK_IS_LEFT
+
+    @contextmanager
+    def watching(self, tasks: npt.NDArray[np.int64]) -> Iterator[None]:
+        """While a loop claims its tasks from this counter.
+
+        Raises:
+            Stopped: it has been asked to end.
+        """
+        with self._lock:
+            if self._asked:
+                raise Stopped
+            self._running = tasks
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running = None
+        if self._asked:
+            raise Stopped

@@ -1,0 +1,36 @@
+"""What has to be done every now and then, whatever else happens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+_log = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 1.0
+
+
+class Housekeeper:
+    """Calls its chores, one after the other, in a thread of its own."""
+
+    def __init__(self, chores: Sequence[Callable[[], None]]) -> None:
+        self._chores = chores
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(INTERVAL_SECONDS):
+            for chore in self._chores:
+                try:
+                    chore()
+                except Exception:
+                    _log.exception("a chore failed")
