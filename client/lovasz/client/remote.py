@@ -14,7 +14,13 @@ import numpy.typing as npt
 
 from lovasz import framing, spec, wire
 from lovasz.client.client import Device, ServerInfo
-from lovasz.client.errors import CallCancelledError, IncompatibleServerError, LossError, from_rpc_error
+from lovasz.client.errors import (
+    CallCancelledError,
+    IncompatibleServerError,
+    LossError,
+    ServerUnavailableError,
+    from_rpc_error,
+)
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.retry import service_config, with_retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
@@ -236,7 +242,11 @@ class RemoteTarget:
     def _in_shared_memory(self, call: Call, region: Region, timeout: float) -> wire.Response:
         assert self._shared is not None
         first, second, third, _ = places(call.request)
-        session = self._shared.share(region, timeout)
+        try:
+            session = self._shared.share(region, timeout)
+        except ServerUnavailableError:
+            self._server_info(pb.GetServerInfoRequest(), timeout=timeout)  # If there is no server, this says so.
+            raise
         shared = wire.SharedTensors(session, region.number, first, second, third)
         header = replace(call.request, shared=shared).to_proto()
         try:

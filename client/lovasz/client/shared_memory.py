@@ -143,14 +143,19 @@ class SharedMemory:
             LossError: the server does not take this region.
         """
         with self._lock:
-            if self._session is None:
-                self._session = Session(self._path, timeout)
-            session = self._session
+            if self._session is not None:
+                try:
+                    self._session.share(region)
+                    return self._session.name
+                except ServerUnavailableError:  # Of a server that has gone; perhaps there is another by now.
+                    self._end(self._session)
+            session = Session(self._path, timeout)
             try:
                 session.share(region)
             except LossError:
-                self._end(session)
+                session.close()
                 raise
+            self._session = session
             return session.name
 
     def forget(self) -> None:

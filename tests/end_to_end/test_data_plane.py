@@ -1,0 +1,356 @@
+"""Tensors of any size on their way: over budget, stalled, given up, killed; and what is left behind, which is nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from footprint import Footprint, available_bytes, eventually, forget_peak, peak_bytes
+from scrape import metric
+
+from lovasz import wire
+from lovasz.client import (
+    CrossEntropy,
+    DeadlineExceededError,
+    LossClient,
+    LossError,
+    LovaszSoftmax,
+    ServerOverloadedError,
+)
+from lovasz.client.torch import RemoteLoss
+from lovasz.server.launch import ServerProcess
+from lovasz.spec import weighted_sum
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.v1 import loss_pb2_grpc
+
+SOFTMAX = LovaszSoftmax()
+GIB = 1 << 30
+
+
+def tensors(side: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.RandomState(side)
+    logits = random.randn(1, classes, side, side).astype(np.float32)
+    return logits, random.randint(0, classes, (1, side, side)).astype(np.uint8)
+
+
+def messages_of(logits: np.ndarray, labels: np.ndarray) -> list[pb.ComputeStreamRequest]:
+    specs = (
+        wire.TensorSpec(wire.dtype_named("float32"), logits.shape),
+        wire.TensorSpec(wire.dtype_named("uint8"), labels.shape),
+    )
+    header = wire.Request.checked(weighted_sum(SOFTMAX), *specs, want_grad=True).to_proto()
+    chunks = wire.chunks([wire.as_bytes(logits), wire.as_bytes(labels)])
+    return [
+        pb.ComputeStreamRequest(header=header),
+        *(pb.ComputeStreamRequest(chunk=bytes(chunk)) for chunk in chunks),
+    ]
+
+
+@contextmanager
+def stream(target: str, messages: Iterator[pb.ComputeStreamRequest]) -> Iterator[grpc.Call]:
+    with grpc.insecure_channel(target) as channel:
+        yield loss_pb2_grpc.LossServiceStub(channel).ComputeStream(messages)
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[ServerProcess]:
+    """A server that waits only so long for its callers."""
+    with ServerProcess(["--device", "cpu", "--stall-timeout", "0.5"]) as server:
+        yield server
+
+
+# --- Over budget --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_over_budget_is_refused_before_its_payload_is_read() -> None:
+    """50 clients begin to send a GiB each to a server that may hold a quarter of one."""
+    logits, labels = np.zeros((1, 16, 4096, 4096), np.float32), np.zeros((1, 4096, 4096), np.uint8)
+    assert logits.nbytes == GIB
+    with ServerProcess(["--device", "cpu", "--memory-budget", "256MiB"]) as server:
+        with LossClient(server.target) as client:
+            client.compute(*tensors(600), SOFTMAX)
+        before = Footprint.of(server.pid).resident_bytes
+        forget_peak(server.pid)
+
+        def ask(_: int) -> str:
+            with LossClient(server.target) as client, pytest.raises(ServerOverloadedError) as refused:
+                client.compute(logits, labels, SOFTMAX)
+            return str(refused.value)
+
+        with ThreadPoolExecutor(50) as pool:
+            said = list(pool.map(ask, range(50)))
+        assert all("whole budget is 256 MiB" in text for text in said)
+        assert metric(server, "lovasz_rejections_total", reason="too_large") == 50
+        rise = peak_bytes(server.pid) - before
+        assert rise < 192 << 20, f"{rise >> 20} MiB of 50 GiB were read"
+        assert metric(server, "lovasz_in_flight_bytes") == 0
+
+
+# --- Callers that stall -------------------------------------------------------------------------------------------
+
+
+def test_a_sender_that_stalls_is_cut_off_with_a_reason_and_holds_up_nobody(impatient: ServerProcess) -> None:
+    logits, labels = tensors(900)
+    release = threading.Event()
+
+    def half() -> Iterator[pb.ComputeStreamRequest]:
+        yield from messages_of(logits, labels)[:5]
+        release.wait(60)
+
+    with stream(impatient.target, half()) as call, LossClient(impatient.target) as client:
+        assert eventually(lambda: metric(impatient, "lovasz_in_flight_requests") == 1)
+        assert client.compute(*tensors(16), SOFTMAX).loss > 0
+        assert client.compute(*tensors(800), SOFTMAX).loss > 0, "another stream"
+        with pytest.raises(grpc.RpcError) as cut_off:
+            list(call)
+        release.set()
+    assert cut_off.value.code() is grpc.StatusCode.ABORTED
+    text = cut_off.value.details()
+    assert f"4194304 of {logits.nbytes + labels.nbytes} bytes of the payload came" in text
+    assert "in the last 0.5 s (--stall-timeout)" in text
+    assert metric(impatient, "lovasz_stalled_total", phase="payload") == 1
+    assert metric(impatient, "lovasz_in_flight_bytes") == 0
+
+
+def test_a_stream_without_a_header_is_cut_off(impatient: ServerProcess) -> None:
+    release = threading.Event()
+
+    def nothing() -> Iterator[pb.ComputeStreamRequest]:
+        release.wait(60)
+        yield from ()
+
+    with stream(impatient.target, nothing()) as call:
+        with pytest.raises(grpc.RpcError) as cut_off:
+            list(call)
+        release.set()
+    assert cut_off.value.code() is grpc.StatusCode.ABORTED
+    assert cut_off.value.details() == "no header came within 0.5 s (--stall-timeout)"
+    assert metric(impatient, "lovasz_stalled_total", phase="header") == 1
+
+
+def test_a_receiver_that_stalls_is_cut_off(impatient: ServerProcess) -> None:
+    with stream(impatient.target, iter(messages_of(*tensors(2000)))) as call:
+        next(call)
+        assert eventually(lambda: metric(impatient, "lovasz_stalled_total", phase="result") == 1)
+        with pytest.raises(grpc.RpcError):
+            list(call)
+    assert eventually(lambda: metric(impatient, "lovasz_in_flight_bytes") == 0)
+
+
+def test_a_slow_sender_that_keeps_sending_is_waited_for(impatient: ServerProcess) -> None:
+    messages = messages_of(*tensors(300))
+
+    def slowly() -> Iterator[pb.ComputeStreamRequest]:
+        for message in messages:
+            time.sleep(0.3)
+            yield message
+
+    with stream(impatient.target, slowly()) as call:
+        assert next(call).header.loss > 0
+
+
+# --- Callers that go away -----------------------------------------------------------------------------------------
+
+
+def test_a_deadline_that_passes_ends_the_work_wherever_it_is(server: ServerProcess) -> None:
+    logits, labels = np.zeros((1, 19, 1500, 1500), np.float32), np.zeros((1, 1500, 1500), np.uint8)
+    before = metric(server, "lovasz_abandoned_total", reason="expired")
+    with LossClient(server.target) as client:
+        for timeout in (0.02, 0.1, 0.2, 0.3):
+            try:
+                client.compute(logits, labels, SOFTMAX, timeout=timeout)
+            except DeadlineExceededError:
+                assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 0)
+        assert client.compute(*tensors(16), SOFTMAX).loss > 0
+    assert metric(server, "lovasz_abandoned_total", reason="expired") > before
+
+
+CLIENT = """
+import sys, threading, numpy as np, grpc
+sys.path.insert(0, {tests!r})
+from end_to_end.test_data_plane import messages_of, tensors
+from lovasz.client import LossClient, LovaszSoftmax
+from lovasz.v1 import loss_pb2_grpc
+
+phase, target = sys.argv[1:]
+forever = threading.Event()
+
+def first(count):
+    yield from messages_of(*tensors(1000))[:count]
+    if count:
+        forever.wait(60)
+
+if phase in ("header", "payload", "result"):
+    call = loss_pb2_grpc.LossServiceStub(grpc.insecure_channel(target)).ComputeStream(
+        first(dict(header=1, payload=8, result=None)[phase]))
+    if phase == "result":
+        next(call)
+    print("there", flush=True)
+    forever.wait(60)
+client = LossClient(target, timeout=60)
+large = np.zeros((1, 19, 2000, 2000), np.float32), np.zeros((1, 2000, 2000), np.uint8)
+if phase == "holding":
+    result = client.compute(*tensors(1000), LovaszSoftmax())
+    print("there", flush=True)
+    forever.wait(60)
+print("there", flush=True)
+client.compute(*large, LovaszSoftmax())
+"""
+
+
+def killed(phase: str, target: str, after: float = 0.0) -> None:
+    """A client that is killed when it has come to this phase."""
+    script = CLIENT.format(tests=str(Path(__file__).parents[1]))
+    process = subprocess.Popen([sys.executable, "-c", script, phase, target], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "there\n"
+        time.sleep(after)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_clients_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--listen", f"127.0.0.1:0,unix:{tmp_path}/s", "--shared-memory"]
+    with ServerProcess(arguments) as server:
+        tcp, unix = server.targets
+
+        def empty() -> bool:
+            names = ("in_flight_bytes", "in_flight_requests", "shared_memory_sessions", "shared_memory_bytes")
+            return all(metric(server, f"lovasz_{name}") == 0 for name in names)
+
+        def kill_all() -> Footprint:
+            for phase in ("header", "payload", "result"):
+                killed(phase, tcp)
+                assert eventually(empty), phase
+            killed("holding", unix)
+            assert eventually(empty), "holding shared memory"
+            for target in (tcp, unix):  # In the queue, in the computation, in the answer: wherever it is then.
+                for after in (0.05, 0.2, 0.4, 0.6):
+                    killed("compute", target, after)
+                    assert eventually(empty), f"{after} s after the call to {target}"
+            with LossClient(unix) as client:
+                assert client.compute(*tensors(300), SOFTMAX).loss > 0
+            assert eventually(empty)
+            return Footprint.of(server.pid)
+
+        first = kill_all()
+        again = kill_all()
+        assert again.descriptors <= first.descriptors
+        assert again.threads <= first.threads
+        assert again.resident_bytes <= first.resident_bytes + (64 << 20)
+        assert again.shared_files == first.shared_files
+        # What was kept for next requests is given back to the system when none come.
+        assert eventually(lambda: metric(server, "lovasz_staging_idle_bytes") == 0)
+        assert (
+            sum(
+                metric(server, "lovasz_abandoned_total", reason="cancelled", phase=phase)
+                for phase in ("payload", "queue", "compute", "result")
+            )
+            >= 8
+        )
+        assert metric(server, "lovasz_requests_total", code="INTERNAL") == 0
+
+
+# --- Size ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(400)
+def test_four_gibibytes_of_logits_go_through() -> None:
+    """Equal logits, so that loss and gradient are known: every error is a half, and all are one tie."""
+    if available_bytes() < 20 * GIB:
+        pytest.skip("needs 20 GiB of free memory")
+    side = 1 << 13
+    logits, labels = np.zeros((4, 2, 2 * side, side), np.float32), np.zeros((4, 2 * side, side), np.uint8)
+    assert logits.nbytes == 4 * GIB
+    with ServerProcess(["--device", "cpu", "--memory-budget", "12GiB"]) as server, LossClient(server.target) as client:
+        result = client.compute(logits, labels, CrossEntropy(), timeout=300)
+        assert result.loss == pytest.approx(np.log(2), rel=1e-6)
+        assert result.grad.shape == logits.shape
+        expected = 0.5 / labels.size
+        for grad, sign in ((result.grad[:, 0], -1), (result.grad[:, 1], 1)):
+            assert grad.min() == grad.max() == pytest.approx(sign * expected, rel=1e-6)
+        del result, grad
+        assert metric(server, "lovasz_requests_total", method="ComputeStream", code="OK") == 1
+        assert metric(server, "lovasz_in_flight_bytes") == 0
+        assert eventually(lambda: Footprint.of(server.pid).resident_bytes < 2 * GIB)
+
+
+# --- Sixteen bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wire_dtype", "bound"), [("float16", 3e-3), ("bfloat16", 2e-2), ("float32", 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [30, 400], ids=["unary", "stream"])
+def test_logits_that_are_rounded_for_the_wire(
+    server: ServerProcess, wire_dtype: str, bound: float, dtype: torch.dtype, side: int
+) -> None:
+    scores = torch.randn(1, 8, side, side, generator=torch.Generator().manual_seed(side)).to(dtype)
+    labels = torch.randint(0, 8, (1, side, side), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for rounded_to in (None, wire_dtype):
+        logits = scores.clone().requires_grad_()
+        criterion = RemoteLoss(server.target, SOFTMAX, wire_dtype=rounded_to)
+        criterion(logits, labels).backward()
+        criterion.close()
+        assert logits.grad is not None
+        assert logits.grad.dtype == dtype
+        grads.append(logits.grad.double())
+    error = float((grads[1] - grads[0]).norm() / grads[0].norm())
+    assert error <= bound
+    assert error > 0 or wire_dtype == "float32"
+
+
+def test_a_gradient_of_a_million_pixels_does_not_underflow_in_float16(server: ServerProcess) -> None:
+    logits, labels = tensors(1024, classes=3)
+    with LossClient(server.target, wire_dtype="float16") as half, LossClient(server.target) as full:
+        ours, truth = half.compute(logits, labels, CrossEntropy()), full.compute(logits, labels, CrossEntropy())
+    assert np.abs(truth.grad).max() < 2.0**-19, "no case for scaling"
+    assert (ours.grad != 0).all()
+    assert np.linalg.norm(ours.grad - truth.grad) < 2e-3 * np.linalg.norm(truth.grad)
+
+
+def test_what_a_wire_dtype_cannot_be_is_said() -> None:
+    with pytest.raises(ValueError, match=r"wire_dtype: got 'int8'; expected None or one of float32, float16, bfloat16"):
+        LossClient("localhost:1", wire_dtype="int8")
+    with pytest.raises(ValueError, match=r"transport: got 'rdma'; expected one of auto, grpc, shm"):
+        LossClient("localhost:1", transport="rdma")
+
+
+def test_logits_beyond_float16_make_the_loss_nan_and_not_an_error(server: ServerProcess) -> None:
+    logits, labels = tensors(16)
+    logits[0, 0, 0, 0] = 1e6
+    with LossClient(server.target, wire_dtype="float16") as client:
+        assert np.isnan(client.compute(logits, labels, SOFTMAX).loss)
+        assert not np.isnan(client.compute(*tensors(16), SOFTMAX).loss)
+
+
+def test_a_loss_error_is_what_a_caller_gets_for_all_of_it(impatient: ServerProcess) -> None:
+    """What the server cuts off comes as an error of the client's own tree."""
+    from lovasz.client.errors import from_rpc_error
+
+    release = threading.Event()
+
+    def nothing() -> Iterator[pb.ComputeStreamRequest]:
+        release.wait(60)
+        yield from ()
+
+    with stream(impatient.target, nothing()) as call:
+        with pytest.raises(grpc.RpcError) as cut_off:
+            list(call)
+        release.set()
+    error = from_rpc_error(cut_off.value, impatient.target)
+    assert isinstance(error, LossError)
+    assert "--stall-timeout" in str(error)

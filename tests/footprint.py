@@ -1,0 +1,60 @@
+"""What a process holds of the machine: memory, file descriptors, threads; and what stands in shared memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether it comes to hold within half a minute."""
+    for _ in range(600):
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    descriptors: int
+    threads: int
+    resident_bytes: int
+    shared_files: frozenset[str]
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        process = Path(f"/proc/{pid}")
+        return cls(
+            descriptors=len(list((process / "fd").iterdir())),
+            threads=len(list((process / "task").iterdir())),
+            resident_bytes=_status_bytes(pid, "VmRSS"),
+            shared_files=frozenset(os.listdir("/dev/shm")),
+        )
+
+
+def forget_peak(pid: int) -> None:
+    """From now on :func:`peak_bytes` counts anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that the process has held at a time."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def available_bytes() -> int:
+    """Memory of the machine that is free."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _status_bytes(pid: int, name: str) -> int:
+    return _kilobytes(Path(f"/proc/{pid}/status"), name)
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
