@@ -1,4 +1,4 @@
-"""Tensors of any size on their way: over budget, stalled, given up, killed; and what is left behind, which is nothing."""
+"""Tensors of any size on their way: over budget, stalled, given up, killed; and nothing is left behind."""
 
 from __future__ import annotations
 

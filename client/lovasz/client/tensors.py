@@ -16,6 +16,8 @@ from lovasz.spec import InvalidInput
 if TYPE_CHECKING:
     import torch
 
+_BLOCK_ELEMENTS = 1 << 15
+
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 
@@ -66,7 +68,7 @@ class Outgoing:
                 _write_with_numpy(source, self.dtype, place, self.spec.dtype)
                 return
             source = tensor
-        _as_torch(place, self.spec.dtype.name).copy_(source)
+        _copy(source, _as_torch(place, self.spec.dtype.name))
 
 
 def encode_logits(logits: Array, wire_dtype: str | None = None) -> Outgoing:
@@ -135,6 +137,20 @@ def _as_torch(array: npt.NDArray[Any], dtype: str) -> Any:
     return torch.from_numpy(array)
 
 
+def _copy(source: torch.Tensor, target: torch.Tensor, factor: float = 1.0) -> None:
+    """Converts elements to another type, in blocks so small that torch does them in this thread alone: its other
+    threads would go on spinning for a while, on a processor that a server on this machine waits for."""
+    if source.device.type != "cpu" or not source.is_contiguous():
+        target.copy_(source)
+        return
+    source, target = source.view(-1), target.view(-1)
+    for start in range(0, len(source), _BLOCK_ELEMENTS):
+        block = target[start : start + _BLOCK_ELEMENTS]
+        block.copy_(source[start : start + _BLOCK_ELEMENTS])
+        if factor != 1:
+            block.mul_(factor)
+
+
 def _write_with_numpy(source: npt.NDArray[Any], name: str, place: npt.NDArray[Any], dtype: wire.DType) -> None:
     if not dtype.is_float or name == dtype.name:
         np.copyto(place, source, casting="unsafe")
@@ -198,9 +214,7 @@ def decode_grad(
 def _widen_grad(sent: npt.NDArray[Any], dtype: str, factor: float, place: npt.NDArray[np.float32]) -> None:
     target = _as_torch(place, "float32")
     if target is not None:  # Its loops are several times as fast as numpy's.
-        target.copy_(_as_torch(sent, dtype))
-        if factor != 1:
-            target.mul_(factor)
+        _copy(_as_torch(sent, dtype), target, factor)
         return
     np.copyto(place, _widened(sent) if dtype == "bfloat16" else sent)
     if factor != 1:

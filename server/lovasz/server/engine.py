@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _FLOAT16_PEAK_EXPONENT = 14
 """Float16 gradients are scaled so that the largest stands in [2^13, 2^14): a quarter of the range is left."""
 _LARGEST_SCALE_EXPONENT = 126
+_BLOCK_ELEMENTS = 1 << 15
 
 
 def choose_device(name: str) -> torch.device:
@@ -285,16 +286,30 @@ def to_wire_dtype(grad: torch.Tensor, place: torch.Tensor) -> float:
     """
     scale = 1.0
     if place.dtype == torch.float16:
-        smallest, largest = (float(extreme) for extreme in torch.aminmax(grad))
+        smallest, largest = _extremes(grad)
         peak = max(-smallest, largest)
         if 0 < peak < math.inf:
             # Any scale in reach of a float32, so that the product is exact.
             exponent = min(_FLOAT16_PEAK_EXPONENT - math.frexp(peak)[1], _LARGEST_SCALE_EXPONENT)
             scale = math.ldexp(1.0, exponent)
-            grad.mul_(scale)
-    if grad.data_ptr() != place.data_ptr():
-        place.copy_(grad, non_blocking=True)
+    if grad.device.type != "cpu":
+        place.copy_(grad.mul_(scale) if scale != 1 else grad, non_blocking=True)
+    elif grad.data_ptr() != place.data_ptr():
+        # In blocks that stay in cache, and are so small that torch does them in this thread alone: its other threads
+        # would go on spinning for a while, on a processor that the computation is in want of.
+        for source, target in zip(
+            grad.view(-1).split(_BLOCK_ELEMENTS), place.view(-1).split(_BLOCK_ELEMENTS), strict=True
+        ):
+            target.copy_(source.mul_(scale) if scale != 1 else source)
     return scale
+
+
+def _extremes(values: torch.Tensor) -> tuple[float, float]:
+    if values.device.type == "cpu":
+        array = values.numpy()
+        return float(array.min()), float(array.max())
+    smallest, largest = torch.aminmax(values)
+    return float(smallest), float(largest)
 
 
 def _known_losses_hold(device: torch.device) -> bool:
