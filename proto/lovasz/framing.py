@@ -18,6 +18,9 @@ Bytes: TypeAlias = bytes | memoryview
 _LENGTH_DELIMITED = 2
 _MORE = 0x80
 _LOW_BITS = 0x7F
+_LONGEST_SHIFT = 28
+"""Keys and lengths have five bytes at most."""
+_NUMBERS = 1 << 29
 _CHUNK_FIELD = 2
 """The number of ``chunk`` in both streams' messages."""
 
@@ -53,12 +56,15 @@ def _fields(data: bytes) -> dict[int, memoryview] | None:
             if byte < _MORE:
                 return number
             shift += 7
+            if shift > _LONGEST_SHIFT:
+                raise IndexError
 
     try:
         while place < len(view):
             key, size = varint(), varint()
             number = key >> 3
-            if key & 7 != _LENGTH_DELIMITED or number in fields or size > len(view) - place:
+            known = 0 < number < _NUMBERS and number not in fields
+            if key & 7 != _LENGTH_DELIMITED or not known or size > len(view) - place:
                 return None
             fields[number] = view[place : place + size]
             place += size

@@ -31,6 +31,17 @@ def entry(
     return Entry(Request.checked(torch.zeros(shape, dtype=dtype), labels, parsed), parsed, want_grad, deadline)
 
 
+def entry_at(seconds: float, side: int = 1, *, classes: int = 3) -> Entry:
+    """One that came so long after some moment."""
+    one = entry(side, classes=classes)
+    one.queued = 1000.0 + seconds
+    return one
+
+
+LARGE = 1000
+"""The side of an image whose 3 million logits step back behind what comes within 15 ms."""
+
+
 def batcher(max_elements: int = 10_000, max_requests: int = 100, max_delay_seconds: float = 3600.0) -> Batcher:
     return Batcher(max_elements, max_requests, max_delay_seconds)
 
@@ -99,6 +110,45 @@ def test_whoever_waited_longest_comes_first() -> None:
     assert queue.take(idle=True, timeout_seconds=0) == [younger]
 
 
+@pytest.mark.parametrize("classes", [3, 4], ids=["of one kind", "of two kinds"])
+def test_a_small_request_goes_before_a_large_one_that_came_shortly_before(classes: int) -> None:
+    queue = batcher(max_requests=1)
+    large, soon, late = entry_at(0, LARGE), entry_at(0.01, classes=classes), entry_at(0.02, classes=classes)
+    for one in (large, soon, late):
+        queue.put(one)
+    assert take_all(queue) == [[soon], [large], [late]]
+
+
+def test_requests_of_one_size_are_taken_as_they_came() -> None:
+    queue = batcher(max_requests=1)
+    entries = [entry_at(seconds, LARGE if large else 1) for large in (True, False) for seconds in (0, 0.001, 0.002)]
+    for one in entries:
+        queue.put(one)
+    assert take_all(queue) == [[one] for one in (*entries[3:], *entries[:3])]
+
+
+@pytest.mark.parametrize("classes", [3, 4], ids=["of one kind", "of two kinds"])
+def test_a_large_request_is_not_overtaken_forever(classes: int) -> None:
+    """A small one comes every millisecond, and one is taken."""
+    queue, taken = batcher(max_requests=1), list[Entry]()
+    large = entry_at(0, LARGE)
+    queue.put(large)
+    for milliseconds in range(1, 30):
+        queue.put(entry_at(milliseconds / 1000, classes=classes))
+        taken += queue.take(idle=True, timeout_seconds=0)
+    assert 13 <= taken.index(large) <= 16
+
+
+def test_a_batch_is_open_since_its_first_request_came_also_if_that_is_due_last() -> None:
+    queue = batcher(max_elements=10**9, max_delay_seconds=60.0)
+    large, small = entry(LARGE), entry()
+    large.queued -= 60.0
+    small.queued -= 59.99
+    for one in (large, small):
+        queue.put(one)
+    assert queue.take(idle=False, timeout_seconds=0) == [small, large]
+
+
 def test_a_busy_device_is_handed_full_batches_only() -> None:
     queue = batcher(max_elements=24)
     queue.put(entry(2))  # 12 logits
@@ -129,6 +179,33 @@ def test_a_caller_that_has_gone_is_left_out() -> None:
     queue.put(here)
     gone.cancel()
     assert queue.take(idle=True, timeout_seconds=0) == [here]
+
+
+def test_a_caller_that_goes_while_its_request_is_computed_tells_whom_it_concerns() -> None:
+    one, told = entry(), list[bool]()
+    one.when_left = lambda: told.append(one.left)
+    assert one.claim()
+    one.cancel()
+    assert one.left
+    assert told == [True]
+    assert not one.future.cancelled()
+
+
+def test_a_caller_that_goes_before_anybody_wants_to_be_told_is_remembered() -> None:
+    one = entry()
+    assert one.claim()
+    one.cancel()
+    assert one.left
+
+
+def test_a_caller_that_goes_while_its_request_waits_is_not_asked_for_more() -> None:
+    one, told = entry(), list[bool]()
+    one.when_left = lambda: told.append(True)
+    one.cancel()
+    assert one.future.cancelled()
+    assert not one.left
+    assert told == []
+    assert not one.claim()
 
 
 def test_a_discarded_request_is_held_no_more() -> None:

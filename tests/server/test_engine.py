@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lovasz.core import compute
-from lovasz.core.batch import Launched
+from lovasz.core.batch import Launched, launch
 from lovasz.core.ragged import Request
 from lovasz.server.batcher import Batcher, Entry
 from lovasz.server.engine import Engine, choose_device, to_wire_dtype
-from lovasz.server.errors import DeviceError, TooLargeError
+from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.metrics import Metrics
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
 
@@ -98,6 +99,79 @@ def test_a_request_that_breaks_the_kernel_fails_alone(engine: WeakEngine) -> Non
         else:
             assert one.future.result(timeout=30).result.loss > 0
     assert engine.healthy(60)
+
+
+# --- Callers that leave -------------------------------------------------------------------------------------------
+
+
+class LeavingEngine(WeakEngine):
+    """An engine whose callers leave when their batch is started, before or after anybody wants to be told."""
+
+    leaving: tuple[Entry, ...] = ()
+    early = False
+
+    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
+        if self.early:
+            self.leave()
+        return super()._start(entries, stream)
+
+    def leave(self) -> None:
+        for one in self.leaving:
+            one.cancel()
+
+
+@pytest.fixture(params=[True, False], ids=["early", "late"])
+def leaving(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LeavingEngine]:
+    """Not started."""
+    pytest.importorskip("numba", reason="only compiled loops can be stopped")
+    engine = LeavingEngine(CPU, Batcher(10**9, 100, 0.0), Metrics(), health_interval_seconds=0.05)
+    engine.early = request.param
+
+    def launch_and_leave(*arguments: Any, stop: Any = None, **options: Any) -> Launched:
+        if stop is not None and not engine.early:
+            engine.leave()
+        return launch(*arguments, stop=stop, **options)
+
+    monkeypatch.setattr("lovasz.server.engine.launch", launch_and_leave)
+    yield engine
+    assert engine.stop(timeout_seconds=10)
+
+
+def test_a_batch_whose_callers_have_all_left_is_given_up(leaving: LeavingEngine) -> None:
+    entries = leaving.leaving = (entry(20), entry(30))
+    run(leaving, *entries)
+    for one in entries:
+        with pytest.raises(AbandonedError, match="the caller went away"):
+            one.future.result(timeout=30)
+    leaving.leaving = ()
+    after = entry(40)
+    leaving._batcher.put(after)
+    local = compute(after.request.logits, after.request.labels, SOFTMAX)
+    answer = after.future.result(timeout=30)
+    assert answer.result.loss == local.loss
+    assert torch.equal(answer.result.grad, local.grad)
+    assert leaving.healthy(60)
+
+
+def test_who_stays_gets_its_answer(leaving: LeavingEngine) -> None:
+    gone, here = entry(20), entry(30)
+    leaving.leaving = (gone,)
+    run(leaving, gone, here)
+    local = compute(here.request.logits, here.request.labels, SOFTMAX)
+    answer = here.future.result(timeout=30)
+    assert answer.batch_requests == 2
+    assert answer.result.loss == local.loss
+    assert torch.equal(answer.result.grad, local.grad)
+
+
+def test_who_leaves_when_all_is_done_changes_nothing(engine: WeakEngine) -> None:
+    one = entry(20)
+    run(engine, one)
+    assert one.future.result(timeout=30).result.loss > 0
+    one.cancel()
+    other = entry(30)
+    engine._batcher.put(other)
+    assert other.future.result(timeout=30).result.loss > 0
 
 
 def test_a_device_that_does_not_compute_is_unhealthy_and_recovers(

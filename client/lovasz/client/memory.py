@@ -69,9 +69,10 @@ class MemoryPool(Generic[MemoryT]):
         idle.sort(key=lambda memory: memory.nbytes)
         fitting = next((m for m in idle if nbytes <= m.nbytes <= _ROOM * nbytes), None)
         kept = [memory for memory in idle if memory is not fitting]
-        for memory in kept[: len(kept) - KEPT]:
+        dropped = max(0, len(kept) - KEPT)
+        for memory in kept[:dropped]:
             memory.close()
-        self._idle.extend(kept[-KEPT:])
+        self._idle.extend(kept[dropped:])
         return self._make(nbytes) if fitting is None else fitting
 
     def give(self, memory: MemoryT) -> None:

@@ -28,7 +28,7 @@ class Region(Memory):
     def __init__(self, nbytes: int) -> None:
         self.descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # Memory that there is not is told here, and not by a signal at the first write.
+            # All of it at once, which is faster than page by page at the first writes.
             os.posix_fallocate(self.descriptor, 0, nbytes)
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self.map = mmap.mmap(self.descriptor, nbytes)
@@ -86,6 +86,7 @@ class Session:
                 socket.send_fds(self._socket, [packet], [region.descriptor])
                 self._reply()
         except OSError as error:
+            self.close()  # A late answer would be taken for that to the next packet.
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
         region.session, region.number = self, number
 
@@ -98,7 +99,7 @@ class Session:
                 self._socket.send(packet.SerializeToString())
                 self._reply()
         except (OSError, LossError):
-            pass  # The session has ended, and with it what was shared.
+            self.close()  # And with the session goes what was shared.
 
     def close(self) -> None:
         self._socket.close()

@@ -53,8 +53,7 @@ class Receiver:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._header is not None or self._finished, self._stall_seconds)
-            if self._error is not None:
-                raise self._error
+            self._raise_error()
             if self._header is None:
                 raise StalledError(f"no header came within {self._stall_seconds:g} s (--stall-timeout)")
             return self._header
@@ -79,8 +78,7 @@ class Receiver:
                         f"{assembly.received} of {assembly.expected} bytes of the payload came, and less than "
                         f"{LEAST_BYTES} of them in the last {self._stall_seconds:g} s (--stall-timeout)"
                     )
-            if self._error is not None:
-                raise self._error
+            self._raise_error()
 
     def stop(self) -> None:
         """From now on the staging is left alone."""
@@ -88,6 +86,15 @@ class Receiver:
             self._stopped = True
             self._staging = self._assembly = None
             self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        """Kept no longer: its trace leads to frames that hold the tensors."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
 
     def _read(self) -> None:
         try:

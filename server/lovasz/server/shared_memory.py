@@ -12,9 +12,11 @@ import fcntl
 import logging
 import mmap
 import os
+import resource
 import secrets
 import selectors
 import socket
+import stat
 import threading
 from dataclasses import dataclass, field
 
@@ -28,8 +30,10 @@ from lovasz.v1 import loss_pb2 as pb
 _log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 256
-MAX_REGIONS = 256
+MAX_REGIONS = 64
 """Of one session."""
+_DESCRIPTORS_SHARE = 4
+"""Of the descriptors that the process may have, all regions together may take one in so many."""
 
 _MAX_PACKET_BYTES = 1024
 _SESSION_BYTES = 16
@@ -54,9 +58,8 @@ class SharedMemory:
         self.path = path
         self._lock = threading.Lock()
         self._sessions: dict[bytes, _Session] = {}
-        self._selector = selectors.DefaultSelector()
+        self._max_all_regions = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
         self._thread = threading.Thread(target=self._serve, name="shared-memory", daemon=True)
-        self._wake, self._waker = socket.socketpair()
 
     @property
     def sessions(self) -> int:
@@ -72,13 +75,21 @@ class SharedMemory:
         """Raises:
         OSError: the socket cannot be made.
         """
-        if os.path.exists(self.path):  # Of a server that was killed; `Server` has seen that none is alive there.
+        # Of a server that was killed; `Server` has seen that none is alive there.
+        if os.path.exists(self.path) and stat.S_ISSOCK(os.stat(self.path).st_mode):
             os.unlink(self.path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(self.path)
+        try:
+            self._listener.bind(self.path)
+        except OSError:
+            self._listener.close()
+            raise
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = socket.socketpair()
+        self._listening = False
+        self._listen(True)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._thread.start()
 
@@ -144,6 +155,10 @@ class SharedMemory:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
+        except OSError as error:  # No descriptors are left: the next is accepted when a session has ended.
+            _log.warning("a process cannot share memory", extra={"reason": str(error)})
+            self._listen(False)
+            return
         connection.setblocking(False)
         session = _Session(connection, secrets.token_bytes(_SESSION_BYTES))
         if len(self._sessions) >= MAX_SESSIONS:
@@ -166,7 +181,7 @@ class SharedMemory:
         except ConnectionError:
             packet, descriptors = b"", []
         try:
-            if not packet:
+            if not packet and not descriptors:  # (A region of number 0 is an empty packet.)
                 self._end(session)
                 return
             error = ""
@@ -187,8 +202,9 @@ class SharedMemory:
             return
         if len(descriptors) != 1:
             raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
-        if len(session.regions) >= MAX_REGIONS:
-            raise InvalidInput("region", f"{MAX_REGIONS} regions are shared, as many as may be")
+        everyones = sum(len(other.regions) for other in self._sessions.values())
+        if len(session.regions) >= MAX_REGIONS or everyones >= self._max_all_regions:
+            raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
         region = _mapped(descriptors[0])
@@ -203,6 +219,16 @@ class SharedMemory:
                 self._selector.unregister(session.connection)
             session.connection.close()
         session.regions.clear()
+        if threading.current_thread() is self._thread:
+            self._listen(True)
+
+    def _listen(self, listen: bool) -> None:
+        """Whether new processes are accepted."""
+        if listen and not self._listening:
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        elif self._listening and not listen:
+            self._selector.unregister(self._listener)
+        self._listening = listen
 
 
 def _reply(session: _Session, error: str = "") -> bool:
