@@ -37,6 +37,8 @@ _RETRY_BUFFER_BYTES = 2 * UNARY_BYTES
 """gRPC tries again only what fits into its buffer, which is smaller unless it is told."""
 
 _OPTIONS = (
+    # Connections of its own for each channel; otherwise gRPC lets all clients of a process share one.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
