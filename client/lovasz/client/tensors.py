@@ -169,6 +169,8 @@ def _write_with_numpy(source: npt.NDArray[Any], name: str, place: npt.NDArray[An
 def _extremes(labels: Array) -> tuple[int, int]:
     if 0 in labels.shape:
         return 0, 0
+    if not isinstance(labels, np.ndarray) and labels.device.type == "cpu":
+        labels = labels.numpy()  # In this thread alone; see _copy.
     if isinstance(labels, np.ndarray):
         return int(labels.min()), int(labels.max())
     low, high = labels.aminmax()
