@@ -10,8 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import grpc
 import numpy as np
 import pytest
 from client.scripted_server import Answer, Script, abort, good_answer, serving, until_gone
+from footprint import eventually
 from scrape import metric
 
 from lovasz.client import (
@@ -56,15 +56,6 @@ def rows(out: str) -> list[dict[str, str]]:
     head = next(number for number, line in enumerate(lines) if line.split() == HEADINGS)
     cells = [line.split() for line in lines[head + 1 :] if not line.startswith("  ")]
     return [dict(zip(HEADINGS, row, strict=True)) for row in cells]
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it comes to hold within half a minute."""
-    for _ in range(600):
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 # --- What is sent -----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from lovasz.client import (
     LovaszSoftmax,
     ServerOverloadedError,
 )
+from lovasz.client.errors import from_rpc_error
 from lovasz.client.torch import RemoteLoss
 from lovasz.server.launch import ServerProcess
 from lovasz.spec import weighted_sum
@@ -137,6 +138,9 @@ def test_a_stream_without_a_header_is_cut_off(impatient: ServerProcess) -> None:
         release.set()
     assert cut_off.value.code() is grpc.StatusCode.ABORTED
     assert cut_off.value.details() == "no header came within 0.5 s (--stall-timeout)"
+    error = from_rpc_error(cut_off.value, impatient.target)
+    assert isinstance(error, LossError)
+    assert "--stall-timeout" in str(error)
     assert metric(impatient, "lovasz_stalled_total", phase="header") == 1
 
 
@@ -342,22 +346,3 @@ def test_logits_beyond_float16_make_the_loss_nan_and_not_an_error(server: Server
     with LossClient(server.target, wire_dtype="float16") as client:
         assert np.isnan(client.compute(logits, labels, SOFTMAX).loss)
         assert not np.isnan(client.compute(*tensors(16), SOFTMAX).loss)
-
-
-def test_a_loss_error_is_what_a_caller_gets_for_all_of_it(impatient: ServerProcess) -> None:
-    """What the server cuts off comes as an error of the client's own tree."""
-    from lovasz.client.errors import from_rpc_error
-
-    release = threading.Event()
-
-    def nothing() -> Iterator[pb.ComputeStreamRequest]:
-        release.wait(60)
-        yield from ()
-
-    with stream(impatient.target, nothing()) as call:
-        with pytest.raises(grpc.RpcError) as cut_off:
-            list(call)
-        release.set()
-    error = from_rpc_error(cut_off.value, impatient.target)
-    assert isinstance(error, LossError)
-    assert "--stall-timeout" in str(error)

@@ -6,13 +6,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grpc
 import numpy as np
 import pytest
+from footprint import eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from scrape import metric
@@ -28,15 +28,6 @@ from lovasz.version import VERSION
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SOFTMAX = LovaszSoftmax()
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it comes to hold within half a minute."""
-    for _ in range(600):
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def tensors(side: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
