@@ -438,7 +438,12 @@ def test_no_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypa
 def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, which does not outlive a test that fails."""
     command = [sys.executable, "-W", "error", "-m", "lovasz.client.cli", "bench", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+
+    def hear_ctrl_c() -> None:
+        """A shell's background jobs, and what they start, are deaf to it."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=hear_ctrl_c) as process:
         try:
             yield process
         finally:
