@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def with_gradient(logits: Tensor, loss: float, grad: Tensor | None) -> Tensor:
-    """A 0-dim tensor with the value ``loss``, whose backward hands ``grad`` x grad_output to ``logits``.
+def with_gradient(logits: Tensor, loss: float, grad: Tensor | None, factor: float = 1.0) -> Tensor:
+    """A 0-dim tensor with the value ``loss``, whose backward hands ``grad`` x factor x grad_output to ``logits``.
 
     Args:
         grad: dloss/dlogits in the logits' shape; None where no gradient will be asked for. The product is taken in
@@ -22,22 +22,24 @@ def with_gradient(logits: Tensor, loss: float, grad: Tensor | None) -> Tensor:
     value = torch.tensor(loss, dtype=dtype, device=logits.device)
     if grad is None:
         return value
-    return _WithGradient.apply(logits, value, grad)  # type: ignore[no-any-return, no-untyped-call]
+    return _WithGradient.apply(logits, value, grad, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, value: Tensor, grad: Tensor, factor: float) -> Tensor:
         # The logits go along so that a second derivative with respect to them is asked for, and refused, below.
         ctx.save_for_backward(logits, grad)
+        ctx.factor = factor
         return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, grad = ctx.saved_tensors
+        scale = grad_outputs[0] if ctx.factor == 1 else grad_outputs[0] * ctx.factor
         if not torch.is_grad_enabled() and not _graph_is_kept():
-            return _scale_in_place(grad, grad_outputs[0]).to(logits.dtype), None, None
-        return _Scale.apply(grad_outputs[0], grad, logits), None, None  # type: ignore[no-untyped-call]
+            return _scale_in_place(grad, scale).to(logits.dtype), None, None, None
+        return _Scale.apply(scale, grad, logits), None, None, None  # type: ignore[no-untyped-call]
 
 
 def _graph_is_kept() -> bool:

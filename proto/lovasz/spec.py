@@ -392,12 +392,16 @@ class TermResult:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the server spent the time of a request, in seconds, and how many requests shared its batch."""
+    """Where the server spent the time of a request, in seconds, and how many requests shared its batch.
+
+    ``joint_wait_seconds``: how long a joint request waited for the other ranks.
+    """
 
     receive_seconds: float
     queue_seconds: float
     compute_seconds: float
     batch_requests: int
+    joint_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,57 @@ class SharedTensors:
         return cls(message.session, message.region, message.logits_offset, message.labels_offset, message.grad_offset)
 
 
+MAX_RUN_CHARACTERS = 200
+MAX_WORLD_SIZE = 65_536
+MAX_CALL_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One rank's place in a step whose ranks are computed as one; ``call`` names the call, also when it is retried.
+
+    Raises:
+        InvalidInput: a value that cannot be.
+    """
+
+    run: str
+    step: int
+    rank: int
+    world_size: int
+    call: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, str) or not 1 <= len(self.run) <= MAX_RUN_CHARACTERS:
+            raise spec.InvalidInput("joint.run", f"got {self.run!r}; expected 1 to {MAX_RUN_CHARACTERS} characters")
+        for name, value in (("step", self.step), ("rank", self.rank), ("world_size", self.world_size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise spec.InvalidInput(f"joint.{name}", f"got {value!r}; expected an integer")
+        if not 1 <= self.world_size <= MAX_WORLD_SIZE:
+            raise spec.InvalidInput("joint.world_size", f"got {self.world_size}; expected 1 to {MAX_WORLD_SIZE}")
+        if not 0 <= self.rank < self.world_size:
+            raise spec.InvalidInput("joint.rank", f"got {self.rank}; expected a rank in [0, {self.world_size})")
+        if not 0 <= self.step < 1 << 63:
+            raise spec.InvalidInput("joint.step", f"got {self.step}; expected a 64-bit number >= 0")
+        if len(self.call) > MAX_CALL_BYTES:
+            raise spec.InvalidInput("joint.call", f"got {len(self.call)} bytes; expected at most {MAX_CALL_BYTES}")
+
+    def to_proto(self) -> pb.Joint:
+        return pb.Joint(run=self.run, step=self.step, rank=self.rank, world_size=self.world_size, call=self.call)
+
+    @classmethod
+    def from_proto(cls, message: pb.Joint) -> Joint:
+        """Raises:
+        InvalidInput: a value that cannot be.
+        """
+        return cls(message.run, message.step, message.rank, message.world_size, message.call)
+
+
 @dataclass(frozen=True)
 class Request:
     """A request without its payload.
 
     Attributes:
+        joint: its place among the ranks that it is computed with; None if it is computed alone.
         shared: where its tensors lie; None if they travel.
         layout: the sizes that the shapes come to; computing it has checked them.
     """
@@ -116,6 +162,7 @@ class Request:
     want_grad: bool
     layout: spec.Layout
     shared: SharedTensors | None = None
+    joint: Joint | None = None
 
     @classmethod
     def checked(
@@ -125,6 +172,7 @@ class Request:
         labels: TensorSpec,
         want_grad: bool,
         shared: SharedTensors | None = None,
+        joint: Joint | None = None,
     ) -> Request:
         """Raises:
         InvalidInput: an element type or a shape that does not fit the loss.
@@ -137,7 +185,7 @@ class Request:
             raise spec.InvalidInput(
                 "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
             )
-        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape), shared)
+        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape), shared, joint)
 
     @property
     def grad_bytes(self) -> int:
@@ -155,6 +203,7 @@ class Request:
             labels=self.labels.to_proto(),
             want_grad=self.want_grad,
             shared_tensors=None if self.shared is None else self.shared.to_proto(),
+            joint=None if self.joint is None else self.joint.to_proto(),
         )
 
     @classmethod
@@ -168,6 +217,7 @@ class Request:
             _tensor_from_proto("labels", header.labels),
             header.want_grad,
             SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
+            Joint.from_proto(header.joint) if header.HasField("joint") else None,
         )
 
 
@@ -323,6 +373,7 @@ class Response:
                 queue_seconds=timing.queue_seconds,
                 compute_seconds=timing.compute_seconds,
                 batch_requests=timing.batch_requests,
+                joint_wait_seconds=timing.joint_wait_seconds,
             ),
         )
 
@@ -361,7 +412,11 @@ class Response:
             grad=grad,
             grad_scale=message.grad_scale,
             timing=spec.Timing(
-                timing.receive_seconds, timing.queue_seconds, timing.compute_seconds, timing.batch_requests
+                timing.receive_seconds,
+                timing.queue_seconds,
+                timing.compute_seconds,
+                timing.batch_requests,
+                timing.joint_wait_seconds,
             ),
         )
 

@@ -23,11 +23,13 @@ from torch import Tensor
 import lovasz.client
 import lovasz.core
 from lovasz.client import (
+    CallAbortedError,
     CallCancelledError,
     CrossEntropy,
     DeadlineExceededError,
     IncompatibleServerError,
     InvalidInputError,
+    JointMismatchError,
     LossClient,
     LossError,
     LovaszHinge,
@@ -86,12 +88,15 @@ def numpy_bits(result: Result[Any]) -> tuple[object, ...]:
 
 def test_the_public_names_of_the_client() -> None:
     assert lovasz.client.__all__ == [
+        "CallAbortedError",
         "CallCancelledError",
         "CrossEntropy",
         "DeadlineExceededError",
         "Device",
         "IncompatibleServerError",
         "InvalidInputError",
+        "Joint",
+        "JointMismatchError",
         "LossClient",
         "LossError",
         "LovaszHinge",
@@ -427,8 +432,8 @@ ERRORS: dict[grpc.StatusCode, type[LossError]] = {
     grpc.StatusCode.PERMISSION_DENIED: ServerFaultError,
     grpc.StatusCode.UNAUTHENTICATED: ServerFaultError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerOverloadedError,
-    grpc.StatusCode.FAILED_PRECONDITION: ServerFaultError,
-    grpc.StatusCode.ABORTED: ServerFaultError,
+    grpc.StatusCode.FAILED_PRECONDITION: JointMismatchError,
+    grpc.StatusCode.ABORTED: CallAbortedError,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServerError,
     grpc.StatusCode.OUT_OF_RANGE: ServerFaultError,
     grpc.StatusCode.INTERNAL: ServerFaultError,

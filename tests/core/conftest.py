@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -87,8 +87,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     way: Way = request.param
     way.require()
 
-    def forced(asked: Request, loss: WeightedSum, on: torch.device) -> Path:
-        return Path.TORCH if asked.logits.dtype == torch.float64 else way.path
+    def forced(asked: Sequence[Request], loss: WeightedSum, on: torch.device) -> Path:
+        return Path.TORCH if asked[0].logits.dtype == torch.float64 else way.path
 
     # The interpreter computes with NumPy, which warns of divisions whose results kernels then pass over.
     quiet = np.errstate(all="ignore") if way.path is Path.TRITON else nullcontext()

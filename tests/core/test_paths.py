@@ -55,7 +55,7 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_request_takes_the_fastest_way_that_is_exact_enough(
     loss: LossLike, images: int, side: int, dtype: torch.dtype, device: torch.device, expected: Path
 ) -> None:
-    assert choose(a_request(loss, images, side, dtype), weighted_sum(loss), device) is expected
+    assert choose([a_request(loss, images, side, dtype)], weighted_sum(loss), device) is expected
 
 
 @pytest.mark.usefixtures("everything_installed")
@@ -68,7 +68,7 @@ def test_without_the_compilers_torch_computes_and_something_faster_is_named(monk
     monkeypatch.setattr(paths, "installed", lambda package: False)
     paths.triton_works.cache_clear()
     for device, word in ((CPU, "lovasz[cpu]"), (CUDA, "triton")):
-        assert choose(a_request(LovaszSoftmax(), 1, SIDE), weighted_sum(LovaszSoftmax()), device) is Path.TORCH
+        assert choose([a_request(LovaszSoftmax(), 1, SIDE)], weighted_sum(LovaszSoftmax()), device) is Path.TORCH
         assert word in str(paths.advice(device))
     paths.warm_up(CPU)
     paths.triton_works.cache_clear()
@@ -89,7 +89,7 @@ def test_a_triton_that_cannot_compile_is_tried_once_and_left(
     with caplog.at_level(logging.ERROR):
         for _ in range(2):
             request = a_request(LovaszSoftmax(), 1, SIDE)
-            assert choose(request, weighted_sum(LovaszSoftmax()), CUDA) is Path.TORCH
+            assert choose([request], weighted_sum(LovaszSoftmax()), CUDA) is Path.TORCH
     paths.triton_works.cache_clear()
     assert len(tried) == 1
     assert "Failed to find C compiler" in caplog.text

@@ -23,7 +23,7 @@ def test_room_is_taken_and_given_back_once() -> None:
 def test_over_budget_is_refused_with_a_delay_and_takes_nothing() -> None:
     admission = Admission(100, 10)
     with admission.reserve(60):
-        with pytest.raises(OverloadedError, match="needs 41 B; 60 B of 100 B are in use") as refused:
+        with pytest.raises(OverloadedError, match="41 B are needed; 60 B of 100 B are in use") as refused:
             admission.reserve(41)
         assert 0 < refused.value.retry_after_seconds <= 5
         assert admission.bytes_in_flight == 60

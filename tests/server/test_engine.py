@@ -13,7 +13,7 @@ from lovasz.core import compute
 from lovasz.core.batch import Launched, launch
 from lovasz.core.ragged import Request
 from lovasz.server.batcher import Batcher, Entry
-from lovasz.server.engine import Engine, choose_device, to_wire_dtype
+from lovasz.server.engine import Engine, choose_device, wire_scale, write_scaled
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.metrics import Metrics
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
@@ -210,7 +210,8 @@ def test_a_device_that_is_not_there_is_named() -> None:
 def test_float16_gradients_neither_underflow_nor_overflow(largest: float) -> None:
     grad = torch.tensor([1.0, -0.5, 1e-3, 0.0]) * largest
     half = torch.empty_like(grad, dtype=torch.float16)
-    scale = to_wire_dtype(grad.clone(), half)
+    scale = wire_scale([grad], half.dtype)
+    write_scaled(grad.clone(), scale, half)
     assert np.log2(scale) == int(np.log2(scale))
     assert torch.isfinite(half).all()
     assert torch.allclose(half.double() / scale, grad.double(), rtol=2**-11, atol=0)
@@ -219,7 +220,9 @@ def test_float16_gradients_neither_underflow_nor_overflow(largest: float) -> Non
 def test_gradients_that_are_zero_or_not_finite_keep_the_scale_of_one() -> None:
     for value in (0.0, float("nan"), float("inf")):
         half = torch.zeros(3, dtype=torch.float16)
-        assert to_wire_dtype(torch.full((3,), value), half) == 1.0
+        grad = torch.full((3,), value)
+        assert wire_scale([grad], half.dtype) == 1.0
+        write_scaled(grad, 1.0, half)
         assert np.array_equal(half.float().numpy(), np.full(3, value, np.float32), equal_nan=True)
 
 

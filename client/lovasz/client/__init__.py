@@ -2,24 +2,30 @@
 
 from lovasz.client.client import Device, LossClient, ServerInfo
 from lovasz.client.errors import (
+    CallAbortedError,
     CallCancelledError,
     DeadlineExceededError,
     IncompatibleServerError,
     InvalidInputError,
+    JointMismatchError,
     LossError,
     ServerFaultError,
     ServerOverloadedError,
     ServerUnavailableError,
 )
+from lovasz.client.joint import Joint
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, Result, TermResult, Timing
 
 __all__ = [
+    "CallAbortedError",
     "CallCancelledError",
     "CrossEntropy",
     "DeadlineExceededError",
     "Device",
     "IncompatibleServerError",
     "InvalidInputError",
+    "Joint",
+    "JointMismatchError",
     "LossClient",
     "LossError",
     "LovaszHinge",

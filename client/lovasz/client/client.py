@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from lovasz import spec, wire
 from lovasz.client.errors import CallCancelledError, InvalidInputError
+from lovasz.client.joint import Joint
 from lovasz.client.tensors import Array
 
 INPROCESS = "inprocess"
@@ -49,7 +50,9 @@ class ServerInfo:
 class Target(Protocol):
     """Where losses are computed."""
 
-    def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> Any:
+    def encode(
+        self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+    ) -> Any:
         """Checks a request and takes what it needs of the arrays, which may change afterwards."""
 
     def compute(self, call: Any, timeout: float) -> spec.Result[Any]:
@@ -104,6 +107,7 @@ class LossClient:
         loss: spec.LossLike,
         *,
         want_grad: bool = True,
+        joint: Joint | None = None,
         timeout: float | None = None,
     ) -> spec.Result[Any]:
         """The loss, its gradient, per-class losses and IoU counts.
@@ -114,6 +118,8 @@ class LossClient:
             labels: numpy or torch; integers or bool; shape (N, *spatial), or as the loss describes.
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
             want_grad: False for validation: no gradient is computed or sent.
+            joint: with a ``step``: this rank's place in it; loss, per-class losses and counts are then those of all
+                ranks' pixels, and the gradient is that of the joint loss in this rank's logits.
             timeout: seconds; None for the client's.
 
         Returns:
@@ -124,7 +130,7 @@ class LossClient:
             InvalidInputError: the request cannot be computed with.
             LossError: or one of its other kinds.
         """
-        call, deadline = self._begin(logits, labels, loss, want_grad, timeout)
+        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout)
         return self._finish(call, deadline)
 
     def submit(
@@ -134,6 +140,7 @@ class LossClient:
         loss: spec.LossLike,
         *,
         want_grad: bool = True,
+        joint: Joint | None = None,
         timeout: float | None = None,
     ) -> Future[spec.Result[Any]]:
         """Like :meth:`compute`, but returns a future at once, so that other work overlaps the call.
@@ -141,7 +148,7 @@ class LossClient:
         The arrays are read before it returns, except those that are on the host already: leave these as they are until
         the future is done. What :meth:`compute` raises for a bad request is raised here, the rest by the future.
         """
-        call, deadline = self._begin(logits, labels, loss, want_grad, timeout)
+        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout)
         try:
             return self._threads.submit(self._finish, call, deadline)
         except RuntimeError:
@@ -172,12 +179,19 @@ class LossClient:
         self.close()
 
     def _begin(
-        self, logits: Array, labels: Array, loss: spec.LossLike, want_grad: bool, timeout: float | None
+        self,
+        logits: Array,
+        labels: Array,
+        loss: spec.LossLike,
+        want_grad: bool,
+        joint: Joint | None,
+        timeout: float | None,
     ) -> tuple[Any, float]:
         self._check_open()
         deadline = time.monotonic() + (self.timeout if timeout is None else _checked_timeout(timeout))
+        place = None if joint is None else joint.at(joint.step)
         try:
-            return self._target.encode(logits, labels, spec.weighted_sum(loss), want_grad), deadline
+            return self._target.encode(logits, labels, spec.weighted_sum(loss), want_grad, place), deadline
         except spec.InvalidInput as error:
             raise InvalidInputError(error.field, error.problem) from None
 

@@ -15,6 +15,8 @@ class LossError(Exception):
     ├── ServerOverloadedError   no room, after all retries; or the request can never fit
     ├── ServerUnavailableError  no server there, or it is stopping, after all retries
     ├── DeadlineExceededError   no answer within the timeout; also a TimeoutError
+    ├── CallAbortedError        a rank of its joint step is missing or failed, or the call stalled: try the step again
+    ├── JointMismatchError      the request does not fit those of the other ranks of its step
     ├── CallCancelledError      the call was cancelled, or its client was closed
     ├── IncompatibleServerError whatever is there does not speak lovasz.v1 as this client does
     └── ServerFaultError        the server failed on the request; its log says why
@@ -45,6 +47,15 @@ class DeadlineExceededError(LossError, TimeoutError):
     """The answer did not come within the timeout."""
 
 
+class CallAbortedError(LossError):
+    """The joint step was given up, as a rank is missing or cannot be computed with, and the text names it; or the call
+    stalled. The step can be tried again, by all ranks."""
+
+
+class JointMismatchError(LossError):
+    """The request does not fit those of the other ranks of its step; the text names the difference."""
+
+
 class CallCancelledError(LossError):
     """The call was cancelled, or its client was closed."""
 
@@ -61,6 +72,8 @@ _BY_CODE: dict[grpc.StatusCode, type[LossError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerOverloadedError,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.ABORTED: CallAbortedError,
+    grpc.StatusCode.FAILED_PRECONDITION: JointMismatchError,
     grpc.StatusCode.CANCELLED: CallCancelledError,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServerError,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lovasz import core, spec
+from lovasz import core, spec, wire
 from lovasz.client.client import Device, ServerInfo
 from lovasz.client.tensors import Array, encode_labels, is_torch
 from lovasz.core.ragged import Request
@@ -29,7 +29,14 @@ class _Call:
 class InProcessTarget:
     """No server: for tests, laptops, and trainers that need none."""
 
-    def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> _Call:
+    def encode(
+        self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+    ) -> _Call:
+        if joint is not None and joint.world_size > 1:
+            raise InvalidInput(
+                "joint",
+                f"got world_size {joint.world_size} with the target 'inprocess'; expected a server, or one rank",
+            )
         narrow = labels if is_torch(labels) else encode_labels(labels).array()
         scores, targets = _tensor("logits", logits), _tensor("labels", narrow)
         Request.checked(scores, targets.to(scores.device), loss)

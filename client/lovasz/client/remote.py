@@ -112,9 +112,11 @@ class RemoteTarget:
         self._memory_path = None if path is None or transport == "grpc" else path + wire.MEMORY_SUFFIX
         self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
 
-    def encode(self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool) -> Call:
+    def encode(
+        self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+    ) -> Call:
         scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
-        request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad)
+        request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint)
         if self._is_shared(request):
             return self._in_region(request, scores, targets, logits)
         memory: list[Memory] = []

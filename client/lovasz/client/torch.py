@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lovasz.autograd import with_gradient
 from lovasz.client.client import DEFAULT_TIMEOUT_SECONDS, LossClient
+from lovasz.client.joint import Joint
 from lovasz.spec import LossLike, Result, weighted_sum
 
 __all__ = ["RemoteLoss"]
@@ -25,6 +27,14 @@ class RemoteLoss(torch.nn.Module):
     No gradient is asked for under ``torch.no_grad``, for logits that need none, and in eval mode
     (``criterion.eval()``). Pickled and copied without its connection.
 
+    With ``joint``, all ranks of a data-parallel training get the loss of their pixels together, and each its own part of
+    its one true gradient. ::
+
+        criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint=Joint.from_distributed("cityscapes-7"))
+
+    Calls are counted, those with and without a gradient apart, and the calls of all ranks with the same number belong
+    together: each rank makes as many, also where gradients are accumulated. A call that raises is not counted.
+
     Attributes:
         result: the last answer, with per-class losses, IoU counts and timing, without its gradient; None before.
     """
@@ -37,6 +47,8 @@ class RemoteLoss(torch.nn.Module):
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transport: str = "auto",
         wire_dtype: str | None = None,
+        joint: Joint | None = None,
+        gradient_reduction: str = "mean",
     ) -> None:
         """
         Args:
@@ -45,12 +57,22 @@ class RemoteLoss(torch.nn.Module):
             timeout: seconds for a call; not used with a client, which has its own, as for the next two.
             transport: as for :class:`LossClient`.
             wire_dtype: as for :class:`LossClient`.
+            joint: this rank, in a data-parallel training.
+            gradient_reduction: what the trainer does with the gradients of its ranks: ``"mean"``, as
+                DistributedDataParallel does: they are multiplied by world_size, so that the mean is the true gradient;
+                or ``"sum"``: they are left as they are.
 
         Raises:
             InvalidInput: terms that do not go together.
-            ValueError: at the first call: an argument that cannot be.
+            ValueError: gradient_reduction is neither; at the first call: another argument that cannot be.
         """
         super().__init__()
+        if gradient_reduction not in ("mean", "sum"):
+            raise ValueError(f"gradient_reduction: got {gradient_reduction!r}; expected 'mean' or 'sum'")
+        self.joint = joint
+        self.gradient_reduction = gradient_reduction
+        self._first_step = 0 if joint is None or joint.step is None else joint.step
+        self._calls = {True: 0, False: 0}
         self.loss = weighted_sum(loss)
         self.result: Result[Any] | None = None
         self._own = isinstance(target, str)
@@ -67,20 +89,28 @@ class RemoteLoss(torch.nn.Module):
             self._client = LossClient(self._target, **self._options)
         return self._client
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
         """The loss as a 0-dim tensor (float64 for float64 logits, else float32), differentiable once.
 
         Args:
             logits: float32, float16, bfloat16 or float64 (which travels as float32), (N, C, *spatial), on any device.
             labels: integers or bool, (N, *spatial), on any device.
+            step: the number of the joint step, for those who count; None: that of the call, counted from the ``step`` of
+                ``joint`` (0 if it has none).
 
         Raises:
             LossError: or one of its kinds; see :meth:`LossClient.compute`.
         """
         want_grad = self.training and torch.is_grad_enabled() and logits.requires_grad
-        result = self.client.compute(logits, labels, self.loss, want_grad=want_grad)
+        joint = self.joint
+        if joint is not None:
+            counted = self._first_step + self._calls[want_grad]
+            joint = replace(joint, step=counted if step is None else step)
+        result = self.client.compute(logits, labels, self.loss, want_grad=want_grad, joint=joint)
+        self._calls[want_grad] += step is None
         self.result = Result(result.loss, None, result.terms, result.intersection, result.union, result.timing)
-        return with_gradient(logits, result.loss, result.grad)
+        averaged = joint is not None and self.gradient_reduction == "mean"
+        return with_gradient(logits, result.loss, result.grad, joint.world_size if joint and averaged else 1)
 
     def close(self) -> None:
         """Closes the connection, if it is this module's own."""

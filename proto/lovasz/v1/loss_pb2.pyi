@@ -108,18 +108,34 @@ class Loss(_message.Message):
     def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
 
 class RequestHeader(_message.Message):
-    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors")
+    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors", "joint")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
     SHARED_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    JOINT_FIELD_NUMBER: _ClassVar[int]
     loss: Loss
     logits: TensorInfo
     labels: TensorInfo
     want_grad: bool
     shared_tensors: SharedTensors
-    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ...) -> None: ...
+    joint: Joint
+    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ...) -> None: ...
+
+class Joint(_message.Message):
+    __slots__ = ("run", "step", "rank", "world_size", "call")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    step: int
+    rank: int
+    world_size: int
+    call: bytes
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., call: _Optional[bytes] = ...) -> None: ...
 
 class SharedTensors(_message.Message):
     __slots__ = ("session", "region", "logits_offset", "labels_offset", "grad_offset")
@@ -178,16 +194,18 @@ class TermResult(_message.Message):
     def __init__(self, loss: _Optional[float] = ..., per_class_loss: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ServerTiming(_message.Message):
-    __slots__ = ("receive_seconds", "queue_seconds", "compute_seconds", "batch_requests")
+    __slots__ = ("receive_seconds", "queue_seconds", "compute_seconds", "batch_requests", "joint_wait_seconds")
     RECEIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    JOINT_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     receive_seconds: float
     queue_seconds: float
     compute_seconds: float
     batch_requests: int
-    def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ...) -> None: ...
+    joint_wait_seconds: float
+    def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ..., joint_wait_seconds: _Optional[float] = ...) -> None: ...
 
 class ResponseHeader(_message.Message):
     __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed
 from lovasz.core.paths import Path, checked, choose, compute
-from lovasz.core.ragged import Request
+from lovasz.core.ragged import Batch, Request
 from lovasz.core.stop import Stop
 from lovasz.spec import (
     CrossEntropy,
@@ -27,7 +27,22 @@ from lovasz.spec import (
     WeightedSum,
 )
 
-Answer = Result[Tensor] | InvalidInput
+
+class JointFault(Exception):
+    """A request that is joined with others cannot be computed with, and so neither can these.
+
+    Attributes:
+        place: which one, counted from 0 in their joint.
+        fault: what is wrong with it.
+    """
+
+    def __init__(self, place: int, fault: InvalidInput) -> None:
+        super().__init__(f"request {place} of the joint: {fault}")
+        self.place = place
+        self.fault = fault
+
+
+Answer = Result[Tensor] | InvalidInput | JointFault
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,8 @@ class Launched:
 
     def collect(self) -> list[Answer]:
         """Waits for the device; one answer a request, in their order. A request that cannot be computed with is
-        answered by the error that says why, and the others are not touched by it."""
+        answered by the error that says why, those that it is joined with by a ``JointFault``, and the others are not
+        touched by it."""
         answers = {place: answer for part in self.parts for place, answer in part.collect()}
         return [answers[place] for place in range(len(self.requests))]
 
@@ -47,7 +63,7 @@ class Launched:
 @dataclass(frozen=True)
 class _Part:
     places: tuple[int, ...]
-    requests: tuple[Request, ...]
+    batch: Batch
     loss: WeightedSum
     computed: Computed
 
@@ -58,23 +74,25 @@ class _Part:
         intersection, union = computed.intersection.cpu().numpy(), computed.union.cpu().numpy()
         answers: list[Answer] = []
         image = 0
-        for r, request in enumerate(self.requests):
-            images = slice(image, image + request.layout.images)
+        for j, (joint, count) in enumerate(zip(self.batch.joints, self.batch.images, strict=True)):
+            images = slice(image, image + count)
             image = images.stop
-            grad = None if computed.grads is None else computed.grads[r]
-            if bad_labels[r]:
-                answers.append(_label_error(request, self.loss))
-            elif out_of_range[r]:
-                answers.append(_probability_error(request, self.loss))
-            elif not_finite[r]:
-                answers.append(self._not_a_number(request, grad))
+            grads = [None] * len(joint) if computed.grads is None else computed.grads[len(answers) :][: len(joint)]
+            if bad_labels[j]:
+                answers += _faults([_label_error(request, self.loss) for request in joint])
+            elif out_of_range[j]:
+                answers += _faults([_probability_error(request, self.loss) for request in joint])
+            elif not_finite[j]:
+                answers += [self._not_a_number(request, grad) for request, grad in zip(joint, grads, strict=True)]
             else:
                 results = []
                 for (_, loss), (losses, scored, per_image) in zip(self.loss.terms, terms, strict=True):
-                    groups = images if per_image else slice(r, r + 1)
+                    groups = images if per_image else slice(j, j + 1)
                     results.append(_term_result(loss, losses[:, groups], scored[:, groups]))
                 total = sum(weight * term.loss for (weight, _), term in zip(self.loss.terms, results, strict=True))
-                answers.append(Result(total, grad, tuple(results), intersection[:, r].copy(), union[:, r].copy()))
+                for grad in grads:
+                    counts = intersection[:, j].copy(), union[:, j].copy()
+                    answers.append(Result(total, grad, tuple(results), *counts))
         return list(zip(self.places, answers, strict=True))
 
     def _not_a_number(self, request: Request, grad: Tensor | None) -> Result[Tensor]:
@@ -85,6 +103,12 @@ class _Part:
         )
         counts = np.zeros(channels, np.int64)
         return Result(nan, None if grad is None else grad.fill_(nan), terms, counts, counts.copy())
+
+
+def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
+    """The answers to a joint, of what is wrong with each of its requests."""
+    place, first = next((place, fault) for place, fault in enumerate(of_requests) if fault is not None)
+    return [JointFault(place, first) if fault is None else fault for fault in of_requests]
 
 
 def _term_result(
@@ -111,15 +135,18 @@ def launch(
     loss: WeightedSum,
     device: torch.device,
     *,
+    joined: Sequence[int] | None = None,
     want_grad: bool = True,
     path: Path | None = None,
     stop: Stop | None = None,
 ) -> Launched:
     """Queues the computation of requests that agree in element type and channels.
 
-    The answer to each is bit-identical to that in a batch of its own.
+    The answer to each is bit-identical to that in a batch of its own; for requests that are joined, to that for one
+    request of all their images.
 
     Args:
+        joined: how many requests, behind one another, are scored as one; None: each alone.
         path: how to compute them; None for the fastest that fits each.
         stop: asks for an early end, which the compiled loops of the CPU listen to.
 
@@ -127,19 +154,21 @@ def launch(
         InvalidInput: the path cannot be taken here.
         Stopped: it was asked to end early.
     """
-    places: dict[Path, list[int]] = {}
-    for place, request in enumerate(requests):
-        taken = choose(request, loss, device) if path is None else checked(path, request, device)
-        places.setdefault(taken, []).append(place)
+    whole = Batch.of(requests, joined)
+    joints_of: dict[Path, list[int]] = {}
+    for number, joint in enumerate(whole.joints):
+        taken = choose(joint, loss, device) if path is None else checked(path, joint[0], device)
+        joints_of.setdefault(taken, []).append(number)
+    places = np.split(np.arange(len(whole.requests)), np.cumsum(whole.sizes)[:-1])
     parts = []
-    for taken, members in places.items():
-        own = tuple(requests[place] for place in members)
+    for taken, numbers in joints_of.items():
+        own = Batch.of([request for j in numbers for request in whole.joints[j]], [whole.sizes[j] for j in numbers])
         computed = compute(taken, own, loss, device, want_grad=want_grad, stop=stop)
-        parts.append(_Part(tuple(members), own, loss, computed))
-    return Launched(tuple(requests), tuple(parts))
+        parts.append(_Part(tuple(int(place) for j in numbers for place in places[j]), own, loss, computed))
+    return Launched(whole.requests, tuple(parts))
 
 
-def _label_error(request: Request, loss: WeightedSum) -> InvalidInput:
+def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     labels = request.labels.to(torch.int64)
     for _, term in loss.terms:
         bad = (labels < 0) | (labels >= request.layout.label_values)
@@ -147,6 +176,8 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput:
             bad &= labels != term.ignore_index
         if bad.any():
             break
+    else:
+        return None
     place = tuple(bad.nonzero()[0].tolist())
     ignore = "" if term.ignore_index is None else f" or the ignore_index {term.ignore_index} of {type(term).__name__}"
     expected = f"a value in [0, {request.layout.label_values}){ignore}"
@@ -155,14 +186,17 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput:
     )
 
 
-def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput:
+def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as they were judged
     bad = (values < -PROBABILITY_TOLERANCE) | (values > 1 + PROBABILITY_TOLERANCE)
     labels = request.labels.to(torch.int64)
     counted = torch.zeros_like(labels, dtype=torch.bool)
     for _, term in loss.terms:
         counted |= labels != term.ignore_index if term.ignore_index is not None else True
-    place = tuple((bad & counted.unsqueeze(1)).nonzero()[0].tolist())
+    bad &= counted.unsqueeze(1)
+    if not bad.any():
+        return None
+    place = tuple(bad.nonzero()[0].tolist())
     return InvalidInput(
         "logits",
         f"got {float(values[place])} at index {list(place)} with input='probabilities'; expected a value in [0, 1] "

@@ -16,12 +16,12 @@ PROBABILITY_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class TermValues:
-    """One term's values; of ``losses`` and ``scored``, the groups of one request stand side by side.
+    """One term's values; of ``losses`` and ``scored``, the groups of one joint stand side by side.
 
     Attributes:
-        losses: float64, shape (K, groups): before weights; cross-entropy: (1, requests).
+        losses: float64, shape (K, groups): before weights; cross-entropy: (1, joints).
         scored: bool, shape (K, groups).
-        per_image: whether a group is an image; if not, it is a request.
+        per_image: whether a group is an image; if not, it is a joint.
     """
 
     losses: Tensor
@@ -37,10 +37,10 @@ class Computed:
         terms: one for each term of the loss.
         grads: one contiguous tensor a request, in the shape of its logits; None if no gradient was wanted. float32,
             or float64 for float64 logits.
-        intersection: int64, shape (K, requests): pixels of each class that are predicted right.
-        union: int64, shape (K, requests): pixels that are of the class or predicted as it.
-        faults: int64, shape (3, requests): bad labels, pixels with a logit that is not finite, pixels with a
-            probability that is out of range. What else is said of a request with a fault is meaningless.
+        intersection: int64, shape (K, joints): pixels of each class that are predicted right.
+        union: int64, shape (K, joints): pixels that are of the class or predicted as it.
+        faults: int64, shape (3, joints): bad labels, pixels with a logit that is not finite, pixels with a
+            probability that is out of range. What else is said of a joint with a fault is meaningless.
     """
 
     terms: tuple[TermValues, ...]
@@ -56,7 +56,7 @@ def score(term: LovaszSoftmax | LovaszHinge, weight: float, counts: Tensor, shar
     Args:
         weight: the term's weight in the sum.
         counts: int64, shape (K, groups): softmax: valid pixels of each class; hinge: valid pixels of each label.
-        share: float64, shape (groups,): each group's share of its request's loss.
+        share: float64, shape (groups,): each group's share of its joint's loss.
 
     Returns:
         (scored, weights): bool and float64, shape (K, groups).

@@ -18,7 +18,7 @@ class Part:
     """What a cross-entropy term adds.
 
     Attributes:
-        loss: float64, shape (requests,).
+        loss: float64, shape (joints,).
         pull: shape (P,): the gradient is pull x (p_k - [k = y]), plus, with label smoothing, the next two.
         spread: shape (P,) or None: adds spread x (sum of weights x p_k - weight_k).
         class_weights: shape (K,).
@@ -45,9 +45,9 @@ def cross_entropy(
     weight: the term's weight, which goes into the gradient and not into the loss.
     labels: int64, shape (P,), in [0, K).
     valid: bool, shape (P,): pixels that this term counts.
-    counts: int64, shape (K, requests): valid pixels of each class.
+    counts: int64, shape (K, joints): valid pixels of each class.
     """
-    requests, dtype, classes = batch.requests, batch.logits.dtype, len(batch.logits)
+    joints, dtype, classes = batch.joints, batch.logits.dtype, len(batch.logits)
     class_weights = on_device(loss.class_weights or [1.0] * classes, torch.float64, labels.device)
     total_weight = sum_over_classes(counts.to(torch.float64) * class_weights.unsqueeze(1))
     scale = torch.where(total_weight > 0, 1 / total_weight, 0)
@@ -60,10 +60,10 @@ def cross_entropy(
         all_classes = sum_over_classes(class_weights.unsqueeze(1)) * softmax.log_total - sum_over_classes(shifted)
         share = loss.label_smoothing / classes
         pixel_loss = (1 - loss.label_smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
-        spread = torch.where(valid, requests.at_pixels((weight * share * scale).to(dtype)), 0)
-    # A request's sum is at most its largest term times the number of its pixels.
-    sizes = on_device(requests.sizes, torch.float64, labels.device)
-    exponent = torch.frexp(requests.max(pixel_loss).to(torch.float64) * sizes).exponent
-    value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), requests, exponent)[0] * scale
-    pull = pixel_weight * requests.at_pixels((weight * (1 - loss.label_smoothing) * scale).to(dtype))
+        spread = torch.where(valid, joints.at_pixels((weight * share * scale).to(dtype)), 0)
+    # A joint's sum is at most its largest term times the number of its pixels.
+    sizes = on_device(joints.sizes, torch.float64, labels.device)
+    exponent = torch.frexp(joints.max(pixel_loss).to(torch.float64) * sizes).exponent
+    value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), joints, exponent)[0] * scale
+    pull = pixel_weight * joints.at_pixels((weight * (1 - loss.label_smoothing) * scale).to(dtype))
     return Part(value, pull, spread, class_weights)

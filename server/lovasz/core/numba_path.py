@@ -7,7 +7,6 @@ Lovász term (docs/mathematics.md, sections 7 and 11); the way back through soft
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from lovasz.core.numba_kernels.batch import Groups, NumbaBatch
 from lovasz.core.numba_kernels.cross_entropy import CrossEntropies, add_losses
 from lovasz.core.numba_kernels.scratch import SCRATCH
 from lovasz.core.numba_kernels.segments import ABSENT, COUNTED, SORTED, Parts, Rules, Segments
-from lovasz.core.ragged import Request
+from lovasz.core.ragged import Batch
 from lovasz.core.softmax import sum_over_classes
 from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
@@ -38,14 +37,14 @@ class Threshold(NamedTuple):
 
 
 def compute(
-    requests: Sequence[Request],
+    batch: Batch,
     loss: WeightedSum,
     *,
     want_grad: bool,
     counted_from: Threshold,
     stop: Stop | None = None,
 ) -> Computed:
-    """Computes requests that agree in element type (16 or 32 bits) and channels.
+    """Computes a batch (of 16 or 32 bits).
 
     Args:
         counted_from: segments below this are sorted.
@@ -54,11 +53,11 @@ def compute(
         Stopped: it was asked to end early.
     """
     with SCRATCH.borrow() as scratch:
-        batch = NumbaBatch(requests, loss, scratch, want_grad=want_grad, stop=stop)
-        terms = _hinge(batch, counted_from) if loss.is_hinge else _softmax(batch, counted_from)
-    intersection, union = batch.intersection_and_union()
-    grads = batch.grads() if want_grad else None
-    faults = torch.from_numpy(batch.counts.faults.reshape(3, -1))
+        planes = NumbaBatch(batch, loss, scratch, want_grad=want_grad, stop=stop)
+        terms = _hinge(planes, counted_from) if loss.is_hinge else _softmax(planes, counted_from)
+    intersection, union = planes.intersection_and_union()
+    grads = planes.grads() if want_grad else None
+    faults = torch.from_numpy(planes.counts.faults.reshape(3, -1))
     return Computed(tuple(terms), grads, intersection, union, faults)
 
 
@@ -87,7 +86,7 @@ def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
     for weight, term in batch.loss.terms:
         if isinstance(term, LovaszSoftmax):
             ignored = batch.ignored_code(term)
-            counts = (batch.per_image if term.per_image else batch.per_request)(batch.counts.labels)
+            counts = (batch.per_image if term.per_image else batch.per_joint)(batch.counts.labels)
             if ignored != labelling.void:
                 counts[ignored] = 0
             groups = Groups.of(batch, per_image=term.per_image)
@@ -117,7 +116,7 @@ def _hinge(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
     for weight, term in batch.loss.terms:
         assert isinstance(term, LovaszHinge)
         ignored = batch.ignored_code(term)
-        per_group = batch.per_image if term.per_image else batch.per_request
+        per_group = batch.per_image if term.per_image else batch.per_joint
         foreground, counted = per_group(batch.counts.labels), per_group(valid)
         if ignored == 1:
             counted, foreground = counted - foreground, torch.zeros_like(foreground)
@@ -269,7 +268,7 @@ def _mark(scored_images: npt.NDArray[np.bool_], groups: Groups, scored: Tensor) 
 def _entropies(batch: NumbaBatch) -> CrossEntropies:
     """The cross-entropy terms, their factors still to be filled in."""
     terms = [term for _, term in batch.loss.terms if isinstance(term, CrossEntropy)]
-    requests, void = len(batch.request_images), batch.labelling.void
+    joints, void = len(batch.joint_images), batch.labelling.void
     weights, counted = np.zeros((len(terms), void + 1), np.float32), np.zeros((len(terms), void + 1), np.float32)
     for t, term in enumerate(terms):
         weights[t, :void] = term.class_weights or 1.0
@@ -280,9 +279,9 @@ def _entropies(batch: NumbaBatch) -> CrossEntropies:
         counted=counted,
         smoothing=np.array([term.label_smoothing for term in terms], np.float32),
         losses=batch.scratch.array("pixel losses", (len(terms), batch.pixels), np.float32),
-        largest=np.zeros(len(terms) * requests, np.int64),
-        pull=np.zeros((len(terms), requests), np.float32),
-        spread=np.zeros((len(terms), requests), np.float32),
+        largest=np.zeros(len(terms) * joints, np.int64),
+        pull=np.zeros((len(terms), joints), np.float32),
+        spread=np.zeros((len(terms), joints), np.float32),
     )
 
 
@@ -290,16 +289,16 @@ def _cross_entropy(
     batch: NumbaBatch, weight: float, term: CrossEntropy, t: int, entropies: CrossEntropies
 ) -> TermValues:
     """The loss of term number t: a mean over valid pixels, weighted; fills the term's factors in."""
-    requests = len(batch.request_images)
-    counts = batch.per_request(batch.counts.labels).numpy() * entropies.counted[t, :-1, None].astype(np.int64)
+    joints = len(batch.joint_images)
+    counts = batch.per_joint(batch.counts.labels).numpy() * entropies.counted[t, :-1, None].astype(np.int64)
     class_weights = torch.tensor(term.class_weights or [1.0] * batch.channels, dtype=torch.float64)
     total = sum_over_classes(torch.from_numpy(counts).to(torch.float64) * class_weights.unsqueeze(1)).numpy()
-    scale = np.divide(1.0, total, out=np.zeros(requests), where=total > 0)
-    # A request's sum is at most its largest term times the number of its pixels.
-    largest = entropies.largest[t * requests : (t + 1) * requests].astype(np.int32).view(np.float32)
-    exponents = np.frexp(np.where(np.isfinite(largest), largest, 0.0).astype(np.float64) * batch.request_pixels)[1]
+    scale = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
+    # A joint's sum is at most its largest term times the number of its pixels.
+    largest = entropies.largest[t * joints : (t + 1) * joints].astype(np.int32).view(np.float32)
+    exponents = np.frexp(np.where(np.isfinite(largest), largest, 0.0).astype(np.float64) * batch.joint_pixels)[1]
     units = np.ldexp(1.0, np.minimum(_FIXED_POINT_BITS - exponents, 1000))
-    sums = np.zeros(requests, np.int64)
+    sums = np.zeros(joints, np.int64)
     batch.run_blocks(add_losses, entropies.losses[t], units, sums)
     entropies.pull[t] = weight * (1 - term.label_smoothing) * scale
     entropies.spread[t] = weight * term.label_smoothing / batch.channels * scale

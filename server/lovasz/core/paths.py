@@ -14,7 +14,7 @@ import torch
 from lovasz.core import torch_path
 from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
 from lovasz.core.computed import Computed
-from lovasz.core.ragged import Request
+from lovasz.core.ragged import Batch, Request
 from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, InvalidInput, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
 
@@ -54,26 +54,24 @@ def triton_works(device: torch.device) -> bool:
     return True
 
 
-def choose(request: Request, loss: WeightedSum, device: torch.device) -> Path:
-    """The fastest path for a request. Depends on the request alone, so that its answer does not depend on its batch."""
-    if request.logits.dtype == torch.float64:
+def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Path:
+    """The fastest path for a joint. Depends on the joint alone, so that its answer does not depend on its batch."""
+    if joint[0].logits.dtype == torch.float64:
         return Path.TORCH
     if device.type == "cpu":
         return Path.NUMBA if installed("numba") else Path.TORCH
-    sizes = _group_sizes(request, loss)
+    sizes = _group_sizes(joint, loss)
     if device.type == "cuda" and sizes and min(sizes) >= SORTED_BELOW_PIXELS and max(sizes) < MAX_PIXELS:
         return Path.TRITON if triton_works(device) else Path.TORCH
     return Path.TORCH
 
 
-def _group_sizes(request: Request, loss: WeightedSum) -> list[int]:
-    """Pixels of a group, for each term that has groups."""
-    layout = request.layout
-    return [
-        layout.pixels if term.per_image else layout.images * layout.pixels
-        for _, term in loss.terms
-        if not isinstance(term, CrossEntropy)
-    ]
+def _group_sizes(joint: Sequence[Request], loss: WeightedSum) -> list[int]:
+    """Pixels of the groups, for the terms that have groups."""
+    layouts = [request.layout for request in joint]
+    of_terms = {term.per_image for _, term in loss.terms if not isinstance(term, CrossEntropy)}
+    sizes = [layout.pixels for layout in layouts] if True in of_terms else []
+    return [*sizes, sum(layout.images * layout.pixels for layout in layouts)] if False in of_terms else sizes
 
 
 def checked(path: Path, request: Request, device: torch.device) -> Path:
@@ -96,24 +94,24 @@ def checked(path: Path, request: Request, device: torch.device) -> Path:
 
 def compute(
     path: Path,
-    requests: Sequence[Request],
+    batch: Batch,
     loss: WeightedSum,
     device: torch.device,
     *,
     want_grad: bool,
     stop: Stop | None = None,
 ) -> Computed:
-    """Computes requests that agree in element type and channels on one path.
+    """Computes a batch on one path.
 
     Raises:
         Stopped: it was asked to end early, and this path listens to that.
     """
     if path is Path.TORCH:
-        return torch_path.compute(requests, loss, device, want_grad=want_grad)
+        return torch_path.compute(batch, loss, device, want_grad=want_grad)
     if path is Path.TRITON:
         from lovasz.core import triton_path
 
-        return triton_path.compute(requests, loss, device, want_grad=want_grad)
+        return triton_path.compute(batch, loss, device, want_grad=want_grad)
     from lovasz.core import numba_path
 
     counted_from = {
@@ -121,7 +119,7 @@ def compute(
         Path.NUMBA_SORTED: numba_path.Threshold(MAX_PIXELS, 0),
         Path.NUMBA_TABLES: numba_path.Threshold(0, 0),
     }[path]
-    return numba_path.compute(requests, loss, want_grad=want_grad, counted_from=counted_from, stop=stop)
+    return numba_path.compute(batch, loss, want_grad=want_grad, counted_from=counted_from, stop=stop)
 
 
 _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
@@ -158,7 +156,7 @@ def _compute_zeros(
     labels.view(-1)[0] = 1
     request = Request.checked(torch.zeros(shape, dtype=dtype, device=device), labels, total)
     for path, want_grad in itertools.product(paths, (True, False)):
-        compute(path, [request], total, device, want_grad=want_grad)
+        compute(path, Batch.of([request]), total, device, want_grad=want_grad)
 
 
 def advice(device: torch.device) -> str | None:

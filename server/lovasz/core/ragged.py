@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,6 +45,44 @@ class Request:
         return cls(logits, labels, loss.layout(logits.shape, labels.shape))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are computed at once; they agree in element type and channels.
+
+    Attributes:
+        sizes: how many requests, behind one another, make up each *joint*: these are scored as if their images stood
+            in one request, in that order. Most joints are of one request.
+    """
+
+    requests: tuple[Request, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], sizes: Sequence[int] | None = None) -> Batch:
+        """Each request on its own, unless sizes are given."""
+        return cls(tuple(requests), (1,) * len(requests) if sizes is None else tuple(sizes))
+
+    @cached_property
+    def joints(self) -> tuple[tuple[Request, ...], ...]:
+        """The requests of each joint."""
+        stops = list(accumulate(self.sizes))
+        return tuple(self.requests[stop - size : stop] for stop, size in zip(stops, self.sizes, strict=True))
+
+    @property
+    def joint_of_request(self) -> list[int]:
+        return [joint for joint, size in enumerate(self.sizes) for _ in range(size)]
+
+    @property
+    def images(self) -> list[int]:
+        """Images of each joint."""
+        return [sum(request.layout.images for request in joint) for joint in self.joints]
+
+    @property
+    def pixels(self) -> list[int]:
+        """Pixels of each joint."""
+        return [sum(request.layout.images * request.layout.pixels for request in joint) for joint in self.joints]
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -60,29 +99,30 @@ class Ragged:
         logits: float32 (float64 for float64 requests), shape (K, P): K classes (softmax) or binary labels (hinge).
             May be a view of a caller's tensor: not to be written to.
         labels: int64, shape (P,) for softmax losses, (K, P) for the hinge.
-        requests: the pixels of each request are a group.
-        layouts: each request's sizes.
+        batch: the requests.
+        joints: the pixels of each joint are a group.
     """
 
     logits: Tensor
     labels: Tensor
-    requests: Groups
-    layouts: tuple[Layout, ...]
+    batch: Batch
+    joints: Groups
 
     @cached_property
     def images(self) -> Groups:
         """The pixels of each image are a group."""
-        sizes = [layout.pixels for layout in self.layouts for _ in range(layout.images)]
+        layouts = [request.layout for request in self.batch.requests]
+        sizes = [layout.pixels for layout in layouts for _ in range(layout.images)]
         return Groups.of_sizes(sizes, self.logits.device)
 
 
-def flatten(requests: Sequence[Request], loss: WeightedSum, device: torch.device) -> Ragged:
-    """Puts the requests, which must agree in element type and channels, behind one another on the device."""
-    layouts = tuple(request.layout for request in requests)
-    channels = layouts[0].channels
-    compute_type = torch.float64 if requests[0].logits.dtype == torch.float64 else torch.float32
+def flatten(batch: Batch, loss: WeightedSum, device: torch.device) -> Ragged:
+    """Puts the requests behind one another on the device."""
+    first = batch.requests[0]
+    channels = first.layout.channels
+    compute_type = torch.float64 if first.logits.dtype == torch.float64 else torch.float32
     logits, labels = [], []
-    for request in requests:
+    for request in batch.requests:
         layout = request.layout
         moved = request.logits.detach().to(device, non_blocking=True)
         shape = (layout.images, channels, layout.pixels)
@@ -95,15 +135,18 @@ def flatten(requests: Sequence[Request], loss: WeightedSum, device: torch.device
     return Ragged(
         logits=logits[0] if len(logits) == 1 else torch.cat(logits, dim=1),
         labels=labels[0] if len(labels) == 1 else torch.cat(labels, dim=-1),
-        requests=Groups.of_sizes([layout.images * layout.pixels for layout in layouts], device),
-        layouts=layouts,
+        batch=batch,
+        joints=Groups.of_sizes(batch.pixels, device),
     )
 
 
-def unflatten(flat: Tensor, batch: Ragged, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Cuts a (K, P) tensor into one contiguous tensor a request, in the shapes given."""
-    parts = torch.split(flat, list(batch.requests.sizes), dim=1)
-    return [
-        part.reshape(layout.channels, layout.images, layout.pixels).transpose(0, 1).reshape(shape).contiguous()
-        for part, layout, shape in zip(parts, batch.layouts, shapes, strict=True)
-    ]
+def unflatten(flat: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """Cuts a (K, P) tensor into one contiguous tensor a request, in the shape of its logits."""
+    parts = torch.split(flat, [request.layout.images * request.layout.pixels for request in batch.requests], dim=1)
+    return tuple(
+        part.reshape(request.layout.channels, request.layout.images, request.layout.pixels)
+        .transpose(0, 1)
+        .reshape(request.logits.shape)
+        .contiguous()
+        for part, request in zip(parts, batch.requests, strict=True)
+    )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
 from lovasz.core.cross_entropy import Part, cross_entropy
-from lovasz.core.ragged import Ragged, Request, flatten, unflatten
+from lovasz.core.ragged import Batch, Ragged, flatten, unflatten
 from lovasz.core.segments import Groups, lovasz_extension, on_device
 from lovasz.core.softmax import Softmax, backward, given_probabilities, softmax, sum_over_classes
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
 
 
-def compute(requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
-    """Queues the computation of requests that agree in element type and channels."""
+def compute(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
+    """Queues the computation of a batch."""
     with torch.no_grad():
-        batch = flatten(requests, loss, device)
-        terms, grad, intersection, union, faults = (_hinge if loss.is_hinge else _softmax)(batch, loss, want_grad)
-        grads = None if grad is None else unflatten(grad, batch, [request.logits.shape for request in requests])
-    return Computed(terms, None if grads is None else tuple(grads), intersection, union, faults)
+        flat = flatten(batch, loss, device)
+        terms, grad, intersection, union, faults = (_hinge if loss.is_hinge else _softmax)(flat, loss, want_grad)
+        grads = None if grad is None else unflatten(grad, batch)
+    return Computed(terms, grads, intersection, union, faults)
 
 
 _Computed = tuple[tuple[TermValues, ...], Tensor | None, Tensor, Tensor, Tensor]
@@ -32,7 +30,7 @@ class _Validity:
 
     def __init__(self, batch: Ragged, loss: WeightedSum) -> None:
         labels = batch.labels
-        in_range = (labels >= 0) & (labels < batch.layouts[0].label_values)
+        in_range = (labels >= 0) & (labels < batch.batch.requests[0].layout.label_values)
         self.safe_labels = torch.where(in_range, labels, 0)
         self.any_ignored = any(term.ignore_index is not None for _, term in loss.terms)
         self._of: dict[int | None, Tensor] = {}
@@ -59,7 +57,7 @@ def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
             terms.append(_lovasz_softmax(term, weight, batch, soft, validity, g))
         elif isinstance(term, CrossEntropy):
             valid = validity.of(term)
-            counts = _class_counts(labels, valid, batch.requests, len(batch.logits))
+            counts = _class_counts(labels, valid, batch.joints, len(batch.logits))
             parts.append(cross_entropy(term, weight, batch, soft, labels, valid, counts))
             values = parts[-1].loss.unsqueeze(0)
             terms.append(TermValues(values, torch.ones_like(values, dtype=torch.bool), per_image=False))
@@ -76,9 +74,9 @@ def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
             grad.masked_fill_(~validity.counted, 0)
     hit = validity.counted & (soft.prediction == labels)
     channels = len(batch.logits)
-    intersection = _class_counts(labels, hit, batch.requests, channels)
-    union = _class_counts(labels, validity.counted, batch.requests, channels)
-    union += _class_counts(soft.prediction, validity.counted, batch.requests, channels)
+    intersection = _class_counts(labels, hit, batch.joints, channels)
+    union = _class_counts(labels, validity.counted, batch.joints, channels)
+    union += _class_counts(soft.prediction, validity.counted, batch.joints, channels)
     union -= intersection
     return tuple(terms), grad, intersection, union, _faults(batch, loss, validity, soft)
 
@@ -126,8 +124,8 @@ def _hinge(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
     if grad is not None and validity.any_ignored:
         grad.masked_fill_(~validity.counted, 0)
     predicted = logits > 0
-    intersection = batch.requests.sum(predicted & foreground & validity.counted)
-    union = batch.requests.sum((predicted | foreground) & validity.counted)
+    intersection = batch.joints.sum(predicted & foreground & validity.counted)
+    union = batch.joints.sum((predicted | foreground) & validity.counted)
     return tuple(terms), grad, intersection, union, _faults(batch, loss, validity, None)
 
 
@@ -136,10 +134,10 @@ def _per_image(loss: LovaszSoftmax | LovaszHinge | CrossEntropy) -> bool:
 
 
 def _groups(batch: Ragged, per_image: bool) -> tuple[Groups, Tensor]:
-    """The groups that are scored, and each one's share of its request's loss (float64, one a group)."""
+    """The groups that are scored, and each one's share of its joint's loss (float64, one a group)."""
     if not per_image:
-        return batch.requests, torch.ones(len(batch.requests), dtype=torch.float64, device=batch.logits.device)
-    shares = [1 / layout.images for layout in batch.layouts for _ in range(layout.images)]
+        return batch.joints, torch.ones(len(batch.joints), dtype=torch.float64, device=batch.logits.device)
+    shares = [1 / images for images in batch.batch.images for _ in range(images)]
     return batch.images, on_device(shares, torch.float64, batch.logits.device)
 
 
@@ -158,4 +156,4 @@ def _faults(batch: Ragged, loss: WeightedSum, validity: _Validity, soft: Softmax
         faults.append(((batch.logits < low) | (batch.logits > high)).any(0) & finite & validity.counted)
     else:
         faults.append(torch.zeros_like(validity.bad))
-    return torch.stack([batch.requests.sum(fault.reshape(-1, fault.shape[-1])).sum(0) for fault in faults])
+    return torch.stack([batch.joints.sum(fault.reshape(-1, fault.shape[-1])).sum(0) for fault in faults])

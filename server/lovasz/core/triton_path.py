@@ -7,7 +7,6 @@ in place, and a word a pixel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,11 +17,11 @@ from torch import Tensor
 from lovasz.core import torch_path
 from lovasz.core.bins import BINS, SOFTMAX_TOP
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
-from lovasz.core.ragged import Request
+from lovasz.core.ragged import Batch
 from lovasz.core.segments import Groups, exact_sum, on_device
 from lovasz.core.softmax import sum_over_classes
 from lovasz.core.triton_kernels import hinge, softmax, tables
-from lovasz.core.triton_kernels.batch import TritonBatch, is_per_image, place
+from lovasz.core.triton_kernels.batch import TritonBatch, is_per_image
 from lovasz.spec import CrossEntropy, LovaszHinge, WeightedSum
 
 MAX_CLASSES = 512
@@ -35,18 +34,18 @@ _COUNTED, _ABSENT = tables.COUNTED.value, tables.ABSENT.value
 _MANTISSA_BITS, _EXPONENT_BIAS = tables.MANTISSA_BITS.value, tables.EXPONENT_BIAS.value
 
 
-def compute(requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
-    """Queues the computation of requests that agree in element type (not float64) and channels."""
+def compute(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
+    """Queues the computation of a batch (not of float64)."""
     only_cross_entropy = all(isinstance(term, CrossEntropy) for _, term in loss.terms)
-    if only_cross_entropy or (not loss.is_hinge and requests[0].layout.channels > MAX_CLASSES):
-        return torch_path.compute(requests, loss, device, want_grad=want_grad)
+    if only_cross_entropy or (not loss.is_hinge and batch.requests[0].layout.channels > MAX_CLASSES):
+        return torch_path.compute(batch, loss, device, want_grad=want_grad)
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), current:  # Triton launches on the current device.
-        batch = TritonBatch.of(place(requests, loss, device, want_grad=want_grad), loss)
-        terms, predictions = (_hinge if loss.is_hinge else _softmax)(batch, want_grad)
-        intersection, union = batch.overlap(predictions)
-        grads = tuple(placed.grad_of_request() for placed in batch.placed) if want_grad else None
-        return Computed(terms, grads, intersection, union, batch.of_requests(batch.faults).T)
+        planes = TritonBatch.of(batch, loss, device, want_grad=want_grad)
+        terms, predictions = (_hinge if loss.is_hinge else _softmax)(planes, want_grad)
+        intersection, union = planes.overlap(predictions)
+        grads = tuple(placed.grad_of_request() for placed in planes.placed) if want_grad else None
+        return Computed(terms, grads, intersection, union, planes.of_joints(planes.faults).T)
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,10 @@ class _Tables:
 
 
 def _shares(batch: TritonBatch, *, per_image: bool) -> Tensor:
-    """Each group's share of its request's loss (float64, one a group)."""
-    shares = [1.0 for _ in batch.placed]
+    """Each group's share of its joint's loss (float64, one a group)."""
+    shares = [1.0 for _ in batch.batch.sizes]
     if per_image:
-        shares = [1 / len(placed.logits) for placed in batch.placed for _ in range(len(placed.logits))]
+        shares = [1 / images for images in batch.batch.images for _ in range(images)]
     return on_device(shares, torch.float64, batch.device)
 
 
@@ -235,8 +234,8 @@ class _CrossEntropies:
         constants: float32, shape (terms, 3): what the label's part of the target is multiplied with, what the part
             spread over all classes is, and the sum of the class weights.
         weights: float32, shape (terms, K): class weights.
-        means: float64, shape (terms, requests): 1 / the sum of its pixels' class weights; 0 where nothing has weight.
-        scales: float32, shape (requests, terms, 2): what a pixel's class weight is multiplied with to be its pull, and
+        means: float64, shape (terms, joints): 1 / the sum of its pixels' class weights; 0 where nothing has weight.
+        scales: float32, shape (joints, terms, 2): what a pixel's class weight is multiplied with to be its pull, and
             the spread of the smoothed part.
         losses: float32, shape (terms, pixels): filled by the first sweep.
     """
@@ -266,7 +265,7 @@ class _CrossEntropies:
             class_weights += term.class_weights or [1.0] * classes
         uploaded = on_device(numbers, torch.float64, device).view(-1, 4)
         weights = on_device(class_weights, torch.float64, device).view(-1, classes)
-        means = weights.new_zeros(len(terms), len(batch.placed))
+        means = weights.new_zeros(len(terms), len(batch.batch.sizes))
         for row, rule in enumerate(rules):
             counts, _ = batch.group_counts(rule, per_image=False)
             total = sum_over_classes(counts.T * weights[row].unsqueeze(1))
@@ -283,14 +282,14 @@ class _CrossEntropies:
         )
 
     def values(self, batch: TritonBatch) -> list[Tensor]:
-        """Each term's loss: float64, shape (requests,)."""
+        """Each term's loss: float64, shape (joints,)."""
         if not self.terms:
             return []
-        groups = Groups.of_sizes([placed.pixels for placed in batch.placed], batch.device)
+        groups = Groups.of_sizes(batch.batch.pixels, batch.device)
         sizes = on_device(groups.sizes, torch.float64, batch.device)
         values = []
         for losses, means in zip(self.losses, self.means, strict=True):
-            # A request's sum is at most its largest term times the number of its pixels.
+            # A joint's sum is at most its largest term times the number of its pixels.
             exponent = torch.frexp(groups.max(losses).to(torch.float64) * sizes).exponent
             values.append(exact_sum(losses.to(torch.float64).unsqueeze(0), groups, exponent)[0] * means)
         return values

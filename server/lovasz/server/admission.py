@@ -5,27 +5,59 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 
 from lovasz.server.config import format_bytes
-from lovasz.server.errors import OverloadedError, StoppingError, TooLargeError
+from lovasz.server.errors import OverloadedError, ServerError, StoppingError, TooLargeError
 
 _MIN_RETRY_SECONDS = 0.05
 _MAX_RETRY_SECONDS = 5.0
 
 
 class Permit:
-    """Room for one request; given back once, by :meth:`release` or at the end of a ``with``."""
+    """Room for requests; given back once, by :meth:`release` or at the end of a ``with``."""
 
-    def __init__(self, admission: Admission, nbytes: int) -> None:
+    def __init__(self, admission: Admission, nbytes: int, requests: int) -> None:
         self._admission = admission
         self._nbytes = nbytes
+        self._requests = requests
         self._since = time.monotonic()
-        self._held = True
 
     def release(self) -> None:
-        if self._held:
-            self._held = False
-            self._admission._give_back(self._nbytes, time.monotonic() - self._since)
+        nbytes, self._nbytes = self._nbytes, 0
+        requests, self._requests = self._requests, 0
+        if nbytes or requests:
+            self._admission._give_back(nbytes, requests, time.monotonic() - self._since)
+
+    def release_request(self) -> None:
+        """The request has its answer; its bytes are held on."""
+        requests, self._requests = self._requests, 0
+        self._admission._give_back(0, requests, time.monotonic() - self._since)
+
+    def split(self, nbytes: int) -> Permit:
+        """Room for one request, out of this one's."""
+        assert nbytes <= self._nbytes and self._requests >= 1
+        self._nbytes -= nbytes
+        self._requests -= 1
+        return Permit(self._admission, nbytes, 1)
+
+    def absorb(self, other: Permit) -> None:
+        """Takes the room of one request in again."""
+        self._nbytes += other._nbytes
+        self._requests += other._requests
+        other._nbytes = other._requests = 0
+
+    def resize(self, nbytes: int) -> None:
+        """Makes it room for so many bytes.
+
+        Raises:
+            OverloadedError: there is no more at the moment.
+        """
+        if nbytes > self._nbytes:
+            self._admission._take(nbytes - self._nbytes, 0)
+        elif nbytes < self._nbytes:
+            self._admission._give_back(self._nbytes - nbytes, 0, 0.0)
+        self._nbytes = nbytes
 
     def __enter__(self) -> Permit:
         return self
@@ -45,6 +77,8 @@ class Admission:
         self._requests = 0
         self._open = True
         self._mean_held_seconds = 0.1
+        self.reclaim: Callable[[], bool] = lambda: False
+        """Gives up what is held as a courtesy alone; says whether there was any. Called when there is no room."""
 
     @property
     def bytes_in_flight(self) -> int:
@@ -54,32 +88,53 @@ class Admission:
     def requests_in_flight(self) -> int:
         return self._requests
 
-    def reserve(self, nbytes: int) -> Permit:
-        """Takes room for a request's tensors.
+    def reserve(self, nbytes: int, requests: int = 1) -> Permit:
+        """Takes room for a request's tensors, or for those of several requests.
 
         Raises:
             TooLargeError: more than the whole budget.
             OverloadedError: no room at the moment; says when to try again.
             StoppingError: the server is draining.
         """
+        subject = "the request" if requests == 1 else f"the {requests} requests"
         if nbytes > self.budget_bytes:
             raise TooLargeError(
-                f"the request's tensors take {format_bytes(nbytes)} with their gradient; the server's whole budget is "
+                f"the tensors of {subject} take {format_bytes(nbytes)} with their gradient; the server's whole budget is "
                 f"{format_bytes(self.budget_bytes)} (--memory-budget)"
             )
-        with self._changed:
-            if not self._open:
-                raise StoppingError("the server is stopping and takes no new requests")
-            if self._requests >= self.max_requests:
-                raise self._overloaded(f"{self._requests} requests are in flight, as many as may be (--max-requests)")
-            if self._bytes + nbytes > self.budget_bytes:
-                raise self._overloaded(
-                    f"the request needs {format_bytes(nbytes)}; {format_bytes(self._bytes)} of "
-                    f"{format_bytes(self.budget_bytes)} are in use (--memory-budget)"
-                )
-            self._bytes += nbytes
-            self._requests += 1
-        return Permit(self, nbytes)
+        if requests > self.max_requests:
+            raise TooLargeError(
+                f"{requests} requests are to be held together; the server holds {self.max_requests} at most "
+                "(--max-requests)"
+            )
+        self._take(nbytes, requests)
+        return Permit(self, nbytes, requests)
+
+    def _take(self, nbytes: int, requests: int) -> None:
+        while True:
+            with self._changed:
+                refusal = self._refusal(nbytes, requests)
+                if refusal is None:
+                    self._bytes += nbytes
+                    self._requests += requests
+                    return
+            if not self.reclaim():
+                raise refusal
+
+    def _refusal(self, nbytes: int, requests: int) -> ServerError | None:
+        if not self._open and requests:
+            return StoppingError("the server is stopping and takes no new requests")
+        if self._requests + requests > self.max_requests:
+            return self._overloaded(
+                f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests), and "
+                f"{requests} would come on top"
+            )
+        if self._bytes + nbytes > self.budget_bytes:
+            return self._overloaded(
+                f"{format_bytes(nbytes)} are needed; {format_bytes(self._bytes)} of "
+                f"{format_bytes(self.budget_bytes)} are in use (--memory-budget)"
+            )
+        return None
 
     def close(self) -> None:
         """Admits nothing from now on."""
@@ -97,9 +152,10 @@ class Admission:
         delay = self._mean_held_seconds * random.uniform(0.5, 1.5)
         return OverloadedError(text, min(max(delay, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS))
 
-    def _give_back(self, nbytes: int, held_seconds: float) -> None:
+    def _give_back(self, nbytes: int, requests: int, held_seconds: float) -> None:
         with self._changed:
             self._bytes -= nbytes
-            self._requests -= 1
+            self._requests -= requests
             self._changed.notify_all()
-            self._mean_held_seconds += 0.1 * (held_seconds - self._mean_held_seconds)
+            if requests:
+                self._mean_held_seconds += 0.1 * (held_seconds - self._mean_held_seconds)

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from lovasz.core.ragged import Request
-from lovasz.server.errors import ExpiredError, StoppingError
+from lovasz.server.errors import AbandonedError, ExpiredError, StoppingError
 from lovasz.server.staging import Staging
 from lovasz.spec import Result, WeightedSum
 
@@ -48,8 +48,9 @@ class Entry:
         deadline: when its caller stops waiting (``time.monotonic``); None: never.
         staging: where its tensors lie on the host, and where its gradient is to be put; None: anywhere.
         future: receives the answer.
-        left: its caller has gone while it was being computed.
+        left: its caller has gone.
         when_left: called then.
+        joined: all entries that are computed as one with it, itself among them; empty if it is computed alone.
     """
 
     request: Request
@@ -61,12 +62,23 @@ class Entry:
     queued: float = field(default_factory=time.monotonic)
     left: bool = False
     when_left: Callable[[], None] | None = None
+    joined: tuple[Entry, ...] = ()
+
+    @property
+    def members(self) -> tuple[Entry, ...]:
+        """The entries that are computed as one with it, in their order; only the first of them is queued."""
+        return self.joined or (self,)
+
+    @property
+    def elements(self) -> int:
+        """Logits of all members."""
+        return sum(entry.request.layout.elements for entry in self.members)
 
     @property
     def due(self) -> float:
         """Its place in the queue: a request of N logits steps back behind those that come within N times a constant
         after it, so that large ones do not hold up small ones, nor wait forever."""
-        return self.queued + _SECONDS_PER_ELEMENT * self.request.layout.elements
+        return self.queued + _SECONDS_PER_ELEMENT * self.elements
 
     @property
     def key(self) -> Key:
@@ -75,16 +87,24 @@ class Entry:
 
     def cancel(self) -> None:
         """Gives it up. Once it is being computed, this ends early only if nobody waits for the rest of its batch."""
-        if self.future.cancel():
+        if not self.joined and self.future.cancel():
             return
         self.left = True
+        if all(entry.left for entry in self.joined):
+            for entry in self.joined:
+                entry.future.cancel()
         if self.when_left is not None:
             self.when_left()
 
     def claim(self) -> bool:
-        """Starts it, unless its caller has gone or its deadline has passed."""
-        if not self.future.set_running_or_notify_cancel():
+        """Starts it, unless all its callers have gone or its deadline has passed."""
+        running = [entry for entry in self.members if entry.future.set_running_or_notify_cancel()]
+        if len(running) < len(self.members):
+            for entry in running:  # All were being cancelled at this moment.
+                entry.future.set_exception(AbandonedError("the caller went away"))
             return False
+        if self.joined:  # A rank whose deadline has passed has left; the others wait on.
+            return True
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.future.set_exception(ExpiredError("the deadline passed while the request was waiting for the device"))
             return False
@@ -166,19 +186,19 @@ class Batcher:
         open_since = min(entry.queued for entry in entries)
         if time.monotonic() - open_since >= self._max_delay_seconds or len(entries) >= self._max_requests:
             return True
-        return sum(entry.request.layout.elements for entry in entries) >= self._max_elements
+        return sum(entry.elements for entry in entries) >= self._max_elements
 
     def _cut(self, key: Key) -> list[Entry]:
         entries, batch, elements, taken = self._waiting[key], list[Entry](), 0, 0
         for entry in entries:
             if len(batch) == self._max_requests:
                 break
-            if batch and elements + entry.request.layout.elements > self._max_elements:
+            if batch and elements + entry.elements > self._max_elements:
                 break
             taken += 1
             if entry.claim():
                 batch.append(entry)
-                elements += entry.request.layout.elements
+                elements += entry.elements
         del entries[:taken]
         if not entries:
             del self._waiting[key]

@@ -21,6 +21,7 @@ DEFAULT_HEALTH_INTERVAL_SECONDS = 5.0
 DEFAULT_DEVICE_STALL_SECONDS = 60.0
 DEFAULT_STALL_SECONDS = 20.0
 DEFAULT_SHARED_MEMORY = False
+DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
 
@@ -143,6 +144,13 @@ class ServerConfig:
         "socket's path with .memory behind it); whoever may open that socket may do so",
         _switch,
     )
+    joint_timeout_seconds: float = _setting(
+        DEFAULT_JOINT_TIMEOUT_SECONDS,
+        "--joint-timeout",
+        "SECONDS",
+        "how long the ranks of a joint step wait for those that are missing; less than the timeout of their calls",
+        _number,
+    )
     drain_seconds: float = _setting(
         DEFAULT_DRAIN_SECONDS,
         "--drain-seconds",
@@ -184,7 +192,7 @@ class ServerConfig:
         for name in ("max_batch_delay_seconds", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "a number >= 0")
-        for name in ("health_interval_seconds", "device_stall_seconds", "stall_seconds"):
+        for name in ("health_interval_seconds", "device_stall_seconds", "stall_seconds", "joint_timeout_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number > 0")
         if self.log_level not in LOG_LEVELS:

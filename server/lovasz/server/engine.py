@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lovasz.core.batch import Launched, launch
+from lovasz.core.batch import Answer as CoreAnswer
+from lovasz.core.batch import JointFault, Launched, launch
 from lovasz.core.paths import advice, warm_up
 from lovasz.core.ragged import Request
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.batcher import Answer, Batcher, Entry
-from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
+from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
 from lovasz.server.metrics import Metrics
 from lovasz.spec import InvalidInput, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
@@ -125,7 +126,7 @@ class Engine:
                 running = self._step(batch, running)
             except Exception as error:
                 _log.exception("a fault of the engine itself")
-                for entry in [*batch, *(running.entries if running else ())]:
+                for entry in _members([*batch, *(running.entries if running else ())]):
                     if not entry.future.done():
                         entry.future.set_exception(error)
                 running = None
@@ -169,27 +170,28 @@ class Engine:
             return None
 
     def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
-        first, stop = entries[0], Stop()
+        first, stop, members = entries[0], Stop(), _members(entries)
 
         def stop_if_all_left() -> None:
-            if all(entry.left for entry in entries):
+            if all(entry.left for entry in members):
                 stop.ask()
 
-        for entry in entries:
+        for entry in members:
             entry.when_left = stop_if_all_left
             if entry.staging is not None and entry.staging.upload is not None:
                 entry.staging.upload.hand_over(stream)
         stop_if_all_left()  # Those that left before they were told whom to tell.
-        requests = [entry.request for entry in entries]
-        return launch(requests, first.loss, self.device, want_grad=first.want_grad, stop=stop)
+        requests, joined = [entry.request for entry in members], [len(entry.members) for entry in entries]
+        return launch(requests, first.loss, self.device, joined=joined, want_grad=first.want_grad, stop=stop)
 
     def _finish(self, running: _Running) -> None:
         try:
             with on(running.stream):
-                answers = running.launched.collect()
+                answers = iter(running.launched.collect())
                 hosted = [
-                    _to_host(answer, entry) if isinstance(answer, Result) else (answer, 1.0)
-                    for answer, entry in zip(answers, running.entries, strict=True)
+                    answer
+                    for entry in running.entries
+                    for answer in _to_host([next(answers) for _ in entry.members], entry.members)
                 ]
                 if running.stream is not None:
                     running.stream.synchronize()
@@ -197,21 +199,22 @@ class Engine:
             self._split(running.entries, error)
             return
         seconds = time.monotonic() - running.started
-        elements = sum(entry.request.layout.elements for entry in running.entries)
-        self._metrics.observe_batch(len(running.entries), elements)
-        for entry, (answer, scale) in zip(running.entries, hosted, strict=True):
+        members = _members(running.entries)
+        self._metrics.observe_batch(len(members), sum(entry.request.layout.elements for entry in members))
+        for entry, (answer, scale) in zip(members, hosted, strict=True):
             if isinstance(answer, InvalidInput):
                 entry.future.set_exception(answer)
+            elif isinstance(answer, JointFault):
+                entry.future.set_exception(JointBrokenError(f"rank {answer.place}: {answer.fault}"))
             else:
                 if math.isnan(answer.loss):
                     self._metrics.nonfinite_results.inc()
-                entry.future.set_result(Answer(answer, scale, running.started, seconds, len(running.entries)))
+                entry.future.set_result(Answer(answer, scale, running.started, seconds, len(members)))
 
     def _split(self, entries: list[Entry], error: Exception) -> None:
         """A batch failed: computes it in halves, so that a request which cannot be computed is refused alone."""
         if isinstance(error, Stopped):
-            for entry in entries:
-                entry.future.set_exception(AbandonedError("the caller went away"))
+            _refuse(entries, AbandonedError("the caller went away"))
             return
         traceback.clear_frames(error.__traceback__)  # They hold what the failed attempt took of the device's memory.
         if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
@@ -226,16 +229,16 @@ class Engine:
             return
         (entry,) = entries
         if is_out_of_memory(error):
-            _log.warning("a request does not fit on the device", extra={"elements": entry.request.layout.elements})
-            shape = tuple(entry.request.logits.shape)
-            entry.future.set_exception(
-                TooLargeError(f"logits of shape {shape} do not fit into the free memory of {self.device}")
-            )
+            _log.warning("a request does not fit on the device", extra={"elements": entry.elements})
+            what = f"logits of shape {tuple(entry.request.logits.shape)}"
+            if entry.joined:
+                what = f"the logits of {len(entry.joined)} ranks, {entry.elements} numbers,"
+            _refuse(entries, TooLargeError(f"{what} do not fit into the free memory of {self.device}"))
             return
         _log.error("a request could not be computed", exc_info=error)
         self._check()
         fault = error if self._answers else DeviceError(f"{self.device} does not answer; try another server")
-        entry.future.set_exception(fault)
+        _refuse(entries, fault)
 
     def _check(self) -> None:
         """Asks the device for losses that are known."""
@@ -252,6 +255,16 @@ class Engine:
         self._last_check = time.monotonic()
 
 
+def _members(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries with those that they are joined with."""
+    return [member for entry in entries for member in entry.members]
+
+
+def _refuse(entries: Sequence[Entry], error: Exception) -> None:
+    for entry in _members(entries):
+        entry.future.set_exception(error)
+
+
 def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     """Work inside goes to this stream; None on a CPU, which has none."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
@@ -265,33 +278,39 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
-def _to_host(result: Result[torch.Tensor], entry: Entry) -> tuple[Result[torch.Tensor], float]:
-    """The result with its gradient at its place on the host, once the current stream has come to it."""
-    if result.grad is None:
-        return result, 1.0
-    dtype = entry.request.logits.dtype
-    if entry.staging is None or entry.staging.grad is None:
-        place = torch.empty(result.grad.shape, dtype=dtype)
-    else:
-        place = entry.staging.grad
-    scale = to_wire_dtype(result.grad, place)
-    return Result(result.loss, place, result.terms, result.intersection, result.union), scale
+def _to_host(answers: Sequence[CoreAnswer], entries: Sequence[Entry]) -> list[tuple[CoreAnswer, float]]:
+    """The answers to entries that are joined, their gradients at their places on the host, once the current stream has
+    come to it; and what these are multiplied with, the same for all."""
+    grads = [answer.grad for answer in answers if isinstance(answer, Result) and answer.grad is not None]
+    if len(grads) < len(answers):
+        return [(answer, 1.0) for answer in answers]
+    dtype = entries[0].request.logits.dtype
+    scale = wire_scale(grads, dtype)
+    hosted: list[tuple[CoreAnswer, float]] = []
+    for answer, grad, entry in zip(answers, grads, entries, strict=True):
+        assert isinstance(answer, Result)
+        place = None if entry.staging is None else entry.staging.grad
+        if place is None:
+            place = torch.empty(grad.shape, dtype=dtype)
+        write_scaled(grad, scale, place)
+        hosted.append((Result(answer.loss, place, answer.terms, answer.intersection, answer.union), scale))
+    return hosted
 
 
-def to_wire_dtype(grad: torch.Tensor, place: torch.Tensor) -> float:
-    """Writes a gradient, which is used up by that, to its place, in the element type that this has.
+def wire_scale(grads: Sequence[torch.Tensor], dtype: torch.dtype) -> float:
+    """The power of two that gradients are multiplied with, so that float16 does not underflow; 1 for other types."""
+    if dtype != torch.float16:
+        return 1.0
+    extremes = [_extremes(grad) for grad in grads]
+    peak = max(max(-smallest, largest) for smallest, largest in extremes)
+    if not 0 < peak < math.inf:
+        return 1.0
+    # Any scale in reach of a float32, so that the product is exact.
+    return math.ldexp(1.0, min(_FLOAT16_PEAK_EXPONENT - math.frexp(peak)[1], _LARGEST_SCALE_EXPONENT))
 
-    Returns:
-        The power of two that it was multiplied with; it keeps float16 from underflowing, and is 1 for others.
-    """
-    scale = 1.0
-    if place.dtype == torch.float16:
-        smallest, largest = _extremes(grad)
-        peak = max(-smallest, largest)
-        if 0 < peak < math.inf:
-            # Any scale in reach of a float32, so that the product is exact.
-            exponent = min(_FLOAT16_PEAK_EXPONENT - math.frexp(peak)[1], _LARGEST_SCALE_EXPONENT)
-            scale = math.ldexp(1.0, exponent)
+
+def write_scaled(grad: torch.Tensor, scale: float, place: torch.Tensor) -> None:
+    """Writes a gradient, which is used up by that, times the scale to its place, in the element type that this has."""
     if grad.device.type != "cpu":
         place.copy_(grad.mul_(scale) if scale != 1 else grad, non_blocking=True)
     elif grad.data_ptr() != place.data_ptr():
@@ -301,7 +320,6 @@ def to_wire_dtype(grad: torch.Tensor, place: torch.Tensor) -> float:
             grad.view(-1).split(_BLOCK_ELEMENTS), place.view(-1).split(_BLOCK_ELEMENTS), strict=True
         ):
             target.copy_(source.mul_(scale) if scale != 1 else source)
-    return scale
 
 
 def _extremes(values: torch.Tensor) -> tuple[float, float]:

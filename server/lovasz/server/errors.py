@@ -39,5 +39,13 @@ class StalledError(ServerError):
     """The caller stopped sending its request."""
 
 
+class JointMismatchError(ServerError):
+    """The request does not fit those of the other ranks of its step."""
+
+
+class JointBrokenError(ServerError):
+    """The step cannot be completed: a rank is missing, or cannot be computed with. It can be tried again."""
+
+
 class SessionLostError(ServerError):
     """The request's shared memory belongs to a session that is not there."""

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PHASES = ("header", "payload", "queue", "compute", "result")
+PHASES = ("header", "payload", "joint", "queue", "compute", "result")
 """What a request goes through, for what ends in one of them."""
 _ELEMENTS = tuple(float(4**k) for k in range(5, 17))
 
@@ -28,7 +28,8 @@ class Metrics:
         )
         self.phase_seconds = Histogram(
             "lovasz_phase_seconds",
-            "Time that a request spent in each phase: receive, queue, compute (of its batch), send.",
+            "Time that a request spent in each phase: receive, joint (waiting for other ranks), queue, compute (of its "
+            "batch), send.",
             ["phase"],
             buckets=_SECONDS,
             registry=registry,
@@ -49,6 +50,13 @@ class Metrics:
             ["phase"],
             registry=registry,
         )
+        self.joint_groups = Counter(
+            "lovasz_joint_groups",
+            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, left, had no room, or "
+            "came while the server was stopping.",
+            ["outcome"],
+            registry=registry,
+        )
         self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
         self.nonfinite_results = Counter(
             "lovasz_nonfinite_results", "Answers that were NaN as their logits were not finite.", registry=registry
@@ -60,9 +68,11 @@ class Metrics:
             "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS, registry=registry
         )
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
-        for phase in ("receive", "queue", "compute", "send"):
+        for phase in ("receive", "joint", "queue", "compute", "send"):
             self.phase_seconds.labels(phase)
-        for reason in ("overloaded", "too_large", "stopping", "invalid"):
+        for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
+            self.joint_groups.labels(outcome)
+        for reason in ("overloaded", "too_large", "stopping", "invalid", "mismatch"):
             self.rejections.labels(reason)
         for phase in PHASES:
             for reason in ("cancelled", "expired"):

@@ -20,6 +20,7 @@ from lovasz.server.config import UNIX, ServerConfig
 from lovasz.server.engine import Engine, choose_device, hardware_name
 from lovasz.server.health import HealthMonitor
 from lovasz.server.housekeeping import Housekeeper
+from lovasz.server.joint import JointTable
 from lovasz.server.metrics import Metrics
 from lovasz.server.sending import SendWatch
 from lovasz.server.service import SERVICE_NAME, LossServicer
@@ -80,10 +81,12 @@ class Server:
         self._staging = StagingPool(self._engine.device)
         paths = config.socket_paths if config.shared_memory else ()
         self._shared_memory = [SharedMemory(path + wire.MEMORY_SUFFIX) for path in paths]
+        self._joints = JointTable(self._admission, self._batcher, self._metrics, config.joint_timeout_seconds)
         sending = SendWatch(config.stall_seconds, self._metrics)
         servicer = LossServicer(
             self._admission,
             self._batcher,
+            self._joints,
             self._engine,
             self._metrics,
             self._staging,
@@ -94,7 +97,7 @@ class Server:
             config.device_stall_seconds,
         )
         self._grpc.add_generic_rpc_handlers((servicer.handler(),))
-        self._housekeeper = Housekeeper([sending.check, self._staging.trim, self._give_back_memory])
+        self._housekeeper = Housekeeper([sending.check, self._joints.check, self._staging.trim, self._give_back_memory])
         self._last_busy = math.inf
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
         names = (
@@ -131,6 +134,11 @@ class Server:
             "Memory that these share; it is theirs.",
             lambda: sum(shared.nbytes for shared in self._shared_memory),
         )
+        metrics.gauge("lovasz_joint_groups_waiting", "Joint steps that wait for ranks.", lambda: self._joints.groups)
+        metrics.gauge(
+            "lovasz_joint_ranks_waiting", "Ranks that are there in these.", lambda: self._joints.waiting_ranks
+        )
+        metrics.gauge("lovasz_joint_answers_kept", "Answers kept for ranks that lost them.", lambda: self._joints.kept)
         metrics.gauge("lovasz_budget_bytes", "Tensor bytes held at most.", lambda: config.memory_budget_bytes)
         metrics.gauge(
             "lovasz_device_healthy",

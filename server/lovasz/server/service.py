@@ -26,6 +26,8 @@ from lovasz.server.errors import (
     AbandonedError,
     DeviceError,
     ExpiredError,
+    JointBrokenError,
+    JointMismatchError,
     OverloadedError,
     ServerError,
     SessionLostError,
@@ -33,6 +35,7 @@ from lovasz.server.errors import (
     StoppingError,
     TooLargeError,
 )
+from lovasz.server.joint import JointTable, Kept, Seat
 from lovasz.server.metrics import Metrics
 from lovasz.server.receiving import Receiver
 from lovasz.server.sending import SendWatch
@@ -55,6 +58,8 @@ STATUS: dict[type[BaseException], grpc.StatusCode] = {
     ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     AbandonedError: grpc.StatusCode.CANCELLED,
     StalledError: grpc.StatusCode.ABORTED,
+    JointBrokenError: grpc.StatusCode.ABORTED,
+    JointMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     SessionLostError: grpc.StatusCode.UNAVAILABLE,
 }
 """What each error leaves the server as; whatever is not here leaves as a bland INTERNAL."""
@@ -67,6 +72,7 @@ _REJECTION_REASONS: dict[type[BaseException], str] = {
     OverloadedError: "overloaded",
     TooLargeError: "too_large",
     StoppingError: "stopping",
+    JointMismatchError: "mismatch",
 }
 
 
@@ -83,6 +89,7 @@ class LossServicer:
 
     admission: Admission
     batcher: Batcher
+    joints: JointTable
     engine: Engine
     metrics: Metrics
     staging: StagingPool
@@ -164,6 +171,9 @@ class _Call:
         self._loss = "unknown"
         self._phase = "header"
         self._permit: Permit | None = None
+        self._place: Seat | Kept | None = None
+        self._answer: Answer | None = None
+        self._joint_wait_seconds = 0.0
         self._staging: Staging | None = None
         self._started = self._received = time.monotonic()
         remaining = context.time_remaining()
@@ -183,7 +193,16 @@ class _Call:
     def compute(self, header: wire.Request, receive: Callable[[Staging], None]) -> Answer:
         """Takes room, receives the payload, queues the request and waits for its answer."""
         service = self._service
-        self._permit = service.admission.reserve(header.payload_bytes + header.grad_bytes)
+        seat: Seat | None = None
+        if header.joint is None:
+            self._permit = service.admission.reserve(header.payload_bytes + header.grad_bytes)
+        else:
+            place = self._place = service.joints.join(header)
+            if isinstance(place, Kept):
+                self._phase = "result"
+                self._computed = time.monotonic()
+                return place.answer
+            seat = place
         self._phase = "payload"
         try:
             staging = self._staging = Staging(header, service.staging)
@@ -193,29 +212,45 @@ class _Call:
             raise
         receive(staging)
         self._received = time.monotonic()
-        self._phase = "queue"
+        self._phase = "queue" if seat is None else "joint"
         entry = Entry(staging.request(), header.loss, header.want_grad, self._deadline, staging)
-        if not self._context.add_callback(entry.cancel):
-            raise AbandonedError("the caller went away")
-        service.batcher.put(entry)
         try:
-            answer = entry.future.result()
+            answer = self._answer = self._answered(entry) if seat is None else self._joined(seat, entry)
         except CancelledError:
-            service.batcher.discard(entry)
+            service.batcher.discard(entry.members[0])
             raise AbandonedError("the caller went away") from None
         except AbandonedError:
             self._phase = "compute"
             raise
         finally:
             # An error's trace leads to this frame, and must not keep the tensors alive.
-            del entry, staging
+            del entry, staging, seat
         self._phase = "result"
         seconds = service.metrics.phase_seconds
         seconds.labels("receive").observe(self._received - self._started)
-        seconds.labels("queue").observe(answer.started - self._received)
+        seconds.labels("queue").observe(answer.started - self._received - self._joint_wait_seconds)
         seconds.labels("compute").observe(answer.compute_seconds)
         self._computed = time.monotonic()
         return answer
+
+    def _answered(self, entry: Entry) -> Answer:
+        if not self._context.add_callback(entry.cancel):
+            raise AbandonedError("the caller went away")
+        self._service.batcher.put(entry)
+        return entry.future.result()
+
+    def _joined(self, seat: Seat, entry: Entry) -> Answer:
+        joints = self._service.joints
+        joints.arrive(seat, entry)
+        if not self._context.add_callback(lambda: joints.give_up(seat)):
+            joints.give_up(seat)
+        try:
+            return joints.wait(seat, entry)
+        finally:
+            if seat.group.complete is not None:
+                self._joint_wait_seconds = max(0.0, seat.group.complete - self._received)
+                self._service.metrics.phase_seconds.labels("joint").observe(self._joint_wait_seconds)
+                self._phase = "queue"
 
     def place_fields(self, staging: Staging, header: wire.Request, request: framing.UnaryRequest) -> None:
         """Copies the payload of a message, or of shared memory, to its place.
@@ -267,9 +302,10 @@ class _Call:
         result = answer.result
         timing = Timing(
             receive_seconds=self._received - self._started,
-            queue_seconds=answer.started - self._received,
+            queue_seconds=max(0.0, answer.started - self._received - self._joint_wait_seconds),
             compute_seconds=answer.compute_seconds,
             batch_requests=answer.batch_requests,
+            joint_wait_seconds=self._joint_wait_seconds,
         )
         grad = header.logits if header.want_grad else None
         return wire.Response(
@@ -279,9 +315,11 @@ class _Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._staging is not None:
-            self._staging.release()
-            self._staging = None
+        staging, self._staging = self._staging, None
+        if self._place is not None:
+            self._service.joints.leave(self._place, self._answer, staging)
+        elif staging is not None:
+            staging.release()
         if self._permit is not None:
             self._permit.release()
         if not self._context.is_active() and not isinstance(error, ExpiredError):

@@ -27,7 +27,7 @@ from lovasz.core.numba_kernels.images import (
 from lovasz.core.numba_kernels.scratch import Scratch
 from lovasz.core.numba_kernels.softmax import Counts
 from lovasz.core.numba_kernels.workers import WORKERS, thread_count
-from lovasz.core.ragged import Request
+from lovasz.core.ragged import Batch, Request
 from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
 
@@ -95,47 +95,52 @@ class NumbaBatch:
     """The requests as compiled code takes them, and what it counts in them."""
 
     def __init__(
-        self, requests: Sequence[Request], loss: WeightedSum, scratch: Scratch, *, want_grad: bool, stop: Stop | None
+        self, batch: Batch, loss: WeightedSum, scratch: Scratch, *, want_grad: bool, stop: Stop | None
     ) -> None:
         self.loss, self.scratch, self.want_grad, self._stop = loss, scratch, want_grad, stop
         may_join = not any(isinstance(term, LovaszSoftmax | LovaszHinge) and term.per_image for _, term in loss.terms)
+        requests = batch.requests
         self._members = [_Member.of(request, loss, may_join=may_join, want_grad=want_grad) for request in requests]
+        self._joint_of_member = np.array(batch.joint_of_request)
         self.channels = requests[0].layout.channels
-        self.request_images = np.array([member.images for member in self._members])
-        self.images_before = np.cumsum(self.request_images) - self.request_images
-        self.request_pixels = np.array([member.images * member.pixels for member in self._members])
+        self.joint_images = np.bincount(
+            self._joint_of_member, [member.images for member in self._members], len(batch.sizes)
+        ).astype(np.int64)
+        self.images_before = np.cumsum(self.joint_images) - self.joint_images
+        self.joint_pixels = np.array(batch.pixels)
         self.logits_kind = _FLOAT_KINDS[requests[0].logits.dtype]
         self.images = self._images()
-        self.pixels = int(self.request_pixels.sum())
+        self.pixels = int(self.joint_pixels.sum())
         self.blocks = self._blocks()
         elements = self.pixels * self.channels
         self.threads = 1 if elements < _ALONE_ELEMENTS else thread_count()
         self.labelling = self._labelling(requests[0].layout.label_values)
         labels, predictions, hits = np.zeros((3, len(self.images.start) * self.channels), np.int64)
-        self.counts = Counts(labels, predictions, hits, np.zeros(3 * len(requests), np.int64))
+        self.counts = Counts(labels, predictions, hits, np.zeros(3 * len(batch.sizes), np.int64))
         self.errors = self._rows("errors", np.float32)
 
     def _images(self) -> Images:
         channels, members = self.channels, self._members
         label_rows = channels if self.loss.is_hinge else 1
-        request = np.repeat(np.arange(len(members)), self.request_images)
-        number = np.arange(len(request)) - self.images_before[request]
-        pixels = np.array([member.pixels for member in members])[request]
+        images = np.array([member.images for member in members])
+        of_image = np.repeat(np.arange(len(members)), images)
+        number = np.arange(len(of_image)) - (np.cumsum(images) - images)[of_image]
+        pixels = np.array([member.pixels for member in members])[of_image]
 
         def planes(rows: int, tensors: Sequence[Tensor]) -> npt.NDArray[np.uint64]:
-            first = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)[request]
-            size = np.array([tensor.element_size() for tensor in tensors])[request]
+            first = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)[of_image]
+            size = np.array([tensor.element_size() for tensor in tensors])[of_image]
             addresses: npt.NDArray[np.uint64] = first + (number * pixels * rows * size).astype(np.uint64)
             return addresses
 
         return Images(
             logits=planes(channels, [member.logits for member in members]),
             labels=planes(label_rows, [member.labels for member in members]),
-            label_kind=np.array([_LABEL_KINDS[member.labels.dtype] for member in members])[request],
+            label_kind=np.array([_LABEL_KINDS[member.labels.dtype] for member in members])[of_image],
             grads=planes(channels, [member.grad for member in members]),
             start=np.cumsum(pixels) - pixels,
             pixels=pixels,
-            request=request,
+            joint=self._joint_of_member[of_image],
         )
 
     def grads(self) -> tuple[Tensor, ...]:
@@ -192,19 +197,19 @@ class NumbaBatch:
         """(images x K) to (K, images)."""
         return torch.from_numpy(counts.reshape(-1, self.channels).T.copy())
 
-    def per_request(self, counts: npt.NDArray[np.int64]) -> Tensor:
-        """(images x K) to (K, requests)."""
+    def per_joint(self, counts: npt.NDArray[np.int64]) -> Tensor:
+        """(images x K) to (K, joints)."""
         sums = np.add.reduceat(counts.reshape(-1, self.channels), self.images_before, axis=0)
         return torch.from_numpy(sums.T.copy())
 
     def intersection_and_union(self) -> tuple[Tensor, Tensor]:
-        labels, predictions, hits = map(self.per_request, self.counts[:3])
+        labels, predictions, hits = map(self.per_joint, self.counts[:3])
         return hits, labels + predictions - hits
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a term: requests or images."""
+    """The groups of a term: joints or images."""
 
     first_image: npt.NDArray[np.int64]
     last_image: npt.NDArray[np.int64]
@@ -217,10 +222,8 @@ class Groups:
         images = batch.images
         if per_image:
             numbers = np.arange(len(images.start))
-            share = np.repeat(1.0 / batch.request_images, batch.request_images)
+            share = np.repeat(1.0 / batch.joint_images, batch.joint_images)
             return cls(numbers, numbers + 1, images.start, images.pixels, torch.from_numpy(share))
         first = batch.images_before
         share = np.ones(len(first))
-        return cls(
-            first, first + batch.request_images, images.start[first], batch.request_pixels, torch.from_numpy(share)
-        )
+        return cls(first, first + batch.joint_images, images.start[first], batch.joint_pixels, torch.from_numpy(share))

@@ -21,9 +21,9 @@ class CrossEntropies(NamedTuple):
         counted: float32, (T, codes): 1 where the term counts the code, else 0.
         smoothing: float32, (T,): label smoothing.
         losses: float32, (T, pixels): written: each pixel's weighted loss.
-        largest: int64, (T x requests): written: the bits of the largest of them.
-        pull: float32, (T, requests): the gradient is pull x weight x (p_k - [k = y]) ...
-        spread: float32, (T, requests): ... + spread x (sum of weights x p_k - weight_k), for label smoothing.
+        largest: int64, (T x joints): written: the bits of the largest of them.
+        pull: float32, (T, joints): the gradient is pull x weight x (p_k - [k = y]) ...
+        spread: float32, (T, joints): ... + spread x (sum of weights x p_k - weight_k), for label smoothing.
     """
 
     weights: npt.NDArray[np.float32]
@@ -59,8 +59,8 @@ def pixel_losses(
     label_exponential: Floats,
     label_shifted: Floats,
     losses: Floats,
-    request: int,
-    requests: int,
+    joint: int,
+    joints: int,
 ) -> None:
     """Writes each pixel's loss; with label smoothing, ``losses`` holds the weighted logits before."""
     weights, counted = entropies.weights[term], entropies.counted[term]
@@ -83,7 +83,7 @@ def pixel_losses(
         loss = loss if counted[code[i]] > f32(0) else f32(0)
         losses[i] = loss
         largest = max(largest, loss)
-    atomic_max(entropies.largest, term * requests + request, np.int64(float_bits(largest)))
+    atomic_max(entropies.largest, term * joints + joint, np.int64(float_bits(largest)))
 
 
 @compiled
@@ -95,24 +95,24 @@ def add_losses(
     scales: npt.NDArray[np.float64],
     sums: Integers,
 ) -> None:
-    """Adds each request's losses as integers: each rounded to a multiple of 1 / scale."""
+    """Adds each joint's losses as integers: each rounded to a multiple of 1 / scale."""
     while True:
         task = claim(tasks, len(blocks.image))
         if task >= len(blocks.image):
             break
         image = blocks.image[task]
-        start, request = images.start[image], images.request[image]
+        start, joint = images.start[image], images.joint[image]
         local = np.int64(0)
         for i in range(start + blocks.first[task], start + blocks.last[task]):
-            local += np.int64(np.rint(np.float64(losses[i]) * scales[request]))
-        atomic_add(sums, request, local)
+            local += np.int64(np.rint(np.float64(losses[i]) * scales[joint]))
+        atomic_add(sums, joint, local)
 
 
 @compiled
 def add_spread(
     entropies: CrossEntropies,
     term: int,
-    request: int,
+    joint: int,
     code: Codes,
     label_probability: Floats,
     errors: npt.NDArray[np.float32],
@@ -127,7 +127,7 @@ def add_spread(
         total += weights[k]
     for k in range(len(grads)):
         for i in range(len(code)):
-            spread = counted[code[i]] * entropies.spread[term, request]
+            spread = counted[code[i]] * entropies.spread[term, joint]
             p = label_probability[i] if code[i] == k else errors[k, start + i]
             if spread != f32(0):
                 grads[k, first + i] += spread * (total * p - weights[k])

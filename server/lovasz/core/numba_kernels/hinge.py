@@ -45,14 +45,14 @@ def prepare(
         valid: (images x K), written: pixels that are counted.
         largest: (images x K), written: the bits of the largest error.
     """
-    requests = len(counts.faults) // 3
+    joints = len(counts.faults) // 3
     finite = np.empty(_BLOCK_PIXELS, np.float32)
     while True:
         task = claim(tasks, len(blocks.image))
         if task >= len(blocks.image):
             break
         image = blocks.image[task]
-        request, pixels = images.request[image], images.pixels[image]
+        joint, pixels = images.joint[image], images.pixels[image]
         plane = np.uint64(pixels * (4 if logits_kind == 0 else 2))
         label_bytes = 1 << max(0, images.label_kind[image] - 1)
         for k in range(channels):
@@ -74,8 +74,8 @@ def prepare(
                     counted = code[i] != labelling.void
                     infinite += 1 if counted and is_finite[i] != f32(0) else 0
                     top = max(top, row[i]) if counted and is_finite[i] == f32(0) else top
-                atomic_add(counts.faults, request, bad)
-                atomic_add(counts.faults, requests + request, infinite)
+                atomic_add(counts.faults, joint, bad)
+                atomic_add(counts.faults, joints + joint, infinite)
                 atomic_max(largest, place, np.int64(float_bits(top)))
 
 

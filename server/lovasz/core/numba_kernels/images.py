@@ -20,7 +20,7 @@ Codes = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
 
 
 class Images(NamedTuple):
-    """One entry an image; images of a request, and requests, stand behind one another.
+    """One entry an image; images of a joint, and joints, stand behind one another.
 
     Attributes:
         logits: address of the image's logits, C planes of ``pixels`` elements.
@@ -29,7 +29,7 @@ class Images(NamedTuple):
         grads: address of its gradient, float32; 0 if none is wanted.
         start: its first pixel in rows of scratch, which hold the pixels of all images.
         pixels: its pixels.
-        request: its request.
+        joint: its joint.
     """
 
     logits: Addresses
@@ -38,7 +38,7 @@ class Images(NamedTuple):
     grads: Addresses
     start: Integers
     pixels: Integers
-    request: Integers
+    joint: Integers
 
 
 class Blocks(NamedTuple):

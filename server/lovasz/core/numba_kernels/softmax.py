@@ -40,7 +40,7 @@ class Counts(NamedTuple):
         labels: (images x K): pixels of each class.
         predictions: (images x K): pixels predicted as each class.
         hits: (images x K): pixels predicted right.
-        faults: (3 x requests): bad labels, pixels that are not finite, pixels with probabilities out of range.
+        faults: (3 x joints): bad labels, pixels that are not finite, pixels with probabilities out of range.
     """
 
     labels: Integers
@@ -71,7 +71,7 @@ def prepare(
 
     A class's error is its probability; on the label's class it is one minus it, taken as the sum of the others'.
     """
-    channels, requests = labelling.values, len(counts.faults) // 3
+    channels, joints = labelling.values, len(counts.faults) // 3
     size = block_pixels(channels)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     total, others = np.empty(size, f32), np.empty(size, f32)
@@ -82,7 +82,7 @@ def prepare(
         if task >= len(blocks.image):
             break
         image = blocks.image[task]
-        request = images.request[image]
+        joint = images.joint[image]
         local[:] = 0
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
@@ -116,7 +116,7 @@ def prepare(
                     o[i] += row[i]
             for term in range(len(entropies.smoothing)):
                 losses = entropies.losses[term, start : start + n]
-                pixel_losses(entropies, term, code, t, o, ey, xy, losses, request, requests)
+                pixel_losses(entropies, term, code, t, o, ey, xy, losses, joint, joints)
             y = label_probability[start : start + n]
             for i in range(n):
                 t[i] = f32(1) / t[i]
@@ -129,8 +129,8 @@ def prepare(
             for i in range(n):
                 errors[min(np.int64(code[i]), channels - 1), start + i] = o[i] * t[i]
             infinite = _count(code, p, nf, labelling, local)
-            atomic_add(counts.faults, request, bad)
-            atomic_add(counts.faults, requests + request, infinite)
+            atomic_add(counts.faults, joint, bad)
+            atomic_add(counts.faults, joints + joint, infinite)
         _add_counts(counts, local, image)
 
 
@@ -188,7 +188,7 @@ def prepare_probabilities(
     counts: Counts,
 ) -> None:
     """The same for probabilities that are the input; they need not add up to 1, so the label's error is 1 - p."""
-    channels, requests = labelling.values, len(counts.faults) // 3
+    channels, joints = labelling.values, len(counts.faults) // 3
     size = block_pixels(channels)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     smallest = np.empty(size, f32)
@@ -198,7 +198,7 @@ def prepare_probabilities(
         if task >= len(blocks.image):
             break
         image = blocks.image[task]
-        request = images.request[image]
+        joint = images.joint[image]
         local[:] = 0
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
@@ -220,9 +220,9 @@ def prepare_probabilities(
             for i in range(n):
                 outside = low[i] < -tolerance or m[i] > f32(1) + tolerance
                 out_of_range += 1 if outside and nf[i] == f32(0) and code[i] != labelling.void else 0
-            atomic_add(counts.faults, request, bad)
-            atomic_add(counts.faults, requests + request, infinite)
-            atomic_add(counts.faults, 2 * requests + request, out_of_range)
+            atomic_add(counts.faults, joint, bad)
+            atomic_add(counts.faults, joints + joint, infinite)
+            atomic_add(counts.faults, 2 * joints + joint, out_of_range)
         _add_counts(counts, local, image)
 
 
@@ -286,7 +286,7 @@ def finish(
         if task >= len(blocks.image):
             break
         image = blocks.image[task]
-        request, pixels = images.request[image], images.pixels[image]
+        joint, pixels = images.joint[image], images.pixels[image]
         grads = numba.carray(pointer(images.grads[image]), (channels, pixels), np.float32)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
@@ -311,7 +311,7 @@ def finish(
             pulled[:] = f32(0)
             for term in range(len(entropies.smoothing)):
                 weights, counted = entropies.weights[term], entropies.counted[term]
-                factor = entropies.pull[term, request]
+                factor = entropies.pull[term, joint]
                 for i in range(n):
                     pulled[i] += weights[code[i]] * counted[code[i]] * factor
             for i in range(n):
@@ -329,4 +329,4 @@ def finish(
                     grads[np.int64(code[i]), first + i] = gy[i]
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
-                    add_spread(entropies, term, request, code, py, errors, start, grads, first)
+                    add_spread(entropies, term, joint, code, py, errors, start, grads, first)

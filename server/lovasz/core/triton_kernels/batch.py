@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lovasz.core.ragged import Request
+from lovasz.core.ragged import Batch, Request
 from lovasz.core.segments import on_device
 from lovasz.core.triton_kernels.planes import FAULTS, Plane, read_labels
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
@@ -55,10 +55,6 @@ class Placed:
     labels: Tensor
     grad: Tensor | None
 
-    @property
-    def pixels(self) -> int:
-        return self.logits.shape[0] * self.logits.shape[2]
-
     def grad_of_request(self) -> Tensor:
         assert self.grad is not None
         layout, shape = self.request.layout, self.request.logits.shape
@@ -68,7 +64,7 @@ class Placed:
         return joined.transpose(0, 1).reshape(shape).contiguous()
 
 
-def place(requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool) -> list[Placed]:
+def _place(requests: Sequence[Request], loss: WeightedSum, device: torch.device, *, want_grad: bool) -> list[Placed]:
     """Brings the requests' tensors to the device; what is there already and contiguous stays where it is."""
     same_labels = len({request.labels.dtype for request in requests}) == 1
     any_per_image = any(is_per_image(term) for _, term in loss.terms)
@@ -100,7 +96,8 @@ class TritonBatch:
     """A batch as the kernels see it, its labels read.
 
     Attributes:
-        placed: the requests; holds what the addresses in ``planes`` point to.
+        batch: the requests.
+        placed: their tensors; holds what the addresses in ``planes`` point to.
         rules: what is ignored, each once, in the order of the labels' bits.
         maps: label maps of each image: 1, or the channels for the hinge.
         planes: int64, shape (planes, columns): :class:`Plane`.
@@ -113,6 +110,7 @@ class TritonBatch:
         faults: int64, shape (planes, faults), like ``Computed.faults``; sweeps add to it.
     """
 
+    batch: Batch
     placed: Sequence[Placed]
     loss: WeightedSum
     rules: tuple[int | None, ...]
@@ -126,21 +124,22 @@ class TritonBatch:
     faults: Tensor
 
     @classmethod
-    def of(cls, placed: Sequence[Placed], loss: WeightedSum) -> TritonBatch:
-        """Queues the reading of the labels."""
-        layout, device = placed[0].request.layout, placed[0].logits.device
+    def of(cls, batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> TritonBatch:
+        """Queues the copies to the device, and the reading of the labels."""
+        placed, layout = _place(batch.requests, loss, device, want_grad=want_grad), batch.requests[0].layout
         maps = layout.channels if loss.is_hinge else 1
         block = _HINGE_BLOCK if loss.is_hinge else _SOFTMAX_BLOCK
         if device.type != "cuda":
             block = _INTERPRETED_BLOCK
-        rows = _plane_rows(placed, maps)
+        rows = _plane_rows(batch, placed, maps)
         sizes = [row[Plane.PIXELS] for row in rows]
         planes = on_device(list(chain.from_iterable(rows)), torch.int64, device).view(-1, len(Plane))
         blocks = (planes[:, Plane.PIXELS] + (block - 1)) // block
         programs = sum(triton.cdiv(size, block) for size in sizes)
         rules = tuple(dict.fromkeys(term.ignore_index for _, term in loss.terms))
         sums = len(rules) + (len(rules) > 1)
-        batch = cls(
+        made = cls(
+            batch=batch,
             placed=placed,
             loss=loss,
             rules=rules,
@@ -154,18 +153,18 @@ class TritonBatch:
             faults=torch.zeros(len(rows), FAULTS.value, dtype=torch.int64, device=device),
         )
         ignored = chain.from_iterable((0, 0) if rule is None else (rule, 1) for rule in rules)
-        batch.launch(
+        made.launch(
             read_labels,
             on_device(list(ignored), torch.int64, device),
-            batch.words,
-            batch.counts,
-            batch.faults,
+            made.words,
+            made.counts,
+            made.faults,
             len(rows),
             layout.label_values,
             LABEL=_TYPES[placed[0].labels.dtype],
             RULES=len(rules),
         )
-        return batch
+        return made
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Runs a kernel over all pixels. Without the fusion of operations all kernels compute the same errors."""
@@ -195,34 +194,35 @@ class TritonBatch:
     def rule(self, term: LovaszSoftmax | LovaszHinge | CrossEntropy) -> int:
         return self.rules.index(term.ignore_index)
 
-    def of_requests(self, values: Tensor) -> Tensor:
-        """Sums integers over each request: (planes or images, ...) to (requests, ...)."""
-        requests = self.planes[:: len(self.planes) // len(values), Plane.REQUEST]
-        return values.new_zeros(len(self.placed), *values.shape[1:]).index_add_(0, requests, values)
+    def of_joints(self, values: Tensor) -> Tensor:
+        """Sums integers over each joint: (planes or images, ...) to (joints, ...)."""
+        joints = self.planes[:: len(self.planes) // len(values), Plane.JOINT]
+        return values.new_zeros(len(self.batch.sizes), *values.shape[1:]).index_add_(0, joints, values)
 
     def group_counts(self, row: int, *, per_image: bool) -> tuple[Tensor, Tensor]:
         """(foreground, valid): pixels of each segment, int64, shape (groups, K)."""
-        counts = self.counts[row] if per_image else self.of_requests(self.counts[row])
+        counts = self.counts[row] if per_image else self.of_joints(self.counts[row])
         if self.loss.is_hinge:
             return counts[..., 1], counts.sum(2)
         return counts[:, 0], counts.sum(2).expand(-1, self.channels)
 
     def overlap(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
-        """(intersection, union), each of shape (K, requests).
+        """(intersection, union), each of shape (K, joints).
 
         Args:
             predictions: int64, shape (images, 2, K): pixels of each prediction, and how many of them are right.
         """
         foreground, _ = self.group_counts(-1, per_image=False)
-        predicted, hits = self.of_requests(predictions).unbind(1)
+        predicted, hits = self.of_joints(predictions).unbind(1)
         return hits.T, (foreground + predicted - hits).T
 
 
-def _plane_rows(placed: Sequence[Placed], maps: int) -> list[list[int]]:
+def _plane_rows(batch: Batch, placed: Sequence[Placed], maps: int) -> list[list[int]]:
     """The rows of ``planes``: by request, image and label map."""
     rows = []
     first_pixel = first_image = 0
-    for request, tensors in enumerate(placed):
+    in_joint = [0] * len(batch.sizes)
+    for joint, tensors in zip(batch.joint_of_request, placed, strict=True):
         images, channels, pixels = tensors.logits.shape
         step = channels // maps * pixels
         logits, labels = tensors.logits, tensors.labels
@@ -235,11 +235,12 @@ def _plane_rows(placed: Sequence[Placed], maps: int) -> list[list[int]]:
             row[Plane.GRAD] = grad + number * step * grad_bytes
             row[Plane.PIXELS] = pixels
             row[Plane.FIRST_PIXEL] = first_pixel
-            row[Plane.FIRST_IN_REQUEST] = image * pixels
-            row[Plane.REQUEST] = request
+            row[Plane.FIRST_IN_JOINT] = in_joint[joint] + image * pixels
+            row[Plane.JOINT] = joint
             row[Plane.IMAGE] = first_image + image
             row[Plane.CHANNEL] = channel
             rows.append(row)
             first_pixel += pixels
         first_image += images
+        in_joint[joint] += images * pixels
     return rows

@@ -26,11 +26,11 @@ class Plane(enum.IntEnum):
     PIXELS = 3
     FIRST_PIXEL = 4
     """Where its pixels begin among those of all planes."""
-    FIRST_IN_REQUEST = 5
-    """Where its pixels begin among those of its request (of its label, for the hinge)."""
-    REQUEST = 6
+    FIRST_IN_JOINT = 5
+    """Where its pixels begin among those of its joint (of its label, for the hinge)."""
+    JOINT = 6
     IMAGE = 7
-    """Among the images of all requests."""
+    """Among the images of all joints."""
     CHANNEL = 8
     """Which binary label it is; 0 for softmax."""
 
@@ -40,8 +40,8 @@ LABELS = tl.constexpr(Plane.LABELS.value)
 GRAD = tl.constexpr(Plane.GRAD.value)
 PIXELS = tl.constexpr(Plane.PIXELS.value)
 FIRST_PIXEL = tl.constexpr(Plane.FIRST_PIXEL.value)
-FIRST_IN_REQUEST = tl.constexpr(Plane.FIRST_IN_REQUEST.value)
-REQUEST = tl.constexpr(Plane.REQUEST.value)
+FIRST_IN_JOINT = tl.constexpr(Plane.FIRST_IN_JOINT.value)
+JOINT = tl.constexpr(Plane.JOINT.value)
 IMAGE = tl.constexpr(Plane.IMAGE.value)
 CHANNEL = tl.constexpr(Plane.CHANNEL.value)
 COLUMNS = tl.constexpr(len(Plane))
@@ -69,14 +69,14 @@ def plane_and_pixels(planes, block_planes, first_blocks, BLOCK: tl.constexpr):
 @triton.jit
 def first_segment(plane, term, classes):
     """The segment of a term that the plane's first class belongs to. A term: rule, per_image, its first segment."""
-    group = tl.where(tl.load(term + 1) != 0, tl.load(plane + IMAGE), tl.load(plane + REQUEST))
+    group = tl.where(tl.load(term + 1) != 0, tl.load(plane + IMAGE), tl.load(plane + JOINT))
     return tl.load(term + 2) + group * classes + tl.load(plane + CHANNEL)
 
 
 @triton.jit
 def index_in_group(plane, term, pixels):
     """Where pixels stand in their group: by image, and within an image by raster."""
-    return pixels + tl.where(tl.load(term + 1) != 0, 0, tl.load(plane + FIRST_IN_REQUEST))
+    return pixels + tl.where(tl.load(term + 1) != 0, 0, tl.load(plane + FIRST_IN_JOINT))
 
 
 @triton.jit

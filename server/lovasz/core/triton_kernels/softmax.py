@@ -16,13 +16,13 @@ from lovasz.core.triton_kernels.planes import (
     FAULTS,
     FIRST_PIXEL,
     GRAD,
+    JOINT,
     LABEL_BITS,
     LABEL_MASK,
     LOGITS,
     NOT_FINITE,
     OUT_OF_RANGE,
     PIXELS,
-    REQUEST,
     add_count,
     add_counts_of_classes,
     first_segment,
@@ -141,7 +141,7 @@ def softmax_sweep(
     counted = (word >> LABEL_BITS) != 0
     maximum, prediction, finite = maximum_of(first, stride, classes, pixels, inside)
     add_count(faults + number * FAULTS + NOT_FINITE, counted & ~finite)
-    # Pixels that are not finite are in no table: what is said of their request has no meaning.
+    # Pixels that are not finite are in no table: what is said of their joint has no meaning.
     counted &= finite
     add_counts_of_classes(predictions + number * 2 * classes, classes, prediction, counted)
     hits = counted & (prediction == labels)
@@ -232,7 +232,7 @@ def softmax_backward(
         tables: scanned, entries in place of words.
         weights: float64, one a segment.
         cross_constants, cross_weights: as for ``softmax_sweep``.
-        cross_scales: float32, shape (requests, cross-entropy terms, 2): what a pixel's class weight is multiplied with
+        cross_scales: float32, shape (joints, cross-entropy terms, 2): what a pixel's class weight is multiplied with
             to be its pull, and the spread of the smoothed part.
     """
     plane, _, pixels, inside = plane_and_pixels(planes, block_planes, first_blocks, BLOCK)
@@ -288,7 +288,7 @@ def softmax_backward(
         others = others_pg.to(tl.float32)
         shift = label_probability * label_g - others
         label_grad = -label_probability * (label_g * label_error + others)
-        scales = cross_scales + tl.load(plane + REQUEST) * (2 * CROSS_TERMS)
+        scales = cross_scales + tl.load(plane + JOINT) * (2 * CROSS_TERMS)
         for e in tl.static_range(CROSS_TERMS):
             pull = tl.load(scales + 2 * e) * tl.load(cross_weights + e * classes + labels)
             pull = tl.where(is_counted(word, cross_terms + e), pull, 0.0)
