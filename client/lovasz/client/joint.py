@@ -39,7 +39,7 @@ class Joint:
 
     @classmethod
     def from_distributed(cls, run: str) -> Joint:
-        """Rank and world size of ``torch.distributed``'s default group, which must be initialised; no collective call."""
+        """Rank and world size of ``torch.distributed``'s default group, which must be there; no collective call."""
         import torch.distributed
 
         return cls(run, torch.distributed.get_rank(), torch.distributed.get_world_size())

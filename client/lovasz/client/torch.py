@@ -27,8 +27,8 @@ class RemoteLoss(torch.nn.Module):
     No gradient is asked for under ``torch.no_grad``, for logits that need none, and in eval mode
     (``criterion.eval()``). Pickled and copied without its connection.
 
-    With ``joint``, all ranks of a data-parallel training get the loss of their pixels together, and each its own part of
-    its one true gradient. ::
+    With ``joint``, all ranks of a data-parallel training get the loss of their pixels together, and each its own part
+    of its one true gradient. ::
 
         criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint=Joint.from_distributed("cityscapes-7"))
 
@@ -95,8 +95,8 @@ class RemoteLoss(torch.nn.Module):
         Args:
             logits: float32, float16, bfloat16 or float64 (which travels as float32), (N, C, *spatial), on any device.
             labels: integers or bool, (N, *spatial), on any device.
-            step: the number of the joint step, for those who count; None: that of the call, counted from the ``step`` of
-                ``joint`` (0 if it has none).
+            step: the number of the joint step, for those who count; None: that of the call, counted from the ``step``
+                of ``joint`` (0 if it has none).
 
         Raises:
             LossError: or one of its kinds; see :meth:`LossClient.compute`.

@@ -36,7 +36,8 @@ class Permit:
 
     def split(self, nbytes: int) -> Permit:
         """Room for one request, out of this one's."""
-        assert nbytes <= self._nbytes and self._requests >= 1
+        assert nbytes <= self._nbytes
+        assert self._requests >= 1
         self._nbytes -= nbytes
         self._requests -= 1
         return Permit(self._admission, nbytes, 1)
@@ -99,8 +100,8 @@ class Admission:
         subject = "the request" if requests == 1 else f"the {requests} requests"
         if nbytes > self.budget_bytes:
             raise TooLargeError(
-                f"the tensors of {subject} take {format_bytes(nbytes)} with their gradient; the server's whole budget is "
-                f"{format_bytes(self.budget_bytes)} (--memory-budget)"
+                f"the tensors of {subject} take {format_bytes(nbytes)} with their gradient; the server's whole budget "
+                f"is {format_bytes(self.budget_bytes)} (--memory-budget)"
             )
         if requests > self.max_requests:
             raise TooLargeError(

@@ -52,8 +52,8 @@ class Metrics:
         )
         self.joint_groups = Counter(
             "lovasz_joint_groups",
-            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, left, had no room, or "
-            "came while the server was stopping.",
+            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, or left, or had no "
+            "room.",
             ["outcome"],
             registry=registry,
         )
@@ -70,7 +70,7 @@ class Metrics:
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         for phase in ("receive", "joint", "queue", "compute", "send"):
             self.phase_seconds.labels(phase)
-        for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
+        for outcome in ("completed", "timeout", "left", "overloaded"):
             self.joint_groups.labels(outcome)
         for reason in ("overloaded", "too_large", "stopping", "invalid", "mismatch"):
             self.rejections.labels(reason)
