@@ -10,7 +10,7 @@ BUF := @bufbuild/buf@1.75.0
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test interpret check lint types proto-check proto compat gpu bench bench-remote figures constraints clean
+.PHONY: help demo test interpret check lint types proto-check proto compat gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
@@ -20,6 +20,7 @@ help:
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
+	@echo "make bench-joint  time a joint step against one request of all its tensors (a minute)"
 	@echo "make gpu          GPU tests and benchmark from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there"
 	@echo "make proto        generate the stubs anew"
@@ -107,6 +108,9 @@ bench-remote: $(INSTALLED) .venv-triton/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/data_plane.py --triton .venv-triton/bin/python \
 		--json benchmarks/results/data_plane_cpu.json --plot docs/figures
+
+bench-joint: $(INSTALLED)
+	$(BIN)/python benchmarks/joint.py --json benchmarks/results/joint_cpu.json
 
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures/draw.py

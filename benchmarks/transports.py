@@ -206,7 +206,7 @@ def encoded(workload: Workload, regime: str) -> bytes:
     ((logits, labels),) = workload.inputs(regime_named(regime), torch.device("cpu"))
     target = remote.RemoteTarget(f"{HOST}:1", "grpc", None)  # connects to nobody
     try:
-        call = target.encode(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True)
+        call = target.encode(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
         return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
     finally:
         target.close()

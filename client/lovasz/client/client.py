@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from lovasz import spec, wire
 from lovasz.client.errors import CallCancelledError, InvalidInputError
 from lovasz.client.joint import Joint
+from lovasz.client.retry import LOAD_BALANCING
 from lovasz.client.tensors import Array
 
 INPROCESS = "inprocess"
@@ -75,6 +76,7 @@ class LossClient:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transport: str = "auto",
         wire_dtype: str | None = None,
+        load_balancing: str | None = None,
     ) -> None:
         """
         Args:
@@ -86,6 +88,10 @@ class LossClient:
             wire_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: what logits are rounded to before they are sent,
                 and their gradient before it comes back; None: the logits' own dtype. 16 bits halve the traffic, at an
                 error that docs/benchmarks.md states. Without effect in process.
+            load_balancing: which server a call goes to if the target has several addresses. None: the first that
+                answers; ``"round_robin"``: each in turn; ``"ring_hash"``: all ranks of a joint training go to one, and
+                trainings are spread, which takes grpcio 1.70 or newer and an environment variable: docs/joint.md.
+                Without effect in process and on a Unix socket.
 
         Raises:
             ValueError: an argument that cannot be.
@@ -95,8 +101,13 @@ class LossClient:
         """
         self.target = target
         self.timeout = _checked_timeout(timeout)
-        self.options: dict[str, Any] = {"timeout": timeout, "transport": transport, "wire_dtype": wire_dtype}
-        self._target = _open(target, transport, wire_dtype)
+        self.options: dict[str, Any] = {
+            "timeout": timeout,
+            "transport": transport,
+            "wire_dtype": wire_dtype,
+            "load_balancing": load_balancing,
+        }
+        self._target = _open(target, transport, wire_dtype, load_balancing)
         self._threads = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="lovasz-submit")
         self._closed = False
 
@@ -212,11 +223,13 @@ def _checked_timeout(timeout: float) -> float:
     return min(timeout, _LONGEST_SECONDS)
 
 
-def _open(target: str, transport: str, wire_dtype: str | None) -> Target:
+def _open(target: str, transport: str, wire_dtype: str | None, load_balancing: str | None) -> Target:
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: got {transport!r}; expected one of {', '.join(TRANSPORTS)}")
     if wire_dtype is not None and wire_dtype not in wire.FLOATS:
         raise ValueError(f"wire_dtype: got {wire_dtype!r}; expected None or one of {', '.join(wire.FLOATS)}")
+    if load_balancing is not None and load_balancing not in LOAD_BALANCING:
+        raise ValueError(f"load_balancing: got {load_balancing!r}; expected None or one of {', '.join(LOAD_BALANCING)}")
     if not isinstance(target, str) or not target:
         raise ValueError(f"target: got {target!r}; expected HOST:PORT, unix:/path or 'inprocess'")
     if target == INPROCESS:
@@ -225,4 +238,4 @@ def _open(target: str, transport: str, wire_dtype: str | None) -> Target:
         return InProcessTarget()
     from lovasz.client.remote import RemoteTarget
 
-    return RemoteTarget(target, transport, wire_dtype)
+    return RemoteTarget(target, transport, wire_dtype, load_balancing)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import numpy as np
@@ -17,12 +18,13 @@ from lovasz.client.client import Device, ServerInfo
 from lovasz.client.errors import (
     CallCancelledError,
     IncompatibleServerError,
+    InvalidInputError,
     LossError,
     ServerUnavailableError,
     from_rpc_error,
 )
 from lovasz.client.memory import Memory, MemoryPool
-from lovasz.client.retry import service_config, with_retries
+from lovasz.client.retry import RUN_KEY, service_config, with_retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.tensors import Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
@@ -51,6 +53,14 @@ _OPTIONS = (
 
 _UNIX = "unix:"
 
+_NO_HASH = "hash attribute not present"
+"""The end of every call whose channel has been told to hash, but not by what: gRPC's text, with INTERNAL."""
+_HASH_PROBLEM = (
+    "got 'ring_hash', which gRPC does not carry out here; expected the environment variable "
+    "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY=true, set before the client is opened, and grpcio 1.70 or newer "
+    f"(it is {grpc.__version__})"
+)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -69,6 +79,12 @@ class Call:
     memory: tuple[Memory, ...]
     original: Array
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What the call says beside the request: by this, gRPC and proxies know the calls of a run."""
+        joint = self.request.joint
+        return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
+
 
 Received = tuple[wire.Response, npt.NDArray[Any]]
 """An answer, and its gradient (empty if none was wanted)."""
@@ -77,7 +93,7 @@ Received = tuple[wire.Response, npt.NDArray[Any]]
 class RemoteTarget:
     """A server behind gRPC."""
 
-    def __init__(self, target: str, transport: str, wire_dtype: str | None) -> None:
+    def __init__(self, target: str, transport: str, wire_dtype: str | None, load_balancing: str | None) -> None:
         """
         Raises:
             ValueError: shared memory was asked for, and the target is no Unix socket.
@@ -88,14 +104,19 @@ class RemoteTarget:
         self._name = target
         self._transport = transport
         self._wire_dtype = wire_dtype
+        self._load_balancing = load_balancing if path is None else None
         self._closed = False
         retrying = (
-            ("grpc.service_config", service_config("Compute")),
+            ("grpc.service_config", service_config(["Compute"], self._load_balancing)),
             ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
         )
         self._messages = grpc.insecure_channel(target, options=_OPTIONS + retrying)
         # A connection of their own: what is in transit there delays no small request.
-        self._streams = grpc.insecure_channel(target, options=(*_OPTIONS, ("grpc.enable_retries", 0)))
+        streaming = (
+            ("grpc.service_config", service_config([], self._load_balancing)),
+            ("grpc.enable_retries", 0),
+        )
+        self._streams = grpc.insecure_channel(target, options=_OPTIONS + streaming)
         self._compute = _unary(self._messages)
         self._compute_shared = _unary(self._streams)
         self._compute_stream = self._streams.stream_stream(
@@ -182,6 +203,9 @@ class RemoteTarget:
         try:
             yield
         except grpc.RpcError as error:
+            hashing = self._load_balancing == "ring_hash" and error.code() is grpc.StatusCode.INTERNAL
+            if hashing and _NO_HASH in (error.details() or ""):
+                raise InvalidInputError("load_balancing", _HASH_PROBLEM) from None
             raise from_rpc_error(error, self._name) from None
         except ValueError:
             if self._closed:  # What gRPC raises for a channel that was closed in the meantime.
@@ -200,11 +224,11 @@ class RemoteTarget:
 
     def _unary(self, call: Call, timeout: float) -> Received:
         request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._compute(request, timeout=timeout)
+        answer = self._compute(request, timeout=timeout, metadata=call.metadata)
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Received:
-        answers = self._compute_stream(_messages(call), timeout=timeout)
+        answers = self._compute_stream(_messages(call), timeout=timeout, metadata=call.metadata)
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
@@ -254,7 +278,8 @@ class RemoteTarget:
         shared = wire.SharedTensors(session, region.number, first, second, third)
         header = replace(call.request, shared=shared).to_proto()
         try:
-            answer = self._compute_shared(framing.UnaryRequest(header, b"", b""), timeout=timeout)
+            message = framing.UnaryRequest(header, b"", b"")
+            answer = self._compute_shared(message, timeout=timeout, metadata=call.metadata)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # Perhaps it was started anew, and knows no session.
                 self._shared.forget()

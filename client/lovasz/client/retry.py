@@ -1,4 +1,6 @@
-"""When a call is tried again: one policy, which gRPC carries out for unary calls and this module for streams.
+"""The policy of calls: when one is tried again, and which of several servers it goes to.
+
+gRPC carries it out by a channel's service config, except that this module tries streams again.
 
 gRPC's own retry is not used for streams: when it sends a stream's messages again, it now and then leaves one out
 (seen with grpcio 1.63 and 1.85), and what it keeps of them until the server answers is memory spent. A loss has no
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import grpc
@@ -25,11 +27,33 @@ RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The server's word on when to try again, in trailing metadata; negative: not at all."""
 
+RUN_KEY = "lovasz-run"
+"""Metadata of joint calls: their run, percent-encoded. The calls of a run must reach one server."""
+_LOAD_BALANCING: dict[str, dict[str, dict[str, str]]] = {
+    "round_robin": {"round_robin": {}},
+    "ring_hash": {"ring_hash_experimental": {"requestHashHeader": RUN_KEY}},
+}
+LOAD_BALANCING = tuple(_LOAD_BALANCING)
+
 AnswerT = TypeVar("AnswerT")
 
 
-def service_config(*methods: str) -> str:
-    """The policy in gRPC's form, for these methods of LossService."""
+def service_config(methods: Sequence[str] = (), load_balancing: str | None = None) -> str:
+    """The policy in gRPC's form.
+
+    Args:
+        methods: those of LossService that gRPC tries again.
+        load_balancing: one of ``LOAD_BALANCING``; None: gRPC's own choice, the first address that answers.
+    """
+    config: dict[str, object] = {}
+    if load_balancing is not None:
+        config["loadBalancingConfig"] = [_LOAD_BALANCING[load_balancing]]
+    if methods:
+        config["methodConfig"] = [_retrying(methods)]
+    return json.dumps(config)
+
+
+def _retrying(methods: Sequence[str]) -> dict[str, object]:
     policy = {
         "maxAttempts": MAX_ATTEMPTS,
         "initialBackoff": f"{INITIAL_BACKOFF_SECONDS}s",
@@ -38,7 +62,7 @@ def service_config(*methods: str) -> str:
         "retryableStatusCodes": [code.name for code in RETRYABLE],
     }
     names = [{"service": "lovasz.v1.LossService", "method": method} for method in methods]
-    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]})
+    return {"name": names, "retryPolicy": policy}
 
 
 def with_retries(call: Callable[[float], AnswerT], timeout: float) -> AnswerT:

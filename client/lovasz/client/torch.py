@@ -47,6 +47,7 @@ class RemoteLoss(torch.nn.Module):
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transport: str = "auto",
         wire_dtype: str | None = None,
+        load_balancing: str | None = None,
         joint: Joint | None = None,
         gradient_reduction: str = "mean",
     ) -> None:
@@ -54,9 +55,10 @@ class RemoteLoss(torch.nn.Module):
         Args:
             target: as for :class:`LossClient`; or a client, which this module then uses and does not close.
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
-            timeout: seconds for a call; not used with a client, which has its own, as for the next two.
+            timeout: seconds for a call; not used with a client, which has its own, as for the next three.
             transport: as for :class:`LossClient`.
             wire_dtype: as for :class:`LossClient`.
+            load_balancing: as for :class:`LossClient`.
             joint: this rank, in a data-parallel training.
             gradient_reduction: what the trainer does with the gradients of its ranks: ``"mean"``, as
                 DistributedDataParallel does: they are multiplied by world_size, so that the mean is the true gradient;
@@ -78,7 +80,12 @@ class RemoteLoss(torch.nn.Module):
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
         self._target = target if isinstance(target, str) else target.target
-        self._options: dict[str, Any] = {"timeout": timeout, "transport": transport, "wire_dtype": wire_dtype}
+        self._options: dict[str, Any] = {
+            "timeout": timeout,
+            "transport": transport,
+            "wire_dtype": wire_dtype,
+            "load_balancing": load_balancing,
+        }
         if not isinstance(target, str):
             self._options = target.options
 

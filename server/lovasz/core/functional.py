@@ -15,7 +15,6 @@ from lovasz.core.ragged import Request
 from lovasz.spec import (
     Classes,
     Input,
-    InvalidInput,
     LossLike,
     LovaszHinge,
     LovaszSoftmax,
@@ -45,7 +44,7 @@ def compute(
     parsed = weighted_sum(loss)
     request = Request.checked(logits, labels, parsed)
     (answer,) = launch([request], parsed, logits.device, want_grad=want_grad, path=path).collect()
-    if isinstance(answer, InvalidInput):
+    if not isinstance(answer, Result):
         raise answer
     return answer
 

@@ -340,6 +340,6 @@ def _known_losses_hold(device: torch.device) -> bool:
     )
     for loss, scores, labels, expected in known:
         (answer,) = launch([Request.checked(scores, labels, loss)], loss, device).collect()
-        if isinstance(answer, InvalidInput) or not math.isclose(answer.loss, expected, rel_tol=1e-6):
+        if not isinstance(answer, Result) or not math.isclose(answer.loss, expected, rel_tol=1e-6):
             return False
     return True
