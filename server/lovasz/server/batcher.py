@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from lovasz.core.ragged import Request
-from lovasz.server.errors import AbandonedError, ExpiredError, StoppingError
+from lovasz.server.errors import AbandonedError, ExpiredError, StoppingError, fresh
 from lovasz.server.staging import Staging
 from lovasz.spec import Result, WeightedSum
 
@@ -93,8 +93,23 @@ class Entry:
         if all(entry.left for entry in self.joined):
             for entry in self.joined:
                 entry.future.cancel()
-        if self.when_left is not None:
-            self.when_left()
+        when_left = self.when_left
+        if when_left is not None:
+            when_left()
+
+    def wait(self, timeout_seconds: float | None = None) -> Answer:
+        """Waits for the answer.
+
+        Raises:
+            concurrent.futures.TimeoutError: it did not come in time.
+            CancelledError: it was given up.
+            Exception: a copy of what the future received, whose trace is this thread's alone.
+        """
+        error = self.future.exception(timeout_seconds)
+        self.when_left = None  # It leads back here, and would keep the tensors alive.
+        if error is not None:
+            raise fresh(error)
+        return self.future.result()
 
     def claim(self) -> bool:
         """Starts it, unless all its callers have gone or its deadline has passed."""

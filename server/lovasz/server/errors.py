@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+
+def fresh(error: ErrorT) -> ErrorT:
+    """A copy to raise. One object that is raised in several threads would gather the frames of all of them, and lead in
+    circles where one of these holds what the error came from."""
+    copied = type(error).__new__(type(error), *error.args)
+    copied.args = error.args
+    copied.__dict__.update(error.__dict__)
+    copied.__cause__ = error.__cause__
+    return copied.with_traceback(error.__traceback__)
+
 
 class ServerError(Exception):
     """A request that cannot be answered. The text goes to the caller."""

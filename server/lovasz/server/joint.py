@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from lovasz import wire
@@ -19,6 +19,7 @@ from lovasz.server.errors import (
     OverloadedError,
     ServerError,
     StoppingError,
+    fresh,
 )
 from lovasz.server.metrics import Metrics
 from lovasz.server.staging import Staging
@@ -27,7 +28,8 @@ from lovasz.spec import WeightedSum
 _log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 15.0
-"""An answer is kept for so long, for a rank that has lost it; or until that rank comes with its next step."""
+"""An answer is kept for so long after it was sent, for a rank that has lost it; or until that rank comes with its next
+step."""
 STRAGGLER_SECONDS = 5.0
 """A step that waits for longer is logged, with the ranks that it waits for."""
 _NAMED_RANKS = 20
@@ -38,14 +40,19 @@ Key: TypeAlias = tuple[str, int, bool]
 
 @dataclass(eq=False)
 class Kept:
-    """An answer that its rank may ask for again, with the memory that its gradient lies in."""
+    """An answer that its rank may ask for again, with the memory that its gradient lies in.
+
+    Attributes:
+        users: calls that are being answered with it.
+        dropped: it cannot be asked for; its memory goes with its last user.
+    """
 
     joint: wire.Joint
     answer: Answer
     staging: Staging
     permit: Permit
-    until: float
     users: int = 0
+    until: float = 0.0
     dropped: bool = False
 
     def drop_if_unused(self) -> None:
@@ -59,12 +66,17 @@ class Seat:
     """One rank's place in a group, from its header to its answer.
 
     Attributes:
-        permit: room for its tensors.
-        entry: its request; None until its payload has come.
+        call: as it was asked for, the same when that is tried again; None if it cannot be told from another one.
+        nbytes: what its tensors take.
+        permit: room for them; until its group is complete, for the share at least, so that the room is there for a rank
+            that comes again.
+        entry: its request; None until its payload has come, and once it has left.
     """
 
     group: Group
     joint: wire.Joint
+    call: wire.Request | None
+    nbytes: int
     permit: Permit
     entry: Entry | None = None
     lost: ServerError | None = None
@@ -94,6 +106,11 @@ class Group:
     logged: bool = False
 
     @property
+    def is_there(self) -> bool:
+        """All ranks have come, with their payloads."""
+        return len(self.seats) == self.world_size and all(seat.entry is not None for seat in self.seats.values())
+
+    @property
     def missing(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank not in self.seats or self.seats[rank].entry is None]
 
@@ -110,8 +127,8 @@ class JointTable:
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
         self._waiting: dict[Key, Group] = {}
-        self._seats: dict[bytes, Seat] = {}
-        self._kept: dict[bytes, Kept] = {}
+        self._seats: dict[wire.Request, Seat] = {}
+        self._kept: dict[wire.Request, Kept] = {}
         admission.reclaim = self._reclaim
 
     @property
@@ -139,18 +156,18 @@ class JointTable:
         """
         joint = request.joint
         assert joint is not None
+        call = replace(request, shared=None) if joint.call else None
         with self._changed:
             until = time.monotonic() + self._timeout_seconds
-            while (before := self._seats.get(joint.call)) is not None:
-                if before.group.complete is None:
-                    self._lose(before, AbandonedError("the same call came again"))
+            while call is not None and (before := self._seats.get(call)) is not None:
+                if before.group.complete is None:  # The group stays, also if it has no other rank.
+                    self._lose(before, AbandonedError("the same call came again"), closing=False)
                 elif not self._changed.wait(until - time.monotonic()):
-                    raise JointBrokenError("the same call is still being answered")
-            kept = self._kept.get(joint.call)
+                    raise JointBrokenError("the same call is still being computed")
+            kept = None if call is None else self._kept.get(call)
             if kept is not None:
                 kept.users += 1
                 return kept
-            self._acknowledge(joint)
             key = joint.run, joint.step, request.want_grad
             group = self._waiting.get(key)
             if group is None:
@@ -158,16 +175,17 @@ class JointTable:
             else:
                 _check_fits(group, request)
             nbytes = request.payload_bytes + request.grad_bytes
-            seat = Seat(group, joint, group.permit.split(group.share))
+            seat = Seat(group, joint, call, nbytes, group.permit.split(group.share))
             try:
-                seat.permit.resize(nbytes)
+                seat.permit.resize(max(nbytes, group.share))
             except OverloadedError as error:
                 group.permit.absorb(seat.permit)
                 self._break(group, error, "overloaded")
                 raise
             group.seats[joint.rank] = seat
-            if joint.call:
-                self._seats[joint.call] = seat
+            if call is not None:
+                self._seats[call] = seat
+            self._acknowledge(joint)
             return seat
 
     def arrive(self, seat: Seat, entry: Entry) -> None:
@@ -180,15 +198,16 @@ class JointTable:
             group = seat.group
             lost = seat.lost or group.broken
             if lost is not None:
-                raise lost
+                raise fresh(lost)
             seat.entry = entry
-            if group.missing:
+            if not group.is_there:
                 return
             del self._waiting[group.key]
             group.complete = time.monotonic()
-            entries = [group.seats[rank].entry for rank in range(group.world_size)]
-            joined = tuple(entry for entry in entries if entry is not None)
-            for member in joined:
+            seats = [group.seats[rank] for rank in range(group.world_size)]
+            joined = tuple(one.entry for one in seats if one.entry is not None)
+            for one, member in zip(seats, joined, strict=True):
+                one.permit.resize(one.nbytes)
                 member.joined = joined
             self._metrics.joint_groups.labels("completed").inc()
             if group.complete - group.since > STRAGGLER_SECONDS:
@@ -198,64 +217,73 @@ class JointTable:
             self._batcher.put(joined[0])
         except StoppingError as error:
             for member in joined:
-                member.future.set_exception(error)
+                if member.future.set_running_or_notify_cancel():
+                    member.future.set_exception(error)
 
-    def wait(self, seat: Seat, entry: Entry) -> Answer:
-        """Waits for the other ranks and the computation.
+    def wait(self, seat: Seat, staging: Staging) -> Kept:
+        """Waits for the other ranks and the computation, and gives the seat back.
+
+        Args:
+            staging: the tensors; from now on they belong to the answer, unless an error is raised.
+
+        Returns:
+            The answer, to be given back by :meth:`leave` in place of the seat.
 
         Raises:
             JointBrokenError: a rank is missing after the timeout, or cannot be computed with.
-            CancelledError: the caller has left.
+            CancelledError: all callers have left.
         """
-        group = seat.group
+        group, entry = seat.group, seat.entry
+        assert entry is not None
         try:
-            return entry.future.result(max(0.0, group.deadline - time.monotonic()))
+            answer = entry.wait(max(0.0, group.deadline - time.monotonic()))
         except FutureTimeoutError:
             with self._changed:
                 if group.complete is None and group.broken is None and seat.lost is None:
                     self._break(group, JointBrokenError(self._missing_text(group)), "timeout")
-        return entry.future.result()
+            answer = entry.wait()
+        with self._changed:
+            kept = Kept(seat.joint, answer, staging, seat.permit, users=1, dropped=seat.call is None)
+            if seat.call is not None:
+                self._kept[seat.call] = kept
+            self._vacate(seat)
+        return kept
 
     def give_up(self, seat: Seat) -> None:
         """The caller of a seat has gone."""
         with self._changed:
-            complete = seat.group.complete is not None
+            complete, entry = seat.group.complete is not None, seat.entry
             if not complete:
                 self._lose(seat, AbandonedError("the caller went away"))
-        if complete and seat.entry is not None:
-            seat.entry.cancel()
+        if complete and entry is not None:
+            entry.cancel()
 
-    def leave(self, place: Seat | Kept, answer: Answer | None = None, staging: Staging | None = None) -> None:
-        """The call has ended.
-
-        Args:
-            answer: what it was answered, or would have been.
-            staging: its tensors; they are released when the answer is kept no longer.
-        """
+    def leave(self, place: Seat | Kept) -> None:
+        """The call has ended; the tensors of a seat are held no more."""
         with self._changed:
             if isinstance(place, Kept):
                 place.users -= 1
+                place.until = time.monotonic() + KEPT_SECONDS
+                place.permit.release_request()
                 place.drop_if_unused()
                 return
-            if self._seats.get(place.joint.call) is place:
-                del self._seats[place.joint.call]
-            if answer is not None and staging is not None and place.joint.call:
-                place.permit.release_request()
-                until = time.monotonic() + KEPT_SECONDS
-                self._kept[place.joint.call] = Kept(place.joint, answer, staging, place.permit, until)
-            else:
-                if staging is not None:
-                    staging.release()
-                if place.group.complete is None:
-                    self._lose(place, AbandonedError("the caller went away"))
-                place.permit.release()
-            self._changed.notify_all()
+            if place.group.complete is None:
+                self._lose(place, AbandonedError("the caller went away"))
+            self._vacate(place)
+            place.permit.release()
+
+    def stop(self) -> None:
+        """The missing ranks will not come any more."""
+        with self._changed:
+            for group in list(self._waiting.values()):
+                text = f"the server is stopping, and {self._missing_text(group, waited=False)}"
+                self._break(group, StoppingError(text), "stopping")
 
     def check(self) -> None:
         """A chore: drops answers that were kept for long enough, and logs whom steps wait for."""
         now = time.monotonic()
         with self._changed:
-            for call in [call for call, kept in self._kept.items() if kept.until < now]:
+            for call in [call for call, kept in self._kept.items() if not kept.users and kept.until < now]:
                 self._drop(call)
             for group in self._waiting.values():
                 if not group.logged and now - group.since > STRAGGLER_SECONDS:
@@ -270,11 +298,15 @@ class JointTable:
         self._waiting[key] = group
         return group
 
-    def _lose(self, seat: Seat, error: ServerError) -> None:
-        """Frees a seat of a group that is not complete; does so once."""
+    def _lose(self, seat: Seat, error: ServerError, *, closing: bool = True) -> None:
+        """Frees a seat of a group that is not complete; does so once.
+
+        Args:
+            closing: if it was the last one, the group is gone.
+        """
         group, rank = seat.group, seat.joint.rank
-        if self._seats.get(seat.joint.call) is seat:
-            del self._seats[seat.joint.call]
+        if seat.call is not None and self._seats.get(seat.call) is seat:
+            del self._seats[seat.call]
         if group.seats.get(rank) is not seat:
             return
         del group.seats[rank]
@@ -283,14 +315,24 @@ class JointTable:
             seat.entry.future.set_exception(error)
         if group.broken is not None:
             return
-        try:
-            seat.permit.resize(group.share)
-        except OverloadedError as refusal:
-            self._break(group, refusal, "overloaded")
-            return
+        seat.permit.resize(group.share)
         group.permit.absorb(seat.permit)
-        if not group.seats:
+        if closing and not group.seats:
             self._close(group, "left")
+
+    def _vacate(self, seat: Seat) -> None:
+        """The call of a seat needs it no more. The last one of a group cuts what leads in circles, which would keep the
+        tensors alive."""
+        group, rank = seat.group, seat.joint.rank
+        if seat.call is not None and self._seats.get(seat.call) is seat:
+            del self._seats[seat.call]
+        if group.seats.get(rank) is seat:
+            del group.seats[rank]
+        entry, seat.entry = seat.entry, None
+        if entry is not None and not group.seats:
+            for member in entry.members:
+                member.joined = ()
+        self._changed.notify_all()
 
     def _break(self, group: Group, error: ServerError, outcome: str) -> None:
         """Answers all who wait with the error."""
@@ -316,7 +358,7 @@ class JointTable:
             if (kept.joint.run, kept.joint.rank) == (joint.run, joint.rank):
                 self._drop(call)
 
-    def _drop(self, call: bytes) -> None:
+    def _drop(self, call: wire.Request) -> None:
         kept = self._kept.pop(call)
         kept.dropped = True
         kept.drop_if_unused()
@@ -328,13 +370,16 @@ class JointTable:
                 self._drop(call)
             return bool(idle)
 
-    def _missing_text(self, group: Group) -> str:
+    def _missing_text(self, group: Group, *, waited: bool = True) -> str:
         run, step, _ = group.key
         missing = group.missing
         text = (
             f"{'rank' if len(missing) == 1 else 'ranks'} {_ranks_text(missing)} of {group.world_size} did not come to "
-            f"step {step} of run {run!r} within {self._timeout_seconds:g} s (--joint-timeout)"
+            f"step {step} of run {run!r}"
         )
+        if not waited:
+            return text
+        text += f" within {self._timeout_seconds:g} s (--joint-timeout)"
         elsewhere = [
             f"{'rank' if len(other.seats) == 1 else 'ranks'} {_ranks_text(sorted(other.seats))} at step {other.key[1]}"
             + ("" if other.key[2] == group.key[2] else f" {'with' if other.key[2] else 'without'} a gradient")
@@ -360,7 +405,7 @@ def _check_fits(group: Group, request: wire.Request) -> None:
     assert joint is not None
     pairs: list[tuple[str, object, object]] = [
         ("world_size", joint.world_size, group.world_size),
-        ("loss", _loss_text(request.loss), _loss_text(first.loss)),
+        ("loss", request.loss, first.loss),
         ("channels", request.layout.channels, first.layout.channels),
         ("element type of the logits", request.logits.dtype.name, first.logits.dtype.name),
     ]
@@ -368,14 +413,16 @@ def _check_fits(group: Group, request: wire.Request) -> None:
     for name, came, expected in pairs:
         if came != expected:
             raise JointMismatchError(
-                f"{where} differs from the ranks that wait in {name}: got {came}; expected {expected}"
+                f"{where} differs from the ranks that wait in {name}: got {_text(came)}; expected {_text(expected)}"
             )
     if joint.rank in group.seats:
         raise JointMismatchError(f"{where} is there already, from another call; expected each rank once")
 
 
-def _loss_text(loss: WeightedSum) -> str:
-    return " + ".join(f"{weight:g} * {term}" for weight, term in loss.terms)
+def _text(value: object) -> str:
+    if isinstance(value, WeightedSum):
+        return " + ".join(f"{weight} * {term}" for weight, term in value.terms)
+    return str(value)
 
 
 def _ranks_text(ranks: list[int]) -> str:

@@ -70,7 +70,7 @@ class Metrics:
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         for phase in ("receive", "joint", "queue", "compute", "send"):
             self.phase_seconds.labels(phase)
-        for outcome in ("completed", "timeout", "left", "overloaded"):
+        for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
             self.joint_groups.labels(outcome)
         for reason in ("overloaded", "too_large", "stopping", "invalid", "mismatch"):
             self.rejections.labels(reason)

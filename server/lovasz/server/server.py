@@ -213,6 +213,7 @@ class Server:
         self._admission.close()
         # Until the end, new calls are refused by admission, with a reason that clients try again on.
         left = self._admission.wait_until_empty(self._config.drain_seconds)
+        self._joints.stop()
         self._grpc.stop(_LAST_BYTES_SECONDS).wait()
         finished = self._engine.stop(timeout_seconds=5.0) and left == 0
         self._metrics.stop()

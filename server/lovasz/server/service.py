@@ -172,7 +172,6 @@ class _Call:
         self._phase = "header"
         self._permit: Permit | None = None
         self._place: Seat | Kept | None = None
-        self._answer: Answer | None = None
         self._joint_wait_seconds = 0.0
         self._staging: Staging | None = None
         self._started = self._received = time.monotonic()
@@ -215,12 +214,13 @@ class _Call:
         self._phase = "queue" if seat is None else "joint"
         entry = Entry(staging.request(), header.loss, header.want_grad, self._deadline, staging)
         try:
-            answer = self._answer = self._answered(entry) if seat is None else self._joined(seat, entry)
+            answer = self._answered(entry) if seat is None else self._joined(seat, entry, staging)
         except CancelledError:
             service.batcher.discard(entry.members[0])
             raise AbandonedError("the caller went away") from None
         except AbandonedError:
-            self._phase = "compute"
+            if self._phase == "queue":
+                self._phase = "compute"
             raise
         finally:
             # An error's trace leads to this frame, and must not keep the tensors alive.
@@ -237,15 +237,17 @@ class _Call:
         if not self._context.add_callback(entry.cancel):
             raise AbandonedError("the caller went away")
         self._service.batcher.put(entry)
-        return entry.future.result()
+        return entry.wait()
 
-    def _joined(self, seat: Seat, entry: Entry) -> Answer:
+    def _joined(self, seat: Seat, entry: Entry, staging: Staging) -> Answer:
         joints = self._service.joints
         joints.arrive(seat, entry)
         if not self._context.add_callback(lambda: joints.give_up(seat)):
             joints.give_up(seat)
         try:
-            return joints.wait(seat, entry)
+            kept = joints.wait(seat, staging)
+            self._place, self._staging = kept, None
+            return kept.answer
         finally:
             if seat.group.complete is not None:
                 self._joint_wait_seconds = max(0.0, seat.group.complete - self._received)
@@ -315,11 +317,12 @@ class _Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        staging, self._staging = self._staging, None
+        if self._staging is not None:
+            self._staging.release()
+            self._staging = None
         if self._place is not None:
-            self._service.joints.leave(self._place, self._answer, staging)
-        elif staging is not None:
-            staging.release()
+            self._service.joints.leave(self._place)
+            self._place = None
         if self._permit is not None:
             self._permit.release()
         if not self._context.is_active() and not isinstance(error, ExpiredError):
