@@ -10,13 +10,13 @@ BUF := @bufbuild/buf@1.75.0
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test interpret check lint types proto-check proto compat gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo test interpret check lint types proto-check docs-check deploy-check docs proto compat gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make test         run the whole test suite"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
-	@echo "make check        lint, types, generated stubs (as CI does)"
+	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
@@ -24,6 +24,7 @@ help:
 	@echo "make gpu          GPU tests and benchmark from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there"
 	@echo "make proto        generate the stubs anew"
+	@echo "make docs         write the reference pages and the dashboards anew"
 	@echo "make figures      draw the figures of the docs anew"
 	@echo "make constraints  pin all versions anew"
 	@echo "make clean        remove what the others made"
@@ -46,7 +47,20 @@ interpret: .venv-interpreter/.installed
 	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core \
 		-k "cpu-triton and (not test_batch.py or test_strangers_change_no_bit)"
 
-check: lint types proto-check
+check: lint types proto-check docs-check deploy-check
+
+docs-check: $(INSTALLED)
+	$(BIN)/python docs/reference.py --check
+	$(BIN)/python deploy/grafana/dashboards.py --check
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/reference.py
+	$(BIN)/python deploy/grafana/dashboards.py
+
+deploy-check:
+	@if command -v promtool >/dev/null; then \
+		promtool check rules deploy/prometheus/alerts.yml && promtool test rules deploy/prometheus/alerts_test.yml; \
+	else echo "alerts: not tested, as promtool is not here (Debian: apt-get install prometheus)"; fi
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -56,6 +70,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy proto client server examples benchmarks docs/figures
+	$(BIN)/mypy docs/reference.py deploy/grafana/dashboards.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt

@@ -147,7 +147,7 @@ def test_too_many_requests_are_refused_while_health_is_still_answered() -> None:
     with ServerProcess(["--device", "cpu", "--max-requests", "2"]) as server, LossClient(server.target) as client:
         held = [held_open(server.target, header) for _ in range(2)]
         assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 2)
-        with pytest.raises(ServerOverloadedError, match=r"2 requests are in flight, as many as may be"):
+        with pytest.raises(ServerOverloadedError, match=r"2 requests are in flight, of at most 2"):
             client.compute(*tensors(8), SOFTMAX)
         with grpc.insecure_channel(server.target) as channel:
             assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == SERVING

@@ -79,7 +79,8 @@ class Admission:
         self._open = True
         self._mean_held_seconds = 0.1
         self.reclaim: Callable[[], bool] = lambda: False
-        """Gives up bytes that are held as a courtesy alone; says whether there were any. Called when bytes lack."""
+        """Gives up bytes that are held as a courtesy alone; says whether there were any. Called when bytes
+        lack, and nothing else does."""
 
     @property
     def bytes_in_flight(self) -> int:
@@ -119,8 +120,8 @@ class Admission:
                     self._bytes += nbytes
                     self._requests += requests
                     return
-                lacks_bytes = self._lacks_bytes(nbytes)
-            if not (lacks_bytes and self.reclaim()):
+                lacks_bytes_alone = self._refusal(0, requests) is None
+            if not (lacks_bytes_alone and self.reclaim()):
                 raise refusal
 
     def _refusal(self, nbytes: int, requests: int) -> ServerError | None:
@@ -131,15 +132,12 @@ class Admission:
                 f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests), and "
                 f"{requests} would come on top"
             )
-        if self._lacks_bytes(nbytes):
+        if self._bytes + nbytes > self.budget_bytes:
             return self._overloaded(
                 f"{format_bytes(nbytes)} are needed; {format_bytes(self._bytes)} of "
                 f"{format_bytes(self.budget_bytes)} are in use (--memory-budget)"
             )
         return None
-
-    def _lacks_bytes(self, nbytes: int) -> bool:
-        return self._bytes + nbytes > self.budget_bytes
 
     def close(self) -> None:
         """Admits nothing from now on."""

@@ -115,6 +115,17 @@ class Group:
         return [rank for rank in range(self.world_size) if rank not in self.seats or self.seats[rank].entry is None]
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A step that waits for ranks, for people."""
+
+    run: str
+    step: int
+    seconds: float
+    world_size: int
+    missing: str
+
+
 class JointTable:
     """The groups that wait for ranks.
 
@@ -141,6 +152,22 @@ class JointTable:
         """Ranks that wait for others."""
         with self._changed:
             return sum(len(group.seats) for group in self._waiting.values())
+
+    def waiting_steps(self, at_most: int) -> list[Waiting]:
+        """Those that have waited longest."""
+        now = time.monotonic()
+        with self._changed:
+            groups = sorted(self._waiting.values(), key=lambda group: group.since)[:at_most]
+            return [
+                Waiting(group.key[0], group.key[1], now - group.since, group.world_size, _ranks_text(group.missing))
+                for group in groups
+            ]
+
+    @property
+    def oldest_wait_seconds(self) -> float:
+        """How long the group that has waited longest has done so; 0 if none waits."""
+        with self._changed:
+            return time.monotonic() - min((group.since for group in self._waiting.values()), default=time.monotonic())
 
     @property
     def kept(self) -> int:

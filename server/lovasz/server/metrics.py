@@ -1,18 +1,42 @@
-"""Every metric of the server, declared here and served in Prometheus' text format on an HTTP port of its own."""
+"""Every metric of the server, declared here."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from wsgiref.simple_server import WSGIServer
+from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+)
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PHASES = ("header", "payload", "joint", "queue", "compute", "result")
 """What a request goes through, for what ends in one of them."""
 _ELEMENTS = tuple(float(4**k) for k in range(5, 17))
+_BYTES = tuple(float(4**k) for k in range(5, 17))
+"""1 KiB to 4 GiB."""
+
+GAUGES = {
+    "lovasz_queue_requests": "Requests waiting for the device.",
+    "lovasz_in_flight_requests": "Requests held.",
+    "lovasz_max_requests": "Requests held at most.",
+    "lovasz_in_flight_bytes": "Tensor bytes of the requests held, with their gradients.",
+    "lovasz_budget_bytes": "Tensor bytes held at most.",
+    "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
+    "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
+    "lovasz_shared_memory_bytes": "Memory that these share; it is theirs.",
+    "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
+    "lovasz_joint_ranks_waiting": "Ranks that are there in these.",
+    "lovasz_joint_oldest_wait_seconds": "How long the oldest of these has waited; 0 if none waits.",
+    "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
+    "lovasz_device_healthy": "1 if the device answers.",
+}
+"""Those that are read when they are scraped."""
 
 
 class Metrics:
@@ -20,6 +44,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self.requests = Counter(
             "lovasz_requests",
             "Requests answered, by method, kind of loss and gRPC status code.",
@@ -32,6 +57,12 @@ class Metrics:
             "batch), send.",
             ["phase"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.request_bytes = Histogram(
+            "lovasz_request_bytes",
+            "Tensor bytes of the requests that were computed, without their gradients.",
+            buckets=_BYTES,
             registry=registry,
         )
         self.rejections = Counter(
@@ -79,7 +110,6 @@ class Metrics:
                 self.abandoned.labels(reason, phase)
         for phase in ("header", "payload", "result"):
             self.stalled.labels(phase)
-        self._http: tuple[WSGIServer, threading.Thread] | None = None
 
     def observe_batch(self, requests: int, elements: int) -> None:
         self._batch_requests.observe(requests)
@@ -90,23 +120,8 @@ class Metrics:
         """Sets the labels of ``lovasz_build_info``."""
         self._build.info(build)
 
-    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Declares a gauge that is read when it is scraped."""
-        Gauge(name, text, registry=self.registry).set_function(read)
-
-    def serve(self, host: str, port: int) -> int:
-        """Starts the HTTP server; returns its port.
-
-        Raises:
-            OSError: the address cannot be bound.
-        """
-        self._http = start_http_server(port, host, registry=self.registry)
-        return int(self._http[0].server_port)
-
-    def stop(self) -> None:
-        if self._http is not None:
-            server, thread = self._http
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._http = None
+    def watch(self, readers: Mapping[str, Callable[[], float]]) -> None:
+        """Declares :data:`GAUGES`, each with what it is read from."""
+        assert readers.keys() == GAUGES.keys()
+        for name, text in GAUGES.items():
+            Gauge(name, text, registry=self.registry).set_function(readers[name])

@@ -26,6 +26,7 @@ from lovasz.server.sending import SendWatch
 from lovasz.server.service import SERVICE_NAME, LossServicer
 from lovasz.server.shared_memory import SharedMemory
 from lovasz.server.staging import KEPT_SECONDS, StagingPool
+from lovasz.server.web import StatusPage, WebServer
 from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
@@ -107,45 +108,31 @@ class Server:
         )
         reflection.enable_server_reflection(names, self._grpc)
         self._declare_gauges()
+        self._web = WebServer(self._metrics.registry, StatusPage(self._metrics.registry, self._joints))
         self.targets = config.addresses
         self.metrics_url = ""
 
     def _declare_gauges(self) -> None:
-        metrics, config = self._metrics, self._config
-        metrics.gauge("lovasz_queue_requests", "Requests waiting for the device.", lambda: len(self._batcher))
-        metrics.gauge("lovasz_in_flight_requests", "Requests held.", lambda: self._admission.requests_in_flight)
-        metrics.gauge(
-            "lovasz_in_flight_bytes",
-            "Tensor bytes of the requests held, with their gradients.",
-            lambda: self._admission.bytes_in_flight,
+        config, admission, joints = self._config, self._admission, self._joints
+        self._metrics.watch(
+            {
+                "lovasz_queue_requests": lambda: len(self._batcher),
+                "lovasz_in_flight_requests": lambda: admission.requests_in_flight,
+                "lovasz_max_requests": lambda: config.max_requests,
+                "lovasz_in_flight_bytes": lambda: admission.bytes_in_flight,
+                "lovasz_budget_bytes": lambda: config.memory_budget_bytes,
+                "lovasz_staging_idle_bytes": lambda: self._staging.idle_bytes,
+                "lovasz_shared_memory_sessions": lambda: sum(shared.sessions for shared in self._shared_memory),
+                "lovasz_shared_memory_bytes": lambda: sum(shared.nbytes for shared in self._shared_memory),
+                "lovasz_joint_groups_waiting": lambda: joints.groups,
+                "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
+                "lovasz_joint_oldest_wait_seconds": lambda: joints.oldest_wait_seconds,
+                "lovasz_joint_answers_kept": lambda: joints.kept,
+                "lovasz_device_healthy": lambda: self._engine.healthy(config.device_stall_seconds),
+            }
         )
-        metrics.gauge(
-            "lovasz_staging_idle_bytes",
-            "Memory kept for the tensors of the next requests.",
-            lambda: self._staging.idle_bytes,
-        )
-        metrics.gauge(
-            "lovasz_shared_memory_sessions",
-            "Processes on this host that share memory with the server.",
-            lambda: sum(shared.sessions for shared in self._shared_memory),
-        )
-        metrics.gauge(
-            "lovasz_shared_memory_bytes",
-            "Memory that these share; it is theirs.",
-            lambda: sum(shared.nbytes for shared in self._shared_memory),
-        )
-        metrics.gauge("lovasz_joint_groups_waiting", "Joint steps that wait for ranks.", lambda: self._joints.groups)
-        metrics.gauge(
-            "lovasz_joint_ranks_waiting", "Ranks that are there in these.", lambda: self._joints.waiting_ranks
-        )
-        metrics.gauge("lovasz_joint_answers_kept", "Answers kept for ranks that lost them.", lambda: self._joints.kept)
-        metrics.gauge("lovasz_budget_bytes", "Tensor bytes held at most.", lambda: config.memory_budget_bytes)
-        metrics.gauge(
-            "lovasz_device_healthy",
-            "1 if the device answers.",
-            lambda: self._engine.healthy(config.device_stall_seconds),
-        )
-        metrics.describe(version=VERSION, device=str(self._engine.device), hardware=hardware_name(self._engine.device))
+        device = self._engine.device
+        self._metrics.describe(version=VERSION, device=str(device), hardware=hardware_name(device))
 
     def start(self) -> None:
         """Binds, brings the device up, and serves.
@@ -161,12 +148,12 @@ class Server:
                 shared_memory.start()
             except OSError as error:
                 raise OSError(f"--shared-memory: {shared_memory.path}: {error}") from error
-        host, _, metrics_port = config.metrics_listen.rpartition(":")
+        host, _, web_port = config.metrics_listen.rpartition(":")
         try:
-            metrics_port = str(self._metrics.serve(host.strip("[]"), int(metrics_port)))
+            web_port = str(self._web.start(host.strip("[]"), int(web_port)))
         except OSError as error:
             raise OSError(f"--metrics-listen {config.metrics_listen}: {error}") from error
-        self.metrics_url = f"http://{host}:{metrics_port}/metrics"
+        self.metrics_url = f"http://{host}:{web_port}/metrics"
         self._engine.start()
         self._health.start()
         self._housekeeper.start()
@@ -216,7 +203,7 @@ class Server:
         self._joints.stop()
         self._grpc.stop(_LAST_BYTES_SECONDS).wait()
         finished = self._engine.stop(timeout_seconds=5.0) and left == 0
-        self._metrics.stop()
+        self._web.stop()
         for shared_memory in self._shared_memory:
             shared_memory.stop()
         self._housekeeper.stop()

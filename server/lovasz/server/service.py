@@ -226,6 +226,7 @@ class _Call:
             # An error's trace leads to this frame, and must not keep the tensors alive.
             del entry, staging, seat
         self._phase = "result"
+        service.metrics.request_bytes.observe(header.payload_bytes)
         seconds = service.metrics.phase_seconds
         seconds.labels("receive").observe(self._received - self._started)
         seconds.labels("queue").observe(answer.started - self._received - self._joint_wait_seconds)

@@ -1,0 +1,107 @@
+"""The HTTP port: metrics for Prometheus at /metrics, and at / a page that shows people how the server fares."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib.resources import files
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from lovasz.server.joint import JointTable
+
+_STEPS_SHOWN = 50
+
+Environment = dict[str, Any]
+StartResponse = Callable[..., Any]
+
+
+class StatusPage:
+    """The page, and the numbers that it asks for each second."""
+
+    def __init__(self, registry: CollectorRegistry, joints: JointTable) -> None:
+        self._registry, self._joints = registry, joints
+        self._started = time.monotonic()
+        self.html = files("lovasz.server").joinpath("status.html").read_bytes()
+
+    def numbers(self) -> bytes:
+        """JSON: every metric's samples but histograms' buckets, by name; the joint steps that wait, and on whom."""
+        samples: dict[str, list[list[Any]]] = {}
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if not sample.name.endswith(("_bucket", "_created")):
+                    samples.setdefault(sample.name, []).append([sample.labels, sample.value])
+        status = {
+            "uptime_seconds": time.monotonic() - self._started,
+            "samples": samples,
+            "joint_steps": [asdict(step) for step in self._joints.waiting_steps(_STEPS_SHOWN)],
+        }
+        return json.dumps(status).encode()
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _ThreadingServer6(_ThreadingServer):
+    address_family = socket.AF_INET6
+
+
+class _SilentHandler(WSGIRequestHandler):
+    timeout = 30  # A caller that says nothing is let go.
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class WebServer:
+    """Serves the two, in threads of its own."""
+
+    def __init__(self, registry: CollectorRegistry, page: StatusPage) -> None:
+        self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
+        self._page = page
+        self._server: WSGIServer | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, host: str, port: int) -> int:
+        """Returns the port.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        kind = _ThreadingServer6 if ":" in host else _ThreadingServer
+        self._server = make_server(host, port, self._answer, server_class=kind, handler_class=_SilentHandler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="web", daemon=True)
+        self._thread.start()
+        return int(self._server.server_port)
+
+    def stop(self) -> None:
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server = None
+
+    def _answer(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environment.get("PATH_INFO", "/")
+        if path == "/metrics":
+            return self._metrics(environment, start_response)
+        if path == "/":
+            return _ok(start_response, "text/html; charset=utf-8", self._page.html)
+        if path == "/status":
+            return _ok(start_response, "application/json", self._page.numbers())
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"there are / (for people), /metrics (for Prometheus) and /status (what / shows, as JSON)\n"]
+
+
+def _ok(start_response: StartResponse, content_type: str, body: bytes) -> Iterable[bytes]:
+    headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+    start_response("200 OK", headers)
+    return [body]

@@ -1,0 +1,155 @@
+"""What dashboards and alerts ask for is what a server has: asked of a real Prometheus that scrapes a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from footprint import eventually
+
+from lovasz.client import InvalidInputError, Joint, LossClient, LovaszHinge, LovaszSoftmax
+from lovasz.server.launch import ServerProcess
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+ALERTS = DEPLOY / "prometheus" / "alerts.yml"
+
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="needs Prometheus and promtool (Debian: apt-get install prometheus)",
+)
+
+
+def alerts() -> dict[str, str]:
+    """The expression of each alert, without the bound that it is compared with. (YAML, but of one plain form.)"""
+    found = {}
+    for block in ALERTS.read_text().split("- alert: ")[1:]:
+        name, _, rest = block.partition("\n")
+        folded = re.search(r"expr: (?:>-\n)?(.*?)\n +(?:for|labels):", rest, re.DOTALL)
+        assert folded, name
+        expression = " ".join(folded[1].split())
+        value, bound = re.fullmatch(r"(.*) (?:==|>) ([\d.]+)", expression).groups()  # type: ignore[union-attr]
+        assert float(bound) >= 0
+        found[name] = value
+    return found
+
+
+def panels() -> Iterator[tuple[str, str]]:
+    for file in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel["targets"]:
+                yield f"{file.stem}: {panel['title']}: {target['legendFormat']}", target["expr"]
+
+
+def test_every_alert_has_its_entry_in_the_runbook() -> None:
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert [heading for heading in headings if heading.startswith("Lovasz")] == list(alerts())
+    anchors = re.findall(r"runbook: docs/operations.md#(\w+)", ALERTS.read_text())
+    assert anchors == [name.lower() for name in alerts()]
+
+
+@needs_prometheus
+def test_the_configuration_for_compose_is_one_of_prometheus(tmp_path: Path) -> None:
+    configuration = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    (tmp_path / "prometheus.yml").write_text(configuration.replace("/etc/prometheus/alerts.yml", str(ALERTS)))
+    subprocess.run(["promtool", "check", "config", str(tmp_path / "prometheus.yml")], check=True, capture_output=True)
+
+
+@needs_prometheus
+def test_alerts_fire_when_they_should() -> None:
+    tests = ALERTS.with_name("alerts_test.yml")
+    run = subprocess.run(["promtool", "test", "rules", str(tests)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_prometheus
+def test_the_metrics_are_well_formed() -> None:
+    with ServerProcess(["--device", "cpu"]) as server:
+        load(server.target, rounds=1)
+        with urllib.request.urlopen(server.metrics_url) as page:
+            text = page.read()
+    # Older rules of style that promtool knows would have no _created and no info metrics: errors alone count.
+    run = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+    assert b"error" not in run.stderr.lower(), run.stderr
+
+
+@needs_prometheus
+def test_every_expression_of_dashboards_and_alerts_returns_data(tmp_path: Path) -> None:
+    with ServerProcess(["--device", "cpu"]) as server, prometheus(tmp_path, server) as ask:
+
+        def without_data() -> list[str]:
+            asked = {**{name: f"{expression}" for name, expression in alerts().items()}, **dict(panels())}
+            empty = []
+            for name, expression in asked.items():
+                answer = ask(expression.replace("$__rate_interval", "1m"))
+                if not answer:
+                    empty.append(f"{name}: {expression}")
+            return empty
+
+        def all_have_data() -> bool:
+            load(server.target, rounds=3)
+            return not without_data()
+
+        assert eventually(all_have_data), without_data()
+        assert {sample["labels"]["code"] for sample in ask("lovasz_requests_total")} >= {"OK", "INVALID_ARGUMENT"}
+
+
+def load(target: str, rounds: int) -> None:
+    random = np.random.RandomState(0)
+    logits = random.randn(1, 3, 16, 16).astype(np.float32)
+    labels = random.randint(0, 3, (1, 16, 16))
+    with LossClient(target) as client:
+        for step in range(rounds):
+            client.compute(logits, labels, LovaszSoftmax())
+            client.compute(logits[:, 0], labels % 2, LovaszHinge(), want_grad=False)
+            both = [client.submit(logits, labels, LovaszSoftmax(), joint=Joint("load", r, 2, step)) for r in range(2)]
+            assert all(future.result().loss > 0 for future in both)
+            with suppress(InvalidInputError):
+                client.compute(logits, labels + 3, LovaszSoftmax())
+
+
+@contextmanager
+def prometheus(folder: Path, server: ServerProcess) -> Iterator[Any]:
+    """One that scrapes the server each second; yields a function that asks it for an expression's samples."""
+    target = urllib.parse.urlsplit(server.metrics_url).netloc
+    (folder / "prometheus.yml").write_text(
+        f"global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{ALERTS}]\n"
+        f"scrape_configs: [{{job_name: lovasz, static_configs: [{{targets: ['{target}']}}]}}]\n"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
+
+    def ask(expression: str) -> list[dict[str, Any]]:
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"http://{address}/api/v1/query?{query}", timeout=10) as page:
+            answer = json.load(page)
+        assert answer["status"] == "success", expression
+        return [{"labels": sample["metric"], "value": sample["value"]} for sample in answer["data"]["result"]]
+
+    def is_ready() -> bool:
+        assert process.poll() is None, (folder / "log").read_text()
+        with suppress(OSError):
+            return bool(ask("up == 1"))
+        return False
+
+    try:
+        assert eventually(is_ready), (folder / "log").read_text()
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(30)
