@@ -42,6 +42,8 @@ def _metric_row(metric: Metric) -> str:
     labels = sorted({name for sample in metric.samples for name in sample.labels} - {"le"})
     if metric.name == "lovasz_requests":
         labels = ["code", "loss", "method"]  # Without samples until the first request.
+    if metric.name.startswith("lovasz_run_"):
+        labels = ["run", "phase", *["class"][: metric.name == "lovasz_run_class_iou"]]
     name = metric.name + SUFFIX.get(metric.type, "")
     return f"| `{name}` | {metric.type} | {', '.join(f'`{label}`' for label in labels)} | {metric.documentation} |\n"
 

@@ -166,7 +166,60 @@ OPERATIONS = (
 )
 
 
-def dashboard(uid: str, title: str, panels: tuple[Panel, ...]) -> dict[str, Any]:
+TRAINING = (
+    Panel(
+        "Loss",
+        "The last loss of each run. Trainings name themselves: RemoteLoss(..., run=...), or by the run of their joint "
+        "steps, which show here what all ranks have together.",
+        "short",
+        (("{{run}} {{phase}}", 'lovasz_run_loss{run=~"$run"}'),),
+    ),
+    Panel(
+        "Mean IoU",
+        "Over classes, of the last fifty requests or so.",
+        "percentunit",
+        (("{{run}} {{phase}}", 'lovasz_run_miou{run=~"$run"}'),),
+    ),
+    Panel(
+        "Requests a second",
+        "Steps, for joint runs.",
+        "reqps",
+        (("{{run}} {{phase}}", 'rate(lovasz_run_requests_total{run=~"$run"}[$__rate_interval])'),),
+    ),
+    Panel(
+        "IoU of each class, in training",
+        "Choose a run at the top; for at most 64 classes.",
+        "percentunit",
+        (("{{run}}: class {{class}}", 'lovasz_run_class_iou{run=~"$run", phase="train"}'),),
+    ),
+    Panel(
+        "IoU of each class, in evaluation",
+        "Calls without a gradient.",
+        "percentunit",
+        (("{{run}}: class {{class}}", 'lovasz_run_class_iou{run=~"$run", phase="eval"}'),),
+    ),
+    Panel(
+        "Worst classes in training",
+        "The five with the lowest IoU.",
+        "percentunit",
+        (("{{run}}: class {{class}}", 'bottomk(5, lovasz_run_class_iou{run=~"$run", phase="train"})'),),
+    ),
+)
+
+RUNS = {
+    "name": "run",
+    "type": "query",
+    "datasource": {"type": "prometheus", "uid": "prometheus"},
+    "query": "label_values(lovasz_run_loss, run)",
+    "refresh": 2,
+    "multi": True,
+    "includeAll": True,
+    "allValue": ".*",
+    "current": {"text": "All", "value": "$__all"},
+}
+
+
+def dashboard(uid: str, title: str, panels: tuple[Panel, ...], variables: tuple[Any, ...] = ()) -> dict[str, Any]:
     return {
         "uid": uid,
         "title": title,
@@ -175,6 +228,7 @@ def dashboard(uid: str, title: str, panels: tuple[Panel, ...]) -> dict[str, Any]
         "editable": True,
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
+        "templating": {"list": list(variables)},
         "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
     }
 
@@ -199,7 +253,10 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
     }
 
 
-FILES = {"operations.json": dashboard("lovasz-operations", "Lovász loss service", OPERATIONS)}
+FILES = {
+    "operations.json": dashboard("lovasz-operations", "Lovász loss service", OPERATIONS),
+    "training.json": dashboard("lovasz-training", "Lovász losses of trainings", TRAINING, (RUNS,)),
+}
 
 
 def main() -> int:

@@ -152,6 +152,7 @@ class Request:
 
     Attributes:
         joint: its place among the ranks that it is computed with; None if it is computed alone.
+        run: names the training for the server's metrics; empty: none, or that of ``joint``.
         shared: where its tensors lie; None if they travel.
         layout: the sizes that the shapes come to; computing it has checked them.
     """
@@ -163,6 +164,7 @@ class Request:
     layout: spec.Layout
     shared: SharedTensors | None = None
     joint: Joint | None = None
+    run: str = ""
 
     @classmethod
     def checked(
@@ -173,10 +175,13 @@ class Request:
         want_grad: bool,
         shared: SharedTensors | None = None,
         joint: Joint | None = None,
+        run: str = "",
     ) -> Request:
         """Raises:
-        InvalidInput: an element type or a shape that does not fit the loss.
+        InvalidInput: an element type or a shape that does not fit the loss, or a name that is too long.
         """
+        if len(run) > MAX_RUN_CHARACTERS:
+            raise spec.InvalidInput("run", f"got {len(run)} characters; expected at most {MAX_RUN_CHARACTERS}")
         if not logits.dtype.is_float:
             raise spec.InvalidInput(
                 "logits", f"got element type {logits.dtype.name}; expected one of {', '.join(FLOATS)}"
@@ -185,7 +190,7 @@ class Request:
             raise spec.InvalidInput(
                 "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
             )
-        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape), shared, joint)
+        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape), shared, joint, run)
 
     @property
     def grad_bytes(self) -> int:
@@ -204,6 +209,7 @@ class Request:
             want_grad=self.want_grad,
             shared_tensors=None if self.shared is None else self.shared.to_proto(),
             joint=None if self.joint is None else self.joint.to_proto(),
+            run=self.run,
         )
 
     @classmethod
@@ -218,6 +224,7 @@ class Request:
             header.want_grad,
             SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
             Joint.from_proto(header.joint) if header.HasField("joint") else None,
+            header.run,
         )
 
 

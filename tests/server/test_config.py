@@ -36,6 +36,7 @@ def test_every_setting_can_be_set_both_ways() -> None:
         "--stall-timeout": ("0.5", 0.5),
         "--shared-memory": ("off", False),
         "--joint-timeout": ("1.5", 1.5),
+        "--max-runs": ("7", 7),
         "--drain-seconds": ("0", 0.0),
         "--health-interval": ("1.5", 1.5),
         "--device-stall": ("9", 9.0),

@@ -14,19 +14,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lovasz/v1/loss.proto\x12\tlovasz.v1\"C\n\nTensorInfo\x12&\n\tdata_type\x18\x01 \x01(\x0e\x32\x13.lovasz.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\xd6\x01\n\rLovaszSoftmax\x12\x32\n\x0f\x63lass_selection\x18\x01 \x01(\x0e\x32\x19.lovasz.v1.ClassSelection\x12\x16\n\x0elisted_classes\x18\x02 \x03(\x05\x12\x15\n\rclass_weights\x18\x03 \x03(\x01\x12\x11\n\tper_image\x18\x04 \x01(\x08\x12\x19\n\x0cignore_index\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12#\n\x05input\x18\x06 \x01(\x0e\x32\x14.lovasz.v1.InputKindB\x0f\n\r_ignore_index\"`\n\x0bLovaszHinge\x12\x11\n\tper_image\x18\x01 \x01(\x08\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"j\n\x0c\x43rossEntropy\x12\x15\n\rclass_weights\x18\x01 \x03(\x01\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\x0flabel_smoothing\x18\x03 \x01(\x01\x42\x0f\n\r_ignore_index\"\xb4\x01\n\x04Term\x12\x0e\n\x06weight\x18\x01 \x01(\x01\x12\x32\n\x0elovasz_softmax\x18\x02 \x01(\x0b\x32\x18.lovasz.v1.LovaszSoftmaxH\x00\x12.\n\x0clovasz_hinge\x18\x03 \x01(\x0b\x32\x16.lovasz.v1.LovaszHingeH\x00\x12\x30\n\rcross_entropy\x18\x04 \x01(\x0b\x32\x17.lovasz.v1.CrossEntropyH\x00\x42\x06\n\x04loss\"&\n\x04Loss\x12\x1e\n\x05terms\x18\x01 \x03(\x0b\x32\x0f.lovasz.v1.Term\"\xe2\x01\n\rRequestHeader\x12\x1d\n\x04loss\x18\x01 \x01(\x0b\x32\x0f.lovasz.v1.Loss\x12%\n\x06logits\x18\x02 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12%\n\x06labels\x18\x03 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x11\n\twant_grad\x18\x04 \x01(\x08\x12\x30\n\x0eshared_tensors\x18\x05 \x01(\x0b\x32\x18.lovasz.v1.SharedTensors\x12\x1f\n\x05joint\x18\x06 \x01(\x0b\x32\x10.lovasz.v1.Joint\"R\n\x05Joint\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12\x0c\n\x04\x63\x61ll\x18\x05 \x01(\x0c\"s\n\rSharedTensors\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06region\x18\x02 \x01(\x03\x12\x15\n\rlogits_offset\x18\x03 \x01(\x03\x12\x15\n\rlabels_offset\x18\x04 \x01(\x03\x12\x13\n\x0bgrad_offset\x18\x05 \x01(\x03\"6\n\x13SharedMemoryRequest\x12\x0e\n\x06region\x18\x01 \x01(\x03\x12\x0f\n\x07release\x18\x02 \x01(\x08\"3\n\x11SharedMemoryReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"Z\n\x0e\x43omputeRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeader\x12\x0e\n\x06logits\x18\x02 \x01(\x0c\x12\x0e\n\x06labels\x18\x03 \x01(\x0c\"^\n\x14\x43omputeStreamRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"2\n\nTermResult\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x16\n\x0eper_class_loss\x18\x02 \x03(\x01\"\x8b\x01\n\x0cServerTiming\x12\x17\n\x0freceive_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x62\x61tch_requests\x18\x04 \x01(\x05\x12\x1a\n\x12joint_wait_seconds\x18\x05 \x01(\x01\"\xcb\x01\n\x0eResponseHeader\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12$\n\x05terms\x18\x02 \x03(\x0b\x32\x15.lovasz.v1.TermResult\x12\x14\n\x0cintersection\x18\x03 \x03(\x03\x12\r\n\x05union\x18\x04 \x03(\x03\x12#\n\x04grad\x18\x05 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x12\n\ngrad_scale\x18\x06 \x01(\x01\x12\'\n\x06timing\x18\x07 \x01(\x0b\x32\x17.lovasz.v1.ServerTiming\"J\n\x0f\x43omputeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeader\x12\x0c\n\x04grad\x18\x02 \x01(\x0c\"`\n\x15\x43omputeStreamResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x16\n\x14GetServerInfoRequest\"9\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08hardware\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\"\xaa\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\"\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x11.lovasz.v1.Device\x12\x0e\n\x06losses\x18\x03 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13memory_budget_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cmax_requests\x18\x06 \x01(\x05*\xbf\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x07*\x83\x01\n\x0e\x43lassSelection\x12\x1f\n\x1b\x43LASS_SELECTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43LASS_SELECTION_PRESENT\x10\x01\x12\x17\n\x13\x43LASS_SELECTION_ALL\x10\x02\x12\x1a\n\x16\x43LASS_SELECTION_LISTED\x10\x03*\\\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11INPUT_KIND_LOGITS\x10\x01\x12\x1c\n\x18INPUT_KIND_PROBABILITIES\x10\x02\x32\xfb\x01\n\x0bLossService\x12@\n\x07\x43ompute\x12\x19.lovasz.v1.ComputeRequest\x1a\x1a.lovasz.v1.ComputeResponse\x12V\n\rComputeStream\x12\x1f.lovasz.v1.ComputeStreamRequest\x1a .lovasz.v1.ComputeStreamResponse(\x01\x30\x01\x12R\n\rGetServerInfo\x12\x1f.lovasz.v1.GetServerInfoRequest\x1a .lovasz.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lovasz/v1/loss.proto\x12\tlovasz.v1\"C\n\nTensorInfo\x12&\n\tdata_type\x18\x01 \x01(\x0e\x32\x13.lovasz.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\xd6\x01\n\rLovaszSoftmax\x12\x32\n\x0f\x63lass_selection\x18\x01 \x01(\x0e\x32\x19.lovasz.v1.ClassSelection\x12\x16\n\x0elisted_classes\x18\x02 \x03(\x05\x12\x15\n\rclass_weights\x18\x03 \x03(\x01\x12\x11\n\tper_image\x18\x04 \x01(\x08\x12\x19\n\x0cignore_index\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12#\n\x05input\x18\x06 \x01(\x0e\x32\x14.lovasz.v1.InputKindB\x0f\n\r_ignore_index\"`\n\x0bLovaszHinge\x12\x11\n\tper_image\x18\x01 \x01(\x08\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"j\n\x0c\x43rossEntropy\x12\x15\n\rclass_weights\x18\x01 \x03(\x01\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\x0flabel_smoothing\x18\x03 \x01(\x01\x42\x0f\n\r_ignore_index\"\xb4\x01\n\x04Term\x12\x0e\n\x06weight\x18\x01 \x01(\x01\x12\x32\n\x0elovasz_softmax\x18\x02 \x01(\x0b\x32\x18.lovasz.v1.LovaszSoftmaxH\x00\x12.\n\x0clovasz_hinge\x18\x03 \x01(\x0b\x32\x16.lovasz.v1.LovaszHingeH\x00\x12\x30\n\rcross_entropy\x18\x04 \x01(\x0b\x32\x17.lovasz.v1.CrossEntropyH\x00\x42\x06\n\x04loss\"&\n\x04Loss\x12\x1e\n\x05terms\x18\x01 \x03(\x0b\x32\x0f.lovasz.v1.Term\"\xef\x01\n\rRequestHeader\x12\x1d\n\x04loss\x18\x01 \x01(\x0b\x32\x0f.lovasz.v1.Loss\x12%\n\x06logits\x18\x02 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12%\n\x06labels\x18\x03 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x11\n\twant_grad\x18\x04 \x01(\x08\x12\x30\n\x0eshared_tensors\x18\x05 \x01(\x0b\x32\x18.lovasz.v1.SharedTensors\x12\x1f\n\x05joint\x18\x06 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x0b\n\x03run\x18\x07 \x01(\t\"R\n\x05Joint\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12\x0c\n\x04\x63\x61ll\x18\x05 \x01(\x0c\"s\n\rSharedTensors\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06region\x18\x02 \x01(\x03\x12\x15\n\rlogits_offset\x18\x03 \x01(\x03\x12\x15\n\rlabels_offset\x18\x04 \x01(\x03\x12\x13\n\x0bgrad_offset\x18\x05 \x01(\x03\"6\n\x13SharedMemoryRequest\x12\x0e\n\x06region\x18\x01 \x01(\x03\x12\x0f\n\x07release\x18\x02 \x01(\x08\"3\n\x11SharedMemoryReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"Z\n\x0e\x43omputeRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeader\x12\x0e\n\x06logits\x18\x02 \x01(\x0c\x12\x0e\n\x06labels\x18\x03 \x01(\x0c\"^\n\x14\x43omputeStreamRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"2\n\nTermResult\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x16\n\x0eper_class_loss\x18\x02 \x03(\x01\"\x8b\x01\n\x0cServerTiming\x12\x17\n\x0freceive_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x62\x61tch_requests\x18\x04 \x01(\x05\x12\x1a\n\x12joint_wait_seconds\x18\x05 \x01(\x01\"\xcb\x01\n\x0eResponseHeader\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12$\n\x05terms\x18\x02 \x03(\x0b\x32\x15.lovasz.v1.TermResult\x12\x14\n\x0cintersection\x18\x03 \x03(\x03\x12\r\n\x05union\x18\x04 \x03(\x03\x12#\n\x04grad\x18\x05 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x12\n\ngrad_scale\x18\x06 \x01(\x01\x12\'\n\x06timing\x18\x07 \x01(\x0b\x32\x17.lovasz.v1.ServerTiming\"J\n\x0f\x43omputeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeader\x12\x0c\n\x04grad\x18\x02 \x01(\x0c\"`\n\x15\x43omputeStreamResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x16\n\x14GetServerInfoRequest\"9\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08hardware\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\"\xaa\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\"\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x11.lovasz.v1.Device\x12\x0e\n\x06losses\x18\x03 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13memory_budget_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cmax_requests\x18\x06 \x01(\x05*\xbf\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x07*\x83\x01\n\x0e\x43lassSelection\x12\x1f\n\x1b\x43LASS_SELECTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43LASS_SELECTION_PRESENT\x10\x01\x12\x17\n\x13\x43LASS_SELECTION_ALL\x10\x02\x12\x1a\n\x16\x43LASS_SELECTION_LISTED\x10\x03*\\\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11INPUT_KIND_LOGITS\x10\x01\x12\x1c\n\x18INPUT_KIND_PROBABILITIES\x10\x02\x32\xfb\x01\n\x0bLossService\x12@\n\x07\x43ompute\x12\x19.lovasz.v1.ComputeRequest\x1a\x1a.lovasz.v1.ComputeResponse\x12V\n\rComputeStream\x12\x1f.lovasz.v1.ComputeStreamRequest\x1a .lovasz.v1.ComputeStreamResponse(\x01\x30\x01\x12R\n\rGetServerInfo\x12\x1f.lovasz.v1.GetServerInfoRequest\x1a .lovasz.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lovasz.v1.loss_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=2308
-  _globals['_DATATYPE']._serialized_end=2499
-  _globals['_CLASSSELECTION']._serialized_start=2502
-  _globals['_CLASSSELECTION']._serialized_end=2633
-  _globals['_INPUTKIND']._serialized_start=2635
-  _globals['_INPUTKIND']._serialized_end=2727
+  _globals['_DATATYPE']._serialized_start=2321
+  _globals['_DATATYPE']._serialized_end=2512
+  _globals['_CLASSSELECTION']._serialized_start=2515
+  _globals['_CLASSSELECTION']._serialized_end=2646
+  _globals['_INPUTKIND']._serialized_start=2648
+  _globals['_INPUTKIND']._serialized_end=2740
   _globals['_TENSORINFO']._serialized_start=35
   _globals['_TENSORINFO']._serialized_end=102
   _globals['_LOVASZSOFTMAX']._serialized_start=105
@@ -40,35 +40,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOSS']._serialized_start=710
   _globals['_LOSS']._serialized_end=748
   _globals['_REQUESTHEADER']._serialized_start=751
-  _globals['_REQUESTHEADER']._serialized_end=977
-  _globals['_JOINT']._serialized_start=979
-  _globals['_JOINT']._serialized_end=1061
-  _globals['_SHAREDTENSORS']._serialized_start=1063
-  _globals['_SHAREDTENSORS']._serialized_end=1178
-  _globals['_SHAREDMEMORYREQUEST']._serialized_start=1180
-  _globals['_SHAREDMEMORYREQUEST']._serialized_end=1234
-  _globals['_SHAREDMEMORYREPLY']._serialized_start=1236
-  _globals['_SHAREDMEMORYREPLY']._serialized_end=1287
-  _globals['_COMPUTEREQUEST']._serialized_start=1289
-  _globals['_COMPUTEREQUEST']._serialized_end=1379
-  _globals['_COMPUTESTREAMREQUEST']._serialized_start=1381
-  _globals['_COMPUTESTREAMREQUEST']._serialized_end=1475
-  _globals['_TERMRESULT']._serialized_start=1477
-  _globals['_TERMRESULT']._serialized_end=1527
-  _globals['_SERVERTIMING']._serialized_start=1530
-  _globals['_SERVERTIMING']._serialized_end=1669
-  _globals['_RESPONSEHEADER']._serialized_start=1672
-  _globals['_RESPONSEHEADER']._serialized_end=1875
-  _globals['_COMPUTERESPONSE']._serialized_start=1877
-  _globals['_COMPUTERESPONSE']._serialized_end=1951
-  _globals['_COMPUTESTREAMRESPONSE']._serialized_start=1953
-  _globals['_COMPUTESTREAMRESPONSE']._serialized_end=2049
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2051
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2073
-  _globals['_DEVICE']._serialized_start=2075
-  _globals['_DEVICE']._serialized_end=2132
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2135
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2305
-  _globals['_LOSSSERVICE']._serialized_start=2730
-  _globals['_LOSSSERVICE']._serialized_end=2981
+  _globals['_REQUESTHEADER']._serialized_end=990
+  _globals['_JOINT']._serialized_start=992
+  _globals['_JOINT']._serialized_end=1074
+  _globals['_SHAREDTENSORS']._serialized_start=1076
+  _globals['_SHAREDTENSORS']._serialized_end=1191
+  _globals['_SHAREDMEMORYREQUEST']._serialized_start=1193
+  _globals['_SHAREDMEMORYREQUEST']._serialized_end=1247
+  _globals['_SHAREDMEMORYREPLY']._serialized_start=1249
+  _globals['_SHAREDMEMORYREPLY']._serialized_end=1300
+  _globals['_COMPUTEREQUEST']._serialized_start=1302
+  _globals['_COMPUTEREQUEST']._serialized_end=1392
+  _globals['_COMPUTESTREAMREQUEST']._serialized_start=1394
+  _globals['_COMPUTESTREAMREQUEST']._serialized_end=1488
+  _globals['_TERMRESULT']._serialized_start=1490
+  _globals['_TERMRESULT']._serialized_end=1540
+  _globals['_SERVERTIMING']._serialized_start=1543
+  _globals['_SERVERTIMING']._serialized_end=1682
+  _globals['_RESPONSEHEADER']._serialized_start=1685
+  _globals['_RESPONSEHEADER']._serialized_end=1888
+  _globals['_COMPUTERESPONSE']._serialized_start=1890
+  _globals['_COMPUTERESPONSE']._serialized_end=1964
+  _globals['_COMPUTESTREAMRESPONSE']._serialized_start=1966
+  _globals['_COMPUTESTREAMRESPONSE']._serialized_end=2062
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2064
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2086
+  _globals['_DEVICE']._serialized_start=2088
+  _globals['_DEVICE']._serialized_end=2145
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=2148
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2318
+  _globals['_LOSSSERVICE']._serialized_start=2743
+  _globals['_LOSSSERVICE']._serialized_end=2994
 # @@protoc_insertion_point(module_scope)

@@ -108,20 +108,22 @@ class Loss(_message.Message):
     def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
 
 class RequestHeader(_message.Message):
-    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors", "joint")
+    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors", "joint", "run")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
     SHARED_TENSORS_FIELD_NUMBER: _ClassVar[int]
     JOINT_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     loss: Loss
     logits: TensorInfo
     labels: TensorInfo
     want_grad: bool
     shared_tensors: SharedTensors
     joint: Joint
-    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ...) -> None: ...
+    run: str
+    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ..., run: _Optional[str] = ...) -> None: ...
 
 class Joint(_message.Message):
     __slots__ = ("run", "step", "rank", "world_size", "call")

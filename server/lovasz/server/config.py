@@ -22,6 +22,7 @@ DEFAULT_DEVICE_STALL_SECONDS = 60.0
 DEFAULT_STALL_SECONDS = 20.0
 DEFAULT_SHARED_MEMORY = False
 DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
+DEFAULT_MAX_RUNS = 20
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
 
@@ -151,6 +152,13 @@ class ServerConfig:
         "how long the ranks of a joint step wait for those that are missing; less than the timeout of their calls",
         _number,
     )
+    max_runs: int = _setting(
+        DEFAULT_MAX_RUNS,
+        "--max-runs",
+        "N",
+        "runs whose loss and IoU the metrics show: those last heard of",
+        _integer,
+    )
     drain_seconds: float = _setting(
         DEFAULT_DRAIN_SECONDS,
         "--drain-seconds",
@@ -186,7 +194,7 @@ class ServerConfig:
             self._refuse("listen", "at least one unix:/path with --shared-memory, beside HOST:PORT if need be")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             self._refuse("device", "auto, cpu, cuda or cuda:N")
-        for name in ("memory_budget_bytes", "max_requests", "max_batch_elements", "max_batch_requests"):
+        for name in ("memory_budget_bytes", "max_requests", "max_batch_elements", "max_batch_requests", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
         for name in ("max_batch_delay_seconds", "drain_seconds"):

@@ -13,6 +13,9 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from lovasz.server.config import DEFAULT_MAX_RUNS
+from lovasz.server.runs import Runs
+
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PHASES = ("header", "payload", "joint", "queue", "compute", "result")
@@ -40,11 +43,17 @@ GAUGES = {
 
 
 class Metrics:
-    """The server's metrics, in a registry of their own."""
+    """The server's metrics, in a registry of their own.
 
-    def __init__(self) -> None:
+    Attributes:
+        runs: the loss and IoU of trainings, at most ``max_runs`` of them.
+    """
+
+    def __init__(self, max_runs: int = DEFAULT_MAX_RUNS) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        self.runs = Runs(max_runs)
+        registry.register(self.runs)
         self.requests = Counter(
             "lovasz_requests",
             "Requests answered, by method, kind of loss and gRPC status code.",

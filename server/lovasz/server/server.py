@@ -67,7 +67,7 @@ class Server:
             DeviceError: the configured device is not there.
         """
         self._config = config
-        self._metrics = Metrics()
+        self._metrics = Metrics(config.max_runs)
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
         self._engine = Engine(

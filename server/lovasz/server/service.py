@@ -227,6 +227,10 @@ class _Call:
             del entry, staging, seat
         self._phase = "result"
         service.metrics.request_bytes.observe(header.payload_bytes)
+        run = header.run or ("" if header.joint is None else header.joint.run)
+        if run and (header.joint is None or header.joint.rank == 0):
+            result = answer.result
+            service.metrics.runs.observe(run, header.want_grad, result.loss, result.intersection, result.union)
         seconds = service.metrics.phase_seconds
         seconds.labels("receive").observe(self._received - self._started)
         seconds.labels("queue").observe(answer.started - self._received - self._joint_wait_seconds)

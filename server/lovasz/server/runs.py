@@ -1,0 +1,106 @@
+"""The loss and IoU of each training that names itself, for the people who train: the metrics with the label ``run``."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+MAX_CLASSES_SHOWN = 64
+"""IoU is shown a class up to so many classes, so that a run has a bounded number of series."""
+_KEPT_SHARE = 0.98
+"""How much of the counts of earlier requests each request leaves: IoU is that of the last fifty or so."""
+_PHASES = {True: "train", False: "eval"}
+
+
+@dataclass
+class _Phase:
+    loss: float
+    intersection: npt.NDArray[np.float64]
+    union: npt.NDArray[np.float64]
+    requests: int = 0
+
+
+@dataclass
+class _Run:
+    phases: dict[str, _Phase] = field(default_factory=dict)
+
+
+class Runs(Collector):
+    """The runs last heard of, at most so many; a joint step counts once, by its rank 0."""
+
+    def __init__(self, max_runs: int) -> None:
+        self._max_runs = max_runs
+        self._lock = threading.Lock()
+        self._runs: OrderedDict[str, _Run] = OrderedDict()
+
+    def observe(
+        self,
+        run: str,
+        want_grad: bool,
+        loss: float,
+        intersection: npt.NDArray[np.int64],
+        union: npt.NDArray[np.int64],
+    ) -> None:
+        """Notes an answer.
+
+        Args:
+            want_grad: a step of training; else one of evaluation.
+            intersection: int64, shape (C,), as ``union``: see ``lovasz.spec.Result``.
+        """
+        with self._lock:
+            phases = self._runs.setdefault(run, _Run()).phases
+            self._runs.move_to_end(run)
+            if len(self._runs) > self._max_runs:
+                self._runs.popitem(last=False)
+            before = phases.get(_PHASES[want_grad])
+            if before is None or before.union.shape != union.shape:
+                before = _Phase(loss, np.zeros(union.shape), np.zeros(union.shape))
+            phases[_PHASES[want_grad]] = _Phase(
+                loss,
+                _KEPT_SHARE * before.intersection + intersection,
+                _KEPT_SHARE * before.union + union,
+                before.requests + 1,
+            )
+
+    def describe(self) -> list[Metric]:
+        """Names what :meth:`collect` yields."""
+        return list(self._families())
+
+    def collect(self) -> Iterator[Metric]:
+        loss, miou, class_iou, requests = self._families()
+        with self._lock:
+            shown = [(run, name, phase) for run, kept in self._runs.items() for name, phase in kept.phases.items()]
+        for run, name, phase in shown:
+            seen = phase.union > 0
+            iou = phase.intersection[seen] / phase.union[seen]
+            loss.add_metric([run, name], phase.loss)
+            miou.add_metric([run, name], float(iou.mean()) if len(iou) else float("nan"))
+            requests.add_metric([run, name], phase.requests)
+            if len(seen) <= MAX_CLASSES_SHOWN:
+                for number, value in zip(np.flatnonzero(seen), iou, strict=True):
+                    class_iou.add_metric([run, name, str(number)], float(value))
+        yield from (loss, miou, class_iou, requests)
+
+    @staticmethod
+    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily, CounterMetricFamily]:
+        labels = ["run", "phase"]
+        return (
+            GaugeMetricFamily("lovasz_run_loss", "The last loss of a run, in training and evaluation.", labels=labels),
+            GaugeMetricFamily(
+                "lovasz_run_miou", "Mean over classes of the IoU of a run's last requests.", labels=labels
+            ),
+            GaugeMetricFamily(
+                "lovasz_run_class_iou",
+                f"IoU of each class in these, for at most {MAX_CLASSES_SHOWN} classes.",
+                labels=[*labels, "class"],
+            ),
+            CounterMetricFamily("lovasz_run_requests", "Requests (joint steps) of a run so far.", labels=labels),
+        )
