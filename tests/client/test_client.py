@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -29,6 +30,7 @@ from lovasz.client import (
     DeadlineExceededError,
     IncompatibleServerError,
     InvalidInputError,
+    Joint,
     JointMismatchError,
     LossClient,
     LossError,
@@ -368,6 +370,14 @@ def test_timeouts_that_cannot_be(timeout: float) -> None:
             client.server_info(timeout=timeout)
 
 
+@pytest.mark.parametrize("load_balancing", ["pick_first", "", True])
+def test_load_balancing_that_cannot_be(load_balancing: Any) -> None:
+    text = f"load_balancing: got {load_balancing!r}; expected None or one of round_robin, ring_hash"
+    for target in ("localhost:1", "inprocess"):
+        with pytest.raises(ValueError, match=text):
+            LossClient(target, load_balancing=load_balancing)
+
+
 @pytest.mark.parametrize("target", ["", None, 50051])
 def test_targets_that_cannot_be(target: Any) -> None:
     with pytest.raises(ValueError, match=f"target: got {target!r}; expected HOST:PORT"):
@@ -592,6 +602,70 @@ def test_a_gradient_that_nobody_asked_for() -> None:
         pytest.raises(IncompatibleServerError, match=r"response\.grad: got "),
     ):
         client.compute(*SMALL.input(), LovaszSoftmax(), want_grad=False)
+
+
+# --- Several servers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("run", "key"), [("cityscapes-7", "cityscapes-7"), ("rün 1/2\n", "r%C3%BCn%201%2F2%0A"), ("%", "%25")]
+)
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=lambda size: size.name)
+def test_joint_calls_say_their_run_to_proxies(size: Size, run: str, key: str) -> None:
+    said: list[str | bytes | None] = []
+
+    def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
+        said.append(dict(context.invocation_metadata()).get("lovasz-run"))
+        return good_answer(header)
+
+    with serving(script) as server, LossClient(server.target) as client:
+        client.compute(*size.input(), LovaszSoftmax(), joint=Joint(run, 0, 1, 0))
+        client.compute(*size.input(), LovaszSoftmax())
+    assert said == [key, None]
+
+
+@pytest.mark.parametrize("load_balancing", [None, "round_robin"])
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=lambda size: size.name)
+def test_the_servers_that_a_client_calls(size: Size, load_balancing: str | None) -> None:
+    def busy_at_first(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
+        return failing(1, grpc.StatusCode.UNAVAILABLE, pushback_ms=1)(call, header, context)
+
+    with serving(busy_at_first) as first, serving(busy_at_first) as second:
+        target = f"ipv4:{first.target},{second.target}"
+        with LossClient(target, load_balancing=load_balancing) as client:
+            for _ in range(20):
+                assert client.compute(*size.input(), LovaszSoftmax()).loss == 1.0
+        calls = sorted([len(first.methods), len(second.methods)])
+    if load_balancing is None:
+        assert calls == [0, 21]
+    else:
+        assert sum(calls) == 22, "tried again where it was busy"
+        assert calls[0] >= 5
+
+
+def test_ring_hash_without_grpcs_variable_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY", raising=False)
+    with serving() as server, LossClient(f"ipv4:{server.target}", load_balancing="ring_hash") as client:
+        joint = Joint("a run", 0, 1, 0)
+        for call in (
+            client.server_info,
+            lambda: client.compute(*SMALL.input(), LovaszSoftmax()),
+            lambda: client.compute(*SMALL.input(), LovaszSoftmax(), joint=joint),
+            lambda: client.compute(*LARGE.input(), LovaszSoftmax(), joint=joint),
+        ):
+            with pytest.raises(
+                InvalidInputError, match=r"expected .* GRPC_EXPERIMENTAL_\w+=true, set before"
+            ) as raised:
+                call()
+            assert raised.value.field == "load_balancing"
+        assert server.methods == [], "nothing is sent wherever it may end"
+
+
+def test_a_unix_socket_is_one_server_whatever_balances(tmp_path: Path) -> None:
+    with ServerProcess(["--device", "cpu", "--listen", f"unix:{tmp_path}/s"]) as server:
+        for load_balancing in ("round_robin", "ring_hash"):
+            with LossClient(server.target, load_balancing=load_balancing) as client:
+                assert client.compute(*SMALL.input(), LovaszSoftmax(), joint=Joint("a run", 0, 1, 0)).loss > 0
 
 
 # --- Retries ------------------------------------------------------------------------------------------------------

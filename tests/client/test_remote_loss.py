@@ -270,6 +270,21 @@ def test_a_copy_opens_its_own_connection(
     criterion.close()
 
 
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickled])
+def test_load_balancing_is_that_of_the_module_or_of_its_client(copying: Callable[[RemoteLoss], RemoteLoss]) -> None:
+    target = "ipv4:127.0.0.1:1,127.0.0.1:2"
+    own = RemoteLoss(target, LovaszSoftmax(), load_balancing="round_robin")
+    with LossClient(target, load_balancing="ring_hash") as client:
+        given = RemoteLoss(client, LovaszSoftmax())
+        for criterion, expected in ((own, "round_robin"), (given, "ring_hash")):
+            copied = copying(criterion)
+            assert copied.client.options["load_balancing"] == expected
+            copied.close()
+    wrong = RemoteLoss(target, LovaszSoftmax(), load_balancing="random")
+    with pytest.raises(ValueError, match="load_balancing: got 'random'; expected None or one of round_robin, ring_"):
+        wrong(*some_input())
+
+
 def test_close_can_be_called_at_any_time(server: ServerProcess) -> None:
     logits, labels = some_input()
     criterion = RemoteLoss(server.target, LovaszSoftmax())
