@@ -77,6 +77,7 @@ class LossClient:
         transport: str = "auto",
         wire_dtype: str | None = None,
         load_balancing: str | None = None,
+        run: str | None = None,
     ) -> None:
         """
         Args:
@@ -92,11 +93,14 @@ class LossClient:
                 answers; ``"round_robin"``: each in turn; ``"ring_hash"``: all ranks of a joint training go to one, and
                 trainings are spread, which takes grpcio 1.70 or newer and an environment variable: docs/joint.md.
                 Without effect in process and on a Unix socket.
+            run: names the training, at most 200 characters: its loss and IoU then stand in the server's metrics. A
+                joint step is shown under its own run.
 
         Raises:
             ValueError: an argument that cannot be.
 
-        A call that finds no server or a full one is tried again, up to 5 times in about 10 seconds, within its timeout.
+        A call that finds no server, or a full one, is tried again until its timeout; while the client has had no answer
+        yet, and its address may be wrong, 5 times in about 10 seconds.
         Connecting happens at the first call.
         """
         self.target = target
@@ -106,8 +110,9 @@ class LossClient:
             "transport": transport,
             "wire_dtype": wire_dtype,
             "load_balancing": load_balancing,
+            "run": run,
         }
-        self._target = _open(target, transport, wire_dtype, load_balancing)
+        self._target = _open(target, transport, wire_dtype, load_balancing, run)
         self._threads = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="lovasz-submit")
         self._closed = False
 
@@ -223,7 +228,7 @@ def _checked_timeout(timeout: float) -> float:
     return min(timeout, _LONGEST_SECONDS)
 
 
-def _open(target: str, transport: str, wire_dtype: str | None, load_balancing: str | None) -> Target:
+def _open(target: str, transport: str, wire_dtype: str | None, load_balancing: str | None, run: str | None) -> Target:
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: got {transport!r}; expected one of {', '.join(TRANSPORTS)}")
     if wire_dtype is not None and wire_dtype not in wire.FLOATS:
@@ -238,4 +243,4 @@ def _open(target: str, transport: str, wire_dtype: str | None, load_balancing: s
         return InProcessTarget()
     from lovasz.client.remote import RemoteTarget
 
-    return RemoteTarget(target, transport, wire_dtype, load_balancing)
+    return RemoteTarget(target, transport, wire_dtype, load_balancing, run or "")

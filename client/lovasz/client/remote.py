@@ -24,7 +24,7 @@ from lovasz.client.errors import (
     from_rpc_error,
 )
 from lovasz.client.memory import Memory, MemoryPool
-from lovasz.client.retry import RUN_KEY, service_config, with_retries
+from lovasz.client.retry import RUN_KEY, Retries, service_config
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.tensors import Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
@@ -35,12 +35,11 @@ UNARY_BYTES = 2 << 20
 SHARED_BYTES = 64 << 10
 """Requests whose payload is larger go through shared memory where it can be had; others are as fast in a message."""
 
-_RETRY_BUFFER_BYTES = 2 * UNARY_BYTES
-"""gRPC tries again only what fits into its buffer, which is smaller unless it is told."""
-
 _OPTIONS = (
     # Connections of its own for each channel; otherwise gRPC lets all clients of a process share one.
     ("grpc.use_local_subchannel_pool", 1),
+    # Calls are made again by lovasz.client.retry.
+    ("grpc.enable_retries", 0),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
@@ -93,7 +92,9 @@ Received = tuple[wire.Response, npt.NDArray[Any]]
 class RemoteTarget:
     """A server behind gRPC."""
 
-    def __init__(self, target: str, transport: str, wire_dtype: str | None, load_balancing: str | None) -> None:
+    def __init__(
+        self, target: str, transport: str, wire_dtype: str | None, load_balancing: str | None = None, run: str = ""
+    ) -> None:
         """
         Raises:
             ValueError: shared memory was asked for, and the target is no Unix socket.
@@ -104,19 +105,14 @@ class RemoteTarget:
         self._name = target
         self._transport = transport
         self._wire_dtype = wire_dtype
+        self._run = run
         self._load_balancing = load_balancing if path is None else None
         self._closed = False
-        retrying = (
-            ("grpc.service_config", service_config(["Compute"], self._load_balancing)),
-            ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
-        )
-        self._messages = grpc.insecure_channel(target, options=_OPTIONS + retrying)
+        options = (*_OPTIONS, ("grpc.service_config", service_config(self._load_balancing)))
+        self._messages = grpc.insecure_channel(target, options=options)
         # A connection of their own: what is in transit there delays no small request.
-        streaming = (
-            ("grpc.service_config", service_config([], self._load_balancing)),
-            ("grpc.enable_retries", 0),
-        )
-        self._streams = grpc.insecure_channel(target, options=_OPTIONS + streaming)
+        self._streams = grpc.insecure_channel(target, options=options)
+        self._retries = Retries()
         self._compute = _unary(self._messages)
         self._compute_shared = _unary(self._streams)
         self._compute_stream = self._streams.stream_stream(
@@ -137,7 +133,7 @@ class RemoteTarget:
         self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
     ) -> Call:
         scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
-        request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint)
+        request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run)
         if self._is_shared(request):
             return self._in_region(request, scores, targets, logits)
         memory: list[Memory] = []
@@ -171,9 +167,9 @@ class RemoteTarget:
             else:
                 try:
                     if call.request.payload_bytes <= UNARY_BYTES:
-                        response, grad = self._unary(call, timeout)
+                        response, grad = self._retries.call(lambda left: self._unary(call, left), timeout)
                     else:
-                        response, grad = with_retries(lambda left: self._stream(call, left), timeout)
+                        response, grad = self._retries.call(lambda left: self._stream(call, left), timeout)
                 finally:
                     for memory in call.memory:
                         self._memory.give(memory)
@@ -203,6 +199,8 @@ class RemoteTarget:
         try:
             yield
         except grpc.RpcError as error:
+            if self._closed:
+                raise CallCancelledError(f"{self._name}: the client was closed") from None
             hashing = self._load_balancing == "ring_hash" and error.code() is grpc.StatusCode.INTERNAL
             if hashing and _NO_HASH in (error.details() or ""):
                 raise InvalidInputError("load_balancing", _HASH_PROBLEM) from None
@@ -216,6 +214,7 @@ class RemoteTarget:
 
     def close(self) -> None:
         self._closed = True
+        self._retries.close()
         self._messages.close()
         self._streams.close()
         self._memory.close()
@@ -251,11 +250,11 @@ class RemoteTarget:
         assert self._shared is not None
         try:
             try:
-                response = with_retries(lambda left: self._in_shared_memory(call, region, left), timeout)
+                response = self._retries.call(lambda left: self._in_shared_memory(call, region, left), timeout)
             except LossError:  # The server takes no shared memory.
                 if self._transport == "shm":
                     raise
-                response, grad = with_retries(lambda left: self._stream(call, left), timeout)
+                response, grad = self._retries.call(lambda left: self._stream(call, left), timeout)
                 self._shared.regions.give(region)
                 return response, grad
         except BaseException:

@@ -1,29 +1,30 @@
 """The policy of calls: when one is tried again, and which of several servers it goes to.
 
-gRPC carries it out by a channel's service config, except that this module tries streams again.
-
-gRPC's own retry is not used for streams: when it sends a stream's messages again, it now and then leaves one out
-(seen with grpcio 1.63 and 1.85), and what it keeps of them until the server answers is memory spent. A loss has no
-side effects, so a stream can be tried again at any point.
+The second is carried out by gRPC, the first by this module. gRPC's own retry makes five attempts at most, in ten
+seconds, which a server that is started anew may take longer than; and when it sends a stream's messages again, it now
+and then leaves one out (seen with grpcio 1.63 and 1.85). A loss has no side effects, so a call can be made again at any point.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import grpc
 
-MAX_ATTEMPTS = 5
+FIRST_ATTEMPTS = 5
+"""Of a client that has had no answer yet, in about ten seconds: its address may be wrong. Later it is patient."""
 INITIAL_BACKOFF_SECONDS = 0.3
 BACKOFF_MULTIPLIER = 3.0
 MAX_BACKOFF_SECONDS = 5.0
 JITTER = 0.2
-"""Backoffs are spread by this share to either side, as gRPC does."""
-RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""Backoffs are spread by this share to either side."""
+RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+"""gRPC's server cancels calls that come at the moment when it closes."""
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The server's word on when to try again, in trailing metadata; negative: not at all."""
 
@@ -38,62 +39,51 @@ LOAD_BALANCING = tuple(_LOAD_BALANCING)
 AnswerT = TypeVar("AnswerT")
 
 
-def service_config(methods: Sequence[str] = (), load_balancing: str | None = None) -> str:
-    """The policy in gRPC's form.
-
-    Args:
-        methods: those of LossService that gRPC tries again.
-        load_balancing: one of ``LOAD_BALANCING``; None: gRPC's own choice, the first address that answers.
-    """
-    config: dict[str, object] = {}
-    if load_balancing is not None:
-        config["loadBalancingConfig"] = [_LOAD_BALANCING[load_balancing]]
-    if methods:
-        config["methodConfig"] = [_retrying(methods)]
-    return json.dumps(config)
+def service_config(load_balancing: str | None) -> str:
+    """gRPC's form of one of ``LOAD_BALANCING``; of None: its own choice, the first address that answers."""
+    return json.dumps({} if load_balancing is None else {"loadBalancingConfig": [_LOAD_BALANCING[load_balancing]]})
 
 
-def _retrying(methods: Sequence[str]) -> dict[str, object]:
-    policy = {
-        "maxAttempts": MAX_ATTEMPTS,
-        "initialBackoff": f"{INITIAL_BACKOFF_SECONDS}s",
-        "backoffMultiplier": BACKOFF_MULTIPLIER,
-        "maxBackoff": f"{MAX_BACKOFF_SECONDS}s",
-        "retryableStatusCodes": [code.name for code in RETRYABLE],
-    }
-    names = [{"service": "lovasz.v1.LossService", "method": method} for method in methods]
-    return {"name": names, "retryPolicy": policy}
+class Retries:
+    """Makes calls again while that can help: before a client has had its first answer, :data:`FIRST_ATTEMPTS` times in
+    all; after that, until their timeout."""
 
+    def __init__(self) -> None:
+        self._answered = False
+        self._closed = threading.Event()
 
-def with_retries(call: Callable[[float], AnswerT], timeout: float) -> AnswerT:
-    """Makes a call, and makes it again while that can help and the timeout allows.
+    def close(self) -> None:
+        """Nothing is made again from now on."""
+        self._closed.set()
 
-    Args:
-        call: gets the seconds that are left.
+    def call(self, attempt: Callable[[float], AnswerT], timeout: float) -> AnswerT:
+        """
+        Args:
+            attempt: makes the call; gets the seconds that are left.
 
-    Raises:
-        grpc.RpcError: what the last attempt ended with.
-    """
-    deadline = time.monotonic() + timeout
-    attempt = 1
-    while True:
-        try:
-            return call(deadline - time.monotonic())
-        except grpc.RpcError as error:
-            delay = _delay(error, attempt)
-            if delay is None or time.monotonic() + delay >= deadline:
-                raise
-        time.sleep(delay)
-        attempt += 1
+        Raises:
+            grpc.RpcError: what the last attempt ended with.
+        """
+        deadline, number = time.monotonic() + timeout, 1
+        while True:
+            try:
+                answer = attempt(deadline - time.monotonic())
+            except grpc.RpcError as error:
+                delay = self._delay(error, number)
+                if delay is None or time.monotonic() + delay >= deadline or self._closed.wait(delay):
+                    raise
+            else:
+                self._answered = True
+                return answer
+            number += 1
 
-
-def _delay(error: grpc.RpcError, attempt: int) -> float | None:
-    """Seconds to wait before the next attempt; None: there should be none."""
-    if error.code() not in RETRYABLE or attempt >= MAX_ATTEMPTS:
-        return None
-    metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
-    if PUSHBACK_KEY in metadata:
-        milliseconds = str(metadata[PUSHBACK_KEY])
-        return int(milliseconds) / 1000 if milliseconds.isdecimal() else None
-    backoff = min(INITIAL_BACKOFF_SECONDS * BACKOFF_MULTIPLIER ** (attempt - 1), MAX_BACKOFF_SECONDS)
-    return backoff * random.uniform(1 - JITTER, 1 + JITTER)
+    def _delay(self, error: grpc.RpcError, number: int) -> float | None:
+        """Seconds to wait before the next attempt; None: there should be none."""
+        if error.code() not in RETRYABLE or (number >= FIRST_ATTEMPTS and not self._answered):
+            return None
+        metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
+        if PUSHBACK_KEY in metadata:
+            milliseconds = str(metadata[PUSHBACK_KEY])
+            return int(milliseconds) / 1000 if milliseconds.isdecimal() else None
+        backoff = min(INITIAL_BACKOFF_SECONDS * BACKOFF_MULTIPLIER ** (number - 1), MAX_BACKOFF_SECONDS)
+        return backoff * random.uniform(1 - JITTER, 1 + JITTER)

@@ -48,6 +48,7 @@ class RemoteLoss(torch.nn.Module):
         transport: str = "auto",
         wire_dtype: str | None = None,
         load_balancing: str | None = None,
+        run: str | None = None,
         joint: Joint | None = None,
         gradient_reduction: str = "mean",
     ) -> None:
@@ -59,6 +60,7 @@ class RemoteLoss(torch.nn.Module):
             transport: as for :class:`LossClient`.
             wire_dtype: as for :class:`LossClient`.
             load_balancing: as for :class:`LossClient`.
+            run: as for :class:`LossClient`.
             joint: this rank, in a data-parallel training.
             gradient_reduction: what the trainer does with the gradients of its ranks: ``"mean"``, as
                 DistributedDataParallel does: they are multiplied by world_size, so that the mean is the true gradient;
@@ -85,6 +87,7 @@ class RemoteLoss(torch.nn.Module):
             "transport": transport,
             "wire_dtype": wire_dtype,
             "load_balancing": load_balancing,
+            "run": run,
         }
         if not isinstance(target, str):
             self._options = target.options
