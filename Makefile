@@ -10,10 +10,11 @@ BUF := @bufbuild/buf@1.75.0
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test interpret check lint types proto-check docs-check deploy-check docs proto compat gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo test interpret check lint types proto-check docs-check deploy-check docs proto compat gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
+	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (two minutes)"
 	@echo "make test         run the whole test suite"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts (as CI does)"
@@ -38,6 +39,9 @@ $(INSTALLED): pyproject.toml constraints.txt proto/lovasz/version.py
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/segment_digits.py
+
+joint-demo: $(INSTALLED)
+	$(BIN)/python examples/compare_ddp.py --plot out
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

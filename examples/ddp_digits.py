@@ -1,0 +1,177 @@
+"""Data-parallel training on the Lovász loss of the global batch: what ``joint`` is for.
+
+IoU is not a mean over images, and nor is its loss: the mean of what each rank finds for its own images is another loss,
+the more so where the ranks hold other classes. With ``joint`` each rank sends its own logits, and gets its part of the
+gradient of the loss of them all. In a DistributedDataParallel training, that is one more argument:
+
+    criterion = RemoteLoss(target, loss, joint=Joint.from_distributed("name of this training"))
+
+With a server that is there (1, 2 or 4 ranks):
+
+    torchrun --nproc-per-node 2 examples/ddp_digits.py --target localhost:50051
+
+The images are those of segment_digits.py, but each quarter of them holds some of the digits only, and each rank has one
+or two quarters. compare_ddp.py shows that this is the training that one process does, and what it is without ``joint``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from segment_digits import VOID, Digits, Scenes, UNet, batches, compose_scenes, split_digits
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+from lovasz.client import Joint, LovaszSoftmax, Result
+from lovasz.client.torch import RemoteLoss
+
+LOSS = LovaszSoftmax(ignore_index=VOID)  # or a sum: [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(...))]
+DIGITS_HELD = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))  # by each quarter of the data
+CANVASES = 100  # a quarter
+GROUPS = 8
+STEPS = 50
+LEARNING_RATE = 0.2
+
+
+# --- The training -------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    args = parse_arguments()
+    prepare(args.float64)
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    run = train_rank(args)
+    if distributed.get_rank() == 0 and args.save:
+        torch.save(asdict(run), args.save)
+    # The model is gone by now: with PyTorch 2.13 and gloo, one that outlives its process group may hang at the end.
+    distributed.destroy_process_group()
+
+
+def train_rank(args: argparse.Namespace) -> Run:
+    model = DistributedDataParallel(new_model())
+    joint = Joint.from_distributed("ddp-digits")
+    criterion = OwnLoss(args.target, joint) if args.own_loss else RemoteLoss(args.target, LOSS, joint=joint)
+    return train(model, criterion, loader(joint.rank, joint.world_size, args.steps))
+
+
+def train(model: nn.Module, criterion: RemoteLoss | OwnLoss, loader: Iterable[tuple[Tensor, Tensor]]) -> Run:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    run = Run()
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(images), labels)
+        loss.backward()
+        run.note(model, criterion.result)
+        optimizer.step()
+    run.weights = parameters_to_vector(model.parameters()).detach()
+    return run
+
+
+def prepare(float64: bool) -> None:
+    """One thread and no algorithm that depends on chance, so that runs can be compared; in float64 more closely."""
+    torch.set_default_dtype(torch.float64 if float64 else torch.float32)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+def new_model() -> nn.Module:
+    """The U-Net with its first weights, the same in every process."""
+    torch.manual_seed(0)
+    return with_group_norm(UNet(widths=(16, 32, 64)))
+
+
+def with_group_norm(module: nn.Module) -> nn.Module:
+    """Each batch norm becomes a group norm: that of a rank would see the images of this rank only."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
+        else:
+            with_group_norm(child)
+    return module
+
+
+class OwnLoss(nn.Module):
+    """What a training has without ``joint``: each rank the loss of its own images, whose gradients are averaged.
+
+    Attributes:
+        result: that of the loss of the global batch, to compare with; it has no part in the training.
+    """
+
+    def __init__(self, target: str, joint: Joint) -> None:
+        super().__init__()
+        self.own = RemoteLoss(target, LOSS)
+        self.all = RemoteLoss(target, LOSS, joint=joint)
+        self.result: Result[object] | None = None
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.all(logits, labels)
+        self.result = self.all.result
+        loss: Tensor = self.own(logits, labels)
+        return loss
+
+
+@dataclass
+class Run:
+    """What a training leaves: the global batch's loss at each step, the first step's gradient, the last weights."""
+
+    losses: list[float] = field(default_factory=list)
+    first_gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def note(self, model: nn.Module, result: Result[object] | None) -> None:
+        assert result is not None
+        if not self.losses:
+            self.first_gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        self.losses.append(result.loss)
+
+
+# --- Its data -----------------------------------------------------------------------------------------------------
+
+
+def loader(rank: int, world_size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one rank. Those of all ranks, one after the other, are the same however many ranks there are."""
+    if len(DIGITS_HELD) % world_size:
+        raise ValueError(f"the data come in {len(DIGITS_HELD)} quarters; got {world_size} ranks; expected 1, 2 or 4")
+    digits, _ = split_digits(seed=0)
+    share = len(DIGITS_HELD) // world_size
+    quarters = range(rank * share, (rank + 1) * share)
+    streams = [batches(compose_quarter(digits, quarter), steps, seed=quarter) for quarter in quarters]
+    progress = tqdm(zip(*streams, strict=True), total=steps, unit="step", leave=False, disable=True if rank else None)
+    for parts in progress:
+        images, labels = zip(*parts, strict=True)
+        yield torch.cat(images).to(torch.get_default_dtype()), torch.cat(labels)
+
+
+def compose_quarter(digits: Digits, quarter: int) -> Scenes:
+    """Canvases with some digits only: ``compose_scenes`` draws ten, so it gets those few under ten numbers."""
+    held = DIGITS_HELD[quarter]
+    true = np.array([held[number % len(held)] for number in range(10)])
+    bitmaps = [digits.bitmaps[digits.values == value] for value in true]
+    numbered = Digits(np.concatenate(bitmaps), np.repeat(np.arange(10), [len(some) for some in bitmaps]))
+    scenes = compose_scenes(numbered, CANVASES, seed=quarter)
+    label = torch.arange(256)
+    label[1:11] = torch.from_numpy(true) + 1
+    return Scenes(scenes.images, label[scenes.labels])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", metavar="HOST:PORT", required=True, help="a running loss server")
+    parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
+    parser.add_argument("--own-loss", action="store_true", help="without joint: each rank the loss of its own images")
+    parser.add_argument("--float64", action="store_true", help="what two runs differ in is then not their rounding")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="for losses, first gradient and weights")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
