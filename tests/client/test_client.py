@@ -738,6 +738,20 @@ def test_the_fifth_failure_is_the_last() -> None:
         assert len(server.methods) == 5
 
 
+@each_size
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED], ids=lambda code: code.name)
+def test_a_client_that_had_an_answer_is_patient(size: Size, code: grpc.StatusCode) -> None:
+    def away_for_long(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
+        if 1 <= call <= 9:
+            abort(context, code, f"not yet, {call}", 1)
+        return good_answer(header)
+
+    with serving(away_for_long) as server, LossClient(server.target) as client:
+        client.compute(*size.input(), LovaszSoftmax())
+        client.compute(*size.input(), LovaszSoftmax())
+        assert server.methods == [size.method] * 11
+
+
 @pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.ABORTED])
 def test_other_failures_are_not_tried_again(code: grpc.StatusCode) -> None:
     with serving(failing(1, code, pushback_ms=1)) as server:

@@ -561,6 +561,45 @@ def test_the_client_is_thin() -> None:
     assert importers("lovasz.client.torch") == set()
 
 
+def a_request(**options: Any) -> wire.Request:
+    specs = wire.TensorSpec(wire.dtype_named("float32"), (1, 3, 2)), wire.TensorSpec(wire.dtype_named("uint8"), (1, 2))
+    return wire.Request.checked(spec.weighted_sum(spec.LovaszSoftmax()), *specs, want_grad=True, **options)
+
+
+@pytest.mark.parametrize(
+    "joint", [wire.Joint("a run", 0, 0, 1), wire.Joint("ü" * 200, (1 << 63) - 1, 65_535, 65_536, bytes(64))]
+)
+def test_a_joint_request_comes_out_as_it_went_in(joint: wire.Joint) -> None:
+    request = a_request(joint=joint, run="its name")
+    assert wire.Request.from_proto(pb.RequestHeader.FromString(request.to_proto().SerializeToString())) == request
+    assert wire.Request.from_proto(a_request().to_proto()).joint is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"run": ""}, "joint.run: got ''; expected 1 to 200 characters"),
+        ({"run": "x" * 201}, "expected 1 to 200 characters"),
+        ({"world_size": 0}, r"joint.world_size: got 0; expected 1 to 65536"),
+        ({"world_size": 65_537}, r"joint.world_size: got 65537; expected 1 to 65536"),
+        ({"rank": 4}, r"joint.rank: got 4; expected a rank in \[0, 4\)"),
+        ({"rank": -1}, r"joint.rank: got -1; expected a rank in \[0, 4\)"),
+        ({"step": -1}, "joint.step: got -1; expected a 64-bit number >= 0"),
+        ({"step": True}, "joint.step: got True; expected an integer"),
+        ({"call": bytes(65)}, "joint.call: got 65 bytes; expected at most 64"),
+    ],
+    ids=str,
+)
+def test_a_place_that_cannot_be_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(spec.InvalidInput, match=said):
+        wire.Joint(**{"run": "r", "step": 0, "rank": 0, "world_size": 4, **values})
+
+
+def test_the_name_of_a_run_is_bounded() -> None:
+    with pytest.raises(spec.InvalidInput, match="run: got 201 characters; expected at most 200"):
+        a_request(run="x" * 201)
+
+
 def test_only_service_modules_of_the_server_import_grpc() -> None:
     modules = importers(*GRPC, of=("lovasz.server",))
     assert modules == {"lovasz.server.health", "lovasz.server.server", "lovasz.server.service"}

@@ -2,7 +2,8 @@
 
 The second is carried out by gRPC, the first by this module. gRPC's own retry makes five attempts at most, in ten
 seconds, which a server that is started anew may take longer than; and when it sends a stream's messages again, it now
-and then leaves one out (seen with grpcio 1.63 and 1.85). A loss has no side effects, so a call can be made again at any point.
+and then leaves one out (seen with grpcio 1.63 and 1.85). A loss has no side effects, so a call can be made again at any
+point.
 """
 
 from __future__ import annotations
