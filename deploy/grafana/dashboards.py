@@ -147,7 +147,8 @@ OPERATIONS = (
     ),
     Panel(
         "Joint steps, by outcome",
-        "timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no room.",
+        "timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no room; stopping: "
+        "the server was.",
         "reqps",
         per_second("lovasz_joint_groups_total", "outcome"),
     ),

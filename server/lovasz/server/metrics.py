@@ -92,8 +92,8 @@ class Metrics:
         )
         self.joint_groups = Counter(
             "lovasz_joint_groups",
-            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, or left, or had no "
-            "room.",
+            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, left, had no room, "
+            "or the server was stopping.",
             ["outcome"],
             registry=registry,
         )
