@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import ctypes
 import json
 import os
@@ -529,13 +530,18 @@ def outside(base: Path | None) -> None:
 
 
 def remove_cgroups() -> None:
-    """Podman's empty groups; one that has processes cannot be removed."""
-    for parent in [*Path("/sys/fs/cgroup").glob("libpod_parent"), *Path("/sys/fs/cgroup").glob("*/libpod_parent")]:
-        for group in sorted([parent, *(path for path in parent.rglob("*") if path.is_dir())], reverse=True):
-            try:
-                group.rmdir()
-            except OSError:
-                continue
+    """Podman's empty groups, which stay where it was killed; one that has processes cannot be removed."""
+    deadline = time.monotonic() + 5
+    while True:
+        parents = [*Path("/sys/fs/cgroup").glob("libpod_parent"), *Path("/sys/fs/cgroup").glob("*/libpod_parent")]
+        for parent in parents:
+            for group in sorted([parent, *(path for path in parent.rglob("*") if path.is_dir())], reverse=True):
+                with contextlib.suppress(OSError):
+                    group.rmdir()
+        # Killed processes may take a moment to be gone.
+        if not any(parent.exists() for parent in parents) or time.monotonic() > deadline:
+            return
+        time.sleep(0.2)
 
 
 def main() -> None:
