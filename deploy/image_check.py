@@ -445,7 +445,8 @@ def check_compose(folder: Path, compose: list[str], env: dict[str, str]) -> None
             run([*compose, *files, "--profile", "cpu", "stop", "server-cpu"], env=environment)
             state = podman.state(SERVER)
             require(
-                not state["Running"] and state["ExitCode"] == 0, f"SIGTERM stops the server with {state['ExitCode']}"
+                not state["Running"] and state["ExitCode"] == 0,
+                f"SIGTERM ends the server with exit status {state['ExitCode']}",
             )
             run([*compose, "--profile", "*", "down"], env=environment)
             left = podman.names("ps", "--all", "--quiet"), podman.names("network", "ls", "--format={{.Name}}")

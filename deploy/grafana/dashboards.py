@@ -159,6 +159,21 @@ OPERATIONS = (
         (("answers", "sum(rate(lovasz_nonfinite_results_total[$__rate_interval]))"),),
     ),
     Panel(
+        "Device busy",
+        "Share of the time in which it had a batch to compute; 100 %: it is the limit.",
+        "percentunit",
+        (("{{instance}}", "sum by (instance) (rate(lovasz_device_busy_seconds_total[$__rate_interval]))"),),
+    ),
+    Panel(
+        "Memory of the device",
+        "Of the GPU, or of the host; taken by whomever.",
+        "bytes",
+        (
+            ("{{instance}} taken", "lovasz_device_memory_used_bytes"),
+            ("{{instance}} in all", "lovasz_device_memory_bytes"),
+        ),
+    ),
+    Panel(
         "Device answers",
         "1: the last known loss came out right.",
         "short",

@@ -13,7 +13,7 @@ from lovasz.core import compute
 from lovasz.core.batch import Launched, launch
 from lovasz.core.ragged import Request
 from lovasz.server.batcher import Batcher, Entry
-from lovasz.server.engine import Engine, choose_device, wire_scale, write_scaled
+from lovasz.server.engine import Engine, choose_device, device_memory, wire_scale, write_scaled
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.metrics import Metrics
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
@@ -224,6 +224,11 @@ def test_gradients_that_are_zero_or_not_finite_keep_the_scale_of_one() -> None:
         assert wire_scale([grad], half.dtype) == 1.0
         write_scaled(grad, 1.0, half)
         assert np.array_equal(half.float().numpy(), np.full(3, value, np.float32), equal_nan=True)
+
+
+def test_the_memory_of_the_device_is_known() -> None:
+    used, total = device_memory(torch.device("cpu"))
+    assert 0 < used < total
 
 
 def test_says_when_a_faster_way_can_be_had_and_compiles_before_it_serves(

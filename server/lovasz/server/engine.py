@@ -56,6 +56,20 @@ def hardware_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are taken, and bytes in all: of the GPU, or of the host; 0 and 0 where the system does not say."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, total
+    try:
+        with open("/proc/meminfo") as file:
+            kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
+    except OSError:
+        return 0, 0
+    total = kilobytes["MemTotal"] << 10
+    return total - (kilobytes["MemAvailable"] << 10), total
+
+
 @dataclass(frozen=True)
 class _Running:
     entries: list[Entry]
@@ -83,6 +97,7 @@ class Engine:
         self._streams = itertools.cycle(streams)
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
         self._busy_since: float | None = None
+        self._busy_until = -math.inf
         self._answers = False
         self._last_check = -math.inf
 
@@ -198,7 +213,11 @@ class Engine:
         except Exception as error:
             self._split(running.entries, error)
             return
-        seconds = time.monotonic() - running.started
+        now = time.monotonic()
+        seconds = now - running.started
+        # On a GPU a batch may have begun before the one before it ended.
+        self._metrics.device_busy_seconds.inc(now - max(running.started, self._busy_until))
+        self._busy_until = now
         members = _members(running.entries)
         self._metrics.observe_batch(len(members), sum(entry.request.layout.elements for entry in members))
         for entry, (answer, scale) in zip(members, hosted, strict=True):

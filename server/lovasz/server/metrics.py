@@ -38,6 +38,8 @@ GAUGES = {
     "lovasz_joint_oldest_wait_seconds": "How long the oldest of these has waited; 0 if none waits.",
     "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
     "lovasz_device_healthy": "1 if the device answers.",
+    "lovasz_device_memory_used_bytes": "Memory of the device that is taken, by whomever: of the GPU, or of the host.",
+    "lovasz_device_memory_bytes": "Memory of the device; 0 where the system does not say.",
 }
 """Those that are read when they are scraped."""
 
@@ -96,6 +98,9 @@ class Metrics:
             "or the server was stopping.",
             ["outcome"],
             registry=registry,
+        )
+        self.device_busy_seconds = Counter(
+            "lovasz_device_busy_seconds", "Time in which the device had a batch to compute.", registry=registry
         )
         self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
         self.nonfinite_results = Counter(

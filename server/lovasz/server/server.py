@@ -17,7 +17,7 @@ from lovasz.server.admission import Admission
 from lovasz.server.allocator import give_back_freed_memory
 from lovasz.server.batcher import Batcher
 from lovasz.server.config import UNIX, ServerConfig
-from lovasz.server.engine import Engine, choose_device, hardware_name
+from lovasz.server.engine import Engine, choose_device, device_memory, hardware_name
 from lovasz.server.health import HealthMonitor
 from lovasz.server.housekeeping import Housekeeper
 from lovasz.server.joint import JointTable
@@ -128,6 +128,8 @@ class Server:
                 "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
                 "lovasz_joint_oldest_wait_seconds": lambda: joints.oldest_wait_seconds,
                 "lovasz_joint_answers_kept": lambda: joints.kept,
+                "lovasz_device_memory_used_bytes": lambda: device_memory(self._engine.device)[0],
+                "lovasz_device_memory_bytes": lambda: device_memory(self._engine.device)[1],
                 "lovasz_device_healthy": lambda: self._engine.healthy(config.device_stall_seconds),
             }
         )
