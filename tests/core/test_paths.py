@@ -106,7 +106,7 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
         launch([request], total, CPU, path=path).collect()[0] for request, path in zip(requests, taken, strict=True)
     ]
     way = {id(request): path for request, path in zip(requests, taken, strict=True)}
-    monkeypatch.setattr("lovasz.core.batch.choose", lambda request, loss, device: way[id(request)])
+    monkeypatch.setattr("lovasz.core.batch.choose", lambda joint, loss, device: way[id(joint[0])])
     together = launch(requests, total, CPU).collect()
     for answer, expected in zip(together, alone, strict=True):
         assert isinstance(answer, Result)
