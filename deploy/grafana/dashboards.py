@@ -33,6 +33,7 @@ class Panel:
     unit: str
     series: tuple[tuple[str, str], ...]
     stacked: bool = False
+    least: int = 0
 
 
 def per_second(metric: str, by: str) -> tuple[tuple[str, str], ...]:
@@ -144,6 +145,13 @@ OPERATIONS = (
         "A rank is late or dead if this grows; the step is given up at --joint-timeout.",
         "s",
         (("{{instance}}", "lovasz_joint_oldest_wait_seconds"),),
+    ),
+    Panel(
+        "The rank that it waits for",
+        "The first missing rank of the joint step that has waited longest; -1: none waits.",
+        "short",
+        (("{{instance}}", "lovasz_joint_oldest_missing_rank"),),
+        least=-1,
     ),
     Panel(
         "Joint steps, by outcome",
@@ -260,7 +268,7 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
         "description": panel.text,
         "datasource": source,
         "gridPos": {"x": column, "y": row * HEIGHT, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": custom}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": panel.least, "custom": custom}, "overrides": []},
         "options": {"tooltip": {"mode": "multi"}, "legend": {"displayMode": "list", "placement": "bottom"}},
         "targets": [
             {"refId": chr(ord("A") + place), "datasource": source, "expr": expression, "legendFormat": legend}

@@ -45,10 +45,13 @@ def test_the_numbers_name_the_ranks_that_joint_steps_wait_for() -> None:
             "world_size": 4,
             "missing": "1, 2",
         }
+        assert metric(server, "lovasz_joint_oldest_missing_rank") == 1
+        assert 0 < metric(server, "lovasz_joint_oldest_wait_seconds") < 2
         for call in waiting:
             with pytest.raises(CallAbortedError, match=r"ranks 1, 2 of 4 did not come to step 7 of run 'cityscapes'"):
                 call.result()
         assert status_of(server)["joint_steps"] == []
+        assert metric(server, "lovasz_joint_oldest_missing_rank") == -1
 
 
 def test_other_paths_are_told_what_there_is() -> None:

@@ -167,7 +167,18 @@ class JointTable:
     def oldest_wait_seconds(self) -> float:
         """How long the group that has waited longest has done so; 0 if none waits."""
         with self._changed:
-            return time.monotonic() - min((group.since for group in self._waiting.values()), default=time.monotonic())
+            oldest = self._oldest()
+            return 0.0 if oldest is None else time.monotonic() - oldest.since
+
+    @property
+    def oldest_missing_rank(self) -> int:
+        """The first rank that it waits for; -1 if none waits."""
+        with self._changed:
+            oldest = self._oldest()
+            return -1 if oldest is None else oldest.missing[0]
+
+    def _oldest(self) -> Group | None:
+        return min(self._waiting.values(), key=lambda group: group.since, default=None)
 
     @property
     def kept(self) -> int:

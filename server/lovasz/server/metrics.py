@@ -36,6 +36,7 @@ GAUGES = {
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
     "lovasz_joint_ranks_waiting": "Ranks that are there in these.",
     "lovasz_joint_oldest_wait_seconds": "How long the oldest of these has waited; 0 if none waits.",
+    "lovasz_joint_oldest_missing_rank": "The first rank that this one waits for; -1 if none waits.",
     "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
     "lovasz_device_healthy": "1 if the device answers.",
     "lovasz_device_memory_used_bytes": "Memory of the device that is taken, by whomever: of the GPU, or of the host.",

@@ -127,6 +127,7 @@ class Server:
                 "lovasz_joint_groups_waiting": lambda: joints.groups,
                 "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
                 "lovasz_joint_oldest_wait_seconds": lambda: joints.oldest_wait_seconds,
+                "lovasz_joint_oldest_missing_rank": lambda: joints.oldest_missing_rank,
                 "lovasz_joint_answers_kept": lambda: joints.kept,
                 "lovasz_device_memory_used_bytes": lambda: device_memory(self._engine.device)[0],
                 "lovasz_device_memory_bytes": lambda: device_memory(self._engine.device)[1],
