@@ -59,7 +59,7 @@ OPERATIONS = (
     ),
     Panel(
         "Share of requests that failed",
-        "All codes but OK.",
+        "All codes but OK; clients try RESOURCE_EXHAUSTED and UNAVAILABLE again by themselves.",
         "percentunit",
         (
             (
@@ -71,21 +71,21 @@ OPERATIONS = (
     ),
     Panel(
         "Where a request spends its time",
-        "The mean of each phase, stacked: receiving the payload, waiting for the other ranks of a joint step, for the "
-        "device, computing, sending the answer.",
+        "Seconds in each phase for each request that was computed, stacked: receiving the payload, waiting for the "
+        "other ranks of a joint step, for the device, computing, sending. The time of failed requests is in it.",
         "s",
         (
             (
                 "{{phase}}",
                 "sum by (phase) (rate(lovasz_phase_seconds_sum[$__rate_interval])) "
-                "/ sum by (phase) (rate(lovasz_phase_seconds_count[$__rate_interval]))",
+                '/ scalar(sum(rate(lovasz_phase_seconds_count{phase="compute"}[$__rate_interval])))',
             ),
         ),
         stacked=True,
     ),
     Panel(
         "99th percentile of each phase",
-        "Which phase slow requests are slow in.",
+        "Which phase slow requests are slow in; also those that failed, in their last phase.",
         "s",
         (("{{phase}}", quantile(0.99, "lovasz_phase_seconds", "phase")),),
     ),
@@ -116,8 +116,9 @@ OPERATIONS = (
     Panel("Requests in a batch", "1: nothing shares the device.", "short", quantiles("lovasz_batch_requests")),
     Panel("Size of requests", "Logits and labels, without the gradient.", "bytes", quantiles("lovasz_request_bytes")),
     Panel(
-        "Refused at the header, by reason",
-        "overloaded: come again later; too_large: can never fit; mismatch: a rank that does not fit its joint step.",
+        "Refused, by reason",
+        "overloaded: come again later; too_large: can never fit; invalid: the caller's mistake; mismatch: a rank that "
+        "does not fit its joint step; stopping: the server was.",
         "reqps",
         per_second("lovasz_rejections_total", "reason"),
     ),
@@ -147,16 +148,17 @@ OPERATIONS = (
         (("{{instance}}", "lovasz_joint_oldest_wait_seconds"),),
     ),
     Panel(
-        "The rank that it waits for",
-        "The first missing rank of the joint step that has waited longest; -1: none waits.",
+        "First rank that the oldest joint step waits for",
+        "-1: none waits. One that still sends its tensors counts as missing. All of them, with run and step: on the status "
+        "page.",
         "short",
         (("{{instance}}", "lovasz_joint_oldest_missing_rank"),),
         least=-1,
     ),
     Panel(
         "Joint steps, by outcome",
-        "timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no room; stopping: "
-        "the server was.",
+        "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no room; "
+        "stopping: the server was.",
         "reqps",
         per_second("lovasz_joint_groups_total", "outcome"),
     ),

@@ -96,7 +96,10 @@ class ServerConfig:
         "with commas between. There is no authentication: open it to trusted networks only",
     )
     metrics_listen: str = _setting(
-        DEFAULT_METRICS_LISTEN, "--metrics-listen", "HOST:PORT", "where to serve Prometheus metrics over HTTP, /metrics"
+        DEFAULT_METRICS_LISTEN,
+        "--metrics-listen",
+        "HOST:PORT",
+        "where to serve HTTP: /metrics for Prometheus, / for people, without authentication",
     )
     device: str = _setting(
         DEFAULT_DEVICE, "--device", "DEVICE", "auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:N"
@@ -142,7 +145,7 @@ class ServerConfig:
         "--shared-memory",
         "on|off",
         "take tensors through memory that callers on this host share, beside each unix: address of --listen (the "
-        "socket's path with .memory behind it); whoever may open that socket may do so",
+        "socket's path with .memory behind it); whoever may open that socket may share memory with it",
         _switch,
     )
     joint_timeout_seconds: float = _setting(

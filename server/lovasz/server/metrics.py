@@ -16,7 +16,7 @@ from prometheus_client import (
 from lovasz.server.config import DEFAULT_MAX_RUNS
 from lovasz.server.runs import Runs
 
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PHASES = ("header", "payload", "joint", "queue", "compute", "result")
 """What a request goes through, for what ends in one of them."""
@@ -32,15 +32,15 @@ GAUGES = {
     "lovasz_budget_bytes": "Tensor bytes held at most.",
     "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
     "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
-    "lovasz_shared_memory_bytes": "Memory that these share; it is theirs.",
+    "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it is theirs.",
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
-    "lovasz_joint_ranks_waiting": "Ranks that are there in these.",
-    "lovasz_joint_oldest_wait_seconds": "How long the oldest of these has waited; 0 if none waits.",
-    "lovasz_joint_oldest_missing_rank": "The first rank that this one waits for; -1 if none waits.",
+    "lovasz_joint_ranks_waiting": "Ranks that have come to joint steps that wait for others.",
+    "lovasz_joint_oldest_wait_seconds": "How long the oldest joint step that waits has done so; 0: none waits.",
+    "lovasz_joint_oldest_missing_rank": "The first rank that the oldest joint step waits for; -1: none waits.",
     "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
     "lovasz_device_healthy": "1 if the device answers.",
-    "lovasz_device_memory_used_bytes": "Memory of the device that is taken, by whomever: of the GPU, or of the host.",
-    "lovasz_device_memory_bytes": "Memory of the device; 0 where the system does not say.",
+    "lovasz_device_memory_used_bytes": "Memory of the GPU, or of the host for a CPU, that any process has taken.",
+    "lovasz_device_memory_bytes": "Memory of the GPU, or of the host for a CPU; 0 where the system does not say.",
 }
 """Those that are read when they are scraped."""
 
@@ -66,11 +66,12 @@ class Metrics:
         self.phase_seconds = Histogram(
             "lovasz_phase_seconds",
             "Time that a request spent in each phase: receive, joint (waiting for other ranks), queue, compute (of its "
-            "batch), send.",
+            "batch), send; also in the phase in which it failed.",
             ["phase"],
             buckets=_SECONDS,
             registry=registry,
         )
+        self.faults = Counter("lovasz_faults", "Requests that failed by a fault of the server.", registry=registry)
         self.request_bytes = Histogram(
             "lovasz_request_bytes",
             "Tensor bytes of the requests that were computed, without their gradients.",
@@ -78,7 +79,10 @@ class Metrics:
             registry=registry,
         )
         self.rejections = Counter(
-            "lovasz_rejections", "Requests refused at their header, by reason.", ["reason"], registry=registry
+            "lovasz_rejections",
+            "Requests refused, by reason; all but invalid and some too_large at their header.",
+            ["reason"],
+            registry=registry,
         )
         self.abandoned = Counter(
             "lovasz_abandoned",

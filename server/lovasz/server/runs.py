@@ -99,7 +99,7 @@ class Runs(Collector):
             ),
             GaugeMetricFamily(
                 "lovasz_run_class_iou",
-                f"IoU of each class in these, for at most {MAX_CLASSES_SHOWN} classes.",
+                f"IoU of each class in a run's last requests, for at most {MAX_CLASSES_SHOWN} classes.",
                 labels=[*labels, "class"],
             ),
             CounterMetricFamily("lovasz_run_requests", "Requests (joint steps) of a run so far.", labels=labels),

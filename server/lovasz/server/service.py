@@ -338,6 +338,7 @@ class _Call:
             return
         code = STATUS.get(type(error), grpc.StatusCode.INTERNAL)
         self._count(code)
+        self._observe_the_last_phase()
         if reason := _REJECTION_REASONS.get(type(error)):
             self._service.metrics.rejections.labels(reason).inc()
         if isinstance(error, AbandonedError | ExpiredError):
@@ -353,9 +354,21 @@ class _Call:
             return
         text = str(error)
         if code is grpc.StatusCode.INTERNAL:
+            self._service.metrics.faults.inc()
             _log.error("unexpected fault", exc_info=error, extra={"method": self._method, "loss": self._loss})
             text = "the server failed on this request; its log says why"
         self._context.abort(code, text[:_MAX_TEXT])
+
+    def _observe_the_last_phase(self) -> None:
+        """Of a request that failed: the slowest are among those that nobody waited for any more."""
+        begun = {
+            "payload": ("receive", self._started),
+            "joint": ("joint", self._received),
+            "queue": ("queue", self._received + self._joint_wait_seconds),
+        }
+        if self._phase in begun:
+            name, since = begun[self._phase]
+            self._service.metrics.phase_seconds.labels(name).observe(max(0.0, time.monotonic() - since))
 
     def _gone(self) -> ServerError:
         if self._deadline is not None and time.monotonic() >= self._deadline:
