@@ -29,9 +29,10 @@ def metrics_page() -> str:
     return f"""# Metrics
 
 What `GET /metrics` on the port of `--metrics-listen` serves, in the formats of Prometheus and OpenMetrics. Written
-from [`metrics.py`](../server/lovasz/server/metrics.py) by `make docs`. Every label has a bounded number of values.
-Histograms have `_bucket`, `_sum` and `_count`; times are in seconds, sizes in bytes. What to watch, and what
-an alert asks for: [operations.md](operations.md).
+from [`metrics.py`](../server/lovasz/server/metrics.py) by `make docs`. A server shows a bounded number of values of
+each label at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in seconds, sizes in bytes. What to
+watch, and what an alert asks for: [operations.md](operations.md). The same port has a page for people at `/`, and its
+numbers at `/status`.
 
 | metric | type | labels | what |
 |---|---|---|---|

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lovasz.client import (
-    CallAbortedError,
     CrossEntropy,
     Joint,
     LossClient,
@@ -93,7 +92,7 @@ def train(addresses: list[str], rank: int, steps: int) -> dict[str, object]:
                 loss = criterion(logits, labels, step=step)
                 if step == LOST_STEP and rank == 1 and attempt == 0:
                     raise ServerUnavailableError("as if the answer had been lost")
-            except (ServerUnavailableError, CallAbortedError) as error:
+            except LossError as error:
                 errors.append(f"step {step}: {type(error).__name__}: {error}")
                 loss = None
             everyone = torch.tensor(float(loss is not None))
