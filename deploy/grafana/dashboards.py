@@ -149,7 +149,7 @@ OPERATIONS = (
     ),
     Panel(
         "First rank that the oldest joint step waits for",
-        "-1: none waits. One that still sends its tensors counts as missing. All of them, with run and step: on the status "
+        "-1: none waits. One that still sends its tensors counts as missing. All of them, with run and step: status "
         "page.",
         "short",
         (("{{instance}}", "lovasz_joint_oldest_missing_rank"),),
@@ -157,8 +157,8 @@ OPERATIONS = (
     ),
     Panel(
         "Joint steps, by outcome",
-        "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no room; "
-        "stopping: the server was.",
+        "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no "
+        "room; stopping: the server was.",
         "reqps",
         per_second("lovasz_joint_groups_total", "outcome"),
     ),
