@@ -103,6 +103,7 @@ class Caller:
         self._seconds = seconds
         self._callbacks: list[Callable[[], None]] = []
         self.gone = threading.Event()
+        self.errors: list[grpc.RpcError] = []
         self.code = OK
         self.text = ""
         self.metadata: dict[str, str] = {}
@@ -265,7 +266,8 @@ class Desk:
             yield memoryview(logits)
             while not go_on.wait(0.01):
                 if caller.gone.is_set():
-                    raise Ended
+                    caller.errors.append(grpc.RpcError())  # As gRPC does, whose calls keep what they raise.
+                    raise caller.errors[-1]
             yield memoryview(labels)
 
         for message in self.service.compute_stream(messages(), cast("Any", caller)):

@@ -14,6 +14,7 @@ import torch
 from footprint import eventually
 from server.desk import (
     ABORTED,
+    CANCELLED,
     CLASSES,
     NEVER,
     OK,
@@ -190,6 +191,13 @@ def test_no_circle_keeps_the_tensors_of_a_single_request_alive(desk: Desk) -> No
         (outcome,) = ended(desk.ask(rank))
         assert outcome.code is (OK if rank.label is None else grpc.StatusCode.INVALID_ARGUMENT)
         assert eventually(lambda: desk.pool.alive == 0)
+    caller, never = Caller(), threading.Event()
+    call = desk.ask_in_stream(Rank(world_size=0), never, caller)
+    assert eventually(lambda: desk.pool.alive > 0)
+    caller.cancel()
+    (outcome,) = ended(call)
+    assert outcome.code is CANCELLED
+    assert eventually(lambda: desk.pool.alive == 0), "left in mid-payload"
 
 
 @pytest.mark.parametrize(

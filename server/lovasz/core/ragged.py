@@ -99,19 +99,19 @@ class Ragged:
         logits: float32 (float64 for float64 requests), shape (K, P): K classes (softmax) or binary labels (hinge).
             May be a view of a caller's tensor: not to be written to.
         labels: int64, shape (P,) for softmax losses, (K, P) for the hinge.
-        batch: the requests.
+        source: the requests.
         joints: the pixels of each joint are a group.
     """
 
     logits: Tensor
     labels: Tensor
-    batch: Batch
+    source: Batch
     joints: Groups
 
     @cached_property
     def images(self) -> Groups:
         """The pixels of each image are a group."""
-        layouts = [request.layout for request in self.batch.requests]
+        layouts = [request.layout for request in self.source.requests]
         sizes = [layout.pixels for layout in layouts for _ in range(layout.images)]
         return Groups.of_sizes(sizes, self.logits.device)
 
@@ -135,7 +135,7 @@ def flatten(batch: Batch, loss: WeightedSum, device: torch.device) -> Ragged:
     return Ragged(
         logits=logits[0] if len(logits) == 1 else torch.cat(logits, dim=1),
         labels=labels[0] if len(labels) == 1 else torch.cat(labels, dim=-1),
-        batch=batch,
+        source=batch,
         joints=Groups.of_sizes(batch.pixels, device),
     )
 

@@ -30,7 +30,7 @@ class _Validity:
 
     def __init__(self, batch: Ragged, loss: WeightedSum) -> None:
         labels = batch.labels
-        in_range = (labels >= 0) & (labels < batch.batch.requests[0].layout.label_values)
+        in_range = (labels >= 0) & (labels < batch.source.requests[0].layout.label_values)
         self.safe_labels = torch.where(in_range, labels, 0)
         self.any_ignored = any(term.ignore_index is not None for _, term in loss.terms)
         self._of: dict[int | None, Tensor] = {}
@@ -137,7 +137,7 @@ def _groups(batch: Ragged, per_image: bool) -> tuple[Groups, Tensor]:
     """The groups that are scored, and each one's share of its joint's loss (float64, one a group)."""
     if not per_image:
         return batch.joints, torch.ones(len(batch.joints), dtype=torch.float64, device=batch.logits.device)
-    shares = [1 / images for images in batch.batch.images for _ in range(images)]
+    shares = [1 / images for images in batch.source.images for _ in range(images)]
     return batch.images, on_device(shares, torch.float64, batch.logits.device)
 
 

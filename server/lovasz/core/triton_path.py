@@ -144,9 +144,9 @@ class _Tables:
 
 def _shares(batch: TritonBatch, *, per_image: bool) -> Tensor:
     """Each group's share of its joint's loss (float64, one a group)."""
-    shares = [1.0 for _ in batch.batch.sizes]
+    shares = [1.0 for _ in batch.source.sizes]
     if per_image:
-        shares = [1 / images for images in batch.batch.images for _ in range(images)]
+        shares = [1 / images for images in batch.source.images for _ in range(images)]
     return on_device(shares, torch.float64, batch.device)
 
 
@@ -265,7 +265,7 @@ class _CrossEntropies:
             class_weights += term.class_weights or [1.0] * classes
         uploaded = on_device(numbers, torch.float64, device).view(-1, 4)
         weights = on_device(class_weights, torch.float64, device).view(-1, classes)
-        means = weights.new_zeros(len(terms), len(batch.batch.sizes))
+        means = weights.new_zeros(len(terms), len(batch.source.sizes))
         for row, rule in enumerate(rules):
             counts, _ = batch.group_counts(rule, per_image=False)
             total = sum_over_classes(counts.T * weights[row].unsqueeze(1))
@@ -285,7 +285,7 @@ class _CrossEntropies:
         """Each term's loss: float64, shape (joints,)."""
         if not self.terms:
             return []
-        groups = Groups.of_sizes(batch.batch.pixels, batch.device)
+        groups = Groups.of_sizes(batch.source.pixels, batch.device)
         sizes = on_device(groups.sizes, torch.float64, batch.device)
         values = []
         for losses, means in zip(self.losses, self.means, strict=True):

@@ -96,7 +96,7 @@ class TritonBatch:
     """A batch as the kernels see it, its labels read.
 
     Attributes:
-        batch: the requests.
+        source: the requests.
         placed: their tensors; holds what the addresses in ``planes`` point to.
         rules: what is ignored, each once, in the order of the labels' bits.
         maps: label maps of each image: 1, or the channels for the hinge.
@@ -110,7 +110,7 @@ class TritonBatch:
         faults: int64, shape (planes, faults), like ``Computed.faults``; sweeps add to it.
     """
 
-    batch: Batch
+    source: Batch
     placed: Sequence[Placed]
     loss: WeightedSum
     rules: tuple[int | None, ...]
@@ -139,7 +139,7 @@ class TritonBatch:
         rules = tuple(dict.fromkeys(term.ignore_index for _, term in loss.terms))
         sums = len(rules) + (len(rules) > 1)
         made = cls(
-            batch=batch,
+            source=batch,
             placed=placed,
             loss=loss,
             rules=rules,
@@ -197,7 +197,7 @@ class TritonBatch:
     def of_joints(self, values: Tensor) -> Tensor:
         """Sums integers over each joint: (planes or images, ...) to (joints, ...)."""
         joints = self.planes[:: len(self.planes) // len(values), Plane.JOINT]
-        return values.new_zeros(len(self.batch.sizes), *values.shape[1:]).index_add_(0, joints, values)
+        return values.new_zeros(len(self.source.sizes), *values.shape[1:]).index_add_(0, joints, values)
 
     def group_counts(self, row: int, *, per_image: bool) -> tuple[Tensor, Tensor]:
         """(foreground, valid): pixels of each segment, int64, shape (groups, K)."""
