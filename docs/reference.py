@@ -16,6 +16,7 @@ from prometheus_client import Metric
 
 from lovasz.server.config import ServerConfig, format_bytes, variable_of
 from lovasz.server.metrics import GAUGES, Metrics
+from lovasz.server.waiting_steps import WaitingSteps
 
 FOLDER = Path(__file__).parent
 SUFFIX = {"counter": "_total", "info": "_info"}
@@ -25,6 +26,7 @@ def metrics_page() -> str:
     metrics = Metrics()
     metrics.watch(dict.fromkeys(GAUGES, float))
     metrics.describe(version="", device="", hardware="")
+    metrics.registry.register(WaitingSteps(list, 1))
     rows = sorted(map(_metric_row, metrics.registry.collect()))
     return f"""# Metrics
 
@@ -43,6 +45,8 @@ def _metric_row(metric: Metric) -> str:
     labels = sorted({name for sample in metric.samples for name in sample.labels} - {"le"})
     if metric.name == "lovasz_requests":
         labels = ["code", "loss", "method"]  # Without samples until the first request.
+    if metric.name.startswith("lovasz_joint_step_"):
+        labels = ["run"]
     if metric.name.startswith("lovasz_run_"):
         labels = ["run", "phase", *["class"][: metric.name == "lovasz_run_class_iou"]]
     name = metric.name + SUFFIX.get(metric.type, "")

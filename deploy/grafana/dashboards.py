@@ -7,8 +7,10 @@ python deploy/grafana/dashboards.py --check    # fails if a file is not as it wo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 8, 8
 COLUMNS = 24
+SOURCE = {"type": "prometheus", "uid": "prometheus"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Panel:
         text: for people who know Prometheus, but not the project.
         unit: one of Grafana's.
         series: pairs of legend and expression.
+        values: what is shown for a number in its place.
+        exemplars: whether traced requests are marked.
     """
 
     title: str
@@ -33,7 +38,24 @@ class Panel:
     unit: str
     series: tuple[tuple[str, str], ...]
     stacked: bool = False
-    least: int = 0
+    values: tuple[tuple[int, str], ...] = ()
+    exemplars: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is now, a row for each server and run.
+
+    Attributes:
+        columns: heading, unit and metric of each.
+    """
+
+    title: str
+    text: str
+    columns: tuple[tuple[str, str, str], ...]
+
+
+Sections = Mapping[str, Sequence[Panel | Table]]
 
 
 def per_second(metric: str, by: str) -> tuple[tuple[str, str], ...]:
@@ -49,7 +71,7 @@ def quantiles(metric: str, shares: tuple[float, ...] = (0.5, 0.9, 0.99)) -> tupl
     return tuple((f"p{100 * share:.0f}", quantile(share, metric)) for share in shares)
 
 
-OPERATIONS = (
+REQUESTS = (
     Panel(
         "Requests a second, by outcome",
         "gRPC status codes. INVALID_ARGUMENT is the caller's mistake, RESOURCE_EXHAUSTED want of room, ABORTED a joint "
@@ -70,9 +92,19 @@ OPERATIONS = (
         ),
     ),
     Panel(
+        "Size of requests",
+        "Logits and labels, without the gradient.",
+        "bytes",
+        quantiles("lovasz_request_bytes"),
+    ),
+)
+
+TIME = (
+    Panel(
         "Where a request spends its time",
         "Seconds in each phase for each request that was computed, stacked: receiving the payload, waiting for the "
-        "other ranks of a joint step, for the device, computing, sending. The time of failed requests is in it.",
+        "other ranks of a joint step, waiting for the device, computing, copying the gradient to the host, sending. "
+        "The time of failed requests is in it.",
         "s",
         (
             (
@@ -85,17 +117,55 @@ OPERATIONS = (
     ),
     Panel(
         "99th percentile of each phase",
-        "Which phase slow requests are slow in; also those that failed, in their last phase.",
+        "Which phase slow requests are slow in; also those that failed, in their last phase. Points: single requests "
+        "whose callers record traces.",
         "s",
         (("{{phase}}", quantile(0.99, "lovasz_phase_seconds", "phase")),),
-    ),
-    Panel(
-        "Logits computed a second",
-        "Of all requests.",
-        "short",
-        (("logits", "sum(rate(lovasz_elements_total[$__rate_interval]))"),),
+        exemplars=True,
     ),
     Panel("Queue", "Requests that wait for the device.", "short", (("requests", "sum(lovasz_queue_requests)"),)),
+)
+
+JOINT_STEPS = (
+    Table(
+        "Joint steps that wait, and whom for",
+        "Of each run the step that has waited longest. A rank that still sends its tensors counts as missing. The "
+        "server's log and its status page (GET / on the port of its metrics) name all missing ranks.",
+        (
+            ("step", "none", "lovasz_joint_step_number"),
+            ("waits for rank", "none", "lovasz_joint_step_first_missing_rank"),
+            ("missing ranks", "none", "lovasz_joint_step_missing_ranks"),
+            ("since", "s", "lovasz_joint_step_wait_seconds"),
+        ),
+    ),
+    Panel(
+        "Wait of joint steps",
+        "A rank is late or dead where this grows; the step is given up at --joint-timeout.",
+        "s",
+        (("{{run}}", "lovasz_joint_step_wait_seconds"),),
+    ),
+    Panel(
+        "Rank that joint steps wait for",
+        "The number of the first that is missing. One that stands out here is slow, or dead.",
+        "none",
+        (("{{run}}", "lovasz_joint_step_first_missing_rank"),),
+    ),
+    Panel(
+        "Joint steps that wait",
+        "Steps of data-parallel trainings that wait for ranks, and the ranks that are there.",
+        "short",
+        (("steps", "sum(lovasz_joint_groups_waiting)"), ("ranks there", "sum(lovasz_joint_ranks_waiting)")),
+    ),
+    Panel(
+        "Joint steps, by outcome",
+        "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no "
+        "room; stopping: the server was.",
+        "reqps",
+        per_second("lovasz_joint_groups_total", "outcome"),
+    ),
+)
+
+ROOM = (
     Panel(
         "Memory",
         "Tensor bytes of the requests held, and the budget beyond which requests are refused (--memory-budget).",
@@ -114,65 +184,20 @@ OPERATIONS = (
         (("held", "sum(lovasz_in_flight_requests)"), ("at most", "sum(lovasz_max_requests)")),
     ),
     Panel("Requests in a batch", "1: nothing shares the device.", "short", quantiles("lovasz_batch_requests")),
-    Panel("Size of requests", "Logits and labels, without the gradient.", "bytes", quantiles("lovasz_request_bytes")),
-    Panel(
-        "Refused, by reason",
-        "overloaded: come again later; too_large: can never fit; invalid: the caller's mistake; mismatch: a rank that "
-        "does not fit its joint step; stopping: the server was.",
-        "reqps",
-        per_second("lovasz_rejections_total", "reason"),
-    ),
-    Panel(
-        "Given up by their callers",
-        "Cancelled, or past their deadline, and the phase that they were in.",
-        "reqps",
-        (("{{reason}} in {{phase}}", "sum by (reason, phase) (rate(lovasz_abandoned_total[$__rate_interval]))"),),
-    ),
-    Panel(
-        "Callers that stalled",
-        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout).",
-        "reqps",
-        per_second("lovasz_stalled_total", "phase"),
-    ),
-    Panel(
-        "Joint steps that wait",
-        "Steps of data-parallel trainings that wait for ranks, and the ranks that are there. The server's status page "
-        "(GET / on the port of its metrics) and its log name the missing ones.",
-        "short",
-        (("steps", "sum(lovasz_joint_groups_waiting)"), ("ranks there", "sum(lovasz_joint_ranks_waiting)")),
-    ),
-    Panel(
-        "Longest wait of a joint step",
-        "A rank is late or dead if this grows; the step is given up at --joint-timeout.",
-        "s",
-        (("{{instance}}", "lovasz_joint_oldest_wait_seconds"),),
-    ),
-    Panel(
-        "First rank that the oldest joint step waits for",
-        "-1: none waits. One that still sends its tensors counts as missing. All of them, with run and step: status "
-        "page.",
-        "short",
-        (("{{instance}}", "lovasz_joint_oldest_missing_rank"),),
-        least=-1,
-    ),
-    Panel(
-        "Joint steps, by outcome",
-        "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no "
-        "room; stopping: the server was.",
-        "reqps",
-        per_second("lovasz_joint_groups_total", "outcome"),
-    ),
-    Panel(
-        "Answers that are not numbers",
-        "Logits were NaN or infinite; a gradient scaler skips such a step.",
-        "reqps",
-        (("answers", "sum(rate(lovasz_nonfinite_results_total[$__rate_interval]))"),),
-    ),
+)
+
+DEVICE = (
     Panel(
         "Device busy",
         "Share of the time in which it had a batch to compute; 100 %: it is the limit.",
         "percentunit",
         (("{{instance}}", "sum by (instance) (rate(lovasz_device_busy_seconds_total[$__rate_interval]))"),),
+    ),
+    Panel(
+        "Device at work",
+        "For whomever: GPU time as the driver counts it, or the host's processors for a CPU.",
+        "percentunit",
+        (("{{instance}}", "lovasz_device_utilization_ratio"),),
     ),
     Panel(
         "Memory of the device",
@@ -185,14 +210,63 @@ OPERATIONS = (
     ),
     Panel(
         "Device answers",
-        "1: the last known loss came out right.",
-        "short",
+        "Whether the last known loss came out right.",
+        "none",
         (("{{instance}}", "lovasz_device_healthy"),),
+        values=((0, "no"), (1, "yes")),
+    ),
+    Panel(
+        "Logits computed a second",
+        "Of all requests.",
+        "short",
+        (("logits", "sum(rate(lovasz_elements_total[$__rate_interval]))"),),
     ),
 )
 
+REFUSED = (
+    Panel(
+        "Refused, by reason",
+        "overloaded: come again later; too_large: can never fit; invalid: the caller's mistake; mismatch: a rank that "
+        "does not fit its joint step; stopping: the server was.",
+        "reqps",
+        per_second("lovasz_rejections_total", "reason"),
+    ),
+    Panel(
+        "Given up by their callers",
+        "Cancelled, or past their deadline, and the phase that they were in.",
+        "reqps",
+        (
+            (
+                "{{reason}} in {{phase}}",
+                "sum by (reason, phase) (rate(lovasz_abandoned_total[$__rate_interval]))",
+            ),
+        ),
+    ),
+    Panel(
+        "Callers that stalled",
+        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout).",
+        "reqps",
+        per_second("lovasz_stalled_total", "phase"),
+    ),
+    Panel(
+        "Answers that are not numbers",
+        "Logits were NaN or infinite; a gradient scaler skips such a step.",
+        "reqps",
+        (("answers", "sum(rate(lovasz_nonfinite_results_total[$__rate_interval]))"),),
+    ),
+)
 
-TRAINING = (
+OPERATIONS: Sections = {
+    "Requests": REQUESTS,
+    "Time": TIME,
+    "Joint steps": JOINT_STEPS,
+    "Room": ROOM,
+    "Device": DEVICE,
+    "Refused, given up, not finite": REFUSED,
+}
+
+
+RUNS = (
     Panel(
         "Loss",
         "The last loss of each run. Trainings name themselves: RemoteLoss(..., run=...), or by the run of their joint "
@@ -212,6 +286,9 @@ TRAINING = (
         "reqps",
         (("{{run}} {{phase}}", 'rate(lovasz_run_requests_total{run=~"$run"}[$__rate_interval])'),),
     ),
+)
+
+CLASSES = (
     Panel(
         "IoU of each class, in training",
         "Choose a run at the top; for at most 64 classes.",
@@ -232,10 +309,15 @@ TRAINING = (
     ),
 )
 
-RUNS = {
+TRAINING: Sections = {
+    "Runs": RUNS,
+    "Classes": CLASSES,
+}
+
+RUN = {
     "name": "run",
     "type": "query",
-    "datasource": {"type": "prometheus", "uid": "prometheus"},
+    "datasource": SOURCE,
     "query": "label_values(lovasz_run_loss, run)",
     "refresh": 2,
     "multi": True,
@@ -245,7 +327,7 @@ RUNS = {
 }
 
 
-def dashboard(uid: str, title: str, panels: tuple[Panel, ...], variables: tuple[Any, ...] = ()) -> dict[str, Any]:
+def dashboard(uid: str, title: str, sections: Sections, variables: tuple[Any, ...] = ()) -> dict[str, Any]:
     return {
         "uid": uid,
         "title": title,
@@ -255,33 +337,79 @@ def dashboard(uid: str, title: str, panels: tuple[Panel, ...], variables: tuple[
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
         "templating": {"list": list(variables)},
-        "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
+        "panels": list(_laid_out(sections)),
     }
 
 
-def _panel(number: int, panel: Panel) -> dict[str, Any]:
-    source = {"type": "prometheus", "uid": "prometheus"}
+def _laid_out(sections: Sections) -> Iterator[dict[str, Any]]:
+    """Each section below its heading, its panels side by side."""
+    top, numbers = 0, itertools.count(1)
+    for heading, panels in sections.items():
+        place = {"x": 0, "y": top, "w": COLUMNS, "h": 1}
+        yield {"id": next(numbers), "type": "row", "title": heading, "collapsed": False, "gridPos": place, "panels": []}
+        top += 1
+        for number, panel in enumerate(panels):
+            row, column = divmod(number * WIDTH, COLUMNS)
+            drawn = _plot(panel) if isinstance(panel, Panel) else _table(panel)
+            yield {
+                "id": next(numbers),
+                "title": panel.title,
+                "description": panel.text,
+                "datasource": SOURCE,
+                "gridPos": {"x": column, "y": top + row * HEIGHT, "w": WIDTH, "h": HEIGHT},
+                **drawn,
+            }
+        top += HEIGHT * -(-len(panels) * WIDTH // COLUMNS)
+
+
+def _plot(panel: Panel) -> dict[str, Any]:
     custom = {"fillOpacity": 40, "stacking": {"mode": "normal"}} if panel.stacked else {"fillOpacity": 5}
-    row, column = divmod(number * WIDTH, COLUMNS)
+    names = {str(value): {"text": text, "index": place} for place, (value, text) in enumerate(panel.values)}
+    mappings = [{"type": "value", "options": names}] if names else []
+    defaults = {"unit": panel.unit, "min": 0, "custom": custom, "mappings": mappings}
     return {
-        "id": number + 1,
         "type": "timeseries",
-        "title": panel.title,
-        "description": panel.text,
-        "datasource": source,
-        "gridPos": {"x": column, "y": row * HEIGHT, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": panel.least, "custom": custom}, "overrides": []},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {"tooltip": {"mode": "multi"}, "legend": {"displayMode": "list", "placement": "bottom"}},
         "targets": [
-            {"refId": chr(ord("A") + place), "datasource": source, "expr": expression, "legendFormat": legend}
+            {**_target(place, expression), "legendFormat": legend, "exemplar": panel.exemplars}
             for place, (legend, expression) in enumerate(panel.series)
         ],
     }
 
 
+def _table(table: Table) -> dict[str, Any]:
+    targets = [
+        {**_target(place, f"max by (instance, run) ({metric})"), "format": "table", "instant": True}
+        for place, (_, _, metric) in enumerate(table.columns)
+    ]
+    # Grafana names a value by the query that it is from.
+    headings = {
+        f"Value #{target['refId']}": heading for target, (heading, _, _) in zip(targets, table.columns, strict=True)
+    }
+    units = [
+        {"matcher": {"id": "byName", "options": heading}, "properties": [{"id": "unit", "value": unit}]}
+        for heading, unit, _ in table.columns
+    ]
+    return {
+        "type": "table",
+        "fieldConfig": {"defaults": {}, "overrides": units},
+        "options": {"showHeader": True},
+        "targets": targets,
+        "transformations": [
+            {"id": "merge", "options": {}},
+            {"id": "organize", "options": {"excludeByName": {"Time": True}, "renameByName": headings}},
+        ],
+    }
+
+
+def _target(place: int, expression: str) -> dict[str, Any]:
+    return {"refId": chr(ord("A") + place), "datasource": SOURCE, "expr": expression}
+
+
 FILES = {
     "operations.json": dashboard("lovasz-operations", "Lovász loss service", OPERATIONS),
-    "training.json": dashboard("lovasz-training", "Lovász losses of trainings", TRAINING, (RUNS,)),
+    "training.json": dashboard("lovasz-training", "Lovász losses of trainings", TRAINING, (RUN,)),
 }
 
 

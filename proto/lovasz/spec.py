@@ -394,7 +394,8 @@ class TermResult:
 class Timing:
     """Where the server spent the time of a request, in seconds, and how many requests shared its batch.
 
-    ``joint_wait_seconds``: how long a joint request waited for the other ranks.
+    ``joint_wait_seconds``: how long a joint request waited for the other ranks. ``copy_seconds``: until the batch's
+    gradients were in the host's memory, in their dtype.
     """
 
     receive_seconds: float
@@ -402,6 +403,7 @@ class Timing:
     compute_seconds: float
     batch_requests: int
     joint_wait_seconds: float = 0.0
+    copy_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

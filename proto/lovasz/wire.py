@@ -381,6 +381,7 @@ class Response:
                 compute_seconds=timing.compute_seconds,
                 batch_requests=timing.batch_requests,
                 joint_wait_seconds=timing.joint_wait_seconds,
+                copy_seconds=timing.copy_seconds,
             ),
         )
 
@@ -424,6 +425,7 @@ class Response:
                 timing.compute_seconds,
                 timing.batch_requests,
                 timing.joint_wait_seconds,
+                timing.copy_seconds,
             ),
         )
 

@@ -41,7 +41,7 @@ SOFTMAX = LovaszSoftmax()
 SHORT = ("--duration", "0.3", "--warmup", "0.1")
 WORKLOAD = ["shape", "dtype", "transport", "concurrency"]
 FIGURES = ["requests", "errors", "requests/s", "MiB/s", "p50", "p90", "p99", "max"]
-HEADINGS = [*WORKLOAD, *FIGURES, "receive", "queue", "compute", "other", "batch"]
+HEADINGS = [*WORKLOAD, *FIGURES, "receive", "queue", "compute", "copy", "other", "batch"]
 
 
 def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -147,7 +147,7 @@ def test_requests_are_those_that_the_server_counts(server: ServerProcess) -> Non
     assert 0 < found.latency_quantile(0.5) <= found.latency_quantile(0.99) <= found.latency_seconds.max()
     assert 1 <= found.mean_batch_requests <= 3
     split = found.split
-    parts = (split.receive_seconds, split.queue_seconds, split.compute_seconds, split.other_seconds)
+    parts = (split.receive_seconds, split.queue_seconds, split.compute_seconds, split.copy_seconds, split.other_seconds)
     assert all(part >= 0 for part in parts[:3])
     assert sum(parts) == pytest.approx(np.median(found.latency_seconds))
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -14,12 +15,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from footprint import eventually
 
+from lovasz import wire
 from lovasz.client import InvalidInputError, Joint, LossClient, LovaszHinge, LovaszSoftmax
 from lovasz.server.launch import ServerProcess
+from lovasz.spec import weighted_sum
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.v1 import loss_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -48,8 +54,8 @@ def alerts() -> dict[str, str]:
 def panels() -> Iterator[tuple[str, str]]:
     for file in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json")):
         for panel in json.loads(file.read_text())["panels"]:
-            for target in panel["targets"]:
-                yield f"{file.stem}: {panel['title']}: {target['legendFormat']}", target["expr"]
+            for target in panel.get("targets", ()):  # A heading has none.
+                yield f"{file.stem}: {panel['title']}: {target['refId']}", target["expr"]
 
 
 def test_every_alert_has_its_entry_in_the_runbook() -> None:
@@ -86,43 +92,76 @@ def test_the_metrics_are_well_formed() -> None:
 
 @needs_prometheus
 def test_every_expression_of_dashboards_and_alerts_returns_data(tmp_path: Path) -> None:
-    with ServerProcess(["--device", "cpu"]) as server, prometheus(tmp_path, server) as ask:
+    with (
+        ServerProcess(["--device", "cpu"]) as server,
+        prometheus(tmp_path, server) as ask,
+        LossClient(server.target) as client,
+    ):
+
+        def samples(expression: str) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = ask("query", query=expression)["result"]
+            return found
 
         def without_data() -> list[str]:
             asked = {**alerts(), **dict(panels())}
-            empty = []
-            for name, expression in asked.items():
-                answer = ask(expression.replace("$__rate_interval", "1m").replace("$run", ".*"))
-                if not answer:
-                    empty.append(f"{name}: {expression}")
-            return empty
+            of_now = {
+                name: text.replace("$__rate_interval", "1m").replace("$run", ".*") for name, text in asked.items()
+            }
+            return [f"{name}: {expression}" for name, expression in of_now.items() if not samples(expression)]
 
         def all_have_data() -> bool:
             load(server.target, rounds=3)
             return not without_data()
 
+        waits = client.submit(LOGITS, LABELS, LovaszSoftmax(), joint=Joint("waits", 0, 2, 0))
         assert eventually(all_have_data), without_data()
-        assert {sample["labels"]["code"] for sample in ask("lovasz_requests_total")} >= {"OK", "INVALID_ARGUMENT"}
+        (missing,) = samples("lovasz_joint_step_first_missing_rank")
+        assert (missing["metric"]["run"], missing["value"][1]) == ("waits", "1")
+        client.compute(LOGITS, LABELS, LovaszSoftmax(), joint=Joint("waits", 1, 2, 0))
+        assert waits.result().loss > 0
+        assert {sample["metric"]["code"] for sample in samples("lovasz_requests_total")} >= {"OK", "INVALID_ARGUMENT"}
+
+
+@needs_prometheus
+def test_traced_requests_are_exemplars(tmp_path: Path) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with ServerProcess(["--device", "cpu"]) as server, prometheus(tmp_path, server) as ask:
+        logits, labels = (wire.TensorSpec(wire.dtype_named(a.dtype.name), a.shape) for a in (LOGITS, LABELS))
+        header = wire.Request.checked(weighted_sum(LovaszSoftmax()), logits, labels, want_grad=True).to_proto()
+        message = pb.ComputeRequest(header=header, logits=LOGITS.tobytes(), labels=LABELS.tobytes())
+        with grpc.insecure_channel(server.target) as channel:
+            stub = loss_pb2_grpc.LossServiceStub(channel)
+            stub.Compute(message, metadata=(("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),), timeout=30)
+
+        def phases() -> set[str]:
+            now = time.time()
+            found = ask("query_exemplars", query="lovasz_phase_seconds_bucket", start=str(now - 300), end=str(now))
+            assert all(one["labels"]["trace_id"] == trace for series in found for one in series["exemplars"])
+            return {series["seriesLabels"]["phase"] for series in found}
+
+        assert eventually(lambda: phases() == {"receive", "queue", "compute", "copy", "send"}), phases()
+
+
+RANDOM = np.random.RandomState(0)
+LOGITS = RANDOM.randn(1, 3, 16, 16).astype(np.float32)
+LABELS = RANDOM.randint(0, 3, (1, 16, 16))
 
 
 def load(target: str, rounds: int) -> None:
-    random = np.random.RandomState(0)
-    logits = random.randn(1, 3, 16, 16).astype(np.float32)
-    labels = random.randint(0, 3, (1, 16, 16))
     with LossClient(target) as client:
         for step in range(rounds):
-            client.compute(logits, labels, LovaszSoftmax())
-            client.compute(logits[:, 0], labels % 2, LovaszHinge(), want_grad=False)
-            both = [client.submit(logits, labels, LovaszSoftmax(), joint=Joint("load", r, 2, step)) for r in range(2)]
+            client.compute(LOGITS, LABELS, LovaszSoftmax())
+            client.compute(LOGITS[:, 0], LABELS % 2, LovaszHinge(), want_grad=False)
+            both = [client.submit(LOGITS, LABELS, LovaszSoftmax(), joint=Joint("load", r, 2, step)) for r in range(2)]
             assert all(future.result().loss > 0 for future in both)
-            client.compute(logits, labels, LovaszSoftmax(), want_grad=False, joint=Joint("load", 0, 1, step))
+            client.compute(LOGITS, LABELS, LovaszSoftmax(), want_grad=False, joint=Joint("load", 0, 1, step))
             with suppress(InvalidInputError):
-                client.compute(logits, labels + 3, LovaszSoftmax())
+                client.compute(LOGITS, LABELS + 3, LovaszSoftmax())
 
 
 @contextmanager
 def prometheus(folder: Path, server: ServerProcess) -> Iterator[Any]:
-    """One that scrapes the server each second; yields a function that asks it for an expression's samples."""
+    """One that scrapes the server each second; yields a function that asks a method of its API for data."""
     target = urllib.parse.urlsplit(server.metrics_url).netloc
     (folder / "prometheus.yml").write_text(
         f"global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{ALERTS}]\n"
@@ -132,20 +171,21 @@ def prometheus(folder: Path, server: ServerProcess) -> Iterator[Any]:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    command += ["--enable-feature=exemplar-storage"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
 
-    def ask(expression: str) -> list[dict[str, Any]]:
-        query = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"http://{address}/api/v1/query?{query}", timeout=10) as page:
+    def ask(method: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"http://{address}/api/v1/{method}?{query}", timeout=10) as page:
             answer = json.load(page)
-        assert answer["status"] == "success", expression
-        return [{"labels": sample["metric"], "value": sample["value"]} for sample in answer["data"]["result"]]
+        assert answer["status"] == "success", parameters
+        return answer["data"]
 
     def is_ready() -> bool:
         assert process.poll() is None, (folder / "log").read_text()
         with suppress(OSError):
-            return bool(ask("up == 1"))
+            return bool(ask("query", query="up == 1")["result"])
         return False
 
     try:

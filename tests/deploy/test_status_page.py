@@ -29,7 +29,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 
 def status_of(server: ServerProcess) -> dict[str, Any]:
     with urllib.request.urlopen(server.metrics_url.replace("/metrics", "/status")) as page:
-        content: dict[str, Any] = json.load(page)
+        content: dict[str, Any] = json.load(page, parse_constant=pytest.fail)  # NaN, which browsers do not take.
     return content
 
 
@@ -45,14 +45,25 @@ def test_the_numbers_name_the_ranks_that_joint_steps_wait_for() -> None:
             "seconds": 0.0,
             "world_size": 4,
             "missing": "1, 2",
+            "missing_ranks": 2,
+            "first_missing_rank": 1,
         }
-        assert metric(server, "lovasz_joint_oldest_missing_rank") == 1
-        assert 0 < metric(server, "lovasz_joint_oldest_wait_seconds") < 2
+        assert metric(server, "lovasz_joint_step_number", run="cityscapes") == 7
+        assert metric(server, "lovasz_joint_step_missing_ranks", run="cityscapes") == 2
+        assert metric(server, "lovasz_joint_step_first_missing_rank", run="cityscapes") == 1
+        assert 0 < metric(server, "lovasz_joint_step_wait_seconds", run="cityscapes") < 2
         for call in waiting:
             with pytest.raises(CallAbortedError, match=r"ranks 1, 2 of 4 did not come to step 7 of run 'cityscapes'"):
                 call.result()
         assert status_of(server)["joint_steps"] == []
-        assert metric(server, "lovasz_joint_oldest_missing_rank") == -1
+        assert metric(server, "lovasz_joint_step_missing_ranks") == 0
+
+
+def test_what_is_not_a_number_is_null() -> None:
+    with ServerProcess(["--device", "cpu"]) as server, LossClient(server.target) as client:
+        logits, labels = np.full((1, 3, 4, 4), np.nan, np.float32), np.zeros((1, 4, 4), np.uint8)
+        assert np.isnan(client.compute(logits, labels, LovaszSoftmax(), joint=Joint("diverged", 0, 1, 0)).loss)
+        assert status_of(server)["samples"]["lovasz_run_loss"] == [[{"run": "diverged", "phase": "train"}, None]]
 
 
 def test_other_paths_are_told_what_there_is() -> None:
@@ -79,7 +90,8 @@ def test_a_browser_shows_how_the_server_fares(tmp_path: Path) -> None:
         assert "● serving" in words
         assert re.search(r"version \S+, cpu \(CPU, \d+ threads\), up", words)
         assert re.search(r"Time of a request [\d.]+ m?s", words)
-        assert re.search(r"receiving [\d.]+ m?s .* computing [\d.]+ m?s sending [\d.]+ m?s", words)
+        assert re.search(r"receiving [\d.]+ m?s .* computing [\d.]+ m?s copying the gradient [\d.]+ m?s sending", words)
+        assert re.search(r"Device busy [\d.]+ % [\d.]+ GiB of [\d.]+ GiB taken", words)
         assert re.search(r"OK [1-9]\d*\b", words)
         assert re.search(r"cityscapes &lt;7&gt; 7 \S+ m?s 1, 2 \(of 3\)", words), "the run's name is no markup"
         assert not waiting.done()

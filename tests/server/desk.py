@@ -98,7 +98,8 @@ class Ended(Exception):
 class Caller:
     """One call's connection."""
 
-    def __init__(self, seconds: float | None = None) -> None:
+    def __init__(self, seconds: float | None = None, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        self._sent = metadata
         self._lock = threading.Lock()
         self._seconds = seconds
         self._callbacks: list[Callable[[], None]] = []
@@ -107,6 +108,9 @@ class Caller:
         self.code = OK
         self.text = ""
         self.metadata: dict[str, str] = {}
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        return self._sent
 
     def time_remaining(self) -> float | None:
         return self._seconds

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
+import time
 
 import pytest
 
@@ -83,3 +85,17 @@ def test_waiting_until_all_is_given_back() -> None:
     assert admission.wait_until_empty(0) == 1
     threading.Timer(0.05, permit.release).start()
     assert admission.wait_until_empty(30) == 0
+
+
+def test_knows_since_when_there_is_nothing() -> None:
+    admission = Admission(100, 2)
+    assert admission.idle_since == -math.inf
+    first, second = admission.reserve(10), admission.reserve(10)
+    before = time.monotonic()
+    first.release()
+    assert admission.idle_since == math.inf
+    second.release_request()
+    idle_since = admission.idle_since
+    assert before <= idle_since <= time.monotonic()
+    second.release()
+    assert admission.idle_since == idle_since

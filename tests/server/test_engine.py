@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,8 @@ from lovasz.core import compute
 from lovasz.core.batch import Launched, launch
 from lovasz.core.ragged import Request
 from lovasz.server.batcher import Batcher, Entry
-from lovasz.server.engine import Engine, choose_device, device_memory, wire_scale, write_scaled
+from lovasz.server.device import Utilization, choose_device, device_memory
+from lovasz.server.engine import Engine, wire_scale, write_scaled
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.metrics import Metrics
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
@@ -229,6 +232,51 @@ def test_gradients_that_are_zero_or_not_finite_keep_the_scale_of_one() -> None:
 def test_the_memory_of_the_device_is_known() -> None:
     used, total = device_memory(torch.device("cpu"))
     assert 0 < used < total
+
+
+def test_the_utilization_of_the_host_is_between_none_and_all() -> None:
+    utilization = Utilization(CPU)
+    assert math.isnan(utilization.ratio)
+    utilization.sample()
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        pass
+    utilization.sample()
+    assert 0 < utilization.ratio <= 1
+
+
+def test_the_utilization_of_a_gpu_is_what_its_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "utilization", {torch.device("cuda", 1): 37}.__getitem__)
+    utilization = Utilization(torch.device("cuda", 1))
+    utilization.sample()
+    assert utilization.ratio == 0.37
+
+
+def test_a_utilization_that_is_not_known_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(device: torch.device) -> int:
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", unknown)
+    utilization = Utilization(torch.device("cuda", 0))
+    utilization.sample()
+    utilization.sample()
+    assert math.isnan(utilization.ratio)
+    assert len(caplog.records) == 1
+    assert "nvidia-ml-py" in vars(caplog.records[0])["error"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_time_of_a_batch_is_that_of_computing_and_of_copying(engine: WeakEngine, dtype: torch.dtype) -> None:
+    one = entry(1 << 16, dtype=dtype)
+    before = time.monotonic()
+    run(engine, one)
+    answer = one.future.result(timeout=30)
+    assert answer.started >= before
+    assert answer.compute_seconds > 0
+    assert answer.copy_seconds >= 0
+    assert answer.started + answer.compute_seconds + answer.copy_seconds <= time.monotonic()
 
 
 def test_says_when_a_faster_way_can_be_had_and_compiles_before_it_serves(

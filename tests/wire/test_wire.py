@@ -329,7 +329,7 @@ def answer(request: wire.Request = REQUEST) -> wire.Response:
         spec.TermResult("lovasz_softmax", 0.25, np.array([0.125, np.nan, 0.375])),
     )
     grad = request.logits if request.want_grad else None
-    timing = spec.Timing(0.5, 0.25, 0.125, 3)
+    timing = spec.Timing(0.5, 0.25, 0.125, 3, 2.0, 0.0625)
     return wire.Response(0.75, terms, np.array([1, 0, 2**40]), np.array([2, 0, 2**41]), grad, 2.0**20, timing)
 
 

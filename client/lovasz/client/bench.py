@@ -389,6 +389,7 @@ _COLUMNS = (
     _Column("receive", lambda m: _ms(m.split.receive_seconds), _PARTS_OF_P50, 6),
     _Column("queue", lambda m: _ms(m.split.queue_seconds), _PARTS_OF_P50, 6),
     _Column("compute", lambda m: _ms(m.split.compute_seconds), _PARTS_OF_P50, 6),
+    _Column("copy", lambda m: _ms(m.split.copy_seconds), _PARTS_OF_P50, 6),
     _Column("other", lambda m: _ms(m.split.other_seconds), _PARTS_OF_P50, 6),
     _Column("batch", lambda m: "-" if math.isnan(m.mean_batch_requests) else f"{m.mean_batch_requests:.1f}"),
 )
@@ -433,6 +434,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
             "receive": split.receive_seconds,
             "queue": split.queue_seconds,
             "compute": split.compute_seconds,
+            "copy": split.copy_seconds,
             "other": split.other_seconds,
         },
     }

@@ -167,13 +167,14 @@ class Split:
     """Medians of where the server says that a request's time went, and the rest of the client's median.
 
     Attributes:
-        other_seconds: the client's median less the three others: encoding, transport down, decoding. Medians do not
+        other_seconds: the client's median less the four others: encoding, transport down, decoding. Medians do not
             add up exactly, so that it can come out a little below 0.
     """
 
     receive_seconds: float
     queue_seconds: float
     compute_seconds: float
+    copy_seconds: float
     other_seconds: float
 
 
@@ -309,7 +310,8 @@ class _Record:
         receive = _median([timing.receive_seconds for timing in timings])
         queue = _median([timing.queue_seconds for timing in timings])
         compute = _median([timing.compute_seconds for timing in timings])
-        other = _median([sample.seconds for sample in self.samples]) - receive - queue - compute
+        copy = _median([timing.copy_seconds for timing in timings])
+        other = _median([sample.seconds for sample in self.samples]) - receive - queue - compute - copy
         counts = Counter(failure.kind for failure in self.failures)
         firsts = {failure.kind: failure.text for failure in reversed(self.failures)}
         return Measurement(
@@ -317,7 +319,7 @@ class _Record:
             elapsed_seconds=max(0.0, self.ended - self.started),
             warmup_requests=warmup_requests,
             latency_seconds=latency,
-            split=Split(receive, queue, compute, other),
+            split=Split(receive, queue, compute, copy, other),
             mean_batch_requests=statistics.fmean(t.batch_requests for t in timings) if timings else math.nan,
             failures=tuple(Failures(kind, count, firsts[kind]) for kind, count in counts.most_common()),
             interrupted=interrupted,

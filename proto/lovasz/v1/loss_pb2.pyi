@@ -196,18 +196,20 @@ class TermResult(_message.Message):
     def __init__(self, loss: _Optional[float] = ..., per_class_loss: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ServerTiming(_message.Message):
-    __slots__ = ("receive_seconds", "queue_seconds", "compute_seconds", "batch_requests", "joint_wait_seconds")
+    __slots__ = ("receive_seconds", "queue_seconds", "compute_seconds", "batch_requests", "joint_wait_seconds", "copy_seconds")
     RECEIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     JOINT_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     receive_seconds: float
     queue_seconds: float
     compute_seconds: float
     batch_requests: int
     joint_wait_seconds: float
-    def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ..., joint_wait_seconds: _Optional[float] = ...) -> None: ...
+    copy_seconds: float
+    def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ..., joint_wait_seconds: _Optional[float] = ..., copy_seconds: _Optional[float] = ...) -> None: ...
 
 class ResponseHeader(_message.Message):
     __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing")

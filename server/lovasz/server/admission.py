@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -77,6 +78,7 @@ class Admission:
         self._bytes = 0
         self._requests = 0
         self._open = True
+        self._idle_since = -math.inf
         self._mean_held_seconds = 0.1
         self.reclaim: Callable[[], bool] = lambda: False
         """Gives up bytes that are held as a courtesy alone; says whether there were any. Called when bytes
@@ -89,6 +91,13 @@ class Admission:
     @property
     def requests_in_flight(self) -> int:
         return self._requests
+
+    @property
+    def idle_since(self) -> float:
+        """When the last request ended (``time.monotonic``): infinity while there are some, and its negative before the
+        first."""
+        with self._changed:
+            return math.inf if self._requests else self._idle_since
 
     def reserve(self, nbytes: int, requests: int = 1) -> Permit:
         """Takes room for a request's tensors, or for those of several requests.
@@ -161,4 +170,5 @@ class Admission:
             self._requests -= requests
             self._changed.notify_all()
             if requests:
+                self._idle_since = time.monotonic()
                 self._mean_held_seconds += 0.1 * (held_seconds - self._mean_held_seconds)

@@ -28,12 +28,15 @@ class Answer:
     Attributes:
         result: with ``grad`` on the host, in the logits' dtype and contiguous, times ``grad_scale``.
         started: when its batch was started (``time.monotonic``).
+        compute_seconds: from there until the batch was computed.
+        copy_seconds: from there until its gradients were at their places on the host.
     """
 
     result: Result[torch.Tensor]
     grad_scale: float
     started: float
     compute_seconds: float
+    copy_seconds: float
     batch_requests: int
 
 

@@ -32,50 +32,14 @@ _LARGEST_SCALE_EXPONENT = 126
 _BLOCK_ELEMENTS = 1 << 15
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a configuration names.
-
-    Raises:
-        DeviceError: there is none such here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = torch.device(name).index or 0
-        if index >= count:
-            raise DeviceError(f"--device {name}: torch sees {count} CUDA devices here; expected cpu or auto, or a GPU")
-        return torch.device("cuda", index)
-    return torch.device(name)
-
-
-def hardware_name(device: torch.device) -> str:
-    """The device's own name, for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are taken, and bytes in all: of the GPU, or of the host; 0 and 0 where the system does not say."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free, total
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
-    except OSError:
-        return 0, 0
-    total = kilobytes["MemTotal"] << 10
-    return total - (kilobytes["MemAvailable"] << 10), total
-
-
 @dataclass(frozen=True)
 class _Running:
     entries: list[Entry]
     launched: Launched
     started: float
     stream: torch.cuda.Stream | None
+    computed: torch.cuda.Event | None
+    """The stream comes to it when all is computed."""
 
 
 class Engine:
@@ -175,7 +139,8 @@ class Engine:
     def _begin(self, entries: Sequence[Entry]) -> _Running:
         started, stream = time.monotonic(), next(self._streams)
         with on(stream):
-            return _Running(list(entries), self._start(entries, stream), started, stream)
+            launched = self._start(entries, stream)
+        return _Running(list(entries), launched, started, stream, None if stream is None else _mark(stream))
 
     def _launch(self, entries: list[Entry]) -> _Running | None:
         try:
@@ -203,18 +168,22 @@ class Engine:
         try:
             with on(running.stream):
                 answers = iter(running.launched.collect())
+                computed = time.monotonic()
                 hosted = [
                     answer
                     for entry in running.entries
                     for answer in _to_host([next(answers) for _ in entry.members], entry.members)
                 ]
-                if running.stream is not None:
-                    running.stream.synchronize()
+                copy_seconds = time.monotonic() - computed
+                if running.stream is not None and running.computed is not None:
+                    copied = _mark(running.stream)
+                    copied.synchronize()
+                    copy_seconds = running.computed.elapsed_time(copied) / 1000
         except Exception as error:
             self._split(running.entries, error)
             return
         now = time.monotonic()
-        seconds = now - running.started
+        compute_seconds = max(0.0, now - running.started - copy_seconds)
         # On a GPU a batch may have begun before the one before it ended.
         self._metrics.device_busy_seconds.inc(now - max(running.started, self._busy_until))
         self._busy_until = now
@@ -228,7 +197,8 @@ class Engine:
             else:
                 if math.isnan(answer.loss):
                     self._metrics.nonfinite_results.inc()
-                entry.future.set_result(Answer(answer, scale, running.started, seconds, len(members)))
+                timing = running.started, compute_seconds, copy_seconds
+                entry.future.set_result(Answer(answer, scale, *timing, len(members)))
 
     def _split(self, entries: list[Entry], error: Exception) -> None:
         """A batch failed: computes it in halves, so that a request which cannot be computed is refused alone."""
@@ -287,6 +257,13 @@ def _refuse(entries: Sequence[Entry], error: Exception) -> None:
 def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     """Work inside goes to this stream; None on a CPU, which has none."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event to which the stream comes after what is queued on it."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
 def is_out_of_memory(error: Exception) -> bool:

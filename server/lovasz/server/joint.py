@@ -114,16 +114,28 @@ class Group:
     def missing(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank not in self.seats or self.seats[rank].entry is None]
 
+    def waits(self, now: float) -> Waiting:
+        run, step, _ = self.key
+        missing = self.missing
+        text = _ranks_text(missing)
+        return Waiting(run, step, now - self.since, self.world_size, text, len(missing), missing[0])
+
 
 @dataclass(frozen=True)
 class Waiting:
-    """A step that waits for ranks, for people."""
+    """A step that waits for ranks, for people.
+
+    Attributes:
+        missing: the ranks, as text.
+    """
 
     run: str
     step: int
     seconds: float
     world_size: int
     missing: str
+    missing_ranks: int
+    first_missing_rank: int
 
 
 class JointTable:
@@ -153,32 +165,12 @@ class JointTable:
         with self._changed:
             return sum(len(group.seats) for group in self._waiting.values())
 
-    def waiting_steps(self, at_most: int) -> list[Waiting]:
-        """Those that have waited longest."""
+    def waiting_steps(self) -> list[Waiting]:
+        """The groups that wait, the longest first."""
         now = time.monotonic()
         with self._changed:
-            groups = sorted(self._waiting.values(), key=lambda group: group.since)[:at_most]
-            return [
-                Waiting(group.key[0], group.key[1], now - group.since, group.world_size, _ranks_text(group.missing))
-                for group in groups
-            ]
-
-    @property
-    def oldest_wait_seconds(self) -> float:
-        """How long the group that has waited longest has done so; 0 if none waits."""
-        with self._changed:
-            oldest = self._oldest()
-            return 0.0 if oldest is None else time.monotonic() - oldest.since
-
-    @property
-    def oldest_missing_rank(self) -> int:
-        """The first rank that it waits for; -1 if none waits."""
-        with self._changed:
-            oldest = self._oldest()
-            return -1 if oldest is None else oldest.missing[0]
-
-    def _oldest(self) -> Group | None:
-        return min(self._waiting.values(), key=lambda group: group.since, default=None)
+            groups = sorted(self._waiting.values(), key=lambda group: group.since)
+            return [group.waits(now) for group in groups]
 
     @property
     def kept(self) -> int:

@@ -35,10 +35,10 @@ GAUGES = {
     "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it is theirs.",
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
     "lovasz_joint_ranks_waiting": "Ranks that have come to joint steps that wait for others.",
-    "lovasz_joint_oldest_wait_seconds": "How long the oldest joint step that waits has done so; 0: none waits.",
-    "lovasz_joint_oldest_missing_rank": "The first rank that the oldest joint step waits for; -1: none waits.",
     "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
     "lovasz_device_healthy": "1 if the device answers.",
+    "lovasz_device_utilization_ratio": "Share of the time in which the GPU, or for a CPU the host's processors, had "
+    "work, whoever's; NaN where that is not known (for GPUs without nvidia-ml-py).",
     "lovasz_device_memory_used_bytes": "Memory of the GPU, or of the host for a CPU, that any process has taken.",
     "lovasz_device_memory_bytes": "Memory of the GPU, or of the host for a CPU; 0 where the system does not say.",
 }
@@ -66,7 +66,7 @@ class Metrics:
         self.phase_seconds = Histogram(
             "lovasz_phase_seconds",
             "Time that a request spent in each phase: receive, joint (waiting for other ranks), queue, compute (of its "
-            "batch), send; also in the phase in which it failed.",
+            "batch), copy (of its batch's gradients to the host), send; also in the phase in which it failed.",
             ["phase"],
             buckets=_SECONDS,
             registry=registry,
@@ -118,7 +118,7 @@ class Metrics:
             "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS, registry=registry
         )
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
-        for phase in ("receive", "joint", "queue", "compute", "send"):
+        for phase in ("receive", "joint", "queue", "compute", "copy", "send"):
             self.phase_seconds.labels(phase)
         for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
             self.joint_groups.labels(outcome)

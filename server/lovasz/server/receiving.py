@@ -6,10 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import grpc
-
 from lovasz import wire
-from lovasz.server.errors import AbandonedError, StalledError
+from lovasz.server.errors import StalledError
 from lovasz.server.staging import Staging
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
@@ -51,7 +49,6 @@ class Receiver:
 
         Raises:
             InvalidInput: the stream begins with something else.
-            AbandonedError: the caller went away.
             StalledError: it did not come.
         """
         with self._changed:
@@ -66,7 +63,6 @@ class Receiver:
 
         Raises:
             InvalidInput: it is longer or shorter than the header declared.
-            AbandonedError: the caller went away.
             StalledError: it stopped coming.
         """
         with self._changed:
@@ -119,10 +115,6 @@ class Receiver:
             with self._changed:
                 if self._staging is not None and self._assembly is not None:
                     self._staging.finish(self._assembly)
-        except grpc.RpcError as error:
-            # The state of the call keeps this object: what its trace leads to would be alive in a circle.
-            error.__traceback__ = None
-            self._error = AbandonedError("the caller went away")
         except BaseException as error:
             self._error = error
         finally:

@@ -17,7 +17,8 @@ from lovasz.server.admission import Admission
 from lovasz.server.allocator import give_back_freed_memory
 from lovasz.server.batcher import Batcher
 from lovasz.server.config import UNIX, ServerConfig
-from lovasz.server.engine import Engine, choose_device, device_memory, hardware_name
+from lovasz.server.device import Utilization, choose_device, device_memory, hardware_name
+from lovasz.server.engine import Engine
 from lovasz.server.health import HealthMonitor
 from lovasz.server.housekeeping import Housekeeper
 from lovasz.server.joint import JointTable
@@ -26,6 +27,7 @@ from lovasz.server.sending import SendWatch
 from lovasz.server.service import SERVICE_NAME, LossServicer
 from lovasz.server.shared_memory import SharedMemory
 from lovasz.server.staging import KEPT_SECONDS, StagingPool
+from lovasz.server.waiting_steps import WaitingSteps
 from lovasz.server.web import StatusPage, WebServer
 from lovasz.version import VERSION
 
@@ -98,8 +100,10 @@ class Server:
             config.device_stall_seconds,
         )
         self._grpc.add_generic_rpc_handlers((servicer.handler(),))
-        self._housekeeper = Housekeeper([sending.check, self._joints.check, self._staging.trim, self._give_back_memory])
-        self._last_busy = math.inf
+        self._utilization = Utilization(self._engine.device)
+        chores = (sending.check, self._joints.check, self._staging.trim, self._give_back_memory)
+        self._housekeeper = Housekeeper([*chores, self._utilization.sample])
+        self._gave_back_memory = -math.inf
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
         names = (
             SERVICE_NAME,
@@ -126,14 +130,14 @@ class Server:
                 "lovasz_shared_memory_bytes": lambda: sum(shared.nbytes for shared in self._shared_memory),
                 "lovasz_joint_groups_waiting": lambda: joints.groups,
                 "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
-                "lovasz_joint_oldest_wait_seconds": lambda: joints.oldest_wait_seconds,
-                "lovasz_joint_oldest_missing_rank": lambda: joints.oldest_missing_rank,
                 "lovasz_joint_answers_kept": lambda: joints.kept,
                 "lovasz_device_memory_used_bytes": lambda: device_memory(self._engine.device)[0],
                 "lovasz_device_memory_bytes": lambda: device_memory(self._engine.device)[1],
+                "lovasz_device_utilization_ratio": lambda: self._utilization.ratio,
                 "lovasz_device_healthy": lambda: self._engine.healthy(config.device_stall_seconds),
             }
         )
+        self._metrics.registry.register(WaitingSteps(joints.waiting_steps, config.max_runs))
         device = self._engine.device
         self._metrics.describe(version=VERSION, device=str(device), hardware=hardware_name(device))
 
@@ -185,10 +189,9 @@ class Server:
 
     def _give_back_memory(self) -> None:
         """A chore: what the allocator keeps is given back once the server has been idle for a while."""
-        if self._admission.requests_in_flight:
-            self._last_busy = time.monotonic()
-        elif time.monotonic() - self._last_busy > KEPT_SECONDS:
-            self._last_busy = math.inf
+        now = time.monotonic()
+        if self._gave_back_memory < self._admission.idle_since < now - KEPT_SECONDS:
+            self._gave_back_memory = now
             give_back_freed_memory()
 
     def stop(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -21,7 +21,8 @@ from lovasz import framing, wire
 from lovasz.framing import Bytes
 from lovasz.server.admission import Admission, Permit
 from lovasz.server.batcher import Answer, Batcher, Entry
-from lovasz.server.engine import Engine, hardware_name, is_out_of_memory
+from lovasz.server.device import hardware_name
+from lovasz.server.engine import Engine, is_out_of_memory
 from lovasz.server.errors import (
     AbandonedError,
     DeviceError,
@@ -41,6 +42,7 @@ from lovasz.server.receiving import Receiver
 from lovasz.server.sending import SendWatch
 from lovasz.server.shared_memory import SharedMemory
 from lovasz.server.staging import Staging, StagingPool
+from lovasz.server.tracing import exemplar
 from lovasz.spec import LOSS_KINDS, InvalidInput, Timing
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
@@ -134,7 +136,7 @@ class LossServicer:
         self, messages: Iterator[pb.ComputeStreamRequest | memoryview], context: grpc.ServicerContext
     ) -> Iterator[pb.ComputeStreamResponse | memoryview]:
         with _Call(self, "ComputeStream", context) as call:
-            receiver = Receiver(messages, self.readers.submit, self.stall_seconds)
+            receiver = Receiver(_until_gone(messages), self.readers.submit, self.stall_seconds)
             try:
                 header = call.read_header(receiver.header())
                 if header.shared is not None:
@@ -161,6 +163,23 @@ class LossServicer:
         )
 
 
+Message = TypeVar("Message")
+
+
+def _until_gone(messages: Iterator[Message]) -> Iterator[Message]:
+    """A stream whose caller's leaving is an error of ours: the state of a call keeps gRPC's, and so would keep in a
+    circle whatever the trace of that leads to.
+
+    Raises:
+        AbandonedError: the caller went away.
+    """
+    try:
+        yield from messages
+    except grpc.RpcError as error:
+        error.__traceback__ = None
+        raise AbandonedError("the caller went away") from None
+
+
 class _Call:
     """One call from its header to its last byte: its room, its phases, and what becomes of its errors."""
 
@@ -177,6 +196,7 @@ class _Call:
         self._started = self._received = time.monotonic()
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else self._started + remaining
+        self._trace = exemplar(context.invocation_metadata())
 
     def __enter__(self) -> _Call:
         return self
@@ -231,10 +251,10 @@ class _Call:
         if run and (header.joint is None or header.joint.rank == 0):
             result = answer.result
             service.metrics.runs.observe(run, header.want_grad, result.loss, result.intersection, result.union)
-        seconds = service.metrics.phase_seconds
-        seconds.labels("receive").observe(self._received - self._started)
-        seconds.labels("queue").observe(answer.started - self._received - self._joint_wait_seconds)
-        seconds.labels("compute").observe(answer.compute_seconds)
+        self._spent("receive", self._received - self._started)
+        self._spent("queue", answer.started - self._received - self._joint_wait_seconds)
+        self._spent("compute", answer.compute_seconds)
+        self._spent("copy", answer.copy_seconds)
         self._computed = time.monotonic()
         return answer
 
@@ -256,7 +276,7 @@ class _Call:
         finally:
             if seat.group.complete is not None:
                 self._joint_wait_seconds = max(0.0, seat.group.complete - self._received)
-                self._service.metrics.phase_seconds.labels("joint").observe(self._joint_wait_seconds)
+                self._spent("joint", self._joint_wait_seconds)
                 self._phase = "queue"
 
     def place_fields(self, staging: Staging, header: wire.Request, request: framing.UnaryRequest) -> None:
@@ -313,6 +333,7 @@ class _Call:
             compute_seconds=answer.compute_seconds,
             batch_requests=answer.batch_requests,
             joint_wait_seconds=self._joint_wait_seconds,
+            copy_seconds=answer.copy_seconds,
         )
         grad = header.logits if header.want_grad else None
         return wire.Response(
@@ -333,7 +354,7 @@ class _Call:
         if not self._context.is_active() and not isinstance(error, ExpiredError):
             error = self._gone()
         if error is None:
-            self._service.metrics.phase_seconds.labels("send").observe(time.monotonic() - self._computed)
+            self._spent("send", time.monotonic() - self._computed)
             self._count(grpc.StatusCode.OK)
             return
         code = STATUS.get(type(error), grpc.StatusCode.INTERNAL)
@@ -355,7 +376,8 @@ class _Call:
         text = str(error)
         if code is grpc.StatusCode.INTERNAL:
             self._service.metrics.faults.inc()
-            _log.error("unexpected fault", exc_info=error, extra={"method": self._method, "loss": self._loss})
+            request = {"method": self._method, "loss": self._loss, **(self._trace or {})}
+            _log.error("unexpected fault", exc_info=error, extra=request)
             text = "the server failed on this request; its log says why"
         self._context.abort(code, text[:_MAX_TEXT])
 
@@ -368,7 +390,10 @@ class _Call:
         }
         if self._phase in begun:
             name, since = begun[self._phase]
-            self._service.metrics.phase_seconds.labels(name).observe(max(0.0, time.monotonic() - since))
+            self._spent(name, max(0.0, time.monotonic() - since))
+
+    def _spent(self, phase: str, seconds: float) -> None:
+        self._service.metrics.phase_seconds.labels(phase).observe(seconds, self._trace)
 
     def _gone(self) -> ServerError:
         if self._deadline is not None and time.monotonic() >= self._deadline:

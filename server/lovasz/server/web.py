@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
@@ -32,16 +33,18 @@ class StatusPage:
         self.html = files("lovasz.server").joinpath("status.html").read_bytes()
 
     def numbers(self) -> bytes:
-        """JSON: every metric's samples but histograms' buckets, by name; the joint steps that wait, and on whom."""
+        """JSON: every metric's samples but histograms' buckets, by name, with null for NaN; the joint steps that wait,
+        and on whom."""
         samples: dict[str, list[list[Any]]] = {}
         for family in self._registry.collect():
             for sample in family.samples:
                 if not sample.name.endswith(("_bucket", "_created")):
-                    samples.setdefault(sample.name, []).append([sample.labels, sample.value])
+                    value = sample.value if math.isfinite(sample.value) else None  # JSON has no NaN.
+                    samples.setdefault(sample.name, []).append([sample.labels, value])
         status = {
             "uptime_seconds": time.monotonic() - self._started,
             "samples": samples,
-            "joint_steps": [asdict(step) for step in self._joints.waiting_steps(_STEPS_SHOWN)],
+            "joint_steps": [asdict(step) for step in self._joints.waiting_steps()[:_STEPS_SHOWN]],
         }
         return json.dumps(status).encode()
 
