@@ -292,16 +292,18 @@ def test_a_rank_that_comes_again_alone_keeps_the_room_of_its_group_also_while_th
     desk.close()
 
 
-def test_a_call_that_comes_again_while_the_old_one_still_sends_takes_its_place(desk: Desk) -> None:
+def test_a_call_that_comes_again_ends_the_old_one_that_still_sends(desk: Desk) -> None:
     desk.compute()
-    ranks, go_on = ranks_of(2), threading.Event()
-    old = desk.ask_in_stream(ranks[0], go_on)
-    assert eventually(lambda: desk.joints.waiting_ranks == 1)
-    for rank, outcome in enumerate(ended(*map(desk.ask, ranks))):
-        assert_right(outcome, rank, ranks)
-    go_on.set()
+    ranks, never = ranks_of(2), threading.Event()  # Callers may stall forever here.
+    old = desk.ask_in_stream(ranks[0], never)
+    assert eventually(lambda: len(desk.pool.lent) == 1)
+    new = desk.ask(ranks[0])
     (replaced,) = ended(old)
-    assert (replaced.code, replaced.text) == (CANCELLED, "the same call came again")
+    assert replaced.code is CANCELLED
+    assert desk.waits_for(1)
+    assert len(desk.pool.lent) == 1
+    for rank, outcome in enumerate(ended(new, desk.ask(ranks[1]))):
+        assert_right(outcome, rank, ranks)
 
 
 def test_a_call_that_comes_again_while_it_is_computed_gets_the_same_answer(desk: Desk) -> None:
@@ -455,12 +457,19 @@ def test_a_group_that_can_never_fit_is_told_so() -> None:
 
 def test_a_rank_that_is_larger_than_the_room_ends_its_group_for_all() -> None:
     small = Rank(rank=0, world_size=3)
-    desk = Desk(budget=3 * small.nbytes + 10)
-    calls = [desk.ask(small), desk.ask(replace(small, rank=1))]
-    assert desk.waits_for(2)
-    calls.append(desk.ask(replace(small, rank=2, shape=(2, CLASSES, 6))))
-    assert [outcome.code for outcome in ended(*calls)] == [RESOURCE_EXHAUSTED] * 3
-    desk.close()
+    large = replace(small, rank=2, shape=(2, CLASSES, 6))
+    for budget, comes_again in ((4 * small.nbytes, True), (4 * small.nbytes - 1, False)):
+        desk = Desk(budget=budget)
+        calls = [desk.ask(small), desk.ask(replace(small, rank=1))]
+        assert desk.waits_for(2)
+        with desk.admission.reserve(1):
+            calls.append(desk.ask(large))
+            outcomes = ended(*calls)
+        assert [outcome.code for outcome in outcomes] == [RESOURCE_EXHAUSTED] * 3
+        for outcome in outcomes:
+            assert (float(outcome.metadata["grpc-retry-pushback-ms"]) > 0) is comes_again
+            assert ("the tensors of 3 ranks take" in outcome.text) is not comes_again
+        desk.close()
 
 
 def test_the_room_of_a_small_rank_that_comes_again_is_given_away_only_once_its_group_is_complete() -> None:

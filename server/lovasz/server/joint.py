@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from typing import TypeAlias
 from lovasz import wire
 from lovasz.server.admission import Admission, Permit
 from lovasz.server.batcher import Answer, Batcher, Entry
+from lovasz.server.config import format_bytes
 from lovasz.server.errors import (
     AbandonedError,
     JointBrokenError,
@@ -19,6 +21,7 @@ from lovasz.server.errors import (
     OverloadedError,
     ServerError,
     StoppingError,
+    TooLargeError,
     fresh,
 )
 from lovasz.server.metrics import Metrics
@@ -70,6 +73,7 @@ class Seat:
         nbytes: what its tensors take.
         permit: room for them; until its group is complete, for the share at least, so that the room is there for a rank
             that comes again.
+        cancel: ends the call.
         entry: its request; None until its payload has come, and once it has left.
     """
 
@@ -78,6 +82,7 @@ class Seat:
     call: wire.Request | None
     nbytes: int
     permit: Permit
+    cancel: Callable[[], object]
     entry: Entry | None = None
     lost: ServerError | None = None
 
@@ -177,8 +182,11 @@ class JointTable:
         """Answers that are kept."""
         return len(self._kept)
 
-    def join(self, request: wire.Request) -> Seat | Kept:
+    def join(self, request: wire.Request, cancel: Callable[[], object]) -> Seat | Kept:
         """Takes a seat; or the answer, if the call was answered before. Both are to be given back by :meth:`leave`.
+
+        Args:
+            cancel: ends this call, which may still be receiving, when the same call has come again.
 
         Raises:
             JointMismatchError: it does not fit the ranks that wait.
@@ -192,6 +200,8 @@ class JointTable:
             while call is not None and (before := self._seats.get(call)) is not None:
                 if before.group.complete is None:  # The group stays, also if it has no other rank.
                     self._lose(before, AbandonedError("the same call came again"), closing=False)
+                    if before.entry is None:  # Its payload may stall.
+                        before.cancel()
                 elif not self._changed.wait(until - time.monotonic()):
                     raise JointBrokenError("the same call is still being computed")
             kept = None if call is None else self._kept.get(call)
@@ -205,13 +215,14 @@ class JointTable:
             else:
                 _check_fits(group, request)
             nbytes = request.payload_bytes + request.grad_bytes
-            seat = Seat(group, joint, call, nbytes, group.permit.split(group.share))
+            seat = Seat(group, joint, call, nbytes, group.permit.split(group.share), cancel)
             try:
                 seat.permit.resize(max(nbytes, group.share))
             except OverloadedError as error:
                 group.permit.absorb(seat.permit)
-                self._break(group, error, "overloaded")
-                raise
+                refusal = self._never_fits(group, nbytes) or error
+                self._break(group, refusal, "overloaded")
+                raise refusal from None
             group.seats[joint.rank] = seat
             if call is not None:
                 self._seats[call] = seat
@@ -327,6 +338,17 @@ class JointTable:
         group = Group(request, key, world_size, share, permit, time.monotonic() + self._timeout_seconds)
         self._waiting[key] = group
         return group
+
+    def _never_fits(self, group: Group, nbytes: int) -> TooLargeError | None:
+        """Says so if the group with one more seat of so many bytes is larger than the whole budget."""
+        others = [max(seat.nbytes, group.share) for seat in group.seats.values()]
+        needed = nbytes + sum(others) + group.share * (group.world_size - len(others) - 1)
+        if needed <= self._admission.budget_bytes:
+            return None
+        return TooLargeError(
+            f"the tensors of {group.world_size} ranks take {format_bytes(needed)} with their gradients; the server's "
+            f"whole budget is {format_bytes(self._admission.budget_bytes)} (--memory-budget)"
+        )
 
     def _lose(self, seat: Seat, error: ServerError, *, closing: bool = True) -> None:
         """Frees a seat of a group that is not complete; does so once.

@@ -216,7 +216,7 @@ class _Call:
         if header.joint is None:
             self._permit = service.admission.reserve(header.payload_bytes + header.grad_bytes)
         else:
-            place = self._place = service.joints.join(header)
+            place = self._place = service.joints.join(header, self._context.cancel)
             if isinstance(place, Kept):
                 self._phase = "result"
                 self._computed = time.monotonic()
