@@ -36,6 +36,9 @@ each label at a time. Histograms have `_bucket`, `_sum` and `_count`; times are 
 watch, and what an alert asks for: [operations.md](operations.md). The same port has a page for people at `/`, and its
 numbers at `/status`.
 
+The phases of a request: `receive`: header and payload; `joint`: waiting for the other ranks of its step; `queue`:
+waiting for the device; `compute`: its batch; `copy`: of the batch's gradients to the host; `send`: its answer.
+
 | metric | type | labels | what |
 |---|---|---|---|
 {"".join(rows)}"""
@@ -48,7 +51,7 @@ def _metric_row(metric: Metric) -> str:
     if metric.name.startswith("lovasz_joint_step_"):
         labels = ["run"]
     if metric.name.startswith("lovasz_run_"):
-        labels = ["run", "phase", *["class"][: metric.name == "lovasz_run_class_iou"]]
+        labels = ["run", "mode", *["class"][: metric.name == "lovasz_run_class_iou"]]
     name = metric.name + SUFFIX.get(metric.type, "")
     return f"| `{name}` | {metric.type} | {', '.join(f'`{label}`' for label in labels)} | {metric.documentation} |\n"
 

@@ -18,7 +18,8 @@ from typing import Any
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 8, 8
 COLUMNS = 24
-SOURCE = {"type": "prometheus", "uid": "prometheus"}
+TABLE_HEIGHT = 6
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Panel:
         text: for people who know Prometheus, but not the project.
         unit: one of Grafana's.
         series: pairs of legend and expression.
-        values: what is shown for a number in its place.
+        most: the end of the axis, where that is known.
         exemplars: whether traced requests are marked.
     """
 
@@ -38,92 +39,142 @@ class Panel:
     unit: str
     series: tuple[tuple[str, str], ...]
     stacked: bool = False
-    values: tuple[tuple[int, str], ...] = ()
+    most: int | None = None
     exemplars: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is now, a row for each server and run.
+    """What is now, over the whole width.
 
     Attributes:
-        columns: heading, unit and metric of each.
+        queries: what comes to one table; each is of samples that differ in their labels.
+        headings: the columns from left to right, each with Grafana's name for it: a label, or the value of a query.
+        unit: of each column whose numbers have one.
+        matrix: label of the rows, and of the columns, of a table of a single query.
+        empty: what is shown where there is nothing.
     """
 
     title: str
     text: str
-    columns: tuple[tuple[str, str, str], ...]
+    queries: tuple[str, ...]
+    headings: Mapping[str, str]
+    unit: Mapping[str, str]
+    sorted_by: str
+    empty: str
+    matrix: tuple[str, str] | None = None
 
 
 Sections = Mapping[str, Sequence[Panel | Table]]
 
 
-def per_second(metric: str, by: str) -> tuple[tuple[str, str], ...]:
-    return ((f"{{{{{by}}}}}", f"sum by ({by}) (rate({metric}[$__rate_interval]))"),)
+def of(metric: str, **labels: str) -> str:
+    """Of the servers that were chosen, with these labels; a value that begins with ~ is a pattern."""
+    chosen = {"instance": "~$instance", **labels}
+    matchers = [f'{name}=~"{value[1:]}"' if value[0] == "~" else f'{name}="{value}"' for name, value in chosen.items()]
+    return f"{metric}{{{', '.join(matchers)}}}"
 
 
-def quantile(share: float, metric: str, by: str = "") -> str:
-    labels = f"le, {by}" if by else "le"
-    return f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket[$__rate_interval])))"
+def rate(metric: str, **labels: str) -> str:
+    return f"rate({of(metric, **labels)}[$__rate_interval])"
 
 
-def quantiles(metric: str, shares: tuple[float, ...] = (0.5, 0.9, 0.99)) -> tuple[tuple[str, str], ...]:
-    return tuple((f"p{100 * share:.0f}", quantile(share, metric)) for share in shares)
+def rise(metric: str, by: str) -> tuple[tuple[str, str], ...]:
+    """How often, in the time between two points; for what is rare."""
+    legend = " in ".join(f"{{{{{label}}}}}" for label in by.split(", "))
+    return ((legend, f"sum by ({by}) (increase({of(metric)}[$__rate_interval]))"),)
+
+
+def quantile(share: float, metric: str, by: str = "le", **labels: str) -> str:
+    return f"histogram_quantile({share}, sum by ({by}) ({rate(f'{metric}_bucket', **labels)}))"
+
+
+def mean(metric: str) -> str:
+    return f"sum({rate(f'{metric}_sum')}) / sum({rate(f'{metric}_count')})"
 
 
 REQUESTS = (
     Panel(
         "Requests a second, by outcome",
-        "gRPC status codes. INVALID_ARGUMENT is the caller's mistake, RESOURCE_EXHAUSTED want of room, ABORTED a joint "
-        "step that was given up or a caller that stalled, INTERNAL a fault of the server.",
+        "gRPC status codes. INVALID_ARGUMENT, FAILED_PRECONDITION: the caller's mistake. RESOURCE_EXHAUSTED: want of "
+        "room. ABORTED: a joint step that was given up, or a caller that stalled. CANCELLED, DEADLINE_EXCEEDED: the "
+        "caller gave up. UNAVAILABLE: the server was stopping, or its device did not answer. INTERNAL: a fault of the "
+        "server. A refused call that its client makes again counts each time.",
         "reqps",
-        per_second("lovasz_requests_total", "code"),
+        (("{{code}}", f"sum by (code) ({rate('lovasz_requests_total')})"),),
     ),
     Panel(
         "Share of requests that failed",
-        "All codes but OK; clients try RESOURCE_EXHAUSTED and UNAVAILABLE again by themselves.",
+        "All codes but OK. Clients make calls that end with RESOURCE_EXHAUSTED or UNAVAILABLE again: their "
+        "trainers may have noticed nothing.",
         "percentunit",
         (
             (
                 "failed",
-                '1 - (sum(rate(lovasz_requests_total{code="OK"}[$__rate_interval])) '
-                "/ sum(rate(lovasz_requests_total[$__rate_interval])))",
+                f"1 - sum({rate('lovasz_requests_total', code='OK')}) / sum({rate('lovasz_requests_total')})",
             ),
         ),
+        most=1,
     ),
     Panel(
-        "Size of requests",
-        "Logits and labels, without the gradient.",
-        "bytes",
-        quantiles("lovasz_request_bytes"),
+        "Time of a request",
+        "From its header to the end of its answer, of those that were answered. Points: single requests whose callers "
+        "record traces.",
+        "s",
+        tuple(
+            (f"p{100 * share:.0f}", quantile(share, "lovasz_request_seconds", outcome="answered"))
+            for share in (0.5, 0.9, 0.99)
+        ),
+        exemplars=True,
     ),
 )
 
 TIME = (
+    Table(
+        "Which phase slow requests spend their time in",
+        "A row for requests that took up to 0.01, 0.1, 1, 10 s, or longer: the share of their time in each phase. "
+        "receive: header and payload; joint: waiting for the other ranks of the step; queue: waiting for the device; "
+        "compute: the batch; copy: of the batch's gradients to the host; send. Those that failed count, too. Of the "
+        "last five minutes.",
+        (
+            f"sum by (took, phase) (rate({of('lovasz_class_phase_seconds_total')}[5m])) / on (took) group_left () "
+            f"(sum by (took) (rate({of('lovasz_class_phase_seconds_total')}[5m])) > 0)",
+        ),
+        {
+            "took\\phase": "seconds in all, up to",
+            **{phase: phase for phase in ("receive", "joint", "queue", "compute", "copy", "send")},
+        },
+        dict.fromkeys(("receive", "joint", "queue", "compute", "copy", "send"), "percentunit"),
+        sorted_by="seconds in all, up to",
+        empty="no requests",
+        matrix=("took", "phase"),
+    ),
     Panel(
         "Where a request spends its time",
-        "Seconds in each phase for each request that was computed, stacked: receiving the payload, waiting for the "
-        "other ranks of a joint step, waiting for the device, computing, copying the gradient to the host, sending. "
-        "The time of failed requests is in it.",
+        "Mean seconds in each phase, for each request that was let in, stacked. Joint steps that wait in vain count.",
         "s",
         (
             (
                 "{{phase}}",
-                "sum by (phase) (rate(lovasz_phase_seconds_sum[$__rate_interval])) "
-                '/ scalar(sum(rate(lovasz_phase_seconds_count{phase="compute"}[$__rate_interval])))',
+                f"sum by (phase) ({rate('lovasz_phase_seconds_sum')}) "
+                f"/ scalar(sum({rate('lovasz_phase_seconds_count', phase='receive')}) > 0)",
             ),
         ),
         stacked=True,
     ),
     Panel(
         "99th percentile of each phase",
-        "Which phase slow requests are slow in; also those that failed, in their last phase. Points: single requests "
-        "whose callers record traces.",
+        "Of each phase by itself: these are not phases of the same requests. Points: traced requests.",
         "s",
-        (("{{phase}}", quantile(0.99, "lovasz_phase_seconds", "phase")),),
+        (("{{phase}}", quantile(0.99, "lovasz_phase_seconds", by="le, phase")),),
         exemplars=True,
     ),
-    Panel("Queue", "Requests that wait for the device.", "short", (("requests", "sum(lovasz_queue_requests)"),)),
+    Panel(
+        "Queue",
+        "Requests that wait for the device.",
+        "short",
+        (("{{instance}}", of("lovasz_queue_requests")),),
+    ),
 )
 
 JOINT_STEPS = (
@@ -131,37 +182,43 @@ JOINT_STEPS = (
         "Joint steps that wait, and whom for",
         "Of each run the step that has waited longest. A rank that still sends its tensors counts as missing. The "
         "server's log and its status page (GET / on the port of its metrics) name all missing ranks.",
-        (
-            ("step", "none", "lovasz_joint_step_number"),
-            ("waits for rank", "none", "lovasz_joint_step_first_missing_rank"),
-            ("missing ranks", "none", "lovasz_joint_step_missing_ranks"),
-            ("since", "s", "lovasz_joint_step_wait_seconds"),
+        tuple(
+            f"max by (instance, run) ({of(f'lovasz_joint_step_{what}')})"
+            for what in ("number", "first_missing_rank", "missing_ranks", "wait_seconds")
         ),
+        {
+            "run": "run",
+            "Value #A": "step",
+            "Value #B": "first missing rank",
+            "Value #C": "how many are missing",
+            "Value #D": "has waited for",
+            "instance": "server",
+        },
+        {"has waited for": "s"},
+        sorted_by="has waited for",
+        empty="no step waits",
     ),
     Panel(
         "Wait of joint steps",
         "A rank is late or dead where this grows; the step is given up at --joint-timeout.",
         "s",
-        (("{{run}}", "lovasz_joint_step_wait_seconds"),),
+        (("{{run}} ({{instance}})", of("lovasz_joint_step_wait_seconds")),),
     ),
     Panel(
-        "Rank that joint steps wait for",
-        "The number of the first that is missing. One that stands out here is slow, or dead.",
-        "none",
-        (("{{run}}", "lovasz_joint_step_first_missing_rank"),),
-    ),
-    Panel(
-        "Joint steps that wait",
+        "Joint steps and ranks there",
         "Steps of data-parallel trainings that wait for ranks, and the ranks that are there.",
         "short",
-        (("steps", "sum(lovasz_joint_groups_waiting)"), ("ranks there", "sum(lovasz_joint_ranks_waiting)")),
+        (
+            ("steps", f"sum({of('lovasz_joint_groups_waiting')})"),
+            ("ranks there", f"sum({of('lovasz_joint_ranks_waiting')})"),
+        ),
     ),
     Panel(
         "Joint steps, by outcome",
         "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no "
         "room; stopping: the server was.",
-        "reqps",
-        per_second("lovasz_joint_groups_total", "outcome"),
+        "short",
+        rise("lovasz_joint_groups_total", "outcome"),
     ),
 )
 
@@ -171,141 +228,162 @@ ROOM = (
         "Tensor bytes of the requests held, and the budget beyond which requests are refused (--memory-budget).",
         "bytes",
         (
-            ("held", "sum(lovasz_in_flight_bytes)"),
-            ("budget", "sum(lovasz_budget_bytes)"),
-            ("kept for the next", "sum(lovasz_staging_idle_bytes)"),
-            ("whole process", 'sum(process_resident_memory_bytes{job="lovasz"})'),
+            ("{{instance}} held", of("lovasz_in_flight_bytes")),
+            ("{{instance}} budget", of("lovasz_budget_bytes")),
+            ("{{instance}} kept for the next", of("lovasz_staging_idle_bytes")),
+            ("{{instance}} whole process", of("process_resident_memory_bytes", job="lovasz")),
         ),
     ),
     Panel(
         "Requests held",
-        "And how many may be (--max-requests).",
+        "And how many may be (--max-requests). A joint step holds one for each of its ranks from the first on.",
         "short",
-        (("held", "sum(lovasz_in_flight_requests)"), ("at most", "sum(lovasz_max_requests)")),
+        (
+            ("{{instance}} held", of("lovasz_in_flight_requests")),
+            ("{{instance}} at most", of("lovasz_max_requests")),
+        ),
     ),
-    Panel("Requests in a batch", "1: nothing shares the device.", "short", quantiles("lovasz_batch_requests")),
+    Panel(
+        "Requests in a batch",
+        "Mean; 1: nothing shares the device.",
+        "short",
+        (("requests", mean("lovasz_batch_requests")),),
+    ),
+    Panel(
+        "Size of requests",
+        "Logits and labels, without the gradient.",
+        "bytes",
+        (("mean", mean("lovasz_request_bytes")), ("p99", quantile(0.99, "lovasz_request_bytes"))),
+    ),
+    Panel(
+        "Logits computed a second",
+        "Of all requests.",
+        "short",
+        (("logits", f"sum({rate('lovasz_elements_total')})"),),
+    ),
 )
 
 DEVICE = (
     Panel(
-        "Device busy",
-        "Share of the time in which it had a batch to compute; 100 %: it is the limit.",
+        "Busy with batches",
+        "Share of the time in which the server's device had a batch to compute; 100 %: it is the limit.",
         "percentunit",
-        (("{{instance}}", "sum by (instance) (rate(lovasz_device_busy_seconds_total[$__rate_interval]))"),),
+        (("{{instance}}", f"sum by (instance) ({rate('lovasz_device_busy_seconds_total')})"),),
+        most=1,
     ),
     Panel(
-        "Device at work",
-        "For whomever: GPU time as the driver counts it, or the host's processors for a CPU.",
+        "Utilization by anyone",
+        "GPU time as the driver counts it, or the host's processors for a CPU.",
         "percentunit",
-        (("{{instance}}", "lovasz_device_utilization_ratio"),),
+        (("{{instance}}", of("lovasz_device_utilization_ratio")),),
+        most=1,
     ),
     Panel(
         "Memory of the device",
         "Of the GPU, or of the host; taken by whomever.",
         "bytes",
         (
-            ("{{instance}} taken", "lovasz_device_memory_used_bytes"),
-            ("{{instance}} in all", "lovasz_device_memory_bytes"),
+            ("{{instance}} taken", of("lovasz_device_memory_used_bytes")),
+            ("{{instance}} in all", of("lovasz_device_memory_bytes")),
         ),
     ),
     Panel(
-        "Device answers",
-        "Whether the last known loss came out right.",
-        "none",
-        (("{{instance}}", "lovasz_device_healthy"),),
-        values=((0, "no"), (1, "yes")),
-    ),
-    Panel(
-        "Logits computed a second",
-        "Of all requests.",
+        "Healthy",
+        "1: the device gave the right answer to a known loss when last asked, and is not stuck in a batch.",
         "short",
-        (("logits", "sum(rate(lovasz_elements_total[$__rate_interval]))"),),
+        (("{{instance}}", of("lovasz_device_healthy")),),
+        most=1,
     ),
 )
 
 REFUSED = (
     Panel(
         "Refused, by reason",
-        "overloaded: come again later; too_large: can never fit; invalid: the caller's mistake; mismatch: a rank that "
-        "does not fit its joint step; stopping: the server was.",
-        "reqps",
-        per_second("lovasz_rejections_total", "reason"),
+        "no_bytes, no_requests: come again later (--memory-budget, --max-requests); too_large: can never fit; invalid: "
+        "the caller's mistake; mismatch: a rank that does not fit its joint step; stopping: the server was.",
+        "short",
+        rise("lovasz_rejections_total", "reason"),
     ),
     Panel(
         "Given up by their callers",
         "Cancelled, or past their deadline, and the phase that they were in.",
-        "reqps",
-        (
-            (
-                "{{reason}} in {{phase}}",
-                "sum by (reason, phase) (rate(lovasz_abandoned_total[$__rate_interval]))",
-            ),
-        ),
+        "short",
+        rise("lovasz_abandoned_total", "reason, phase"),
     ),
     Panel(
         "Callers that stalled",
-        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout).",
-        "reqps",
-        per_second("lovasz_stalled_total", "phase"),
+        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout); the log names them.",
+        "short",
+        rise("lovasz_stalled_total", "phase"),
     ),
     Panel(
         "Answers that are not numbers",
-        "Logits were NaN or infinite; a gradient scaler skips such a step.",
-        "reqps",
-        (("answers", "sum(rate(lovasz_nonfinite_results_total[$__rate_interval]))"),),
+        "Logits were NaN or infinite; a gradient scaler skips such a step. The loss of a run that names itself has a "
+        "gap then, on the other dashboard.",
+        "short",
+        (("answers", f"sum(increase({of('lovasz_nonfinite_results_total')}[$__rate_interval]))"),),
     ),
 )
 
 OPERATIONS: Sections = {
     "Requests": REQUESTS,
-    "Time": TIME,
     "Joint steps": JOINT_STEPS,
+    "Time": TIME,
     "Room": ROOM,
     "Device": DEVICE,
     "Refused, given up, not finite": REFUSED,
 }
 
 
+def of_runs(metric: str, **labels: str) -> str:
+    return of(metric, run="~$run", **labels)
+
+
 RUNS = (
     Panel(
         "Loss",
-        "The last loss of each run. Trainings name themselves: RemoteLoss(..., run=...), or by the run of their joint "
-        "steps, which show here what all ranks have together.",
+        "The last loss of each run; a gap: it was NaN. Trainings name themselves: RemoteLoss(..., run=...), or by the "
+        "run of their joint steps, which show here what all ranks have together. A run that sends nothing for a "
+        "quarter of an hour is gone.",
         "short",
-        (("{{run}} {{phase}}", 'lovasz_run_loss{run=~"$run"}'),),
+        (("{{run}} {{mode}}", of_runs("lovasz_run_loss")),),
     ),
     Panel(
         "Mean IoU",
         "Over classes, of the last fifty requests or so.",
         "percentunit",
-        (("{{run}} {{phase}}", 'lovasz_run_miou{run=~"$run"}'),),
+        (("{{run}} {{mode}}", of_runs("lovasz_run_miou")),),
+        most=1,
     ),
     Panel(
         "Requests a second",
         "Steps, for joint runs.",
         "reqps",
-        (("{{run}} {{phase}}", 'rate(lovasz_run_requests_total{run=~"$run"}[$__rate_interval])'),),
+        (("{{run}} {{mode}}", f"rate({of_runs('lovasz_run_requests_total')}[$__rate_interval])"),),
     ),
 )
 
 CLASSES = (
     Panel(
         "IoU of each class, in training",
-        "Choose a run at the top; for at most 64 classes.",
+        "For at most 64 classes. With several runs, choose one at the top.",
         "percentunit",
-        (("{{run}}: class {{class}}", 'lovasz_run_class_iou{run=~"$run", phase="train"}'),),
+        (("{{run}}: class {{class}}", of_runs("lovasz_run_class_iou", mode="train")),),
+        most=1,
     ),
     Panel(
         "IoU of each class, in evaluation",
         "Calls without a gradient.",
         "percentunit",
-        (("{{run}}: class {{class}}", 'lovasz_run_class_iou{run=~"$run", phase="eval"}'),),
+        (("{{run}}: class {{class}}", of_runs("lovasz_run_class_iou", mode="eval")),),
+        most=1,
     ),
     Panel(
         "Worst classes in training",
-        "The five with the lowest IoU.",
+        "The five with the lowest IoU at each time, of each run.",
         "percentunit",
-        (("{{run}}: class {{class}}", 'bottomk(5, lovasz_run_class_iou{run=~"$run", phase="train"})'),),
+        (("{{run}}: class {{class}}", f"bottomk by (run) (5, {of_runs('lovasz_run_class_iou', mode='train')})"),),
+        most=1,
     ),
 )
 
@@ -314,20 +392,38 @@ TRAINING: Sections = {
     "Classes": CLASSES,
 }
 
-RUN = {
-    "name": "run",
-    "type": "query",
-    "datasource": SOURCE,
-    "query": "label_values(lovasz_run_loss, run)",
-    "refresh": 2,
-    "multi": True,
-    "includeAll": True,
-    "allValue": ".*",
-    "current": {"text": "All", "value": "$__all"},
+CHOICE_OF_SOURCE = {
+    "name": "datasource",
+    "label": "data source",
+    "type": "datasource",
+    "query": "prometheus",
+    "current": {"text": "Prometheus", "value": "prometheus"},
 }
 
 
-def dashboard(uid: str, title: str, sections: Sections, variables: tuple[Any, ...] = ()) -> dict[str, Any]:
+def choice(name: str, label: str, query: str) -> dict[str, Any]:
+    """A variable, of which all values are chosen at first."""
+    return {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": SOURCE,
+        "query": query,
+        "definition": query,
+        "refresh": 2,
+        "sort": 1,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
+
+
+SERVERS = choice("instance", "server", "label_values(lovasz_build_info, instance)")
+CHOICE_OF_RUNS = choice("run", "run", "label_values(lovasz_run_loss, run)")
+
+
+def dashboard(uid: str, title: str, sections: Sections, variables: Sequence[Any]) -> dict[str, Any]:
     return {
         "uid": uid,
         "title": title,
@@ -336,37 +432,43 @@ def dashboard(uid: str, title: str, sections: Sections, variables: tuple[Any, ..
         "editable": True,
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
-        "templating": {"list": list(variables)},
+        "graphTooltip": 1,
+        "links": [{"type": "dashboards", "tags": ["lovasz"], "title": "Lovász", "includeVars": True, "keepTime": True}],
+        "templating": {"list": [CHOICE_OF_SOURCE, *variables]},
         "panels": list(_laid_out(sections)),
     }
 
 
 def _laid_out(sections: Sections) -> Iterator[dict[str, Any]]:
-    """Each section below its heading, its panels side by side."""
+    """Each section below its heading: tables over the whole width, plots side by side."""
     top, numbers = 0, itertools.count(1)
     for heading, panels in sections.items():
         place = {"x": 0, "y": top, "w": COLUMNS, "h": 1}
         yield {"id": next(numbers), "type": "row", "title": heading, "collapsed": False, "gridPos": place, "panels": []}
-        top += 1
-        for number, panel in enumerate(panels):
-            row, column = divmod(number * WIDTH, COLUMNS)
-            drawn = _plot(panel) if isinstance(panel, Panel) else _table(panel)
+        top, left, height = top + 1, 0, 0
+        for panel in panels:
+            width = WIDTH if isinstance(panel, Panel) else COLUMNS
+            if left + width > COLUMNS:
+                top, left = top + height, 0
+            height = HEIGHT if isinstance(panel, Panel) else TABLE_HEIGHT
             yield {
                 "id": next(numbers),
                 "title": panel.title,
                 "description": panel.text,
                 "datasource": SOURCE,
-                "gridPos": {"x": column, "y": top + row * HEIGHT, "w": WIDTH, "h": HEIGHT},
-                **drawn,
+                "gridPos": {"x": left, "y": top, "w": width, "h": height},
+                **(_plot(panel) if isinstance(panel, Panel) else _table(panel)),
             }
-        top += HEIGHT * -(-len(panels) * WIDTH // COLUMNS)
+            left += width
+        top += height
 
 
 def _plot(panel: Panel) -> dict[str, Any]:
-    custom = {"fillOpacity": 40, "stacking": {"mode": "normal"}} if panel.stacked else {"fillOpacity": 5}
-    names = {str(value): {"text": text, "index": place} for place, (value, text) in enumerate(panel.values)}
-    mappings = [{"type": "value", "options": names}] if names else []
-    defaults = {"unit": panel.unit, "min": 0, "custom": custom, "mappings": mappings}
+    defaults: dict[str, Any] = {"unit": panel.unit, "min": 0, "custom": {"fillOpacity": 5}}
+    if panel.stacked:
+        defaults["custom"] = {"fillOpacity": 40, "stacking": {"mode": "normal"}}
+    if panel.most is not None:
+        defaults["max"] = panel.most
     return {
         "type": "timeseries",
         "fieldConfig": {"defaults": defaults, "overrides": []},
@@ -379,27 +481,27 @@ def _plot(panel: Panel) -> dict[str, Any]:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    targets = [
-        {**_target(place, f"max by (instance, run) ({metric})"), "format": "table", "instant": True}
-        for place, (_, _, metric) in enumerate(table.columns)
-    ]
-    # Grafana names a value by the query that it is from.
-    headings = {
-        f"Value #{target['refId']}": heading for target, (heading, _, _) in zip(targets, table.columns, strict=True)
-    }
-    units = [
-        {"matcher": {"id": "byName", "options": heading}, "properties": [{"id": "unit", "value": unit}]}
-        for heading, unit, _ in table.columns
-    ]
+    together: dict[str, Any] = {"id": "merge", "options": {}}
+    if table.matrix is not None:
+        rows, columns = table.matrix
+        options = {"rowField": rows, "columnField": columns, "valueField": "Value"}
+        together = {"id": "groupingToMatrix", "options": options}
+    order = {name: place for place, name in enumerate(table.headings)}
+    organized = {"excludeByName": {"Time": True}, "indexByName": order, "renameByName": dict(table.headings)}
     return {
         "type": "table",
-        "fieldConfig": {"defaults": {}, "overrides": units},
-        "options": {"showHeader": True},
-        "targets": targets,
-        "transformations": [
-            {"id": "merge", "options": {}},
-            {"id": "organize", "options": {"excludeByName": {"Time": True}, "renameByName": headings}},
+        "fieldConfig": {
+            "defaults": {"noValue": table.empty},
+            "overrides": [
+                {"matcher": {"id": "byName", "options": heading}, "properties": [{"id": "unit", "value": unit}]}
+                for heading, unit in table.unit.items()
+            ],
+        },
+        "options": {"showHeader": True, "sortBy": [{"displayName": table.sorted_by, "desc": True}]},
+        "targets": [
+            {**_target(place, query), "format": "table", "instant": True} for place, query in enumerate(table.queries)
         ],
+        "transformations": [together, {"id": "organize", "options": organized}],
     }
 
 
@@ -408,8 +510,8 @@ def _target(place: int, expression: str) -> dict[str, Any]:
 
 
 FILES = {
-    "operations.json": dashboard("lovasz-operations", "Lovász loss service", OPERATIONS),
-    "training.json": dashboard("lovasz-training", "Lovász losses of trainings", TRAINING, (RUN,)),
+    "operations.json": dashboard("lovasz-operations", "Lovász loss service", OPERATIONS, [SERVERS]),
+    "training.json": dashboard("lovasz-training", "Lovász losses of trainings", TRAINING, [SERVERS, CHOICE_OF_RUNS]),
 }
 
 

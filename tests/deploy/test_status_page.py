@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def test_what_is_not_a_number_is_null() -> None:
     with ServerProcess(["--device", "cpu"]) as server, LossClient(server.target) as client:
         logits, labels = np.full((1, 3, 4, 4), np.nan, np.float32), np.zeros((1, 4, 4), np.uint8)
         assert np.isnan(client.compute(logits, labels, LovaszSoftmax(), joint=Joint("diverged", 0, 1, 0)).loss)
-        assert status_of(server)["samples"]["lovasz_run_loss"] == [[{"run": "diverged", "phase": "train"}, None]]
+        assert status_of(server)["samples"]["lovasz_run_loss"] == [[{"run": "diverged", "mode": "train"}, None]]
 
 
 def test_other_paths_are_told_what_there_is() -> None:
@@ -72,6 +74,29 @@ def test_other_paths_are_told_what_there_is() -> None:
             urllib.request.urlopen(server.metrics_url + "x")
         assert b"/status" in refused.value.read()
         refused.value.close()
+
+
+def test_other_methods_than_get_are_refused_and_head_has_no_body() -> None:
+    with ServerProcess(["--device", "cpu"]) as server:
+        page = urllib.request.Request(server.metrics_url, method="HEAD")
+        with urllib.request.urlopen(page) as answer:
+            assert answer.status == 200
+            assert answer.read() == b""
+        with pytest.raises(urllib.error.HTTPError, match="405") as refused:
+            urllib.request.urlopen(urllib.request.Request(server.metrics_url, method="POST", data=b"x"))
+        refused.value.close()
+
+
+def test_callers_that_say_nothing_or_go_away_hold_up_nobody_and_leave_no_trace_in_the_log() -> None:
+    with ServerProcess(["--device", "cpu"]) as server:
+        lines = len(server.log)
+        address = urllib.parse.urlsplit(server.metrics_url)
+        with ExitStack() as silent:
+            for _ in range(100):
+                connection = silent.enter_context(socket.create_connection((address.hostname, address.port)))
+                connection.sendall(b"GET /met")
+        assert eventually(lambda: metric(server, "lovasz_device_healthy") == 1)
+        assert len(server.log) == lines
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser (Debian: apt-get install chromium)")
@@ -91,7 +116,7 @@ def test_a_browser_shows_how_the_server_fares(tmp_path: Path) -> None:
         assert re.search(r"version \S+, cpu \(CPU, \d+ threads\), up", words)
         assert re.search(r"Time of a request [\d.]+ m?s", words)
         assert re.search(r"receiving [\d.]+ m?s .* computing [\d.]+ m?s copying the gradient [\d.]+ m?s sending", words)
-        assert re.search(r"Device busy [\d.]+ % [\d.]+ GiB of [\d.]+ GiB taken", words)
+        assert re.search(r"Device busy [\d.]+ % [\d.]+ [MG]iB of [\d.]+ GiB taken", words)
         assert re.search(r"OK [1-9]\d*\b", words)
         assert re.search(r"cityscapes &lt;7&gt; 7 \S+ m?s 1, 2 \(of 3\)", words), "the run's name is no markup"
         assert not waiting.done()

@@ -208,11 +208,33 @@ def test_a_message_over_the_limit(stub: loss_pb2_grpc.LossServiceStub) -> None:
     assert "larger than max" in text
 
 
-def test_bytes_that_are_no_protobuf(server: ServerProcess) -> None:
+NO_UTF8 = pb.RequestHeader(run="????").SerializeToString().replace(b"????", b"\xff\xfe\xfd\xfc")
+
+
+@pytest.mark.parametrize("header", [b"\xff\xff\xff\xff", NO_UTF8], ids=["no protobuf", "a run that is not UTF-8"])
+def test_bytes_that_are_no_message(server: ServerProcess, header: bytes) -> None:
+    unary, stream = b"\x0a" + bytes([len(header)]) + header, [b"\x0a" + bytes([len(header)]) + header]
     with grpc.insecure_channel(server.target) as channel:
-        call = channel.unary_unary("/lovasz.v1.LossService/Compute")
-        code, _ = refusal(lambda: call(b"\xff" * 100))
-    assert code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+        for method, call in (
+            ("Compute", lambda: channel.unary_unary("/lovasz.v1.LossService/Compute")(unary)),
+            (
+                "ComputeStream",
+                lambda: list(channel.stream_stream("/lovasz.v1.LossService/ComputeStream")(iter(stream))),
+            ),
+        ):
+            before = metric(server, "lovasz_requests_total", method=method, code="INVALID_ARGUMENT")
+            code, text = refusal(call)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert text == f"message: got {len(unary)} bytes that are no {method}Request of lovasz.v1"
+            assert metric(server, "lovasz_requests_total", method=method, code="INVALID_ARGUMENT") == before + 1
+
+
+def test_a_long_name_that_is_wrong_is_told_as_far_as_it_fits(stub: loss_pb2_grpc.LossServiceStub) -> None:
+    request = good()
+    request.header.run = "\N{GRINNING FACE}" * 4000
+    code, text = refusal(lambda: stub.Compute(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert text.startswith("run: got ")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

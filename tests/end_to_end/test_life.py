@@ -129,8 +129,8 @@ def test_over_budget_is_refused_from_the_header_and_room_comes_back() -> None:
         assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 2 * logits.nbytes + labels.nbytes)
         with pytest.raises(ServerOverloadedError, match=r"132 KiB of 200 KiB are in use"):
             client.compute(logits, labels, SOFTMAX)
-        # gRPC's own retry asked five times, waiting as long as the server said.
-        assert metric(server, "lovasz_rejections_total", reason="overloaded") == 5
+        # A client that has had no answer yet asks five times, waiting as long as the server says.
+        assert metric(server, "lovasz_rejections_total", reason="no_bytes") == 5
         assert client.compute(*tensors(16), SOFTMAX).loss > 0
         call.cancel()
         release.set()
@@ -159,9 +159,36 @@ def test_too_many_requests_are_refused_while_health_is_still_answered() -> None:
         assert client.compute(*tensors(8), SOFTMAX).loss > 0
 
 
+def test_streams_that_send_no_header_leave_threads_for_health_and_end() -> None:
+    release = threading.Event()
+
+    def nothing() -> Iterator[pb.ComputeStreamRequest]:
+        release.wait(60)
+        yield from ()
+
+    with (
+        ServerProcess(["--device", "cpu", "--max-requests", "2"]) as server,
+        LossClient(server.target) as client,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        calls = [loss_pb2_grpc.LossServiceStub(channel).ComputeStream(nothing()) for _ in range(60)]
+        refused = {"code": "RESOURCE_EXHAUSTED", "method": "ComputeStream"}
+        assert eventually(lambda: metric(server, "lovasz_requests_total", **refused) == 10)
+        for _ in range(3):
+            check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert check.status == SERVING
+        with pytest.raises(ServerOverloadedError, match=r"too many calls at a time"):
+            client.compute(*tensors(8), SOFTMAX)
+        for call in calls:
+            call.cancel()
+        release.set()
+        assert eventually(lambda: client.compute(*tensors(8), SOFTMAX).loss > 0)
+
+
 def test_callers_that_go_away_leave_nothing_behind(server: ServerProcess) -> None:
     """In the middle of the payload, right after it, and while the answer is sent."""
-    logits, labels = tensors(512)
+    logits, labels = tensors(1500)  # More than what gRPC takes over from the server at once.
+    cancelled = threading.Event()
     request = [pb.ComputeStreamRequest(header=header_of(logits, labels))]
     request += [
         pb.ComputeStreamRequest(chunk=bytes(chunk))
@@ -171,13 +198,15 @@ def test_callers_that_go_away_leave_nothing_behind(server: ServerProcess) -> Non
 
     def half() -> Iterator[pb.ComputeStreamRequest]:
         yield from request[: len(request) // 2]
-        threading.Event().wait(0.2)
+        cancelled.wait(30)
 
     with grpc.insecure_channel(server.target) as channel:
         stub = loss_pb2_grpc.LossServiceStub(channel)
         middle = stub.ComputeStream(half())
         assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 1)
         middle.cancel()
+        cancelled.set()
+        assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 0)
         whole = stub.ComputeStream(iter(request))
         assert eventually(lambda: metric(server, "lovasz_in_flight_requests") >= 1)
         whole.cancel()

@@ -112,6 +112,9 @@ class Caller:
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         return self._sent
 
+    def peer(self) -> str:
+        return "desk"
+
     def time_remaining(self) -> float | None:
         return self._seconds
 
@@ -242,6 +245,7 @@ class Desk:
             (),
             self._readers,
             SendWatch(NEVER, self.metrics),
+            threading.Semaphore(1000),
             stall_seconds=NEVER,
             device_stall_seconds=NEVER,
         )

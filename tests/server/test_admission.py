@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
-import time
 
 import pytest
 
@@ -87,15 +85,14 @@ def test_waiting_until_all_is_given_back() -> None:
     assert admission.wait_until_empty(30) == 0
 
 
-def test_knows_since_when_there_is_nothing() -> None:
-    admission = Admission(100, 2)
-    assert admission.idle_since == -math.inf
-    first, second = admission.reserve(10), admission.reserve(10)
-    before = time.monotonic()
-    first.release()
-    assert admission.idle_since == math.inf
-    second.release_request()
-    idle_since = admission.idle_since
-    assert before <= idle_since <= time.monotonic()
-    second.release()
-    assert admission.idle_since == idle_since
+def test_the_most_bytes_at_a_time_are_known() -> None:
+    admission = Admission(100, 3)
+    assert admission.take_peak_bytes() == 0
+    with admission.reserve(10), admission.reserve(30):
+        pass
+    kept = admission.reserve(20)
+    assert admission.take_peak_bytes() == 40
+    assert admission.take_peak_bytes() == 20
+    kept.release()
+    assert admission.take_peak_bytes() == 20
+    assert admission.take_peak_bytes() == 0

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from lovasz.server import allocator
+from lovasz.server.allocator import MemoryReturner
+
 KEEPING = """
 from lovasz.server.allocator import give_back_freed_memory, keep_freed_memory
 
@@ -35,3 +38,26 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     assert full >= 49
     assert kept >= 40
     assert left <= 10
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "returned_after"),
+    [
+        ([0, 0, 500, 0, 0, 0, 0, 0], [6]),
+        ([500, 100, 500, 100, 500, 100, 100, 100], [8]),
+        ([500, 400, 300, 300, 300, 300, 300], []),
+        ([500, 200, 200, 200, 200, 90, 90, 90], [4, 8]),
+        ([10, 0, 0, 0, 0, 0], []),
+    ],
+    ids=["idle", "a rest between requests", "about as much", "less and less", "too little"],
+)
+def test_memory_is_given_back_once_much_less_has_been_in_use_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, mebibytes: list[int], returned_after: list[int]
+) -> None:
+    returned: list[int] = []
+    peaks = iter(mebibytes)
+    returner = MemoryReturner(lambda: next(peaks) << 20, periods=3)
+    for number in range(1, len(mebibytes) + 1):
+        monkeypatch.setattr(allocator, "give_back_freed_memory", lambda number=number: returned.append(number))
+        returner.check()
+    assert returned == returned_after

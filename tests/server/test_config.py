@@ -93,6 +93,10 @@ def test_a_bad_variable_is_named_as_the_variable() -> None:
         ServerConfig.load([], {"LOVASZ_MAX_REQUESTS": "x"})
 
 
+def test_an_empty_variable_is_none() -> None:
+    assert ServerConfig.load([], {"LOVASZ_MEMORY_BUDGET": "", "LOVASZ_DEVICE": ""}) == ServerConfig()
+
+
 def test_a_misspelt_variable_is_found() -> None:
     environment = {"LOVASZ_MEMORY_BUDGT": "1GiB", "LOVASZ_MAX_REQUESTS": "3", "PATH": "/bin"}
     assert unknown_variables(environment) == ["LOVASZ_MEMORY_BUDGT"]

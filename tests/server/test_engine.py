@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from lovasz.core import compute
 from lovasz.core.batch import Launched, launch
 from lovasz.core.ragged import Request
 from lovasz.server.batcher import Batcher, Entry
-from lovasz.server.device import Utilization, choose_device, device_memory
 from lovasz.server.engine import Engine, wire_scale, write_scaled
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.metrics import Metrics
@@ -204,11 +202,6 @@ def test_a_device_that_does_not_compute_is_unhealthy_and_recovers(
     assert engine.healthy(60)
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(DeviceError, match=r"--device cuda:99: torch sees \d+ CUDA devices here"):
-        choose_device("cuda:99")
-
-
 @pytest.mark.parametrize("largest", [1.0, 3e-7, 1e-30, 2.0**20])
 def test_float16_gradients_neither_underflow_nor_overflow(largest: float) -> None:
     grad = torch.tensor([1.0, -0.5, 1e-3, 0.0]) * largest
@@ -227,44 +220,6 @@ def test_gradients_that_are_zero_or_not_finite_keep_the_scale_of_one() -> None:
         assert wire_scale([grad], half.dtype) == 1.0
         write_scaled(grad, 1.0, half)
         assert np.array_equal(half.float().numpy(), np.full(3, value, np.float32), equal_nan=True)
-
-
-def test_the_memory_of_the_device_is_known() -> None:
-    used, total = device_memory(torch.device("cpu"))
-    assert 0 < used < total
-
-
-def test_the_utilization_of_the_host_is_between_none_and_all() -> None:
-    utilization = Utilization(CPU)
-    assert math.isnan(utilization.ratio)
-    utilization.sample()
-    until = time.monotonic() + 0.1
-    while time.monotonic() < until:
-        pass
-    utilization.sample()
-    assert 0 < utilization.ratio <= 1
-
-
-def test_the_utilization_of_a_gpu_is_what_its_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "utilization", {torch.device("cuda", 1): 37}.__getitem__)
-    utilization = Utilization(torch.device("cuda", 1))
-    utilization.sample()
-    assert utilization.ratio == 0.37
-
-
-def test_a_utilization_that_is_not_known_is_asked_for_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def unknown(device: torch.device) -> int:
-        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
-
-    monkeypatch.setattr(torch.cuda, "utilization", unknown)
-    utilization = Utilization(torch.device("cuda", 0))
-    utilization.sample()
-    utilization.sample()
-    assert math.isnan(utilization.ratio)
-    assert len(caplog.records) == 1
-    assert "nvidia-ml-py" in vars(caplog.records[0])["error"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

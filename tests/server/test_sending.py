@@ -37,7 +37,7 @@ def metrics() -> Metrics:
 
 
 def stalled(metrics: Metrics) -> float | None:
-    return metrics.registry.get_sample_value("lovasz_stalled_total", {"phase": "result"})
+    return metrics.registry.get_sample_value("lovasz_stalled_total", {"phase": "send"})
 
 
 def never() -> None:

@@ -30,6 +30,7 @@ def test_a_recorded_trace_is_named(value: str) -> None:
         f"00-{TRACE.upper()}-{SPAN}-01",
         f"00-{TRACE}-{SPAN}",
         SAMPLED + "x",
+        SAMPLED + "-more",
         "",
         b"00",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,7 +167,8 @@ class LossClient:
         """
         call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout)
         try:
-            return self._threads.submit(self._finish, call, deadline)
+            # In the context of the caller, whose trace it belongs to.
+            return self._threads.submit(contextvars.copy_context().run, self._finish, call, deadline)
         except RuntimeError:
             self._check_open()
             raise

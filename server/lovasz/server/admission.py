@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -78,7 +77,7 @@ class Admission:
         self._bytes = 0
         self._requests = 0
         self._open = True
-        self._idle_since = -math.inf
+        self._peak_bytes = 0
         self._mean_held_seconds = 0.1
         self.reclaim: Callable[[], bool] = lambda: False
         """Gives up bytes that are held as a courtesy alone; says whether there were any. Called when bytes
@@ -92,12 +91,11 @@ class Admission:
     def requests_in_flight(self) -> int:
         return self._requests
 
-    @property
-    def idle_since(self) -> float:
-        """When the last request ended (``time.monotonic``): infinity while there are some, and its negative before the
-        first."""
+    def take_peak_bytes(self) -> int:
+        """The most bytes that were in flight at a time since this was last called."""
         with self._changed:
-            return math.inf if self._requests else self._idle_since
+            peak, self._peak_bytes = self._peak_bytes, self._bytes
+            return peak
 
     def reserve(self, nbytes: int, requests: int = 1) -> Permit:
         """Takes room for a request's tensors, or for those of several requests.
@@ -127,6 +125,7 @@ class Admission:
                 refusal = self._refusal(nbytes, requests)
                 if refusal is None:
                     self._bytes += nbytes
+                    self._peak_bytes = max(self._peak_bytes, self._bytes)
                     self._requests += requests
                     return
                 lacks_bytes_alone = self._refusal(0, requests) is None
@@ -139,12 +138,14 @@ class Admission:
         if self._requests + requests > self.max_requests:
             return self._overloaded(
                 f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests), and "
-                f"{requests} would come on top"
+                f"{requests} would come on top",
+                "requests",
             )
         if self._bytes + nbytes > self.budget_bytes:
             return self._overloaded(
                 f"{format_bytes(nbytes)} are needed; {format_bytes(self._bytes)} of "
-                f"{format_bytes(self.budget_bytes)} are in use (--memory-budget)"
+                f"{format_bytes(self.budget_bytes)} are in use (--memory-budget)",
+                "bytes",
             )
         return None
 
@@ -159,10 +160,10 @@ class Admission:
             self._changed.wait_for(lambda: self._requests == 0, timeout_seconds)
             return self._requests
 
-    def _overloaded(self, text: str) -> OverloadedError:
+    def _overloaded(self, text: str, lacks: str) -> OverloadedError:
         # About the time for which room is held, spread, so that those refused together do not come back together.
         delay = self._mean_held_seconds * random.uniform(0.5, 1.5)
-        return OverloadedError(text, min(max(delay, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS))
+        return OverloadedError(text, min(max(delay, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS), lacks)
 
     def _give_back(self, nbytes: int, requests: int, held_seconds: float) -> None:
         with self._changed:
@@ -170,5 +171,4 @@ class Admission:
             self._requests -= requests
             self._changed.notify_all()
             if requests:
-                self._idle_since = time.monotonic()
                 self._mean_held_seconds += 0.1 * (held_seconds - self._mean_held_seconds)

@@ -50,6 +50,7 @@ class Entry:
     Attributes:
         deadline: when its caller stops waiting (``time.monotonic``); None: never.
         staging: where its tensors lie on the host, and where its gradient is to be put; None: anywhere.
+        started: when its batch was (``time.monotonic``); None before.
         future: receives the answer.
         left: its caller has gone.
         when_left: called then.
@@ -63,6 +64,7 @@ class Entry:
     staging: Staging | None = None
     future: Future[Answer] = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
+    started: float | None = None
     left: bool = False
     when_left: Callable[[], None] | None = None
     joined: tuple[Entry, ...] = ()

@@ -159,7 +159,7 @@ class ServerConfig:
         DEFAULT_MAX_RUNS,
         "--max-runs",
         "N",
-        "runs whose loss and IoU the metrics show: those last heard of",
+        "runs whose loss and IoU the metrics show: those last heard of; and those whose waiting joint steps they show",
         _integer,
     )
     drain_seconds: float = _setting(
@@ -232,7 +232,7 @@ class ServerConfig:
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
-        """Flags win over ``LOVASZ_*`` variables, which win over defaults.
+        """Flags win over ``LOVASZ_*`` variables, which win over defaults; an empty variable is none.
 
         Raises:
             ConfigError: a value that cannot be.
@@ -242,7 +242,9 @@ class ServerConfig:
         values: dict[str, object] = {}
         for f in fields(cls):
             flag, variable = f.metadata["flag"], variable_of(f.metadata["flag"])
-            source, text = (flag, given[f.name]) if given[f.name] is not None else (variable, environment.get(variable))
+            source, text = flag, given[f.name]
+            if text is None:
+                source, text = variable, environment.get(variable) or None
             if text is None:
                 continue
             try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,54 +38,60 @@ def hardware_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are taken, and bytes in all: of the GPU, or of the host; 0 and 0 where the system does not say."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free, total
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
-    except OSError:
-        return 0, 0
-    total = kilobytes["MemTotal"] << 10
-    return total - (kilobytes["MemAvailable"] << 10), total
-
-
-class Utilization:
-    """How much of a device was at work lately, whoever it worked for.
+class DeviceWatch:
+    """What is known of the load of a device, whoever's it is; NaN where that cannot be read.
 
     Attributes:
-        ratio: of the GPU, as its driver counts; or of the host's processors, between the last two samples. NaN where
-            that is not known.
+        utilization: share of the time in which the GPU, by its driver's count, or else the host's processors had work.
+        used_bytes: of the memory of the GPU, or of the host.
+        memory_bytes: all of that memory.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.ratio = math.nan
         self._device = device
-        self._read: Callable[[], float] | None = self._of_gpu if device.type == "cuda" else self._of_host
-        self._before = (0, 0)
+        self._before: tuple[int, int] | None = None
+        self._told: set[str] = set()
+        self.utilization = self.used_bytes = self.memory_bytes = math.nan
 
     def sample(self) -> None:
-        """A chore: reads it. What cannot be read is not tried again."""
-        if self._read is None:
-            return
+        """A chore: reads all of it. Asks the device, and so can hang where that does."""
+        on_gpu = self._device.type == "cuda"
+        self.utilization = self.used_bytes = self.memory_bytes = math.nan
+        with self._told_once("utilization"):
+            self.utilization = self._gpu_utilization() if on_gpu else self._host_utilization()
+        with self._told_once("memory"):
+            self.used_bytes, self.memory_bytes = self._gpu_memory() if on_gpu else _host_memory()
+
+    @contextmanager
+    def _told_once(self, what: str) -> Iterator[None]:
         try:
-            self.ratio = self._read()
-        except (
-            Exception
-        ) as error:  # Of many kinds: no nvidia-ml-py, no driver that it knows, a part of a GPU, no /proc.
-            _log.warning("the device's utilization is not known", extra={"error": str(error)})
-            self._read, self.ratio = None, math.nan
+            yield
+        except Exception as error:  # Of many kinds: no nvidia-ml-py, a driver that fails, no /proc.
+            if what not in self._told:
+                self._told.add(what)
+                _log.warning(f"the {what} of the device cannot be read", extra={"error": str(error)})
 
-    def _of_gpu(self) -> float:
-        return torch.cuda.utilization(self._device) / 100  # Needs nvidia-ml-py, and finds the GPU as torch counts them.
+    def _gpu_utilization(self) -> float:
+        return torch.cuda.utilization(self._device) / 100  # By nvidia-ml-py, for the GPU as torch counts them.
 
-    def _of_host(self) -> float:
+    def _gpu_memory(self) -> tuple[float, float]:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free, total
+
+    def _host_utilization(self) -> float:
+        """Since the last time."""
         with open("/proc/stat") as file:
             _, user, nice, system, idle, waiting, *others = file.readline().split()[:9]
         busy = sum(map(int, (user, nice, system, *others)))
-        total = busy + int(idle) + int(waiting)
-        busy_before, total_before = self._before
-        self._before = busy, total
-        return (busy - busy_before) / max(1, total - total_before)
+        now = busy, busy + int(idle) + int(waiting)
+        before, self._before = self._before, now
+        if before is None:
+            return math.nan
+        return min(1.0, (now[0] - before[0]) / max(1, now[1] - before[1]))
+
+
+def _host_memory() -> tuple[float, float]:
+    with open("/proc/meminfo") as file:
+        kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
+    total = kilobytes["MemTotal"] << 10
+    return total - (kilobytes["MemAvailable"] << 10), total

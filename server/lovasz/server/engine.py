@@ -38,8 +38,6 @@ class _Running:
     launched: Launched
     started: float
     stream: torch.cuda.Stream | None
-    computed: torch.cuda.Event | None
-    """The stream comes to it when all is computed."""
 
 
 class Engine:
@@ -138,9 +136,10 @@ class Engine:
 
     def _begin(self, entries: Sequence[Entry]) -> _Running:
         started, stream = time.monotonic(), next(self._streams)
+        for entry in _members(entries):
+            entry.started = started
         with on(stream):
-            launched = self._start(entries, stream)
-        return _Running(list(entries), launched, started, stream, None if stream is None else _mark(stream))
+            return _Running(list(entries), self._start(entries, stream), started, stream)
 
     def _launch(self, entries: list[Entry]) -> _Running | None:
         try:
@@ -169,16 +168,17 @@ class Engine:
             with on(running.stream):
                 answers = iter(running.launched.collect())
                 computed = time.monotonic()
+                mark = None if running.stream is None else _mark(running.stream)
                 hosted = [
                     answer
                     for entry in running.entries
                     for answer in _to_host([next(answers) for _ in entry.members], entry.members)
                 ]
                 copy_seconds = time.monotonic() - computed
-                if running.stream is not None and running.computed is not None:
+                if running.stream is not None and mark is not None:
                     copied = _mark(running.stream)
                     copied.synchronize()
-                    copy_seconds = running.computed.elapsed_time(copied) / 1000
+                    copy_seconds = mark.elapsed_time(copied) / 1000
         except Exception as error:
             self._split(running.entries, error)
             return

@@ -22,11 +22,16 @@ class ServerError(Exception):
 
 
 class OverloadedError(ServerError):
-    """The server is full at the moment."""
+    """The server is full at the moment.
 
-    def __init__(self, text: str, retry_after_seconds: float) -> None:
+    Attributes:
+        lacks: ``"bytes"`` or ``"requests"``.
+    """
+
+    def __init__(self, text: str, retry_after_seconds: float, lacks: str = "bytes") -> None:
         super().__init__(text)
         self.retry_after_seconds = retry_after_seconds
+        self.lacks = lacks
 
 
 class TooLargeError(ServerError):

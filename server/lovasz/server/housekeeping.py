@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 _log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 1.0
+_PATIENCE_SECONDS = 5.0
+"""How long the end is waited for: the chore may hang. The thread is a daemon."""
 
 
 class Housekeeper:
     """Calls its chores, one after the other, in a thread of its own."""
 
-    def __init__(self, chores: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, name: str, chores: Sequence[Callable[[], None]]) -> None:
         self._chores = chores
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -25,7 +27,7 @@ class Housekeeper:
     def stop(self) -> None:
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_PATIENCE_SECONDS)
 
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL_SECONDS):

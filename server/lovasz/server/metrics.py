@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from prometheus_client import (
@@ -16,12 +19,20 @@ from prometheus_client import (
 from lovasz.server.config import DEFAULT_MAX_RUNS
 from lovasz.server.runs import Runs
 
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+_log = logging.getLogger(__name__)
+
+PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
+"""What a request goes through: header and payload; waiting for the other ranks of its step; waiting for the device; its
+batch; the copy of the batch's gradients to the host; its answer."""
+CLASSES = ("0.01", "0.1", "1", "10", "+Inf")
+"""Requests by how long they take: each class is named by what it ends at, in seconds."""
+
+_CLASS_ENDS = tuple(map(float, CLASSES))
+_OUTCOMES = {True: "answered", False: "failed"}
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 60, 120, 300, 1800)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PHASES = ("header", "payload", "joint", "queue", "compute", "result")
-"""What a request goes through, for what ends in one of them."""
 _ELEMENTS = tuple(float(4**k) for k in range(5, 17))
-_BYTES = tuple(float(4**k) for k in range(5, 17))
+_BYTES = tuple(float(2**k) for k in range(10, 33))
 """1 KiB to 4 GiB."""
 
 GAUGES = {
@@ -36,11 +47,12 @@ GAUGES = {
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
     "lovasz_joint_ranks_waiting": "Ranks that have come to joint steps that wait for others.",
     "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
-    "lovasz_device_healthy": "1 if the device answers.",
+    "lovasz_device_healthy": "1 if the device gave the right answer to a known loss when last asked, and is not stuck.",
     "lovasz_device_utilization_ratio": "Share of the time in which the GPU, or for a CPU the host's processors, had "
     "work, whoever's; NaN where that is not known (for GPUs without nvidia-ml-py).",
-    "lovasz_device_memory_used_bytes": "Memory of the GPU, or of the host for a CPU, that any process has taken.",
-    "lovasz_device_memory_bytes": "Memory of the GPU, or of the host for a CPU; 0 where the system does not say.",
+    "lovasz_device_memory_used_bytes": "Memory of the GPU, or of the host for a CPU, that is taken, by whomever; "
+    "NaN where that is not known.",
+    "lovasz_device_memory_bytes": "Memory of the GPU, or of the host for a CPU; NaN where that is not known.",
 }
 """Those that are read when they are scraped."""
 
@@ -63,12 +75,24 @@ class Metrics:
             ["method", "loss", "code"],
             registry=registry,
         )
-        self.phase_seconds = Histogram(
+        self._phase_seconds = Histogram(
             "lovasz_phase_seconds",
-            "Time that a request spent in each phase: receive, joint (waiting for other ranks), queue, compute (of its "
-            "batch), copy (of its batch's gradients to the host), send; also in the phase in which it failed.",
+            "Time spent in each phase by each request that was let in, also in the phase in which it failed.",
             ["phase"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self._request_seconds = Histogram(
+            "lovasz_request_seconds",
+            "Time of each request that was let in, from its header to the end of its answer, or to its failure.",
+            ["outcome"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._class_seconds = Counter(
+            "lovasz_class_phase_seconds",
+            "Time spent in each phase, apart for requests that took up to 0.01, 0.1, 1, 10 s, or longer, in all.",
+            ["took", "phase"],
             registry=registry,
         )
         self.faults = Counter("lovasz_faults", "Requests that failed by a fault of the server.", registry=registry)
@@ -80,7 +104,8 @@ class Metrics:
         )
         self.rejections = Counter(
             "lovasz_rejections",
-            "Requests refused, by reason; all but invalid and some too_large at their header.",
+            "Requests refused, by reason: no_bytes and no_requests lack room; all but invalid and some too_large at "
+            "their header.",
             ["reason"],
             registry=registry,
         )
@@ -93,7 +118,7 @@ class Metrics:
         )
         self.stalled = Counter(
             "lovasz_stalled",
-            "Calls that were cut off as their caller stopped sending its request, or taking its answer.",
+            "Calls cut off as their caller stopped sending its request (receive) or taking its answer (send).",
             ["phase"],
             registry=registry,
         )
@@ -118,17 +143,37 @@ class Metrics:
             "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS, registry=registry
         )
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
-        for phase in ("receive", "joint", "queue", "compute", "copy", "send"):
-            self.phase_seconds.labels(phase)
+        self._phases = {
+            phase: (self._phase_seconds.labels(phase), [self._class_seconds.labels(took, phase) for took in CLASSES])
+            for phase in PHASES
+        }
+        self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
         for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
             self.joint_groups.labels(outcome)
-        for reason in ("overloaded", "too_large", "stopping", "invalid", "mismatch"):
+        for reason in ("no_bytes", "no_requests", "too_large", "stopping", "invalid", "mismatch"):
             self.rejections.labels(reason)
         for phase in PHASES:
             for reason in ("cancelled", "expired"):
                 self.abandoned.labels(reason, phase)
-        for phase in ("header", "payload", "result"):
+        for phase in ("receive", "send"):
             self.stalled.labels(phase)
+
+    def observe_request(
+        self, phases: Mapping[str, float], seconds: float, answered: bool, trace: dict[str, str] | None
+    ) -> None:
+        """Notes a request that was let in.
+
+        Args:
+            phases: time spent in each of the phases that it came to.
+            seconds: in all.
+            trace: as of ``tracing.exemplar``.
+        """
+        self._outcomes[answered].observe(seconds, trace)
+        took = bisect_left(_CLASS_ENDS, seconds)
+        for phase, spent in phases.items():
+            histogram, classes = self._phases[phase]
+            histogram.observe(spent, trace)
+            classes[took].inc(spent)
 
     def observe_batch(self, requests: int, elements: int) -> None:
         self._batch_requests.observe(requests)
@@ -143,4 +188,17 @@ class Metrics:
         """Declares :data:`GAUGES`, each with what it is read from."""
         assert readers.keys() == GAUGES.keys()
         for name, text in GAUGES.items():
-            Gauge(name, text, registry=self.registry).set_function(readers[name])
+            Gauge(name, text, registry=self.registry).set_function(_readable(readers[name]))
+
+
+def _readable(read: Callable[[], float]) -> Callable[[], float]:
+    """NaN where a reader fails: the others are wanted all the more then."""
+
+    def value() -> float:
+        try:
+            return read()
+        except Exception:
+            _log.exception("a gauge cannot be read")
+            return math.nan
+
+    return value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +16,20 @@ from prometheus_client.registry import Collector
 
 MAX_CLASSES_SHOWN = 64
 """IoU is shown a class up to so many classes, so that a run has a bounded number of series."""
+SHOWN_SECONDS = 900.0
+"""How long a run that sends nothing is shown, training and evaluation each: one that ended makes no plateau."""
 _KEPT_SHARE = 0.98
 """How much of the counts of earlier requests each request leaves: IoU is that of the last fifty or so."""
-_PHASES = {True: "train", False: "eval"}
+_MODES = {True: "train", False: "eval"}
 
 
 @dataclass
-class _Phase:
+class _Mode:
     loss: float
     intersection: npt.NDArray[np.float64]
     union: npt.NDArray[np.float64]
-    requests: int = 0
-
-
-@dataclass
-class _Run:
-    phases: dict[str, _Phase] = field(default_factory=dict)
+    requests: int
+    heard: float
 
 
 class Runs(Collector):
@@ -39,7 +38,7 @@ class Runs(Collector):
     def __init__(self, max_runs: int) -> None:
         self._max_runs = max_runs
         self._lock = threading.Lock()
-        self._runs: OrderedDict[str, _Run] = OrderedDict()
+        self._runs: OrderedDict[str, dict[str, _Mode]] = OrderedDict()
 
     def observe(
         self,
@@ -56,18 +55,19 @@ class Runs(Collector):
             intersection: int64, shape (C,), as ``union``: see ``lovasz.spec.Result``.
         """
         with self._lock:
-            phases = self._runs.setdefault(run, _Run()).phases
+            modes = self._runs.setdefault(run, {})
             self._runs.move_to_end(run)
             if len(self._runs) > self._max_runs:
                 self._runs.popitem(last=False)
-            before = phases.get(_PHASES[want_grad])
+            before = modes.get(_MODES[want_grad])
             if before is None or before.union.shape != union.shape:
-                before = _Phase(loss, np.zeros(union.shape), np.zeros(union.shape))
-            phases[_PHASES[want_grad]] = _Phase(
+                before = _Mode(loss, np.zeros(union.shape), np.zeros(union.shape), 0, 0.0)
+            modes[_MODES[want_grad]] = _Mode(
                 loss,
                 _KEPT_SHARE * before.intersection + intersection,
                 _KEPT_SHARE * before.union + union,
                 before.requests + 1,
+                time.monotonic(),
             )
 
     def describe(self) -> list[Metric]:
@@ -77,13 +77,16 @@ class Runs(Collector):
     def collect(self) -> Iterator[Metric]:
         loss, miou, class_iou, requests = self._families()
         with self._lock:
-            shown = [(run, name, phase) for run, kept in self._runs.items() for name, phase in kept.phases.items()]
-        for run, name, phase in shown:
-            seen = phase.union > 0
-            iou = phase.intersection[seen] / phase.union[seen]
-            loss.add_metric([run, name], phase.loss)
+            kept = [(run, name, mode) for run, modes in self._runs.items() for name, mode in modes.items()]
+        since = time.monotonic() - SHOWN_SECONDS
+        for run, name, mode in kept:
+            if mode.heard < since:
+                continue
+            seen = mode.union > 0
+            iou = mode.intersection[seen] / mode.union[seen]
+            loss.add_metric([run, name], mode.loss)
             miou.add_metric([run, name], float(iou.mean()) if len(iou) else float("nan"))
-            requests.add_metric([run, name], phase.requests)
+            requests.add_metric([run, name], mode.requests)
             if len(seen) <= MAX_CLASSES_SHOWN:
                 for number, value in zip(np.flatnonzero(seen), iou, strict=True):
                     class_iou.add_metric([run, name, str(number)], float(value))
@@ -91,7 +94,7 @@ class Runs(Collector):
 
     @staticmethod
     def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily, CounterMetricFamily]:
-        labels = ["run", "phase"]
+        labels = ["run", "mode"]
         return (
             GaugeMetricFamily("lovasz_run_loss", "The last loss of a run, in training and evaluation.", labels=labels),
             GaugeMetricFamily(

@@ -49,5 +49,5 @@ class SendWatch:
             stalled = [answer for answer in self._answers if answer.since < until]
             self._answers.difference_update(stalled)
         for answer in stalled:
-            self._metrics.stalled.labels("result").inc()
+            self._metrics.stalled.labels("send").inc()
             answer.cut_off()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import socket
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -14,13 +13,13 @@ from grpc_reflection.v1alpha import reflection
 
 from lovasz import wire
 from lovasz.server.admission import Admission
-from lovasz.server.allocator import give_back_freed_memory
+from lovasz.server.allocator import MemoryReturner
 from lovasz.server.batcher import Batcher
 from lovasz.server.config import UNIX, ServerConfig
-from lovasz.server.device import Utilization, choose_device, device_memory, hardware_name
+from lovasz.server.device import DeviceWatch, choose_device, hardware_name
 from lovasz.server.engine import Engine
 from lovasz.server.health import HealthMonitor
-from lovasz.server.housekeeping import Housekeeper
+from lovasz.server.housekeeping import INTERVAL_SECONDS, Housekeeper
 from lovasz.server.joint import JointTable
 from lovasz.server.metrics import Metrics
 from lovasz.server.sending import SendWatch
@@ -33,10 +32,10 @@ from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
 
-_SPARE_THREADS = 16
-"""Threads beyond one a request: for health, reflection, server info, and to refuse what is over the limit."""
 _SPARE_CALLS = 64
-"""Calls beyond the limit that are refused with a reason; what comes on top of them, gRPC refuses by itself."""
+"""Calls of all kinds beyond --max-requests, each with a thread; what comes on top of them, gRPC refuses by itself."""
+_OTHER_CALLS = 16
+"""Of these, what is left for health, reflection and server info, whatever comes to the loss service."""
 
 _LAST_BYTES_SECONDS = 1.0
 """What answers that were handed to gRPC have to leave the host, once nothing else is in flight."""
@@ -76,7 +75,7 @@ class Server:
             choose_device(config.device), self._batcher, self._metrics, config.health_interval_seconds
         )
         self._health = HealthMonitor(self._engine, config.device_stall_seconds)
-        self._calls = ThreadPoolExecutor(config.max_requests + _SPARE_THREADS, thread_name_prefix="call")
+        self._calls = ThreadPoolExecutor(config.max_requests + _SPARE_CALLS, thread_name_prefix="call")
         self._grpc = grpc.server(
             self._calls, options=_OPTIONS, maximum_concurrent_rpcs=config.max_requests + _SPARE_CALLS
         )
@@ -96,14 +95,17 @@ class Server:
             self._shared_memory,
             self._readers,
             sending,
+            threading.BoundedSemaphore(config.max_requests + _SPARE_CALLS - _OTHER_CALLS),
             config.stall_seconds,
             config.device_stall_seconds,
         )
         self._grpc.add_generic_rpc_handlers((servicer.handler(),))
-        self._utilization = Utilization(self._engine.device)
-        chores = (sending.check, self._joints.check, self._staging.trim, self._give_back_memory)
-        self._housekeeper = Housekeeper([*chores, self._utilization.sample])
-        self._gave_back_memory = -math.inf
+        self._device_watch = DeviceWatch(self._engine.device)
+        memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
+        self._housekeepers = (
+            Housekeeper("housekeeper", [sending.check, self._joints.check, self._staging.trim, memory.check]),
+            Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang where the device does.
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
         names = (
             SERVICE_NAME,
@@ -131,9 +133,9 @@ class Server:
                 "lovasz_joint_groups_waiting": lambda: joints.groups,
                 "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
                 "lovasz_joint_answers_kept": lambda: joints.kept,
-                "lovasz_device_memory_used_bytes": lambda: device_memory(self._engine.device)[0],
-                "lovasz_device_memory_bytes": lambda: device_memory(self._engine.device)[1],
-                "lovasz_device_utilization_ratio": lambda: self._utilization.ratio,
+                "lovasz_device_memory_used_bytes": lambda: self._device_watch.used_bytes,
+                "lovasz_device_memory_bytes": lambda: self._device_watch.memory_bytes,
+                "lovasz_device_utilization_ratio": lambda: self._device_watch.utilization,
                 "lovasz_device_healthy": lambda: self._engine.healthy(config.device_stall_seconds),
             }
         )
@@ -163,7 +165,9 @@ class Server:
         self.metrics_url = f"http://{host}:{web_port}/metrics"
         self._engine.start()
         self._health.start()
-        self._housekeeper.start()
+        self._device_watch.sample()
+        for housekeeper in self._housekeepers:
+            housekeeper.start()
         self._grpc.start()
         device = self._engine.device
         _log.info(
@@ -187,12 +191,8 @@ class Server:
             raise OSError(f"--listen {address}: cannot be bound (is another server there?)") from error
         return address if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:{port}"
 
-    def _give_back_memory(self) -> None:
-        """A chore: what the allocator keeps is given back once the server has been idle for a while."""
-        now = time.monotonic()
-        if self._gave_back_memory < self._admission.idle_since < now - KEPT_SECONDS:
-            self._gave_back_memory = now
-            give_back_freed_memory()
+    def _take_peak_bytes(self) -> int:
+        return self._admission.take_peak_bytes() + self._staging.idle_bytes
 
     def stop(self) -> bool:
         """Refuses new calls, lets accepted ones finish for as long as the configuration grants, and ends all threads.
@@ -212,7 +212,8 @@ class Server:
         self._web.stop()
         for shared_memory in self._shared_memory:
             shared_memory.stop()
-        self._housekeeper.stop()
+        for housekeeper in self._housekeepers:
+            housekeeper.stop()
         self._readers.shutdown(wait=finished, cancel_futures=True)
         self._calls.shutdown(wait=finished, cancel_futures=True)
         _log.info("stopped", extra={"unfinished_requests": left})

@@ -5,7 +5,9 @@ Holds the one table that maps what can go wrong to gRPC status codes.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor
@@ -66,16 +68,27 @@ STATUS: dict[type[BaseException], grpc.StatusCode] = {
 }
 """What each error leaves the server as; whatever is not here leaves as a bland INTERNAL."""
 
-_MAX_TEXT = 2000
-"""Characters of an error's text: gRPC's metadata is limited."""
+_LOSSES = (*LOSS_KINDS, "cross_entropy+lovasz_softmax", "unknown")
+
+_MAX_TEXT_BYTES = 2000
+"""Of an error's text, in UTF-8: gRPC makes up to three of each, and takes 8 KiB of metadata."""
+
+
+def _rejection_reason(error: BaseException) -> str | None:
+    if isinstance(error, OverloadedError):
+        return f"no_{error.lacks}"
+    return _REJECTION_REASONS.get(type(error))
+
 
 _REJECTION_REASONS: dict[type[BaseException], str] = {
     InvalidInput: "invalid",
-    OverloadedError: "overloaded",
     TooLargeError: "too_large",
     StoppingError: "stopping",
     JointMismatchError: "mismatch",
 }
+
+
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ class LossServicer:
     Attributes:
         shared_memory: one for each socket on which memory can be shared.
         readers: threads that read streams.
+        calls: one for each that may be in this service at a time, so that threads are left for health.
         stall_seconds: how long a caller may keep a call waiting.
         device_stall_seconds: how long a batch may keep the device busy before it counts as unhealthy.
     """
@@ -98,18 +112,25 @@ class LossServicer:
     shared_memory: Sequence[SharedMemory]
     readers: Executor
     sending: SendWatch
+    calls: threading.Semaphore
     stall_seconds: float
     device_stall_seconds: float
+
+    def __post_init__(self) -> None:
+        # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
+        codes = {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, *STATUS.values()}
+        for labels in itertools.product(("Compute", "ComputeStream"), _LOSSES, sorted(code.name for code in codes)):
+            self.metrics.requests.labels(*labels)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The methods, with messages read and written without protobuf's copies (``lovasz.framing``)."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Compute": grpc.unary_unary_rpc_method_handler(
-                self.compute, request_deserializer=framing.UnaryRequest.decode
+                self.compute, request_deserializer=_or_no_message(framing.UnaryRequest.decode)
             ),
             "ComputeStream": grpc.stream_stream_rpc_method_handler(
                 self.compute_stream,
-                request_deserializer=framing.stream_message_decoder(pb.ComputeStreamRequest),
+                request_deserializer=_or_no_message(framing.stream_message_decoder(pb.ComputeStreamRequest)),
                 response_serializer=framing.encode_stream_message,
             ),
             "GetServerInfo": grpc.unary_unary_rpc_method_handler(
@@ -120,8 +141,11 @@ class LossServicer:
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
-    def compute(self, request: framing.UnaryRequest, context: grpc.ServicerContext) -> bytes:
+    def compute(self, request: framing.UnaryRequest | _NoMessage, context: grpc.ServicerContext) -> bytes:
         with _Call(self, "Compute", context) as call:
+            call.enter()
+            if isinstance(request, _NoMessage):
+                raise request.error("ComputeRequest")
             header = call.read_header(request.header)
             answer = call.compute(header, lambda staging: call.place_fields(staging, header, request))
             grad = call.grad_bytes(answer)
@@ -136,6 +160,7 @@ class LossServicer:
         self, messages: Iterator[pb.ComputeStreamRequest | memoryview], context: grpc.ServicerContext
     ) -> Iterator[pb.ComputeStreamResponse | memoryview]:
         with _Call(self, "ComputeStream", context) as call:
+            call.enter()
             receiver = Receiver(_until_gone(messages), self.readers.submit, self.stall_seconds)
             try:
                 header = call.read_header(receiver.header())
@@ -163,18 +188,39 @@ class LossServicer:
         )
 
 
-Message = TypeVar("Message")
+@dataclass(frozen=True)
+class _NoMessage:
+    """Bytes that are no message: gRPC would end the call with INTERNAL, and tell nobody here of it."""
+
+    nbytes: int
+
+    def error(self, expected: str) -> InvalidInput:
+        return InvalidInput("message", f"got {self.nbytes} bytes that are no {expected} of lovasz.v1")
 
 
-def _until_gone(messages: Iterator[Message]) -> Iterator[Message]:
+def _or_no_message(decode: Callable[[bytes], Message]) -> Callable[[bytes], Message | _NoMessage]:
+    def decoded(data: bytes) -> Message | _NoMessage:
+        try:
+            return decode(data)
+        except Exception:
+            return _NoMessage(len(data))
+
+    return decoded
+
+
+def _until_gone(messages: Iterator[Message | _NoMessage]) -> Iterator[Message]:
     """A stream whose caller's leaving is an error of ours: the state of a call keeps gRPC's, and so would keep in a
     circle whatever the trace of that leads to.
 
     Raises:
         AbandonedError: the caller went away.
+        InvalidInput: bytes that are no message.
     """
     try:
-        yield from messages
+        for message in messages:
+            if isinstance(message, _NoMessage):
+                raise message.error("ComputeStreamRequest")
+            yield message
     except grpc.RpcError as error:
         error.__traceback__ = None
         raise AbandonedError("the caller went away") from None
@@ -188,12 +234,15 @@ class _Call:
         self._method = method
         self._context = context
         self._loss = "unknown"
-        self._phase = "header"
+        self._run = ""
+        self._phase = "receive"
+        self._seconds: dict[str, float] = {}
+        self._inside = False
         self._permit: Permit | None = None
         self._place: Seat | Kept | None = None
         self._joint_wait_seconds = 0.0
         self._staging: Staging | None = None
-        self._started = self._received = time.monotonic()
+        self._started = self._received = self._computing = self._computed = time.monotonic()
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else self._started + remaining
         self._trace = exemplar(context.invocation_metadata())
@@ -201,12 +250,21 @@ class _Call:
     def __enter__(self) -> _Call:
         return self
 
+    def enter(self) -> None:
+        """Raises:
+        OverloadedError: too many calls are here, though they may not have come to admission.
+        """
+        self._inside = self._service.calls.acquire(blocking=False)
+        if not self._inside:
+            raise OverloadedError("too many calls at a time (--max-requests)", 1.0, "requests")
+
     def read_header(self, message: pb.RequestHeader) -> wire.Request:
         """Raises:
         InvalidInput: the header is not one that can be computed with.
         """
         header = wire.Request.from_proto(message)
         self._loss = header.loss.kind
+        self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
 
     def compute(self, header: wire.Request, receive: Callable[[Staging], None]) -> Answer:
@@ -218,11 +276,10 @@ class _Call:
         else:
             place = self._place = service.joints.join(header, self._context.cancel)
             if isinstance(place, Kept):
-                self._phase = "result"
+                self._phase = "send"
                 self._computed = time.monotonic()
                 return place.answer
             seat = place
-        self._phase = "payload"
         try:
             staging = self._staging = Staging(header, service.staging)
         except Exception as error:
@@ -230,6 +287,7 @@ class _Call:
                 raise OverloadedError("the server's host has no memory left for the request's tensors", 1.0) from None
             raise
         receive(staging)
+        self._ended("receive", self._started)
         self._received = time.monotonic()
         self._phase = "queue" if seat is None else "joint"
         entry = Entry(staging.request(), header.loss, header.want_grad, self._deadline, staging)
@@ -239,23 +297,20 @@ class _Call:
             service.batcher.discard(entry.members[0])
             raise AbandonedError("the caller went away") from None
         except AbandonedError:
-            if self._phase == "queue":
-                self._phase = "compute"
+            if self._phase == "queue" and entry.started is not None:
+                self._ended("queue", self._queued, entry.started)
+                self._phase, self._computing = "compute", entry.started
             raise
         finally:
             # An error's trace leads to this frame, and must not keep the tensors alive.
             del entry, staging, seat
-        self._phase = "result"
+        self._phase, self._computed = "send", time.monotonic()
+        self._ended("queue", self._queued, answer.started)
+        self._seconds.update(compute=answer.compute_seconds, copy=answer.copy_seconds)
         service.metrics.request_bytes.observe(header.payload_bytes)
-        run = header.run or ("" if header.joint is None else header.joint.run)
-        if run and (header.joint is None or header.joint.rank == 0):
+        if self._run and (header.joint is None or header.joint.rank == 0):
             result = answer.result
-            service.metrics.runs.observe(run, header.want_grad, result.loss, result.intersection, result.union)
-        self._spent("receive", self._received - self._started)
-        self._spent("queue", answer.started - self._received - self._joint_wait_seconds)
-        self._spent("compute", answer.compute_seconds)
-        self._spent("copy", answer.copy_seconds)
-        self._computed = time.monotonic()
+            service.metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
         return answer
 
     def _answered(self, entry: Entry) -> Answer:
@@ -276,8 +331,15 @@ class _Call:
         finally:
             if seat.group.complete is not None:
                 self._joint_wait_seconds = max(0.0, seat.group.complete - self._received)
-                self._spent("joint", self._joint_wait_seconds)
+                self._seconds["joint"] = self._joint_wait_seconds
                 self._phase = "queue"
+
+    @property
+    def _queued(self) -> float:
+        return self._received + self._joint_wait_seconds
+
+    def _ended(self, phase: str, begun: float, ended: float | None = None) -> None:
+        self._seconds[phase] = max(0.0, (time.monotonic() if ended is None else ended) - begun)
 
     def place_fields(self, staging: Staging, header: wire.Request, request: framing.UnaryRequest) -> None:
         """Copies the payload of a message, or of shared memory, to its place.
@@ -343,6 +405,7 @@ class _Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        admitted = self._permit is not None or self._place is not None
         if self._staging is not None:
             self._staging.release()
             self._staging = None
@@ -351,16 +414,18 @@ class _Call:
             self._place = None
         if self._permit is not None:
             self._permit.release()
-        if not self._context.is_active() and not isinstance(error, ExpiredError):
-            error = self._gone()
+        if self._inside:
+            self._service.calls.release()
+        if not self._context.is_active() and (error is None or type(error) in STATUS or kind is GeneratorExit):
+            error = error if isinstance(error, ExpiredError) else self._gone()
+        if admitted:
+            self._observe(answered=error is None)
         if error is None:
-            self._spent("send", time.monotonic() - self._computed)
             self._count(grpc.StatusCode.OK)
             return
         code = STATUS.get(type(error), grpc.StatusCode.INTERNAL)
         self._count(code)
-        self._observe_the_last_phase()
-        if reason := _REJECTION_REASONS.get(type(error)):
+        if reason := _rejection_reason(error):
             self._service.metrics.rejections.labels(reason).inc()
         if isinstance(error, AbandonedError | ExpiredError):
             reason = "expired" if isinstance(error, ExpiredError) else "cancelled"
@@ -374,26 +439,27 @@ class _Call:
         if kind is GeneratorExit:
             return
         text = str(error)
+        request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
+        if isinstance(error, StalledError | TooLargeError):
+            _log.warning("a request was refused", extra={**request, "reason": text})
         if code is grpc.StatusCode.INTERNAL:
             self._service.metrics.faults.inc()
-            request = {"method": self._method, "loss": self._loss, **(self._trace or {})}
-            _log.error("unexpected fault", exc_info=error, extra=request)
+            _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
             text = "the server failed on this request; its log says why"
-        self._context.abort(code, text[:_MAX_TEXT])
+        self._context.abort(code, text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore"))
 
-    def _observe_the_last_phase(self) -> None:
-        """Of a request that failed: the slowest are among those that nobody waited for any more."""
+    def _observe(self, *, answered: bool) -> None:
+        """Its time; if it failed, also that in its last phase: the slowest are among those whose callers gave up."""
         begun = {
-            "payload": ("receive", self._started),
-            "joint": ("joint", self._received),
-            "queue": ("queue", self._received + self._joint_wait_seconds),
+            "receive": self._started,
+            "joint": self._received,
+            "queue": self._queued,
+            "compute": self._computing,
+            "send": self._computed,
         }
-        if self._phase in begun:
-            name, since = begun[self._phase]
-            self._spent(name, max(0.0, time.monotonic() - since))
-
-    def _spent(self, phase: str, seconds: float) -> None:
-        self._service.metrics.phase_seconds.labels(phase).observe(seconds, self._trace)
+        self._ended(self._phase, begun[self._phase])
+        seconds = time.monotonic() - self._started
+        self._service.metrics.observe_request(self._seconds, seconds, answered, self._trace)
 
     def _gone(self) -> ServerError:
         if self._deadline is not None and time.monotonic() >= self._deadline:

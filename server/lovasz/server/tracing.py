@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_IDS_AND_FLAGS = r"(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+# Later versions may have more behind; ff is none.
+_TRACEPARENT = re.compile(rf"(?:00-{_IDS_AND_FLAGS}|(?!00|ff)[0-9a-f]{{2}}-{_IDS_AND_FLAGS}(?:-.*)?)")
 _SAMPLED = 1
 
 
@@ -21,6 +23,7 @@ def exemplar(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str] | No
     for name, value in metadata:
         if name == "traceparent" and isinstance(value, str):
             found = _TRACEPARENT.fullmatch(value)
-            if found and int(found[3], 16) & _SAMPLED:
-                return {"trace_id": found[1], "span_id": found[2]}
+            trace_id, span_id, flags = [group for group in found.groups() if group] if found else ("", "", "0")
+            if int(flags, 16) & _SAMPLED:
+                return {"trace_id": trace_id, "span_id": span_id}
     return None

@@ -12,10 +12,19 @@ from prometheus_client.registry import Collector
 from lovasz.server.joint import Waiting
 
 _METRICS: dict[str, tuple[str, Callable[[Waiting], float]]] = {
-    "wait_seconds": ("How long the joint step has waited.", lambda step: step.seconds),
-    "number": ("Which step of its run.", lambda step: step.step),
-    "missing_ranks": ("How many ranks are missing.", lambda step: step.missing_ranks),
-    "first_missing_rank": ("The first of them.", lambda step: step.first_missing_rank),
+    "wait_seconds": (
+        "How long the joint step of a run that has waited longest has done so.",
+        lambda step: step.seconds,
+    ),
+    "number": ("Which step the joint step of a run is that has waited longest.", lambda step: step.step),
+    "missing_ranks": (
+        "How many ranks the joint step of a run that has waited longest lacks.",
+        lambda step: step.missing_ranks,
+    ),
+    "first_missing_rank": (
+        "The first rank that the joint step of a run that has waited longest lacks.",
+        lambda step: step.first_missing_rank,
+    ),
 }
 
 

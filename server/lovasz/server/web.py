@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import socket
 import threading
@@ -18,7 +19,11 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from lovasz.server.joint import JointTable
 
+_log = logging.getLogger(__name__)
+
 _STEPS_SHOWN = 50
+_MOST_CONNECTIONS = 64
+"""At a time; each has a thread. More are closed at once."""
 
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -51,6 +56,27 @@ class StatusPage:
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A caller that went away, mostly."""
+        _log.debug("an HTTP call failed", exc_info=True)
 
 
 class _ThreadingServer6(_ThreadingServer):
@@ -58,7 +84,7 @@ class _ThreadingServer6(_ThreadingServer):
 
 
 class _SilentHandler(WSGIRequestHandler):
-    timeout = 30  # A caller that says nothing is let go.
+    timeout = 10  # For each piece of what a caller sends.
 
     def log_message(self, *_: object) -> None:
         pass
@@ -93,6 +119,17 @@ class WebServer:
             self._server = None
 
     def _answer(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
+        method = environment["REQUEST_METHOD"]
+        if method not in ("GET", "HEAD"):
+            return _refused(start_response, "405 Method Not Allowed", "expected GET")
+        try:
+            body = self._body({**environment, "REQUEST_METHOD": "GET"}, start_response)
+        except Exception:  # In what makes the metrics: a header that it cannot read, say.
+            _log.exception("an HTTP call could not be answered")
+            return _refused(start_response, "500 Internal Server Error", "the server's log says why")
+        return body if method == "GET" else []
+
+    def _body(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
         path = environment.get("PATH_INFO", "/")
         if path == "/metrics":
             return self._metrics(environment, start_response)
@@ -100,11 +137,16 @@ class WebServer:
             return _ok(start_response, "text/html; charset=utf-8", self._page.html)
         if path == "/status":
             return _ok(start_response, "application/json", self._page.numbers())
-        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [b"there are / (for people), /metrics (for Prometheus) and /status (what / shows, as JSON)\n"]
+        there = "there are / (for people), /metrics (for Prometheus) and /status (what / shows, as JSON)"
+        return _refused(start_response, "404 Not Found", there)
 
 
 def _ok(start_response: StartResponse, content_type: str, body: bytes) -> Iterable[bytes]:
     headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
     start_response("200 OK", headers)
     return [body]
+
+
+def _refused(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{text}\n".encode()]
