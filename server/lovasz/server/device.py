@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from lovasz.server.errors import DeviceError
 
 _log = logging.getLogger(__name__)
+
+ReadT = TypeVar("ReadT")
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,20 +58,20 @@ class DeviceWatch:
     def sample(self) -> None:
         """A chore: reads all of it. Asks the device, and so can hang where that does."""
         on_gpu = self._device.type == "cuda"
-        self.utilization = self.used_bytes = self.memory_bytes = math.nan
-        with self._told_once("utilization"):
-            self.utilization = self._gpu_utilization() if on_gpu else self._host_utilization()
-        with self._told_once("memory"):
-            self.used_bytes, self.memory_bytes = self._gpu_memory() if on_gpu else _host_memory()
+        utilization = self._gpu_utilization if on_gpu else self._host_utilization
+        memory = self._gpu_memory if on_gpu else _host_memory
+        self.utilization = self._read("utilization", utilization, math.nan)
+        self.used_bytes, self.memory_bytes = self._read("memory", memory, (math.nan, math.nan))
 
-    @contextmanager
-    def _told_once(self, what: str) -> Iterator[None]:
+    def _read(self, what: str, read: Callable[[], ReadT], unknown: ReadT) -> ReadT:
+        """Says once if it cannot."""
         try:
-            yield
+            return read()
         except Exception as error:  # Of many kinds: no nvidia-ml-py, a driver that fails, no /proc.
             if what not in self._told:
                 self._told.add(what)
                 _log.warning(f"the {what} of the device cannot be read", extra={"error": str(error)})
+            return unknown
 
     def _gpu_utilization(self) -> float:
         return torch.cuda.utilization(self._device) / 100  # By nvidia-ml-py, for the GPU as torch counts them.

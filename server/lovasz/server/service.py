@@ -296,7 +296,7 @@ class _Call:
         except CancelledError:
             service.batcher.discard(entry.members[0])
             raise AbandonedError("the caller went away") from None
-        except AbandonedError:
+        except Exception:
             if self._phase == "queue" and entry.started is not None:
                 self._ended("queue", self._queued, entry.started)
                 self._phase, self._computing = "compute", entry.started
@@ -446,7 +446,7 @@ class _Call:
             self._service.metrics.faults.inc()
             _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
             text = "the server failed on this request; its log says why"
-        self._context.abort(code, text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore"))
+        self._context.abort(code, text.encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore"))
 
     def _observe(self, *, answered: bool) -> None:
         """Its time; if it failed, also that in its last phase: the slowest are among those whose callers gave up."""
