@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,27 @@ def test_a_server_that_does_not_answer_in_time(size: Size) -> None:
         assert server.methods == [size.method]
         with pytest.raises(TimeoutError):
             client.submit(*size.input(), LovaszSoftmax(), timeout=0.3).result()
+
+
+def test_a_submitted_call_is_made_in_the_context_of_its_caller(
+    client: LossClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tracers look for what a call belongs to."""
+    span: ContextVar[str] = ContextVar("span", default="none")
+    finish = client._finish
+    seen: list[str] = []
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(span.get())
+        return finish(*arguments)
+
+    monkeypatch.setattr(client, "_finish", noted)
+    for name in ("first", "second"):
+        token = span.set(name)
+        future = client.submit(*SMALL.input(), LovaszSoftmax())
+        span.reset(token)
+        assert future.result().loss > 0
+    assert seen == ["first", "second"]
 
 
 def test_close_cancels_a_call_of_another_thread_and_lets_submitted_ones_finish() -> None:

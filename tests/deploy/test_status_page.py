@@ -122,6 +122,9 @@ def test_a_browser_shows_how_the_server_fares(tmp_path: Path) -> None:
         assert not waiting.done()
         if folder := os.environ.get("SCREENSHOTS"):  # How the one in the docs was taken.
             in_browser(tmp_path, page, [f"--screenshot={folder}/status_page.png", "--window-size=1080,700"])
+        for rank in (1, 2):  # Or the client would wait for its timeout.
+            client.submit(*TENSORS, LovaszSoftmax(), joint=Joint("cityscapes <7>", rank, 3, 7))
+        assert waiting.result().loss > 0
 
 
 @contextmanager

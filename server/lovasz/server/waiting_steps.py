@@ -16,7 +16,7 @@ _METRICS: dict[str, tuple[str, Callable[[Waiting], float]]] = {
         "How long the joint step of a run that has waited longest has done so.",
         lambda step: step.seconds,
     ),
-    "number": ("Which step the joint step of a run is that has waited longest.", lambda step: step.step),
+    "number": ("The number of the joint step of a run that has waited longest.", lambda step: step.step),
     "missing_ranks": (
         "How many ranks the joint step of a run that has waited longest lacks.",
         lambda step: step.missing_ranks,
