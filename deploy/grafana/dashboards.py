@@ -18,7 +18,8 @@ from typing import Any
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 8, 8
 COLUMNS = 24
-TABLE_HEIGHT = 6
+TABLE_HEIGHT = 8
+PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -80,9 +81,9 @@ def rate(metric: str, **labels: str) -> str:
 
 
 def rise(metric: str, by: str) -> tuple[tuple[str, str], ...]:
-    """How often, in the time between two points; for what is rare."""
+    """How often in the last minute; for what is rare."""
     legend = " in ".join(f"{{{{{label}}}}}" for label in by.split(", "))
-    return ((legend, f"sum by ({by}) (increase({of(metric)}[$__rate_interval]))"),)
+    return ((legend, f"sum by ({by}) (increase({of(metric)}[1m]))"),)
 
 
 def quantile(share: float, metric: str, by: str = "le", **labels: str) -> str:
@@ -94,6 +95,13 @@ def mean(metric: str) -> str:
 
 
 REQUESTS = (
+    Panel(
+        "Servers that answer Prometheus",
+        "0: that server is down, and the other panels show nothing of it, or what was before.",
+        "short",
+        (("{{instance}}", of("up", job="lovasz")),),
+        most=1,
+    ),
     Panel(
         "Requests a second, by outcome",
         "gRPC status codes. INVALID_ARGUMENT, FAILED_PRECONDITION: the caller's mistake. RESOURCE_EXHAUSTED: want of "
@@ -118,12 +126,12 @@ REQUESTS = (
     ),
     Panel(
         "Time of a request",
-        "From its header to the end of its answer, of those that were answered. Points: single requests whose callers "
-        "record traces.",
+        "From its header to the end of its answer, or to its failure. As fine as the classes of the histogram: 0.1, 0.2, "
+        "0.5, 1, 2, 5 ... Points: single requests whose callers record traces.",
         "s",
         tuple(
-            (f"p{100 * share:.0f}", quantile(share, "lovasz_request_seconds", outcome="answered"))
-            for share in (0.5, 0.9, 0.99)
+            (f"p{100 * share:.0f} {outcome}", quantile(share, "lovasz_request_seconds", outcome=outcome))
+            for outcome, share in (("answered", 0.5), ("answered", 0.9), ("answered", 0.99), ("failed", 0.99))
         ),
         exemplars=True,
     ),
@@ -132,22 +140,25 @@ REQUESTS = (
 TIME = (
     Table(
         "Which phase slow requests spend their time in",
-        "A row for requests that took up to 0.01, 0.1, 1, 10 s, or longer: the share of their time in each phase. "
-        "receive: header and payload; joint: waiting for the other ranks of the step; queue: waiting for the device; "
-        "compute: the batch; copy: of the batch's gradients to the host; send. Those that failed count, too. Of the "
-        "last five minutes.",
+        "A row for requests that took more than 10, 1, 0.1, 0.01 s, or less: the share of their time in each phase, in "
+        "the last five minutes. receive: header and payload; joint: waiting for the other ranks of the step; queue: "
+        "waiting for the device; compute: the batch; copy: of the batch's gradients to the host; send. Those that failed "
+        "count, too.",
         (
-            f"sum by (took, phase) (rate({of('lovasz_class_phase_seconds_total')}[5m])) / on (took) group_left () "
-            f"(sum by (took) (rate({of('lovasz_class_phase_seconds_total')}[5m])) > 0)",
+            f"sum by (over, phase) (rate({of('lovasz_class_phase_seconds_total')}[5m])) / on (over) group_left () "
+            f"(sum by (over) (rate({of('lovasz_class_phase_seconds_total')}[5m])) > 0)",
         ),
-        {
-            "took\\phase": "seconds in all, up to",
-            **{phase: phase for phase in ("receive", "joint", "queue", "compute", "copy", "send")},
-        },
-        dict.fromkeys(("receive", "joint", "queue", "compute", "copy", "send"), "percentunit"),
-        sorted_by="seconds in all, up to",
-        empty="no requests",
-        matrix=("took", "phase"),
+        {"over\\phase": "took longer than, s", **{phase: phase for phase in PHASES}},
+        dict.fromkeys(PHASES, "percentunit"),
+        sorted_by="took longer than, s",
+        empty="no requests, or no server answers",
+        matrix=("over", "phase"),
+    ),
+    Panel(
+        "How many took how long",
+        "Requests a second that took more than so many seconds, and no more than the next class: the rows above.",
+        "reqps",
+        (("over {{over}} s", f"sum by (over) ({rate('lovasz_class_requests_total')})"),),
     ),
     Panel(
         "Where a request spends its time",
@@ -196,7 +207,7 @@ JOINT_STEPS = (
         },
         {"has waited for": "s"},
         sorted_by="has waited for",
-        empty="no step waits",
+        empty="no step waits, or no server answers",
     ),
     Panel(
         "Wait of joint steps",
@@ -214,7 +225,7 @@ JOINT_STEPS = (
         ),
     ),
     Panel(
-        "Joint steps, by outcome",
+        "Joint steps in the last minute, by outcome",
         "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no "
         "room; stopping: the server was.",
         "short",
@@ -225,13 +236,17 @@ JOINT_STEPS = (
 ROOM = (
     Panel(
         "Memory",
-        "Tensor bytes of the requests held, and the budget beyond which requests are refused (--memory-budget).",
+        "Tensor bytes of the requests held; the budget beyond which requests are refused (--memory-budget); buffers "
+        "that wait for the next requests; and all that the process has of the host.",
         "bytes",
         (
             ("{{instance}} held", of("lovasz_in_flight_bytes")),
             ("{{instance}} budget", of("lovasz_budget_bytes")),
             ("{{instance}} kept for the next", of("lovasz_staging_idle_bytes")),
-            ("{{instance}} whole process", of("process_resident_memory_bytes", job="lovasz")),
+            (
+                "{{instance}} whole process",
+                f"{of('process_resident_memory_bytes')} and on (instance) lovasz_build_info",
+            ),
         ),
     ),
     Panel(
@@ -298,30 +313,31 @@ DEVICE = (
 
 REFUSED = (
     Panel(
-        "Refused, by reason",
+        "Refused in the last minute, by reason",
         "no_bytes, no_requests: come again later (--memory-budget, --max-requests); too_large: can never fit; invalid: "
         "the caller's mistake; mismatch: a rank that does not fit its joint step; stopping: the server was.",
         "short",
         rise("lovasz_rejections_total", "reason"),
     ),
     Panel(
-        "Given up by their callers",
+        "Given up by their callers in the last minute",
         "Cancelled, or past their deadline, and the phase that they were in.",
         "short",
         rise("lovasz_abandoned_total", "reason, phase"),
     ),
     Panel(
-        "Callers that stalled",
-        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout); the log names them.",
+        "Callers that stalled in the last minute",
+        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout). The log names "
+        "the former.",
         "short",
         rise("lovasz_stalled_total", "phase"),
     ),
     Panel(
-        "Answers that are not numbers",
+        "Answers in the last minute that are not numbers",
         "Logits were NaN or infinite; a gradient scaler skips such a step. The loss of a run that names itself has a "
         "gap then, on the other dashboard.",
         "short",
-        (("answers", f"sum(increase({of('lovasz_nonfinite_results_total')}[$__rate_interval]))"),),
+        (("answers", f"sum(increase({of('lovasz_nonfinite_results_total')}[1m]))"),),
     ),
 )
 
@@ -346,20 +362,20 @@ RUNS = (
         "run of their joint steps, which show here what all ranks have together. A run that sends nothing for a "
         "quarter of an hour is gone.",
         "short",
-        (("{{run}} {{mode}}", of_runs("lovasz_run_loss")),),
+        (("{{run}} {{mode}} ({{instance}})", of_runs("lovasz_run_loss")),),
     ),
     Panel(
         "Mean IoU",
-        "Over classes, of the last fifty requests or so.",
+        "Over classes, of the last fifty requests or so. Steps whose loss is NaN leave it as it was.",
         "percentunit",
-        (("{{run}} {{mode}}", of_runs("lovasz_run_miou")),),
+        (("{{run}} {{mode}} ({{instance}})", of_runs("lovasz_run_miou")),),
         most=1,
     ),
     Panel(
         "Requests a second",
         "Steps, for joint runs.",
         "reqps",
-        (("{{run}} {{mode}}", f"rate({of_runs('lovasz_run_requests_total')}[$__rate_interval])"),),
+        (("{{run}} {{mode}} ({{instance}})", f"rate({of_runs('lovasz_run_requests_total')}[$__rate_interval])"),),
     ),
 )
 

@@ -74,11 +74,13 @@ def test_each_phase_of_a_slow_request_is_counted_apart_from_those_of_quick_ones(
     assert desk.waits_for(1)
     threading.Event().wait(1.1)
     ended(first, desk.ask(quick))
-    assert 1.1 <= (sample(desk, "class_phase_seconds_total", took="10", phase="joint") or 0) < 10
-    assert sample(desk, "class_phase_seconds_total", took="10", phase="receive") == pytest.approx(0, abs=0.1)
-    assert sample(desk, "class_phase_seconds_total", took="+Inf", phase="joint") == 0
+    assert 1.1 <= (sample(desk, "class_phase_seconds_total", over="1", phase="joint") or 0) < 10
+    assert sample(desk, "class_phase_seconds_total", over="1", phase="receive") == pytest.approx(0, abs=0.1)
+    assert sample(desk, "class_phase_seconds_total", over="10", phase="joint") == 0
     assert sample(desk, "request_seconds_count", outcome="answered") == 3
-    by_class = [sample(desk, "class_phase_seconds_total", took=took, phase="joint") or 0 for took in CLASSES]
+    assert sample(desk, "class_requests_total", over="1") == 1
+    assert sum(sample(desk, "class_requests_total", over=over) or 0 for over in CLASSES) == 3
+    by_class = [sample(desk, "class_phase_seconds_total", over=over, phase="joint") or 0 for over in CLASSES]
     assert sum(by_class) == pytest.approx(sample(desk, "phase_seconds_sum", phase="joint"))
 
 
@@ -97,6 +99,7 @@ def test_what_was_refused_has_no_time_and_is_told_apart_by_what_it_lacked() -> N
 
 
 def test_who_sent_what_can_never_fit_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     desk = Desk(budget=10)
     (outcome,) = ended(desk.ask(Rank(world_size=1, run="large")))
     assert outcome.code is RESOURCE_EXHAUSTED
@@ -104,6 +107,20 @@ def test_who_sent_what_can_never_fit_stands_in_the_log(caplog: pytest.LogCapture
     assert (record["peer"], record["run"], record["loss"]) == ("desk", "large", "lovasz_softmax")
     assert "whole budget is 10 B" in record["reason"]
     desk.close()
+
+
+def test_of_many_refused_requests_a_few_are_logged_and_the_others_counted(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    desk.compute()
+    for _ in range(3):
+        ended(desk.ask(Rank(world_size=0, label=9)))
+    threading.Event().wait(1.1)
+    ended(desk.ask(Rank(world_size=1, run="careless", label=9)))
+    first, second = [vars(record) for record in caplog.records if record.message == "a request was refused"]
+    assert (first["unlogged"], second["unlogged"], second["run"]) == (0, 2, "careless")
+    assert "labels: got 9" in second["reason"]
 
 
 def test_a_gauge_that_cannot_be_read_hides_no_other() -> None:

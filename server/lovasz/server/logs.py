@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+import threading
+import time
 from datetime import datetime, timezone
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -41,6 +44,25 @@ class JsonFormatter(_Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
+
+
+class Sparingly:
+    """Logs at most one event a second, and how many there were that it did not."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._last = -math.inf
+        self._unlogged = 0
+
+    def info(self, event: str, **fields: object) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last < 1.0:
+                self._unlogged += 1
+                return
+            self._last, unlogged, self._unlogged = now, self._unlogged, 0
+        self._logger.info(event, extra={**fields, "unlogged": unlogged})
 
 
 def _quoted(value: object) -> str:

@@ -24,10 +24,10 @@ _log = logging.getLogger(__name__)
 PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
 """What a request goes through: header and payload; waiting for the other ranks of its step; waiting for the device; its
 batch; the copy of the batch's gradients to the host; its answer."""
-CLASSES = ("0.01", "0.1", "1", "10", "+Inf")
-"""Requests by how long they take: each class is named by what it ends at, in seconds."""
+CLASSES = ("0", "0.01", "0.1", "1", "10")
+"""Requests by how long they take: each class is named by what its requests take longer than, in seconds."""
 
-_CLASS_ENDS = tuple(map(float, CLASSES))
+_CLASS_STARTS = tuple(map(float, CLASSES))
 _OUTCOMES = {True: "answered", False: "failed"}
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 60, 120, 300, 1800)
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -84,16 +84,21 @@ class Metrics:
         )
         self._request_seconds = Histogram(
             "lovasz_request_seconds",
-            "Time of each request that was let in, from its header to the end of its answer, or to its failure.",
+            "Time of each request that was let in, from its header to the end of its answer, or to its failure; the "
+            "outcome is answered or failed.",
             ["outcome"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._class_seconds = Counter(
             "lovasz_class_phase_seconds",
-            "Time spent in each phase, apart for requests that took up to 0.01, 0.1, 1, 10 s, or longer, in all.",
-            ["took", "phase"],
+            "Time spent in each phase by the requests that took, in all, more than so many seconds, and no more than "
+            "the next class.",
+            ["over", "phase"],
             registry=registry,
+        )
+        self._class_requests = Counter(
+            "lovasz_class_requests", "How many requests each of these classes has.", ["over"], registry=registry
         )
         self.faults = Counter("lovasz_faults", "Requests that failed by a fault of the server.", registry=registry)
         self.request_bytes = Histogram(
@@ -144,9 +149,10 @@ class Metrics:
         )
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         self._phases = {
-            phase: (self._phase_seconds.labels(phase), [self._class_seconds.labels(took, phase) for took in CLASSES])
+            phase: (self._phase_seconds.labels(phase), [self._class_seconds.labels(over, phase) for over in CLASSES])
             for phase in PHASES
         }
+        self._classes = [self._class_requests.labels(over) for over in CLASSES]
         self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
         for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
             self.joint_groups.labels(outcome)
@@ -169,11 +175,12 @@ class Metrics:
             trace: as of ``tracing.exemplar``.
         """
         self._outcomes[answered].observe(seconds, trace)
-        took = bisect_left(_CLASS_ENDS, seconds)
+        place = max(0, bisect_left(_CLASS_STARTS, seconds) - 1)
+        self._classes[place].inc()
         for phase, spent in phases.items():
             histogram, classes = self._phases[phase]
             histogram.observe(spent, trace)
-            classes[took].inc(spent)
+            classes[place].inc(spent)
 
     def observe_batch(self, requests: int, elements: int) -> None:
         self._batch_requests.observe(requests)

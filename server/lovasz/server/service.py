@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ from lovasz.server.errors import (
     TooLargeError,
 )
 from lovasz.server.joint import JointTable, Kept, Seat
+from lovasz.server.logs import Sparingly
 from lovasz.server.metrics import Metrics
 from lovasz.server.receiving import Receiver
 from lovasz.server.sending import SendWatch
@@ -115,6 +116,7 @@ class LossServicer:
     calls: threading.Semaphore
     stall_seconds: float
     device_stall_seconds: float
+    refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
 
     def __post_init__(self) -> None:
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
@@ -440,8 +442,8 @@ class _Call:
             return
         text = str(error)
         request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
-        if isinstance(error, StalledError | TooLargeError):
-            _log.warning("a request was refused", extra={**request, "reason": text})
+        if isinstance(error, InvalidInput | JointMismatchError | StalledError | TooLargeError):
+            self._service.refusals.info("a request was refused", **request, reason=text)
         if code is grpc.StatusCode.INTERNAL:
             self._service.metrics.faults.inc()
             _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
