@@ -126,8 +126,8 @@ REQUESTS = (
     ),
     Panel(
         "Time of a request",
-        "From its header to the end of its answer, or to its failure. As fine as the classes of the histogram: 0.1, 0.2, "
-        "0.5, 1, 2, 5 ... Points: single requests whose callers record traces.",
+        "From its header to the end of its answer, or to its failure. As fine as the classes of the histogram: 0.1, "
+        "0.2, 0.5, 1, 2, 5 ... Points: single requests whose callers record traces.",
         "s",
         tuple(
             (f"p{100 * share:.0f} {outcome}", quantile(share, "lovasz_request_seconds", outcome=outcome))
@@ -142,8 +142,8 @@ TIME = (
         "Which phase slow requests spend their time in",
         "A row for requests that took more than 10, 1, 0.1, 0.01 s, or less: the share of their time in each phase, in "
         "the last five minutes. receive: header and payload; joint: waiting for the other ranks of the step; queue: "
-        "waiting for the device; compute: the batch; copy: of the batch's gradients to the host; send. Those that failed "
-        "count, too.",
+        "waiting for the device; compute: the batch; copy: of the batch's gradients to the host; send. Those that "
+        "failed count, too.",
         (
             f"sum by (over, phase) (rate({of('lovasz_class_phase_seconds_total')}[5m])) / on (over) group_left () "
             f"(sum by (over) (rate({of('lovasz_class_phase_seconds_total')}[5m])) > 0)",
