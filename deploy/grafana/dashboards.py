@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lovasz.server.metrics import PHASES
+
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 8, 8
 COLUMNS = 24
 TABLE_HEIGHT = 8
-PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 

@@ -46,7 +46,9 @@ def test_the_time_of_calls_that_were_given_up_counts_in_their_last_phase(desk: D
     assert sample(desk, "request_seconds_count", outcome="failed") == 1
 
 
-def test_the_time_of_a_call_that_was_given_up_while_it_was_computed_counts_as_computing(desk: Desk) -> None:
+def test_the_time_of_a_call_that_was_given_up_while_it_was_computed_counts_as_computing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     desk.compute()
     caller = Caller()
     entered, go_on = threading.Event(), threading.Event()
@@ -57,7 +59,7 @@ def test_the_time_of_a_call_that_was_given_up_while_it_was_computed_counts_as_co
         go_on.wait(30)
         return start(*arguments)
 
-    desk.engine._start = held  # type: ignore[method-assign]
+    monkeypatch.setattr(desk.engine, "_start", held)
     call = desk.ask(Rank(world_size=0), caller)
     assert entered.wait(30)
     caller.cancel()
