@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -29,19 +31,42 @@ INTERPRETED_ELEMENTS = 1 << 15
 
 @dataclass(frozen=True)
 class Way:
-    """A device and the path that all float32 and 16-bit losses take on it; float64 always takes torch's."""
+    """A device and the path that all float32 and 16-bit losses take on it; float64 always takes torch's.
+
+    Attributes:
+        ranks: how the GPU's path ranks pixels, whatever the size of their group; None: as it does by itself.
+    """
 
     device: str
     path: Path
+    ranks: Literal["in buckets", "in tables"] | None = None
 
     def __str__(self) -> str:
-        return f"{self.device}-{self.path.name.lower()}"
+        ranks = "" if self.ranks is None else f"-{self.ranks.split()[-1]}"
+        return f"{self.device}-{self.path.name.lower()}{ranks}"
 
     def counts(self, pixels: int) -> bool:
         """Whether groups of so many pixels are counted in tables, where a bin is one tie, shared evenly."""
+        if self.path is Path.TRITON:
+            return self.ranks == "in tables" or (self.ranks is None and pixels >= SORTED_BELOW_PIXELS)
         if self.path is Path.NUMBA:
             return pixels >= SORTED_BELOW_PIXELS
-        return self.path in (Path.NUMBA_TABLES, Path.TRITON)
+        return self.path is Path.NUMBA_TABLES
+
+    def force(self, patch: pytest.MonkeyPatch) -> None:
+        """Lets the GPU's path rank as this way has it."""
+        if self.path is not Path.TRITON:
+            return
+        from lovasz.core import triton_path
+        from lovasz.core.triton_kernels import bins, plan
+
+        patch.setattr(triton_path, "_plans", OrderedDict())
+        if self.ranks is not None:
+            patch.setattr(plan, "SORTED_PIXELS", 0)
+        if self.ranks == "in tables":
+            patch.setattr(bins, "FULL_PIXELS", 1)
+            for name in ("RANKED_PIXELS", "RANKED_ELEMENTS", "RANKED_FOREGROUND"):
+                patch.setattr(plan, name, 0)
 
     def require(self) -> None:
         """Skips the test where this way cannot be taken."""
@@ -71,8 +96,12 @@ WAYS = [
     Way("cpu", Path.NUMBA_SORTED),
     Way("cpu", Path.NUMBA_TABLES),
     Way("cpu", Path.TRITON),
+    Way("cpu", Path.TRITON, "in buckets"),
+    Way("cpu", Path.TRITON, "in tables"),
     Way("cuda", Path.TORCH),
     Way("cuda", Path.TRITON),
+    Way("cuda", Path.TRITON, "in buckets"),
+    Way("cuda", Path.TRITON, "in tables"),
 ]
 
 
@@ -94,6 +123,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     quiet = np.errstate(all="ignore") if way.path is Path.TRITON else nullcontext()
     with pytest.MonkeyPatch.context() as patch, quiet:
         patch.setattr(batch, "choose", forced)
+        way.force(patch)
         yield way
 
 

@@ -68,10 +68,8 @@ class _Part:
     computed: Computed
 
     def collect(self) -> list[tuple[int, Answer]]:
-        computed = self.computed
-        bad_labels, not_finite, out_of_range = computed.faults.cpu().numpy()
-        terms = [(t.losses.cpu().numpy(), t.scored.cpu().numpy(), t.per_image) for t in computed.terms]
-        intersection, union = computed.intersection.cpu().numpy(), computed.union.cpu().numpy()
+        computed, values = self.computed, self.computed.values()
+        bad_labels, not_finite, out_of_range = values.faults
         answers: list[Answer] = []
         image = 0
         for j, (joint, count) in enumerate(zip(self.batch.joints, self.batch.images, strict=True)):
@@ -86,12 +84,12 @@ class _Part:
                 answers += [self._not_a_number(request, grad) for request, grad in zip(joint, grads, strict=True)]
             else:
                 results = []
-                for (_, loss), (losses, scored, per_image) in zip(self.loss.terms, terms, strict=True):
-                    groups = images if per_image else slice(j, j + 1)
-                    results.append(_term_result(loss, losses[:, groups], scored[:, groups]))
+                for (_, loss), term in zip(self.loss.terms, values.terms, strict=True):
+                    groups = images if term.per_image else slice(j, j + 1)
+                    results.append(_term_result(loss, term.losses[:, groups], term.scored[:, groups]))
                 total = sum(weight * term.loss for (weight, _), term in zip(self.loss.terms, results, strict=True))
                 for grad in grads:
-                    counts = intersection[:, j].copy(), union[:, j].copy()
+                    counts = values.intersection[:, j].copy(), values.union[:, j].copy()
                     answers.append(Result(total, grad, tuple(results), *counts))
         return list(zip(self.places, answers, strict=True))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,19 +27,17 @@ class TermValues:
         per_image: whether a group is an image; if not, it is a joint.
     """
 
-    losses: Tensor
-    scored: Tensor
+    losses: npt.NDArray[np.float64]
+    scored: npt.NDArray[np.bool_]
     per_image: bool
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What a path has computed, or has queued on its device.
+class Values:
+    """All that is known of a batch but its gradients, on the host.
 
     Attributes:
         terms: one for each term of the loss.
-        grads: one contiguous tensor a request, in the shape of its logits; None if no gradient was wanted. float32,
-            or float64 for float64 logits.
         intersection: int64, shape (K, joints): pixels of each class that are predicted right.
         union: int64, shape (K, joints): pixels that are of the class or predicted as it.
         faults: int64, shape (3, joints): bad labels, pixels with a logit that is not finite, pixels with a
@@ -44,10 +45,42 @@ class Computed:
     """
 
     terms: tuple[TermValues, ...]
+    intersection: npt.NDArray[np.int64]
+    union: npt.NDArray[np.int64]
+    faults: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a path has computed, or has queued on its device.
+
+    Attributes:
+        grads: one contiguous tensor a request, in the shape of its logits; None if no gradient was wanted. float32,
+            or float64 for float64 logits.
+        values: waits for the device and reads the values.
+    """
+
     grads: tuple[Tensor, ...] | None
-    intersection: Tensor
-    union: Tensor
-    faults: Tensor
+    values: Callable[[], Values]
+
+
+@dataclass(frozen=True)
+class TermTensors:
+    """:class:`TermValues` that may still be on a device."""
+
+    losses: Tensor
+    scored: Tensor
+    per_image: bool
+
+
+def later(terms: Sequence[TermTensors], intersection: Tensor, union: Tensor, faults: Tensor) -> Callable[[], Values]:
+    """Reads :class:`Values` off tensors."""
+
+    def read() -> Values:
+        on_host = [TermValues(t.losses.cpu().numpy(), t.scored.cpu().numpy(), t.per_image) for t in terms]
+        return Values(tuple(on_host), *(tensor.cpu().numpy() for tensor in (intersection, union, faults)))
+
+    return read
 
 
 def score(term: LovaszSoftmax | LovaszHinge, weight: float, counts: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core import bins
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermTensors, later, score
 from lovasz.core.numba_kernels import hinge, segments, softmax, tables
 from lovasz.core.numba_kernels.batch import Groups, NumbaBatch
 from lovasz.core.numba_kernels.cross_entropy import CrossEntropies, add_losses
@@ -58,10 +58,10 @@ def compute(
     intersection, union = planes.intersection_and_union()
     grads = planes.grads() if want_grad else None
     faults = torch.from_numpy(planes.counts.faults.reshape(3, -1))
-    return Computed(tuple(terms), grads, intersection, union, faults)
+    return Computed(grads, later(terms, intersection, union, faults))
 
 
-def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
+def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermTensors]:
     labelling, codes = batch.labelling, batch.codes()
     entropies = _entropies(batch)
     probability = batch.scratch.array("label probability", (batch.pixels,), np.float32)
@@ -80,7 +80,7 @@ def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
         batch.run_blocks(
             softmax.prepare, batch.logits_kind, labelling, batch.errors, codes[0], probability, entropies, batch.counts
         )
-    terms: list[TermValues] = []
+    terms: list[TermTensors] = []
     scored_images = np.zeros((len(batch.images.start), batch.channels), np.bool_)
     several, numbers = _prepare_grads(batch), itertools.count()
     for weight, term in batch.loss.terms:
@@ -93,7 +93,7 @@ def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
             scored, weights = score(term, weight, counts, groups.share)
             rules = Rules(labelling.void, ignored, False, batch.want_grad, several)
             losses = _score(batch, groups, scored, weights, counts, codes, rules, counted_from, None)
-            terms.append(TermValues(losses, scored, term.per_image))
+            terms.append(TermTensors(losses, scored, term.per_image))
             _mark(scored_images, groups, scored)
         elif isinstance(term, CrossEntropy):
             terms.append(_cross_entropy(batch, weight, term, next(numbers), entropies))
@@ -104,7 +104,7 @@ def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
     return terms
 
 
-def _hinge(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
+def _hinge(batch: NumbaBatch, counted_from: Threshold) -> list[TermTensors]:
     labelling, codes, count = batch.labelling, batch.codes(), len(batch.counts.labels)
     valid, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
     batch.run_blocks(
@@ -128,7 +128,7 @@ def _hinge(batch: NumbaBatch, counted_from: Threshold) -> list[TermValues]:
         bits = np.maximum.reduceat(largest.reshape(-1, batch.channels), groups.first_image, axis=0).T
         tops = np.maximum((bits >> 23) - 127, bins.LOWEST_TOP)
         losses = _score(batch, groups, scored, weights, foreground, codes, rules, counted_from, tops)
-        terms.append(TermValues(losses, scored, term.per_image))
+        terms.append(TermTensors(losses, scored, term.per_image))
         _mark(scored_images, groups, scored)
     if batch.want_grad:
         batch.clear_grads(scored_images)
@@ -287,7 +287,7 @@ def _entropies(batch: NumbaBatch) -> CrossEntropies:
 
 def _cross_entropy(
     batch: NumbaBatch, weight: float, term: CrossEntropy, t: int, entropies: CrossEntropies
-) -> TermValues:
+) -> TermTensors:
     """The loss of term number t: a mean over valid pixels, weighted; fills the term's factors in."""
     joints = len(batch.joint_images)
     counts = batch.per_joint(batch.counts.labels).numpy() * entropies.counted[t, :-1, None].astype(np.int64)
@@ -303,4 +303,4 @@ def _cross_entropy(
     entropies.pull[t] = weight * (1 - term.label_smoothing) * scale
     entropies.spread[t] = weight * term.label_smoothing / batch.channels * scale
     losses = torch.from_numpy(sums / units * scale).unsqueeze(0)
-    return TermValues(losses, torch.ones_like(losses, dtype=torch.bool), per_image=False)
+    return TermTensors(losses, torch.ones_like(losses, dtype=torch.bool), per_image=False)

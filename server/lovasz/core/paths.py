@@ -33,7 +33,8 @@ class Path(enum.Enum):
     NUMBA_TABLES = "numba, tables"
     """The same, all groups counted."""
     TRITON = "triton"
-    """Compiled, on a GPU (and on a CPU under Triton's interpreter): all groups counted."""
+    """Compiled, on a GPU (and on a CPU under Triton's interpreter): sorts small groups and rare classes, counts the
+    others in tables."""
 
 
 @cache
@@ -60,18 +61,24 @@ def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) ->
         return Path.TORCH
     if device.type == "cpu":
         return Path.NUMBA if installed("numba") else Path.TORCH
-    sizes = _group_sizes(joint, loss)
-    if device.type == "cuda" and sizes and min(sizes) >= SORTED_BELOW_PIXELS and max(sizes) < MAX_PIXELS:
+    if device.type == "cuda" and _fits_triton(joint, loss):
         return Path.TRITON if triton_works(device) else Path.TORCH
     return Path.TORCH
 
 
-def _group_sizes(joint: Sequence[Request], loss: WeightedSum) -> list[int]:
-    """Pixels of the groups, for the terms that have groups."""
-    layouts = [request.layout for request in joint]
+TRITON_CLASSES = 512
+"""A class takes a table of 1.3 MB in large groups."""
+TRITON_SEGMENTS = 1 << 20
+
+
+def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
+    """Whether it has not too many classes, groups or pixels in a group for tables."""
+    images = sum(request.layout.images for request in joint)
+    pixels = sum(request.layout.images * request.layout.pixels for request in joint)
+    channels = joint[0].layout.channels
     of_terms = {term.per_image for _, term in loss.terms if not isinstance(term, CrossEntropy)}
-    sizes = [layout.pixels for layout in layouts] if True in of_terms else []
-    return [*sizes, sum(layout.images * layout.pixels for layout in layouts)] if False in of_terms else sizes
+    segments = channels * sum(images if per_image else 1 for per_image in of_terms)
+    return (loss.is_hinge or channels <= TRITON_CLASSES) and segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS
 
 
 def checked(path: Path, request: Request, device: torch.device) -> Path:

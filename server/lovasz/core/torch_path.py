@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, score
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermTensors, later, score
 from lovasz.core.cross_entropy import Part, cross_entropy
 from lovasz.core.ragged import Batch, Ragged, flatten, unflatten
 from lovasz.core.segments import Groups, lovasz_extension, on_device
@@ -19,10 +19,10 @@ def compute(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad:
         flat = flatten(batch, loss, device)
         terms, grad, intersection, union, faults = (_hinge if loss.is_hinge else _softmax)(flat, loss, want_grad)
         grads = None if grad is None else unflatten(grad, batch)
-    return Computed(terms, grads, intersection, union, faults)
+    return Computed(grads, later(terms, intersection, union, faults))
 
 
-_Computed = tuple[tuple[TermValues, ...], Tensor | None, Tensor, Tensor, Tensor]
+_Computed = tuple[tuple[TermTensors, ...], Tensor | None, Tensor, Tensor, Tensor]
 
 
 class _Validity:
@@ -50,7 +50,7 @@ def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
     labels = validity.safe_labels
     soft = given_probabilities(batch.logits, labels) if loss.probabilities else softmax(batch.logits, labels)
     g = torch.zeros_like(batch.logits) if want_grad else None
-    terms: list[TermValues] = []
+    terms: list[TermTensors] = []
     parts: list[Part] = []
     for weight, term in loss.terms:
         if isinstance(term, LovaszSoftmax):
@@ -60,7 +60,7 @@ def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
             counts = _class_counts(labels, valid, batch.joints, len(batch.logits))
             parts.append(cross_entropy(term, weight, batch, soft, labels, valid, counts))
             values = parts[-1].loss.unsqueeze(0)
-            terms.append(TermValues(values, torch.ones_like(values, dtype=torch.bool), per_image=False))
+            terms.append(TermTensors(values, torch.ones_like(values, dtype=torch.bool), per_image=False))
     grad = None
     if g is not None:
         if loss.probabilities:
@@ -83,7 +83,7 @@ def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
 
 def _lovasz_softmax(
     term: LovaszSoftmax, weight: float, batch: Ragged, soft: Softmax, validity: _Validity, g: Tensor | None
-) -> TermValues:
+) -> TermTensors:
     labels, valid = validity.safe_labels, validity.of(term)
     groups, share = _groups(batch, term.per_image)
     channels = len(batch.logits)
@@ -103,7 +103,7 @@ def _lovasz_softmax(
         rows=rows,
         largest_error=1.0 + PROBABILITY_TOLERANCE,
     )
-    return TermValues(losses, scored, term.per_image)
+    return TermTensors(losses, scored, term.per_image)
 
 
 def _hinge(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
@@ -111,7 +111,7 @@ def _hinge(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
     logits, foreground = batch.logits, validity.safe_labels == 1
     errors = torch.where(foreground, 1 - logits, 1 + logits).clamp_(min=0)
     g = torch.zeros_like(logits) if want_grad else None
-    terms: list[TermValues] = []
+    terms: list[TermTensors] = []
     for weight, term in loss.terms:
         valid = validity.of(term)
         groups, share = _groups(batch, _per_image(term))
@@ -119,7 +119,7 @@ def _hinge(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
         assert isinstance(term, LovaszHinge)
         scored, weights = score(term, weight, groups.sum(valid), share)
         losses = lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights.to(logits.dtype), g)
-        terms.append(TermValues(losses, scored, _per_image(term)))
+        terms.append(TermTensors(losses, scored, _per_image(term)))
     grad = None if g is None else torch.where(foreground, -g, g).mul_(errors > 0)
     if grad is not None and validity.any_ignored:
         grad.masked_fill_(~validity.counted, 0)

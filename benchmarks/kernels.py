@@ -1,0 +1,97 @@
+"""Compiles the GPU's kernels for Hopper (sm_90), which needs no GPU, and prints what each takes.
+
+    python benchmarks/kernels.py [--classes 2 19 64 150 512]
+
+Registers a thread, bytes spilled to local memory, bytes of shared memory, and seconds of compiling, for a batch that
+has everything: a large group in tables, a small one that is sorted, cross-entropy beside the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core.triton_kernels.plan import Launch, Plan, Signature
+from lovasz.spec import LossLike, weighted_sum
+
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", torch.float64: "*fp64"}
+HEADER = f"{'classes':>7}  {'kernel':<20}{'registers':>10}{'spilled':>9}{'shared':>8}{'seconds':>9}"
+
+
+def source_of(plan: Plan, launch: Launch) -> ASTSource:
+    names = launch.kernel.arg_names
+    signature, attributes = {}, {}
+    for place, name in enumerate(names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+        elif name in plan.rooms:
+            signature[name] = POINTERS[plan.rooms[name].dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(plan.numbers[name], float) else "i32"
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def spilled_bytes(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) that the machine code takes, by cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    assert registers is not None
+    assert stack is not None
+    return int(registers[1]), int(stack[1])
+
+
+def row(classes: int, plan: Plan, launch: Launch) -> str:
+    start = time.perf_counter()
+    compiled = triton.compile(source_of(plan, launch), target=TARGET, options=launch.options)
+    seconds = time.perf_counter() - start
+    registers, stack = spilled_bytes(compiled.asm["cubin"])
+    name = launch.kernel.fn.__name__
+    return f"{classes:7}  {name:<20}{registers:10}{stack:9}{compiled.metadata.shared:8}{seconds:9.1f}"
+
+
+def plan_of(loss: LossLike, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Plan:
+    total = weighted_sum(loss)
+    layouts = tuple(total.layout(shape, shape if total.is_hinge else (shape[0], *shape[2:])) for shape in shapes)
+    device = torch.device("cuda")
+    return Plan(Signature(total, layouts, (1,) * len(shapes), dtype, torch.int64, True, device))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[2, 19, 64, 150, 512])
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    print(f"Triton {triton.__version__}, sm_90, {args.dtype} logits, int64 labels\n{HEADER}", flush=True)
+    mixed: LossLike = [(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax(ignore_index=255))]
+    sizes = ((512, 1024), (64, 64))
+    for classes in args.classes:
+        plan = plan_of(mixed, [(1, classes, *size) for size in sizes], dtype)
+        for launch in plan.launches:
+            print(row(classes, plan, launch), flush=True)
+    plan = plan_of(LovaszHinge(ignore_index=255), [(1, *size) for size in sizes], dtype)
+    for launch in plan.launches:
+        print(row(1, plan, launch), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
