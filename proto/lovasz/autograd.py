@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def with_gradient(logits: Tensor, loss: float, grad: Tensor | None, factor: float = 1.0) -> Tensor:
+def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, factor: float = 1.0) -> Tensor:
     """A 0-dim tensor with the value ``loss``, whose backward hands ``grad`` x factor x grad_output to ``logits``.
 
     Args:
@@ -19,7 +19,10 @@ def with_gradient(logits: Tensor, loss: float, grad: Tensor | None, factor: floa
         float64 for float64 logits, else float32.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    value = torch.tensor(loss, dtype=dtype, device=logits.device)
+    if isinstance(loss, Tensor):
+        value = loss
+    else:
+        value = torch.full((), loss, dtype=dtype, device=logits.device)  # does not wait for the device, as a copy would
     if grad is None:
         return value
     return _WithGradient.apply(logits, value, grad, factor)  # type: ignore[no-any-return, no-untyped-call]

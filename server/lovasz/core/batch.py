@@ -59,6 +59,22 @@ class Launched:
         answers = {place: answer for part in self.parts for place, answer in part.collect()}
         return [answers[place] for place in range(len(self.requests))]
 
+    def differentiable(self) -> tuple[Tensor | float, Tensor | None]:
+        """The loss and the gradient of a single request, without waiting for more than its faults if that can be had.
+
+        Raises:
+            InvalidInput: it cannot be computed with.
+        """
+        (part,) = self.parts
+        total = None if part.computed.total is None else part.computed.total()
+        if total is not None:
+            assert part.computed.grads is not None
+            return total, part.computed.grads[0]
+        (answer,) = self.collect()
+        if not isinstance(answer, Result):
+            raise answer
+        return answer.loss, answer.grad
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -135,6 +151,7 @@ def launch(
     *,
     joined: Sequence[int] | None = None,
     want_grad: bool = True,
+    want_total: bool = False,
     path: Path | None = None,
     stop: Stop | None = None,
 ) -> Launched:
@@ -145,6 +162,7 @@ def launch(
 
     Args:
         joined: how many requests, behind one another, are scored as one; None: each alone.
+        want_total: for ``Launched.differentiable``.
         path: how to compute them; None for the fastest that fits each.
         stop: asks for an early end, which the compiled loops of the CPU listen to.
 
@@ -157,11 +175,15 @@ def launch(
     for number, joint in enumerate(whole.joints):
         taken = choose(joint, loss, device) if path is None else checked(path, joint[0], device)
         joints_of.setdefault(taken, []).append(number)
+    if len(joints_of) == 1:
+        ((taken, _),) = joints_of.items()
+        computed = compute(taken, whole, loss, device, want_grad=want_grad, want_total=want_total, stop=stop)
+        return Launched(whole.requests, (_Part(tuple(range(len(whole.requests))), whole, loss, computed),))
     places = np.split(np.arange(len(whole.requests)), np.cumsum(whole.sizes)[:-1])
     parts = []
     for taken, numbers in joints_of.items():
         own = Batch.of([request for j in numbers for request in whole.joints[j]], [whole.sizes[j] for j in numbers])
-        computed = compute(taken, own, loss, device, want_grad=want_grad, stop=stop)
+        computed = compute(taken, own, loss, device, want_grad=want_grad, want_total=want_total, stop=stop)
         parts.append(_Part(tuple(int(place) for j in numbers for place in places[j]), own, loss, computed))
     return Launched(whole.requests, tuple(parts))
 

@@ -58,10 +58,14 @@ class Computed:
         grads: one contiguous tensor a request, in the shape of its logits; None if no gradient was wanted. float32,
             or float64 for float64 logits.
         values: waits for the device and reads the values.
+        total: waits only until it is known whether a batch of one request can be computed with; its loss as a tensor
+            of no axis, which may still be computed, or None if there is a fault. None if it was not asked for, or if
+            the path has no such thing.
     """
 
     grads: tuple[Tensor, ...] | None
     values: Callable[[], Values]
+    total: Callable[[], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)

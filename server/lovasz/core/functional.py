@@ -51,8 +51,10 @@ def compute(
 
 def _differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
     want_grad = torch.is_grad_enabled() and logits.requires_grad
-    result = compute(logits, labels, loss, want_grad=want_grad)
-    return with_gradient(logits, result.loss, result.grad)
+    parsed = weighted_sum(loss)
+    request = Request.checked(logits, labels, parsed)
+    launched = launch([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad)
+    return with_gradient(logits, *launched.differentiable())
 
 
 def lovasz_softmax(

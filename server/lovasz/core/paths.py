@@ -106,9 +106,13 @@ def compute(
     device: torch.device,
     *,
     want_grad: bool,
+    want_total: bool = False,
     stop: Stop | None = None,
 ) -> Computed:
     """Computes a batch on one path.
+
+    Args:
+        want_total: of a batch of one request with its gradient: asks for ``Computed.total``, which not all paths have.
 
     Raises:
         Stopped: it was asked to end early, and this path listens to that.
@@ -118,7 +122,7 @@ def compute(
     if path is Path.TRITON:
         from lovasz.core import triton_path
 
-        return triton_path.compute(batch, loss, device, want_grad=want_grad)
+        return triton_path.compute(batch, loss, device, want_grad=want_grad, want_total=want_total)
     from lovasz.core import numba_path
 
     counted_from = {

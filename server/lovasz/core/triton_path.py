@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lovasz.core.computed import Computed, TermValues, Values
 from lovasz.core.ragged import Batch, Request
+from lovasz.core.triton_graphs import GRAPHS
 from lovasz.core.triton_kernels.columns import Address, Cross, Fault, Group, Segment, State
 from lovasz.core.triton_kernels.plan import Plan, Signature, to_device
 from lovasz.spec import CrossEntropy, WeightedSum
@@ -26,22 +27,70 @@ from lovasz.spec import CrossEntropy, WeightedSum
 KEPT_PLANS = 64
 """Plans of the latest signatures; each takes some hundred kilobytes of the device's memory."""
 
-_plans: OrderedDict[Signature, Plan] = OrderedDict()
-_plans_lock = threading.Lock()
-
-
 Tensors = Sequence[tuple[Tensor, Tensor]]
 """Logits and labels of each request, on the device."""
 Grads = tuple[Tensor, ...] | None
 
+_plans: OrderedDict[Signature, Plan] = OrderedDict()
+_plans_lock = threading.Lock()
 
-def compute(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
-    """Queues the computation of a batch (not of float64)."""
+
+def compute(
+    batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool, want_total: bool = False
+) -> Computed:
+    """Queues the computation of a batch (not of float64).
+
+    Args:
+        want_total: of a batch of one request with its gradient: ``Computed.total`` in place of the copy to the host,
+            which ``Computed.values`` makes then.
+    """
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), current:  # Triton launches on the current device.
         plan, tensors, grads = prepare(batch, loss, device, want_grad=want_grad)
-        small = plan.queue(to_device(torch.from_numpy(addresses_of(plan, tensors, grads)), device))
-        return Computed(grads, _reader(plan, small))
+        total = torch.empty((), dtype=torch.float32, device=device) if want_total else None
+        addresses = torch.from_numpy(addresses_of(plan, tensors, grads, total)).view(torch.uint8)
+        if device.type != "cuda":
+            return _interpreted(plan, addresses, grads, total)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        recording = GRAPHS.take(plan, stream)
+        if recording is None:
+            workspace = plan.begin(to_device(addresses, device))
+        else:
+            workspace = recording.begin(addresses.pin_memory(), stream)
+        faults = _to_host(workspace.faults) if total is not None else None
+        (plan if recording is None else recording).finish(*([workspace] if recording is None else []))
+        small = _to_host(workspace.small) if total is None else lambda: workspace.small.cpu().numpy()
+        if recording is not None:
+            GRAPHS.put_back(plan, recording)
+        return Computed(
+            grads,
+            values=lambda: read(plan, small()),
+            total=None if faults is None else lambda: None if faults().any() else total,
+        )
+
+
+def _interpreted(plan: Plan, addresses: Tensor, grads: Grads, total: Tensor | None) -> Computed:
+    workspace = plan.begin(addresses)
+    plan.finish(workspace)
+    small = workspace.small.numpy()
+    is_faulty = bool(workspace.faults.any())
+    if total is None:
+        return Computed(grads, values=lambda: read(plan, small))
+    return Computed(grads, values=lambda: read(plan, small), total=lambda: None if is_faulty else total)
+
+
+def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
+    """Queues a copy; what it returns waits for it."""
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> npt.NDArray[np.uint8]:
+        copied.synchronize()
+        return on_host.numpy()
+
+    return wait
 
 
 def prepare(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> tuple[Plan, Tensors, Grads]:
@@ -54,7 +103,7 @@ def prepare(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad:
         grads = tuple(torch.empty(logits.shape, dtype=torch.float32, device=device) for logits, _ in tensors)
     (logits, labels), *_ = tensors
     layouts = tuple(request.layout for request in batch.requests)
-    plan = plan_of(Signature(loss, layouts, batch.sizes, logits.dtype, labels.dtype, want_grad, device))
+    plan = plan_of(Signature(loss, layouts, batch.sizes, logits.dtype, labels.dtype, want_grad, logits.device))
     return plan, tensors, grads
 
 
@@ -80,34 +129,21 @@ def _on_device(request: Request, device: torch.device) -> tuple[Tensor, Tensor]:
     return logits, labels.view(torch.uint8) if labels.dtype == torch.bool else labels
 
 
-def addresses_of(plan: Plan, tensors: Tensors, grads: Grads) -> npt.NDArray[np.int64]:
-    """Of each plane: :class:`Address`."""
+def addresses_of(plan: Plan, tensors: Tensors, grads: Grads, total: Tensor | None = None) -> npt.NDArray[np.int64]:
+    """Of each plane: :class:`Address`, one after the other; at the end that of the loss, or 0."""
     (logits, labels), *_ = tensors
     firsts = np.array([(logits.data_ptr(), labels.data_ptr(), 0) for logits, labels in tensors], np.int64)
     if grads is not None:
         firsts[:, Address.GRAD] = [grad.data_ptr() for grad in grads]
     origin = plan.origin
-    addresses = firsts[origin.request]
+    everything = np.zeros(plan.address_bytes // 8, np.int64)
+    addresses = everything[:-1].reshape(-1, len(Address))
+    addresses[:] = firsts[origin.request]
     addresses[:, Address.LOGITS] += origin.logits * logits.element_size()
     addresses[:, Address.LABELS] += origin.labels * labels.element_size()
     addresses[:, Address.GRAD] += origin.logits * torch.float32.itemsize
-    return addresses
-
-
-def _reader(plan: Plan, small: Tensor) -> Callable[[], Values]:
-    """Queues the one copy to the host; the values wait for it."""
-    if not small.is_cuda:
-        return lambda: read(plan, small.numpy())
-    on_host = torch.empty(small.shape, dtype=torch.uint8, pin_memory=True)
-    on_host.copy_(small, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> Values:
-        copied.synchronize()
-        return read(plan, on_host.numpy())
-
-    return wait
+    everything[-1] = 0 if total is None else total.data_ptr()
+    return everything
 
 
 def read(plan: Plan, small: npt.NDArray[np.uint8]) -> Values:

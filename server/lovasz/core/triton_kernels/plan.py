@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lovasz.core.computed import PROBABILITY_TOLERANCE
 from lovasz.core.triton_kernels import bins, hinge, segments, softmax, sorting, tables
-from lovasz.core.triton_kernels.columns import Cross, Fault, Group, Grouping, Plane, Rule, Segment, Term
+from lovasz.core.triton_kernels.columns import Address, Cross, Fault, Group, Grouping, Plane, Rule, Segment, Term
 from lovasz.spec import CrossEntropy, Layout, LovaszSoftmax, WeightedSum
 
 SORTED_PIXELS = 4096
@@ -53,6 +53,8 @@ _TYPES = {
 _ALIGNMENT = 64
 _CHUNK = 512
 _SCAN_WARPS = 4
+_LAUNCHES_FOR_FAULTS = 1
+"""After so many launches the faults of a batch are known."""
 _SORT_WARPS = 16
 _SORT_REGISTERS = 64
 """So that two programs share a multiprocessor: sorting waits for other warps more than it computes."""
@@ -143,7 +145,7 @@ class Launch:
 
 def _view(room: Room, buffers: dict[str, Tensor]) -> Tensor:
     end = room.offset + room.count * room.dtype.itemsize
-    return buffers[room.buffer].view(-1).view(torch.uint8)[room.offset : end].view(room.dtype)
+    return buffers[room.buffer][room.offset : end].view(room.dtype)
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,23 @@ class Origin:
     labels: npt.NDArray[np.int64]
 
 
+class Workspace(NamedTuple):
+    """The buffers of a batch, and of its results, as bytes: all of them, and the faults alone."""
+
+    buffers: dict[str, Tensor]
+    small: Tensor
+    faults: Tensor
+
+
 class Plan:
     """See the module.
 
     Attributes:
         origin: of each plane.
         launches: in their order.
+        address_bytes: size of the addresses of a batch.
+        workspace_bytes: memory of the device that a batch takes beyond its tensors.
+        times_seen: how often it was used before its work was recorded as a graph.
         small: bytes of the zeroed buffer, from its beginning, that hold the results.
     """
 
@@ -175,6 +188,7 @@ class Plan:
         self.per_image = any(term.per_image for _, term in self.lovasz)
         self._static: dict[str, npt.NDArray[Any]] = {}
         self._static_bytes: Tensor | None = None
+        self.times_seen = 0
         self._zeroed, self._scratch = Rooms("zeroed"), Rooms("scratch")
         self.numbers: dict[str, int | float] = {"channels": self.channels, "classes": self.channels}
         self.numbers |= {"joints": self.joints, "values": layouts[0].label_values}
@@ -371,6 +385,7 @@ class Plan:
         self._static["planes"] = self._planes
         self._static["block_planes"] = np.repeat(np.arange(len(blocks)), blocks)
         classes = self.channels
+        self._static["cross_weights"] = np.array([weight for weight, _ in self.entropies], np.float64)
         if self.signature.loss.is_hinge:
             self._static["term_weights"] = np.array([weight for weight, _ in self.lovasz], np.float64)
         else:
@@ -392,11 +407,18 @@ class Plan:
             at = static.rooms[name].offset
             host[at : at + array.nbytes] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
         self._host = torch.from_numpy(host)
-        addresses = Room("addresses", 0, torch.int64, len(self._planes) * 3)
-        self.rooms = {"addresses": addresses} | static.rooms | self._zeroed.rooms | self._scratch.rooms
+        addresses = Room("addresses", 0, torch.int64, len(self._planes) * len(Address) + 1)
+        loss_address = Room("addresses", len(self._planes) * len(Address) * 8, torch.int64, 1)
+        self.rooms = (
+            {"addresses": addresses, "loss_address": loss_address}
+            | static.rooms
+            | self._zeroed.rooms
+            | self._scratch.rooms
+        )
         if self.signature.loss.is_hinge:
             self.rooms["maps"] = self.rooms["cells"]
-        self.nbytes = static.nbytes
+        self.address_bytes = addresses.count * addresses.dtype.itemsize
+        self.workspace_bytes = self._zeroed.nbytes + self._scratch.nbytes
 
     def _add_cross_entropies(self) -> None:
         entropies, classes = self.entropies, self.channels
@@ -462,8 +484,9 @@ class Plan:
         if self.any_table:
             launches += self._scans(bins.SOFTMAX_SHIFT, bins.SOFTMAX_TOP, bins.SOFTMAX_CELLS)
         if self.buckets:
-            launches.append(Launch(softmax.softmax_collect, self.blocks, 4, **of_logits, **terms, **classes, **table))
+            launches.append(Launch(softmax.softmax_collect, self.blocks, 4, **of_logits, **terms, **table))
             launches.append(self._sort_buckets())
+        launches += self._add_up()
         if self.signature.want_grad:
             launches.append(
                 Launch(
@@ -490,6 +513,7 @@ class Plan:
             launches += self._scans(bins.HINGE_SHIFT, bins.HINGE_TOP, bins.HINGE_CELLS)
         launches.append(Launch(hinge.hinge_collect, self.blocks, 4, **of_logits, **table))
         launches.append(self._sort_buckets())
+        launches += self._add_up()
         if self.signature.want_grad:
             launches.append(Launch(hinge.hinge_backward, self.blocks, 4, **of_logits, **table))
         return launches
@@ -508,20 +532,25 @@ class Plan:
             Launch(tables.scan, self.chunks, _SCAN_WARPS, CHUNK=self.chunk, **constants),
         ]
 
+    def _add_up(self) -> list[Launch]:
+        """The loss of a single request also comes as a tensor, for autograd."""
+        if self.joints > 1 or not self.signature.want_grad:
+            return []
+        self.numbers |= {"segment_count": self.segments, "cross_count": len(self.entropies)}
+        return [Launch(segments.add_up, 1, 4)]
+
     def _sort_buckets(self) -> Launch:
         constants = {"HINGE": self.signature.loss.is_hinge, "WANT_GRAD": self.signature.want_grad}
         room = max(32, triton.next_power_of_2(self.largest_bucket))
         warps = max(1, min(_SORT_WARPS, room // 256))
         return Launch(sorting.sort_buckets, self.buckets, warps, _SORT_REGISTERS, **constants, ROOM=room)
 
-    def queue(self, addresses: Tensor) -> Tensor:
-        """Queues all of a batch's work on the current stream.
+    def begin(self, addresses: Tensor) -> Workspace:
+        """Queues the first part of a batch's work on the current stream, after which its faults are known.
 
         Args:
-            addresses: int64, shape (planes, 3), on the device: :class:`Address`.
-
-        Returns:
-            The results, on the device, as bytes: for ``result``.
+            addresses: int64, shape (planes, 3) and one more, as bytes, on the device: :class:`Address`, and where the
+                loss goes (0: nowhere).
         """
         device = self.signature.device
         if self._static_bytes is None:
@@ -532,15 +561,24 @@ class Plan:
             "zeroed": torch.zeros(self._zeroed.nbytes, dtype=torch.uint8, device=device),
             "scratch": torch.empty(self._scratch.nbytes, dtype=torch.uint8, device=device),
         }
-        if all(launch.is_compiled for launch in self.launches):
+        self._launch(self.launches[:_LAUNCHES_FOR_FAULTS], buffers)
+        faults = self.rooms["faults"]
+        end = faults.offset + faults.count * faults.dtype.itemsize
+        return Workspace(buffers, buffers["zeroed"][: self.small], buffers["zeroed"][faults.offset : end])
+
+    def finish(self, workspace: Workspace) -> None:
+        """Queues the rest."""
+        self._launch(self.launches[_LAUNCHES_FOR_FAULTS:], workspace.buffers)
+
+    def _launch(self, launches: list[Launch], buffers: dict[str, Tensor]) -> None:
+        if all(launch.is_compiled for launch in launches):
             bases = {name: buffer.data_ptr() for name, buffer in buffers.items()}
-            stream = torch.cuda.current_stream(device).cuda_stream
-            for launch in self.launches:
+            stream = torch.cuda.current_stream(self.signature.device).cuda_stream
+            for launch in launches:
                 launch(bases, stream)
         else:
-            for launch in self.launches:
+            for launch in launches:
                 launch.compile(self.rooms, self.numbers, buffers)
-        return buffers["zeroed"][: self.small]
 
     def result(self, name: str, small: npt.NDArray[np.uint8], *shape: int) -> npt.NDArray[Any]:
         """An array of the results."""

@@ -8,6 +8,7 @@ from lovasz.core.triton_kernels.columns import (
     CROSS_COLUMNS,
     CROSS_LARGEST,
     CROSS_MEAN,
+    CROSS_SUM,
     CROSS_UNIT,
     GROUP_BINS,
     GROUP_BUCKETS,
@@ -20,6 +21,8 @@ from lovasz.core.triton_kernels.columns import (
     SCORED,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
+    SEGMENT_LARGEST,
+    SEGMENT_LOSS,
     SEGMENT_STATE,
     SEGMENT_UNIT,
     SEGMENT_VALID,
@@ -27,10 +30,13 @@ from lovasz.core.triton_kernels.columns import (
     TERM_COLUMNS,
     TERM_LISTS_CLASSES,
 )
-from lovasz.core.triton_kernels.tables import NO_SIGN
+from lovasz.core.triton_kernels.tables import NO_SIGN, power_of_two
 
 FIXED_POINT_BITS = tl.constexpr(60)
 """A segment's loss is at most its largest error (the g add up to at most 1): in units of 2^-60 of that."""
+
+
+SEGMENTS_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
@@ -124,3 +130,45 @@ def plan_softmax(
         scales = cross_scales + 2 * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
         tl.store(scales, (mean * tl.load(cross_factors + 2 * entropy)).to(tl.float32))
         tl.store(scales + 1, (mean * tl.load(cross_factors + 2 * entropy + 1)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["channels", "segment_count", "cross_count"])
+def add_up(
+    groups,
+    segments,
+    cross_sums,
+    cross_weights,
+    loss_address,
+    channels,
+    segment_count,
+    cross_count,
+):
+    """The loss of a batch of one joint, to where it is wanted. One program.
+
+    Args:
+        cross_weights: float64, one a cross-entropy term.
+        loss_address: int64: the address of a float32, or 0.
+    """
+    address = tl.load(loss_address)
+    if address != 0:
+        total = tl.zeros([SEGMENTS_AT_ONCE], tl.float64)
+        for start in range(0, segment_count, SEGMENTS_AT_ONCE):
+            number = start + tl.arange(0, SEGMENTS_AT_ONCE)
+            inside = number < segment_count
+            segment = segments + number.to(tl.int64) * SEGMENT_COLUMNS
+            state = tl.load(segment + SEGMENT_STATE, mask=inside, other=PASSED_OVER)
+            has_table = tl.load(groups + number // channels * GROUP_COLUMNS + GROUP_BINS, mask=inside, other=0) > 0
+            largest = tl.load(segment + SEGMENT_LARGEST, mask=inside, other=0) >> 32
+            largest = largest.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+            unit = tl.load(segment + SEGMENT_UNIT, mask=inside, other=0)
+            loss = tl.load(segment + SEGMENT_LOSS, mask=inside, other=0).to(tl.float64) * power_of_two(unit)
+            weight = tl.load(segment + SEGMENT_WEIGHT, mask=inside, other=0).to(tl.float64, bitcast=True)
+            loss = tl.where(has_table & (state == ABSENT), largest, loss)
+            total += tl.where(state != PASSED_OVER, weight * loss, 0.0)
+        value = tl.sum(total)
+        for entropy in range(cross_count):
+            row = cross_sums + entropy * CROSS_COLUMNS
+            mean = tl.load(row + CROSS_MEAN).to(tl.float64, bitcast=True)
+            loss = tl.load(row + CROSS_SUM).to(tl.float64) * power_of_two(tl.load(row + CROSS_UNIT)) * mean
+            value += tl.load(cross_weights + entropy) * loss
+        tl.store(address.to(tl.pointer_type(tl.float32)), value.to(tl.float32))

@@ -1,0 +1,139 @@
+"""CUDA graphs of batches that come again: trainers send the same shapes for days.
+
+A graph is recorded when a signature comes for the third time, over a workspace of its own; the addresses of the tensors
+are an input of it. Replaying takes the host two calls in place of a dozen. There is a bound on the number of graphs and
+on their memory, and the one that was used least recently goes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from lovasz.core.triton_kernels.plan import Plan, Workspace
+
+_log = logging.getLogger(__name__)
+
+RECORDED_AT = 3
+"""A signature is recorded when it comes for this time: the first two compile and try."""
+KEPT_GRAPHS = 8
+KEPT_SHARE = 1 / 16
+"""Of the device's memory."""
+
+
+class Recording:
+    """A plan's work as two graphs: until the faults of a batch are known, and the rest."""
+
+    def __init__(self, plan: Plan) -> None:
+        device = plan.signature.device
+        self.nbytes = plan.workspace_bytes
+        self._addresses = torch.empty(plan.address_bytes, dtype=torch.uint8, device=device)
+        self._done = torch.cuda.Event()
+        self._stream: int | None = None
+        self._begin, self._finish = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Other threads may go on using the device in the meantime.
+            self._begin.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.workspace = plan.begin(self._addresses)
+            finally:
+                self._begin.capture_end()
+            self._finish.capture_begin(pool=self._begin.pool(), capture_error_mode="thread_local")
+            try:
+                plan.finish(self.workspace)
+            finally:
+                self._finish.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    def is_free(self, stream: int) -> bool:
+        """Whether nothing is left to run on another stream than this one."""
+        return self._stream in (None, stream) or self._done.query()
+
+    def begin(self, addresses: Tensor, stream: int) -> Workspace:
+        """
+        Args:
+            addresses: as bytes, in pinned memory.
+        """
+        self._stream = stream
+        self._addresses.copy_(addresses, non_blocking=True)
+        self._begin.replay()
+        return self.workspace
+
+    def finish(self) -> None:
+        self._finish.replay()
+
+    def used(self) -> None:
+        """The work that reads its results is queued."""
+        self._done.record()
+
+    def wait(self) -> None:
+        self._done.synchronize()
+
+
+class Graphs:
+    """The recordings of the latest signatures."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recordings: OrderedDict[Plan, Recording] = OrderedDict()
+        self._works = True
+
+    def take(self, plan: Plan, stream: int) -> Recording | None:
+        """The recording of a plan; None where there is none, or where another stream still works on it.
+
+        It is the caller's until ``put_back``.
+        """
+        with self._lock:
+            recording = self._recordings.pop(plan, None)
+            if recording is not None:
+                if recording.is_free(stream):
+                    return recording
+                self._recordings[plan] = recording
+                return None
+            plan.times_seen += 1
+            if plan.times_seen != RECORDED_AT or not self._works:
+                return None
+            return self._record(plan)
+
+    def put_back(self, plan: Plan, recording: Recording) -> None:
+        recording.used()
+        with self._lock:
+            self._recordings[plan] = recording
+
+    def _record(self, plan: Plan) -> Recording | None:
+        room = KEPT_SHARE * torch.cuda.get_device_properties(plan.signature.device).total_memory
+        if plan.workspace_bytes > room:
+            return None
+        while self._recordings and (
+            len(self._recordings) >= KEPT_GRAPHS
+            or sum(known.nbytes for known in self._recordings.values()) + plan.workspace_bytes > room
+        ):
+            evicted, recording = self._recordings.popitem(last=False)
+            recording.wait()
+            evicted.times_seen = 0
+        try:
+            return Recording(plan)
+        except Exception:
+            self._works = False
+            _log.exception("CUDA graphs cannot be recorded here; batches are launched kernel by kernel")
+            return None
+
+    def clear(self) -> None:
+        """Gives the memory of all graphs back."""
+        with self._lock:
+            for plan, recording in self._recordings.items():
+                recording.wait()
+                plan.times_seen = 0
+            self._recordings.clear()
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+
+GRAPHS = Graphs()
