@@ -19,7 +19,7 @@ import numpy.typing as npt
 SOFTMAX_SHIFT = 23
 SOFTMAX_TOP = 127
 """The leading bits of the largest errors, and so the first cell: of [1, 2)."""
-_CELL_BITS = (5, *[14] * 2, *[13] * 2, *[12] * 3, *[11] * 4, *[10] * 6, *[8] * 8, *[6] * 16, *[5] * 22)
+_CELL_BITS = (11, *[14] * 2, *[13] * 2, *[12] * 3, *[11] * 4, *[10] * 6, *[8] * 8, *[6] * 16, *[5] * 22, *[4] * 63)
 """log2 of the bins of each octave, in groups of 2^18 pixels and more."""
 SOFTMAX_CELLS = len(_CELL_BITS)
 
@@ -35,7 +35,9 @@ STOP_BITS = 5
 
 FULL_PIXELS = 1 << 18
 """Smaller groups have coarser bins, in proportion; their pixels are ranked one by one in the end."""
-SMALLEST_BITS = 2
+SMALLEST_BITS = 3
+NEAR_1_BITS = 13
+"""At least so many of the octave below 1, where the errors of a trained network crowd, and where the loss is made."""
 
 
 def coarser_by(pixels: int) -> int:
@@ -46,6 +48,7 @@ def coarser_by(pixels: int) -> int:
 def softmax_map(coarser: int) -> npt.NDArray[np.int32]:
     """The map of softmax errors, int32, one entry an octave; the last of its bins, for all others, comes on top."""
     bits = np.maximum(np.array(_CELL_BITS) - coarser, SMALLEST_BITS)
+    bits[0], bits[1] = _CELL_BITS[0], max(bits[1], NEAR_1_BITS)
     stops = np.cumsum(1 << bits)
     return (stops << STOP_BITS | (SOFTMAX_SHIFT - bits)).astype(np.int32)
 

@@ -200,7 +200,7 @@ def plan_hinge(
     Args:
         term_weights: float64, one a term.
         cells: counts before, the map after.
-        least: int32, one a segment, a result: the bits of the smallest error that its table counts.
+        least: int32, one a segment, a result: the bits of the smallest error that takes part.
         ranked: int32, one a segment, a result: how many of its buckets are sorted; ``ranked_rows`` is not 0 where any.
     """
     number = tl.program_id(0)
@@ -224,8 +224,9 @@ def plan_hinge(
     tl.store(segment + SEGMENT_WEIGHT, weight.to(tl.int64, bitcast=True))
     bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
     counts_errors = (state == SCORED) & (bin_count > 0)
-    # Errors of 0 take part in nothing.
-    tl.store(least + number, tl.where(counts_errors, tl.maximum(smallest, 1), NO_SIGN))
+    # Errors of 0 take part in nothing; what is sorted whole has no least error.
+    is_sorted = (state != PASSED_OVER) & (bin_count == 0)
+    tl.store(least + number, tl.where(counts_errors, tl.maximum(smallest, 1), tl.where(is_sorted, 0, NO_SIGN)))
     buckets = tl.where(counts_errors, buckets_to_rank(group, foreground), 0)
     tl.store(ranked + number, buckets)
     tl.atomic_max(ranked_rows + row, buckets, sem="relaxed")
@@ -415,15 +416,16 @@ def hinge_backward(
         group = groups + row * GROUP_COLUMNS
         number = row * channels + channel
         bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
-        is_sorted = valid & (tl.zeros_like(bits) + bin_count == 0)
+        counted = valid & (bits >= tl.load(least + number))
+        is_sorted = counted & (tl.zeros_like(bits) + bin_count == 0)
         if ANY_TABLE:
             own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
             found, rests = bins_and_rests(
                 bits, load_cells(bits, own_cells, SHIFT, TOP, CELLS), bin_count, SHIFT, TOP, CELLS
             )
             table = words + tl.load(group + GROUP_WORDS) + channel * 2 * bin_count
-            counted = valid & (bits >= tl.load(least + number))
-            entries = load_entries(table, found, bin_count, is_foreground, counted)
+            in_table = counted & (tl.zeros_like(bits) + bin_count > 0)
+            entries = load_entries(table, found, bin_count, is_foreground, in_table)
             is_sorted |= is_bucket(entries)
             g += tl.where(is_sorted, 0.0, gradient_of(entries, rests))
             segment = segments + number * SEGMENT_COLUMNS

@@ -35,7 +35,7 @@ RANKED_BUCKETS = 3
 
 UNROLLED_CLASSES = 32
 """Up to so many classes stay in registers; more are worked on in rounds of ..."""
-ROUND_CLASSES = 16
+ROUND_CLASSES = 4
 """... so many."""
 _PADDED_CLASSES = 4
 """Numbers of classes are rounded up to a multiple of this, so that few kernels are compiled."""
@@ -477,9 +477,7 @@ class Plan:
         ]
         if self.any_table or self.entropies:
             launches.append(
-                Launch(
-                    softmax.softmax_count, self.blocks, 4, **of_logits, **terms, **cross, **classes, **table, **absent
-                )
+                Launch(softmax.softmax_count, self.blocks, 4, **of_logits, **terms, **cross, **table, **absent)
             )
         if self.any_table:
             launches += self._scans(bins.SOFTMAX_SHIFT, bins.SOFTMAX_TOP, bins.SOFTMAX_CELLS)
@@ -489,9 +487,7 @@ class Plan:
         launches += self._add_up()
         if self.signature.want_grad:
             launches.append(
-                Launch(
-                    softmax.softmax_backward, self.blocks, 4, **of_logits, **terms, **cross, **kept, **table, **absent
-                )
+                Launch(softmax.softmax_backward, self.blocks, 4, **of_logits, **terms, **cross, **table, **absent)
             )
         return launches
 

@@ -74,7 +74,7 @@ def plan_softmax(
         counters: int32: of each group its pixels of each class, and the inverted bits of their smallest errors.
         class_weights: float64, shape (terms, channels): with the terms' own weights.
         class_flags: int64, shape (terms, channels): which classes are listed.
-        least: int32, one a segment, a result: the bits of the smallest error that its table counts.
+        least: int32, one a segment, a result: the bits of the smallest error that takes part.
         ranked: int32, one a segment, a result: how many of its buckets are sorted; ``ranked_rows`` is not 0 where any.
         cross_counters: int64, one a cross-entropy term: where its first joint's counters begin.
         cross_class_weights: float64, shape (cross-entropy terms, channels).
@@ -109,7 +109,10 @@ def plan_softmax(
         tl.store(segment + SEGMENT_VALID, tl.zeros_like(state) + valid, mask=inside)
         tl.store(segment + SEGMENT_WEIGHT, weights.to(tl.int64, bitcast=True), mask=inside)
         inverted = tl.load(own + channels + k, mask=inside, other=0)
-        tl.store(least + number, tl.where(counts_errors, NO_SIGN - inverted, NO_SIGN), mask=inside)
+        # What is sorted whole has no least error; what is not scored, and an absent class's table, counts none.
+        is_sorted = is_scored & (tl.zeros_like(foreground) + tl.load(group + GROUP_BINS) == 0)
+        smallest = tl.where(counts_errors, NO_SIGN - inverted, tl.where(is_sorted, 0, NO_SIGN))
+        tl.store(least + number, smallest, mask=inside)
         buckets = tl.where(counts_errors, buckets_to_rank(group, foreground), 0)
         tl.store(ranked + number, buckets, mask=inside)
         tl.store(ranked_rows + program, tl.max(buckets, axis=0))

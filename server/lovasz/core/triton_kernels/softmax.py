@@ -77,7 +77,7 @@ TOP = tl.constexpr(bins.SOFTMAX_TOP)
 CELLS = tl.constexpr(bins.SOFTMAX_CELLS)
 
 SOME = tl.constexpr(4)
-"""Classes that the third sweep works on at once."""
+"""Classes whose loads and look-ups are under way at once. More would take registers from other warps."""
 UNUSED = tl.constexpr(-2.0)
 """The label's error of a pixel that has no part in anything: others' are at least -1, of probabilities above 1."""
 
@@ -336,7 +336,6 @@ def softmax_count(
     CROSS_TERMS: tl.constexpr,
     ANY_TABLE: tl.constexpr,
     ANY_ABSENT: tl.constexpr,
-    CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The second sweep: fills the tables, finds the largest errors of absent classes, adds cross-entropies up."""
@@ -357,23 +356,23 @@ def softmax_count(
             if bin_count > 0:
                 tables = words + tl.load(group + GROUP_WORDS)
                 cells = maps + tl.load(group + GROUP_MAP)
-                for start in range(0, classes, CLASSES):
+                for start in range(0, classes, SOME):
                     # Loads of all classes first, then all look-ups, so that each waits for the first one only.
                     values = ()
-                    for i in tl.static_range(CLASSES):
+                    for i in tl.static_range(SOME):
                         values = values + (load_class(first, stride, start + i, classes, inside),)
                     smallest_of_classes = ()
-                    for i in tl.static_range(CLASSES):
+                    for i in tl.static_range(SOME):
                         number = row * classes + tl.minimum(start + i, classes - 1)
                         smallest_of_classes = smallest_of_classes + (tl.load(least + number),)
                     bits_of_classes = ()
                     entries_of_classes = ()
-                    for i in tl.static_range(CLASSES):
+                    for i in tl.static_range(SOME):
                         probabilities = probabilities_of(values[i], maximum, reciprocal, PROBABILITIES)
                         bits = bits_of(tl.where(labels == start + i, label_error, probabilities))
                         bits_of_classes = bits_of_classes + (bits,)
                         entries_of_classes = entries_of_classes + (load_cells(bits, cells, SHIFT, TOP, CELLS),)
-                    for i in tl.static_range(CLASSES):
+                    for i in tl.static_range(SOME):
                         k = start + i
                         bits = bits_of_classes[i]
                         found, rests = bins_and_rests(bits, entries_of_classes[i], bin_count, SHIFT, TOP, CELLS)
@@ -530,26 +529,30 @@ def gradients_of_classes(
         bin_count = bins_of_terms[t]
         entries_of_classes = ()
         rests_of_classes = ()
+        counts_of_classes = ()
+        for i in tl.static_range(CLASSES):
+            number = row_of_terms[t] * classes + tl.minimum(start + i, classes - 1)
+            counts = bits_of_classes[i] >= tl.load(least + number)
+            counts_of_classes = counts_of_classes + (if_class(start + i, classes, valid_of_terms[t]) & counts,)
         if ANY_TABLE:
-            smallest_of_classes = ()
             cells_of_classes = ()
             for i in tl.static_range(CLASSES):
-                number = row_of_terms[t] * classes + tl.minimum(start + i, classes - 1)
-                smallest_of_classes = smallest_of_classes + (tl.load(least + number),)
                 cell = load_cells(bits_of_classes[i], cells_of_terms[t], SHIFT, TOP, CELLS)
                 cells_of_classes = cells_of_classes + (cell,)
             for i in tl.static_range(CLASSES):
                 k = start + i
                 bits = bits_of_classes[i]
                 found, rests = bins_and_rests(bits, cells_of_classes[i], bin_count, SHIFT, TOP, CELLS)
-                counts = if_class(k, classes, valid_of_terms[t]) & (bits >= smallest_of_classes[i])
+                in_table = counts_of_classes[i] & (tl.zeros_like(labels) + bin_count > 0)
                 table = tables_of_terms[t] + k * 2 * bin_count
-                entries_of_classes = entries_of_classes + (load_entries(table, found, bin_count, labels == k, counts),)
+                entries_of_classes = entries_of_classes + (
+                    load_entries(table, found, bin_count, labels == k, in_table),
+                )
                 rests_of_classes = rests_of_classes + (rests,)
         sorted_of_classes = ()
         for i in tl.static_range(CLASSES):
             k = start + i
-            is_sorted = if_class(k, classes, valid_of_terms[t]) & (tl.zeros_like(labels) + bin_count == 0)
+            is_sorted = counts_of_classes[i] & (tl.zeros_like(labels) + bin_count == 0)
             if ANY_TABLE:
                 is_sorted |= is_bucket(entries_of_classes[i])
             own = tl.load(sorted_of_terms[t] + k * stride, mask=is_sorted, other=0.0)
@@ -600,8 +603,6 @@ def softmax_backward(
     CROSS_TERMS: tl.constexpr,
     ANY_TABLE: tl.constexpr,
     ANY_ABSENT: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ALL_CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The last sweep: each pixel's g of each class, and the way back through softmax.
@@ -644,10 +645,10 @@ def softmax_backward(
             sorted_of_terms = sorted_of_terms + (more + (t - 1) * element_count,)
     label_g = tl.zeros_like(maximum)
     label_p = tl.zeros_like(maximum)
-    others_pg = tl.zeros_like(maximum)
-    if ALL_CLASSES:
-        probabilities, gradients = gradients_of_classes(
-            start=0,
+    others_pg_64 = tl.zeros_like(maximum).to(tl.float64)
+    for start in range(0, classes, SOME):
+        some_p, some_g = gradients_of_classes(
+            start=start,
             first=first,
             stride=stride,
             classes=classes,
@@ -669,50 +670,17 @@ def softmax_backward(
             TERMS=TERMS,
             ANY_TABLE=ANY_TABLE,
             ANY_ABSENT=ANY_ABSENT,
-            CLASSES=CLASSES,
+            CLASSES=SOME,
         )
-        for k in tl.static_range(CLASSES):
-            is_label = labels == k
-            label_g += tl.where(is_label, gradients[k], 0.0)
-            label_p += tl.where(is_label, probabilities[k], 0.0)
-            others_pg += tl.where(is_label, 0.0, probabilities[k] * gradients[k])
-    else:
-        others_pg_64 = others_pg.to(tl.float64)
-        for start in range(0, classes, CLASSES):
-            some_p, some_g = gradients_of_classes(
-                start=start,
-                first=first,
-                stride=stride,
-                classes=classes,
-                inside=inside,
-                labels=labels,
-                maximum=maximum,
-                reciprocal=reciprocal,
-                label_error=label_error,
-                place=place,
-                valid_of_terms=valid_of_terms,
-                row_of_terms=row_of_terms,
-                bins_of_terms=bins_of_terms,
-                cells_of_terms=cells_of_terms,
-                tables_of_terms=tables_of_terms,
-                sorted_of_terms=sorted_of_terms,
-                segments=segments,
-                least=least,
-                PROBABILITIES=PROBABILITIES,
-                TERMS=TERMS,
-                ANY_TABLE=ANY_TABLE,
-                ANY_ABSENT=ANY_ABSENT,
-                CLASSES=CLASSES,
-            )
-            for i in tl.static_range(CLASSES):
-                is_label = labels == start + i
-                label_g += tl.where(is_label, some_g[i], 0.0)
-                label_p += tl.where(is_label, some_p[i], 0.0)
-                others_pg_64 += tl.where(is_label, 0.0, some_p[i] * some_g[i]).to(tl.float64)
-                # Kept in the gradient's place, by the thread that comes for it below.
-                places = grads + (start + i) * stride
-                tl.store(places, some_g[i], mask=if_class(start + i, classes, inside))
-        others_pg = others_pg_64.to(tl.float32)
+        for i in tl.static_range(SOME):
+            is_label = labels == start + i
+            label_g += tl.where(is_label, some_g[i], 0.0)
+            label_p += tl.where(is_label, some_p[i], 0.0)
+            others_pg_64 += tl.where(is_label, 0.0, some_p[i] * some_g[i]).to(tl.float64)
+            # Kept in the gradient's place, by the thread that comes for it below.
+            places = grads + (start + i) * stride
+            tl.store(places, some_g[i], mask=if_class(start + i, classes, inside))
+    others_pg = others_pg_64.to(tl.float32)
 
     shift = label_p * label_g - others_pg
     label_grad = -label_p * (label_g * label_error + others_pg)
@@ -722,23 +690,21 @@ def softmax_backward(
         pull = tl.where(is_counted(counting, tl.load(cross_rules + e)), pull, 0.0)
         shift += pull
         label_grad -= pull * label_error
-    if ALL_CLASSES:
-        for k in tl.static_range(CLASSES):
-            grad = tl.where(labels == k, label_grad, probabilities[k] * (gradients[k] + shift))
+    for start in range(0, classes, SOME):
+        values = ()
+        gradients = ()
+        for i in tl.static_range(SOME):
+            values = values + (load_class(first, stride, start + i, classes, inside),)
+            g = tl.load(grads + (start + i) * stride, mask=if_class(start + i, classes, inside), other=0.0)
+            gradients = gradients + (g,)
+        for i in tl.static_range(SOME):
+            k = start + i
+            g = gradients[i]
+            p = probabilities_of(values[i], maximum, reciprocal, PROBABILITIES)
+            grad = tl.where(labels == k, label_grad, p * (g + shift))
             if PROBABILITIES:
-                grad = tl.where(labels == k, -gradients[k], gradients[k])
+                grad = tl.where(labels == k, -g, g)
             tl.store(grads + k * stride, tl.where(used, grad, 0.0), mask=if_class(k, classes, inside))
-    else:
-        for start in range(0, classes, CLASSES):
-            for i in tl.static_range(CLASSES):
-                k = start + i
-                g = tl.load(grads + k * stride, mask=if_class(k, classes, inside), other=0.0)
-                logits = load_class(first, stride, k, classes, inside)
-                p = probabilities_of(logits, maximum, reciprocal, PROBABILITIES)
-                grad = tl.where(labels == k, label_grad, p * (g + shift))
-                if PROBABILITIES:
-                    grad = tl.where(labels == k, -g, g)
-                tl.store(grads + k * stride, tl.where(used, grad, 0.0), mask=if_class(k, classes, inside))
     for e in tl.static_range(CROSS_TERMS):
         spread = tl.load(scales + 2 * e + 1)
         if spread != 0:

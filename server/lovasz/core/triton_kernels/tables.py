@@ -243,9 +243,10 @@ def scan(
         losses += foreground_mean * sum_of_errors(foreground_words, upper_ends, ulps, dropped_bits)
 
         ranked_buckets = tl.load(ranked + number)
-        in_bins = counts_of(background_words) + counts_of(foreground_words)
         buckets = (foreground_before + background_before) // BUCKET_STEP
-        is_ranked = (buckets < ranked_buckets) & (in_bins > 0) & (in_bins <= CROWD) & (places < bin_count - 1)
+        # Of the last bin some background may be below the least error, if there is no foreground: all.
+        any_here = tl.where(is_last, j, j + k) > 0
+        is_ranked = (buckets < ranked_buckets) & any_here & (j + k <= CROWD) & (places < bin_count)
         if ranked_buckets > 0:
             bucket = tl.load(group + GROUP_FIRST_BUCKET) + (number % channels) * tl.load(group + GROUP_BUCKETS)
             tl.atomic_max(bucket_befores + bucket + buckets, -before + BEFORE_NONE, mask=is_ranked, sem="relaxed")
