@@ -130,9 +130,11 @@ compat: .venv-oldest/.installed
 		--ignore tests/end_to_end/test_under_load.py
 
 gpu: export PYTHONPATH := proto:client:server
+gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
+	print('-n 14' if f('xdist') else '', '-p no:benchmark' if f('pytest_benchmark') else '')")
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/core
-	$(PYTHON) benchmarks/core_loss.py --device cuda --json benchmarks/results/core_cuda.json
+	$(PYTHON) benchmarks/gpu.py --json benchmarks/results/core_cuda.json
+	$(PYTHON) -m pytest -m gpu tests/core $(PARALLEL)
 
 # The peer without what it wants for other losses than this one.
 bench: $(INSTALLED)

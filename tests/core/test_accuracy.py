@@ -19,6 +19,7 @@ from core.conftest import Way
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute
+from lovasz.core.paths import Path
 from lovasz.spec import LossLike
 
 TOLERANCES = pytest.mark.parametrize(
@@ -128,6 +129,7 @@ def test_one_foreground_pixel_among_2_to_the_20(
     error: float, dtype: torch.dtype, tolerance: float, way: Way, device: torch.device
 ) -> None:
     way.require_speed(2**20)
+    way.require_ranks_of_rare_classes()
     logits, labels, expected, expected_grad = one_foreground_pixel(2**20, error, dtype)
     result = compute(logits.to(device), labels.to(device), LovaszHinge())
     assert result.loss == pytest.approx(expected, rel=tolerance)
@@ -149,10 +151,12 @@ def one_pixel_of_another_class(pixels: int, margin: float) -> tuple[Tensor, Tens
 def test_one_pixel_of_a_class(pixels: int, margin: float, way: Way, device: torch.device) -> None:
     """Its rank alone decides: every swap in float32 of two errors counts, and every bin that two of them share."""
     way.require_speed(2 * pixels)
+    way.require_ranks_of_rare_classes()
     logits, labels, expected, expected_grad = one_pixel_of_another_class(pixels, margin)
     result = compute(logits.to(device), labels.to(device), LovaszSoftmax())
     assert result.loss == pytest.approx(expected, rel=1e-6)
-    assert norm_error(result.grad, expected_grad) < (5e-4 if way.counts(pixels) else 2e-5)
+    exact = way.path in (Path.NUMBA, Path.TRITON) or not way.counts(pixels)
+    assert norm_error(result.grad, expected_grad) < (2e-5 if exact else 5e-4)
 
 
 @TOLERANCES
@@ -178,6 +182,9 @@ def test_hinge_errors_over_many_decades(dtype: torch.dtype, tolerance: float, wa
     assert result.loss == pytest.approx(expected, rel=tolerance)
     if not way.counts(20_000):
         assert norm_error(result.grad, expected_grad) < tolerance
+        return
+    if way.path is Path.TRITON:  # It gives each scale of errors bins of its own.
+        assert norm_error(result.grad, expected_grad) < (2e-5 if way.ranks is None else 1e-4)
         return
     # Tables: 32 bins an octave are left where errors are small, and what is smaller still has one bin together, where
     # the gradient is anything from 0 to its mean.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from core.comparison import bits, normal, random_labels
 from torch import Tensor
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute
+from lovasz.core import CrossEntropy, LocalLoss, LovaszHinge, LovaszSoftmax, compute
 from lovasz.core.batch import launch
 from lovasz.core.ragged import Request
 from lovasz.spec import LossLike, Result, WeightedSum, weighted_sum
@@ -60,6 +61,17 @@ def batch_of(loss: WeightedSum, device: torch.device) -> list[tuple[Tensor, Tens
     return members
 
 
+@pytest.fixture
+def graphs(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The recorded graphs: none before, at most two in between."""
+    from lovasz.core import triton_graphs  # needs triton
+
+    monkeypatch.setattr(triton_graphs, "KEPT_GRAPHS", 2)
+    triton_graphs.GRAPHS.clear()
+    yield triton_graphs.GRAPHS
+    triton_graphs.GRAPHS.clear()
+
+
 @each_loss
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("want_grad", [False, True])
@@ -78,14 +90,41 @@ def test_launch_does_not_wait_for_the_device(
 
 
 @each_loss
-def test_memory_comes_back(loss: LossLike, cuda: torch.device) -> None:
+def test_memory_comes_back(loss: LossLike, cuda: torch.device, graphs: Any) -> None:
+    """All but what is kept for the next batch of the kind: a plan, and a graph once there is one."""
     members = batch_of(weighted_sum(loss), cuda)
-    for logits, labels in members:
+    for logits, labels in members * 4:
         compute(logits, labels, loss)
     before = torch.cuda.memory_allocated()
     for logits, labels in members * 3:
         compute(logits, labels, loss)
     assert torch.cuda.memory_allocated() == before
+    graphs.clear()
+    assert torch.cuda.memory_allocated() <= before
+
+
+@each_loss
+def test_graphs_are_used_bounded_and_right(loss: LossLike, cuda: torch.device, graphs: Any) -> None:
+    """The answers of a graph are those of the launches to the bit, from whichever addresses; the oldest graph goes."""
+    members = batch_of(weighted_sum(loss), cuda)
+    expected = [bits(compute(logits, labels, loss)) for logits, labels in members]
+    for _ in range(4):
+        copies = [(logits.clone(), labels.clone()) for logits, labels in members]
+        assert [bits(compute(logits, labels, loss)) for logits, labels in copies] == expected
+        assert len(graphs) <= 2
+    assert len(graphs) == 2
+
+
+@each_loss
+def test_loss_of_autograd_is_that_of_compute(loss: LossLike, cuda: torch.device) -> None:
+    for logits, labels in batch_of(weighted_sum(loss), cuda):
+        expected = compute(logits, labels, loss)
+        for _ in range(4):  # launched, and from a graph
+            leaf = logits.clone().requires_grad_()
+            value = LocalLoss(loss)(leaf, labels)
+            value.backward()
+            assert value.item() == pytest.approx(expected.loss, rel=1e-6)
+            assert torch.equal(leaf.grad, expected.grad)
 
 
 @each_loss

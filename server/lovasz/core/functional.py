@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lovasz.autograd import with_gradient
 from lovasz.core.batch import launch
-from lovasz.core.paths import Path
+from lovasz.core.paths import Path, single
 from lovasz.core.ragged import Request
 from lovasz.spec import (
     Classes,
@@ -19,6 +20,7 @@ from lovasz.spec import (
     LovaszHinge,
     LovaszSoftmax,
     Result,
+    WeightedSum,
     weighted_sum,
 )
 
@@ -49,9 +51,29 @@ def compute(
     return answer
 
 
+def _softmax(*options: Any) -> WeightedSum:
+    try:
+        return _known_softmax(*options)
+    except TypeError:  # lists are not hashable
+        return weighted_sum(LovaszSoftmax(*options))
+
+
+@lru_cache(maxsize=64, typed=True)
+def _known_softmax(*options: Any) -> WeightedSum:
+    return weighted_sum(LovaszSoftmax(*options))
+
+
+@lru_cache(maxsize=64, typed=True)
+def _hinge(*options: Any) -> WeightedSum:
+    return weighted_sum(LovaszHinge(*options))
+
+
 def _differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
     want_grad = torch.is_grad_enabled() and logits.requires_grad
     parsed = weighted_sum(loss)
+    known = single(logits, labels, parsed) if want_grad else None
+    if known is not None:
+        return with_gradient(logits, *known)
     request = Request.checked(logits, labels, parsed)
     launched = launch([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad)
     return with_gradient(logits, *launched.differentiable())
@@ -81,8 +103,7 @@ def lovasz_softmax(
     Raises:
         InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
     """
-    loss = LovaszSoftmax(classes, class_weights, per_image, ignore_index, input)
-    return _differentiable(logits, labels, loss)
+    return _differentiable(logits, labels, _softmax(classes, class_weights, per_image, ignore_index, input))
 
 
 def lovasz_hinge(
@@ -108,7 +129,7 @@ def lovasz_hinge(
     Raises:
         InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
     """
-    return _differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
+    return _differentiable(logits, labels, _hinge(per_image, ignore_index, multilabel))
 
 
 class LocalLoss(torch.nn.Module):

@@ -6,10 +6,12 @@ import enum
 import importlib.util
 import itertools
 import logging
+import sys
 from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from lovasz.core import torch_path
 from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
@@ -131,6 +133,21 @@ def compute(
         Path.NUMBA_TABLES: numba_path.Threshold(0, 0),
     }[path]
     return numba_path.compute(batch, loss, want_grad=want_grad, counted_from=counted_from, stop=stop)
+
+
+def single(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:
+    """The loss and the gradient of a request, if its like came before and its path has a shorter way for it."""
+    if not logits.is_cuda:
+        return None
+    triton_path = sys.modules.get("lovasz.core.triton_path")
+    return None if triton_path is None else triton_path.single(logits, labels, loss)
+
+
+def give_memory_back() -> None:
+    """Gives up what is kept of a device's memory for batches to come."""
+    graphs = sys.modules.get("lovasz.core.triton_graphs")
+    if graphs is not None:
+        graphs.GRAPHS.clear()
 
 
 _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,10 @@ class Recording:
         device = plan.signature.device
         self.nbytes = plan.workspace_bytes
         self._addresses = torch.empty(plan.address_bytes, dtype=torch.uint8, device=device)
+        # For ``single``, which has waited for the device when it returns, so that they can be used again.
+        self._pinned = torch.empty(plan.address_bytes, dtype=torch.uint8, pin_memory=True)
+        self._host_addresses = self._pinned.numpy().view(np.int64)
+        self._known = torch.cuda.Event()
         self._done = torch.cuda.Event()
         self._stream: int | None = None
         self._begin, self._finish = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -50,6 +55,8 @@ class Recording:
             finally:
                 self._finish.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
+        self._host_faults = torch.empty(self.workspace.faults.shape, dtype=torch.uint8, pin_memory=True)
+        self._faults = self._host_faults.numpy()
 
     def is_free(self, stream: int) -> bool:
         """Whether nothing is left to run on another stream than this one."""
@@ -67,6 +74,23 @@ class Recording:
 
     def finish(self) -> None:
         self._finish.replay()
+
+    def single(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:
+        """Queues the work of a request of one plane, and waits until it is known whether it has a fault.
+
+        Args:
+            logits: an address, as ``labels``, ``grad`` and ``total``.
+
+        Returns:
+            Whether it has none. Else what is queued has no meaning.
+        """
+        self._host_addresses[:] = logits, labels, grad, total
+        self.begin(self._pinned, stream)
+        self._host_faults.copy_(self.workspace.faults, non_blocking=True)
+        self._known.record()
+        self.finish()
+        self._known.synchronize()
+        return not self._faults.any()
 
     def used(self) -> None:
         """The work that reads its results is queued."""

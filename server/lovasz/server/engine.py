@@ -16,7 +16,7 @@ import torch
 
 from lovasz.core.batch import Answer as CoreAnswer
 from lovasz.core.batch import JointFault, Launched, launch
-from lovasz.core.paths import advice, warm_up
+from lovasz.core.paths import advice, give_memory_back, warm_up
 from lovasz.core.ragged import Request
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.batcher import Answer, Batcher, Entry
@@ -207,6 +207,7 @@ class Engine:
             return
         traceback.clear_frames(error.__traceback__)  # They hold what the failed attempt took of the device's memory.
         if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
+            give_memory_back()
             torch.cuda.empty_cache()
         if len(entries) > 1:
             _log.warning("batch failed; computing it in halves", extra={"requests": len(entries), "error": str(error)})

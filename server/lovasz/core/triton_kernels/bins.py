@@ -19,7 +19,7 @@ import numpy.typing as npt
 SOFTMAX_SHIFT = 23
 SOFTMAX_TOP = 127
 """The leading bits of the largest errors, and so the first cell: of [1, 2)."""
-_CELL_BITS = (11, *[14] * 2, *[13] * 2, *[12] * 3, *[11] * 4, *[10] * 6, *[8] * 8, *[6] * 16, *[5] * 22, *[4] * 63)
+_CELL_BITS = (11, *[14] * 2, *[13] * 2, *[11] * 16, *[8] * 8, *[6] * 14, *[5] * 22, *[4] * 62)
 """log2 of the bins of each octave, in groups of 2^18 pixels and more."""
 SOFTMAX_CELLS = len(_CELL_BITS)
 

@@ -37,6 +37,12 @@ UNROLLED_CLASSES = 32
 """Up to so many classes stay in registers; more are worked on in rounds of ..."""
 ROUND_CLASSES = 4
 """... so many."""
+SOFTMAX_BLOCK = 128
+HINGE_BLOCK = 1024
+"""Pixels that a program of a sweep works on, with ..."""
+SOFTMAX_WARPS = 4
+HINGE_WARPS = 4
+"""... so many warps."""
 _PADDED_CLASSES = 4
 """Numbers of classes are rounded up to a multiple of this, so that few kernels are compiled."""
 
@@ -55,8 +61,8 @@ _CHUNK = 512
 _SCAN_WARPS = 4
 _LAUNCHES_FOR_FAULTS = 1
 """After so many launches the faults of a batch are known."""
-_SORT_WARPS = 16
-_SORT_REGISTERS = 64
+_SORT_WARPS = 8
+_SORT_REGISTERS = 128
 """So that two programs share a multiprocessor: sorting waits for other warps more than it computes."""
 
 
@@ -441,7 +447,7 @@ class Plan:
     def _block(self) -> int:
         if self.signature.device.type != "cuda":
             return 4096  # The interpreter takes tens of milliseconds for each program, whatever its size.
-        return 1024 if self.signature.loss.is_hinge else 128
+        return HINGE_BLOCK if self.signature.loss.is_hinge else SOFTMAX_BLOCK
 
     def _softmax(self) -> list[Launch]:
         padded = -(-self.channels // _PADDED_CLASSES) * _PADDED_CLASSES
@@ -465,7 +471,7 @@ class Plan:
             Launch(
                 softmax.softmax_statistics,
                 self.blocks,
-                4,
+                SOFTMAX_WARPS,
                 **of_logits,
                 **cross,
                 **kept,
@@ -477,17 +483,28 @@ class Plan:
         ]
         if self.any_table or self.entropies:
             launches.append(
-                Launch(softmax.softmax_count, self.blocks, 4, **of_logits, **terms, **cross, **table, **absent)
+                Launch(
+                    softmax.softmax_count, self.blocks, SOFTMAX_WARPS, **of_logits, **terms, **cross, **table, **absent
+                )
             )
         if self.any_table:
             launches += self._scans(bins.SOFTMAX_SHIFT, bins.SOFTMAX_TOP, bins.SOFTMAX_CELLS)
         if self.buckets:
-            launches.append(Launch(softmax.softmax_collect, self.blocks, 4, **of_logits, **terms, **table))
+            launches.append(Launch(softmax.softmax_collect, self.blocks, SOFTMAX_WARPS, **of_logits, **terms, **table))
             launches.append(self._sort_buckets())
         launches += self._add_up()
         if self.signature.want_grad:
             launches.append(
-                Launch(softmax.softmax_backward, self.blocks, 4, **of_logits, **terms, **cross, **table, **absent)
+                Launch(
+                    softmax.softmax_backward,
+                    self.blocks,
+                    SOFTMAX_WARPS,
+                    **of_logits,
+                    **terms,
+                    **cross,
+                    **table,
+                    **absent,
+                )
             )
         return launches
 
@@ -501,17 +518,19 @@ class Plan:
         }
         table = {"ANY_TABLE": self.any_table}
         launches = [
-            Launch(hinge.hinge_statistics, self.blocks, 4, **of_logits, **table, GROUPINGS=len(self.counters_of)),
+            Launch(
+                hinge.hinge_statistics, self.blocks, HINGE_WARPS, **of_logits, **table, GROUPINGS=len(self.counters_of)
+            ),
             Launch(hinge.plan_hinge, self.segments, 4),
         ]
         if self.any_table:
-            launches.append(Launch(hinge.hinge_count, self.blocks, 4, **of_logits))
+            launches.append(Launch(hinge.hinge_count, self.blocks, HINGE_WARPS, **of_logits))
             launches += self._scans(bins.HINGE_SHIFT, bins.HINGE_TOP, bins.HINGE_CELLS)
-        launches.append(Launch(hinge.hinge_collect, self.blocks, 4, **of_logits, **table))
+        launches.append(Launch(hinge.hinge_collect, self.blocks, HINGE_WARPS, **of_logits, **table))
         launches.append(self._sort_buckets())
         launches += self._add_up()
         if self.signature.want_grad:
-            launches.append(Launch(hinge.hinge_backward, self.blocks, 4, **of_logits, **table))
+            launches.append(Launch(hinge.hinge_backward, self.blocks, HINGE_WARPS, **of_logits, **table))
         return launches
 
     def _scans(self, shift: int, top: int, cells: int) -> list[Launch]:
@@ -538,8 +557,16 @@ class Plan:
     def _sort_buckets(self) -> Launch:
         constants = {"HINGE": self.signature.loss.is_hinge, "WANT_GRAD": self.signature.want_grad}
         room = max(32, triton.next_power_of_2(self.largest_bucket))
-        warps = max(1, min(_SORT_WARPS, room // 256))
-        return Launch(sorting.sort_buckets, self.buckets, warps, _SORT_REGISTERS, **constants, ROOM=room)
+        warps = max(1, min(_SORT_WARPS, room // 512))
+        return Launch(
+            sorting.sort_buckets,
+            self.buckets,
+            warps,
+            _SORT_REGISTERS,
+            **constants,
+            ROOM=room,
+            THREADS=min(room, 32 * warps),
+        )
 
     def begin(self, addresses: Tensor) -> Workspace:
         """Queues the first part of a batch's work on the current stream, after which its faults are known.

@@ -128,6 +128,7 @@ def sort_buckets(
     HINGE: tl.constexpr,
     WANT_GRAD: tl.constexpr,
     ROOM: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Ranks the pixels of the buckets. One program a bucket; a small group is a bucket for each of its segments.
 
@@ -150,10 +151,13 @@ def sort_buckets(
         foreground_before = (before >> 32).to(tl.int32)
         background_before = (before & LOW_WORD).to(tl.int32)
     if count > 0:
-        places = tl.arange(0, ROOM)
         own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
         own_list += foreground_before + background_before
+        # Sorting does not care in which order keys come. In this one the sixteenth that a thread has is consecutive, so
+        # that most steps of the sort compare keys of one thread, and few those of two warps.
+        places = tl.arange(0, ROOM // THREADS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
         keys = tl.load(own_list + places, mask=places < count, other=-1)
+        keys = tl.reshape(tl.trans(keys), [ROOM])
         foreground_count = tl.load(segment + SEGMENT_FOREGROUND).to(tl.int32)
         keys, is_key, errors, g = rank(keys, foreground_count, foreground_before, background_before)
         losses = tl.where(is_key, g.to(tl.float64) * errors.to(tl.float64), 0.0)
