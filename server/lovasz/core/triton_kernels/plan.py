@@ -27,7 +27,8 @@ SORTED_PIXELS = 4096
 """Groups of at most so many pixels are sorted, each segment by one program."""
 RANKED_PIXELS = 1 << 18
 RANKED_ELEMENTS = 1 << 21
-"""Larger groups have tables. With fewer pixels than these, or at most so many logits, all pixels are ranked in buckets;"""
+"""Larger groups have tables. With fewer pixels than these, or at most so many logits, all pixels are ranked in buckets,
+and so they are for the hinge, whose small errors weigh as much as its large ones;"""
 RANKED_FOREGROUND = 4096
 """in others those of classes with fewer pixels than these, ..."""
 RANKED_BUCKETS = 3
@@ -342,7 +343,7 @@ class Plan:
                     count, group[Group.MAP] = bins.softmax_bins(coarser), maps[coarser]
                 group[Group.BINS], group[Group.WORDS] = count, words
                 words += channels * 2 * count
-                if pixels < RANKED_PIXELS or pixels * channels <= RANKED_ELEMENTS:
+                if is_hinge or pixels < RANKED_PIXELS or pixels * channels <= RANKED_ELEMENTS:
                     group[Group.RANKED_BELOW], own_buckets = pixels + 1, pixels // step + 1
                 else:
                     group[Group.RANKED_BELOW], own_buckets = RANKED_FOREGROUND, RANKED_BUCKETS
