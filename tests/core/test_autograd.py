@@ -18,6 +18,7 @@ from lovasz.core import (
     LovaszHingeLoss,
     LovaszSoftmax,
     LovaszSoftmaxLoss,
+    compute,
     lovasz_hinge,
     lovasz_softmax,
 )
@@ -52,6 +53,27 @@ def test_gradcheck_hinge(per_image: bool, multilabel: bool, torch_device: torch.
     labels = random_labels(2, 3, 7, values=2, seed=6, void=9).to(torch_device)
     options = {"per_image": per_image, "multilabel": multilabel, "ignore_index": 9}
     assert torch.autograd.gradcheck(lambda x: lovasz_hinge(x, labels, **options), logits)
+
+
+HINGE_LOSSES: list[LossLike] = [
+    LovaszHinge(multilabel=True),
+    [(0.5, LovaszHinge(multilabel=True, per_image=True, ignore_index=1)), (-2.0, LovaszHinge(multilabel=True))],
+]
+
+
+@pytest.mark.parametrize("loss", SOFTMAX_LOSSES + HINGE_LOSSES, ids=str)
+def test_value_and_gradient_are_those_of_compute(loss: LossLike, way: Way, device: torch.device) -> None:
+    logits = normal(2, 3, 9, 7, seed=31, dtype=torch.float32).to(device)
+    shape = (2, 3, 9, 7) if loss in HINGE_LOSSES else (2, 9, 7)
+    labels = random_labels(*shape, values=2, seed=32).to(device)
+    expected = compute(logits, labels, loss)
+    leaf = logits.clone().requires_grad_()
+    value = LocalLoss(loss)(leaf, labels)
+    value.backward()
+    assert value.item() == pytest.approx(expected.loss, rel=1e-6)
+    assert leaf.grad is not None
+    assert expected.grad is not None
+    assert torch.equal(leaf.grad, expected.grad)
 
 
 def some_input(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

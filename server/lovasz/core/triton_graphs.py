@@ -24,6 +24,8 @@ RECORDED_AT = 3
 KEPT_GRAPHS = 8
 KEPT_SHARE = 1 / 16
 """Of the device's memory."""
+PAUSE = 32
+"""A signature whose graph had to go has to come so many times more: recording costs more than a few launches."""
 
 
 class Recording:
@@ -140,7 +142,7 @@ class Graphs:
         ):
             evicted, recording = self._recordings.popitem(last=False)
             recording.wait()
-            evicted.times_seen = 0
+            evicted.times_seen = -PAUSE
         try:
             return Recording(plan)
         except Exception:
