@@ -28,6 +28,10 @@ SORTED_BELOW_FOREGROUND = 256
 """On a CPU, classes with fewer pixels are sorted in large groups, too: each of their pixels weighs much in the
 gradient, and so do those that share its bin."""
 
+MOST_ORDER_ERROR = 1.8e-5
+"""Of the norm of a hinge's gradient: where the bins of a table leave more than this uncertain, by an estimate that was
+found to be at least the true error up to here (docs/mathematics.md), the segment is sorted."""
+
 SOFTMAX_TOP = 0
 """The top exponent for probabilities: 1 is the largest, and stands alone in its octave."""
 

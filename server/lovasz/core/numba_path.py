@@ -7,6 +7,7 @@ Lovász term (docs/mathematics.md, sections 7 and 11); the way back through soft
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +31,12 @@ _FIXED_POINT_BITS = 60
 
 
 class Threshold(NamedTuple):
-    """From how many pixels, and pixels of foreground, a segment is counted in tables."""
+    """From how many pixels, and pixels of foreground, a segment is counted in tables; and up to which error of the
+    hinge's gradient, whose errors have any scale (``tables.order_error``): segments beyond that are sorted after all."""
 
     pixels: int
     foreground: int
+    order_error: float
 
 
 def compute(
@@ -91,7 +94,7 @@ def _softmax(batch: NumbaBatch, counted_from: Threshold) -> list[TermTensors]:
                 counts[ignored] = 0
             groups = Groups.of(batch, per_image=term.per_image)
             scored, weights = score(term, weight, counts, groups.share)
-            rules = Rules(labelling.void, ignored, False, batch.want_grad, several)
+            rules = Rules(labelling.void, ignored, False, batch.want_grad, several, math.inf)
             losses = _score(batch, groups, scored, weights, counts, codes, rules, counted_from, None)
             terms.append(TermTensors(losses, scored, term.per_image))
             _mark(scored_images, groups, scored)
@@ -124,7 +127,7 @@ def _hinge(batch: NumbaBatch, counted_from: Threshold) -> list[TermTensors]:
             counted = foreground
         groups = Groups.of(batch, per_image=term.per_image)
         scored, weights = score(term, weight, counted, groups.share)
-        rules = Rules(labelling.void, ignored, True, batch.want_grad, several)
+        rules = Rules(labelling.void, ignored, True, batch.want_grad, several, counted_from.order_error)
         bits = np.maximum.reduceat(largest.reshape(-1, batch.channels), groups.first_image, axis=0).T
         tops = np.maximum((bits >> 23) - 127, bins.LOWEST_TOP)
         losses = _score(batch, groups, scored, weights, foreground, codes, rules, counted_from, tops)
@@ -208,7 +211,8 @@ def _score_whole(batch: NumbaBatch, found: Segments, codes: npt.NDArray[Any], ru
     """Each segment in one thread."""
     threads = min(batch.threads, len(found.row))
     words = 2 * tables.BINS + 1 if (found.how == COUNTED).any() else 0
-    largest = int((found.stop - found.start)[found.how != COUNTED].max(initial=0))
+    may_be_sorted = (found.how != COUNTED) | (rules.most_order_error < math.inf)
+    largest = int((found.stop - found.start)[may_be_sorted].max(initial=0))
     table = batch.scratch.array("tables", (threads, words), np.int64, zero=True)
     keys = batch.scratch.array("keys", (2, threads, largest), np.uint64)
     room = batch.scratch.array("room", (threads, largest), np.float32)
@@ -242,12 +246,16 @@ def _score_in_parts(
     part_tables = batch.scratch.array("tables", shape, np.int64, zero=True)
     losses = np.zeros(len(pixels))
     batch.run(segments.count_parts, parts, found, rules, batch.errors, codes, part_tables)
-    batch.run(segments.scan_parts, firsts, parts, found, losses, part_tables)
+    is_fine = np.ones(len(pixels), np.bool_)
+    batch.run(segments.scan_parts, firsts, parts, found, rules, losses, is_fine, part_tables)
     if rules.want_grad:
-        table = firsts[segment]
-        batch.run(segments.look_up_parts, table, parts, found, rules, batch.images, batch.errors, codes, part_tables)
+        inputs = parts, found, rules, batch.images, batch.errors, codes, is_fine, part_tables
+        batch.run(segments.look_up_parts, firsts[segment], *inputs)
     for first in firsts:
         tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
+    if not is_fine.all():
+        others = _pick(found, ~is_fine)
+        losses[~is_fine] = _score_whole(batch, others._replace(how=np.full_like(others.how, SORTED)), codes, rules)
     return losses
 
 

@@ -6,6 +6,7 @@ import enum
 import importlib.util
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core import torch_path
-from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
+from lovasz.core.bins import MAX_PIXELS, MOST_ORDER_ERROR, SORTED_BELOW_FOREGROUND, SORTED_BELOW_PIXELS
 from lovasz.core.computed import Computed
 from lovasz.core.ragged import Batch, Request
 from lovasz.core.stop import Stop
@@ -128,9 +129,9 @@ def compute(
     from lovasz.core import numba_path
 
     counted_from = {
-        Path.NUMBA: numba_path.Threshold(SORTED_BELOW_PIXELS, SORTED_BELOW_FOREGROUND),
-        Path.NUMBA_SORTED: numba_path.Threshold(MAX_PIXELS, 0),
-        Path.NUMBA_TABLES: numba_path.Threshold(0, 0),
+        Path.NUMBA: numba_path.Threshold(SORTED_BELOW_PIXELS, SORTED_BELOW_FOREGROUND, MOST_ORDER_ERROR),
+        Path.NUMBA_SORTED: numba_path.Threshold(MAX_PIXELS, 0, math.inf),
+        Path.NUMBA_TABLES: numba_path.Threshold(0, 0, math.inf),
     }[path]
     return numba_path.compute(batch, loss, want_grad=want_grad, counted_from=counted_from, stop=stop)
 

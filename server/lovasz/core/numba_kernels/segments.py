@@ -55,6 +55,7 @@ class Rules(NamedTuple):
         cut: whether an error of 0 gets no gradient, as the hinge has it.
         want_grad: whether gradients are written.
         add: whether they are added to what stands there.
+        most_order_error: segments whose tables leave more of it (``tables.order_error``) are sorted; infinity: none.
     """
 
     void: int
@@ -62,6 +63,7 @@ class Rules(NamedTuple):
     cut: bool
     want_grad: bool
     add: bool
+    most_order_error: float
 
 
 @compiled
@@ -82,7 +84,7 @@ def score(
 
     Args:
         table: 2 x BINS + 1 words, all 0, and so again at the end; this thread's own, as what follows.
-        keys: as many as the largest sorted segment has pixels, as ``other_keys`` and ``room``.
+        keys: as many as the largest segment that may be sorted has pixels, as ``other_keys`` and ``room``.
     """
     while True:
         s = claim(tasks, len(segments.row))
@@ -90,11 +92,14 @@ def score(
             break
         if segments.how[s] == COUNTED:
             lowest, highest = count_range(segments, s, rules, errors, codes, segments.start[s], segments.stop[s], table)
-            losses[s] = scan(segments, s, lowest, highest, table)
-            if rules.want_grad:
-                look_up_range(segments, s, rules, images, errors, codes, segments.start[s], segments.stop[s], table)
+            is_fine = keeps_order(segments, s, rules, lowest, highest, table)
+            if is_fine:
+                losses[s] = scan(segments, s, lowest, highest, table)
+                if rules.want_grad:
+                    look_up_range(segments, s, rules, images, errors, codes, segments.start[s], segments.stop[s], table)
             tables.clear(table, lowest, highest)
-            continue
+            if is_fine:
+                continue
         error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
         code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         g = room[: len(error)] if rules.want_grad else room[:0]
@@ -132,6 +137,14 @@ def count_range(
     """Counts a part of a segment; returns the lowest and the highest bin in use."""
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
     return tables.count(error, code, segments.foreground[s], rules.void, rules.ignored, segments.top[s], table)
+
+
+@compiled
+def keeps_order(segments: Segments, s: int, rules: Rules, lowest: int, highest: int, table: Integers) -> bool:
+    """Whether a segment's bins, counted, tell enough of the order of its pixels."""
+    if rules.most_order_error == np.inf:
+        return True
+    return tables.order_error(table, lowest, highest, segments.foreground_count[s]) <= rules.most_order_error
 
 
 @compiled
@@ -241,13 +254,16 @@ def scan_parts(
     firsts: Integers,
     parts: Parts,
     segments: Segments,
+    rules: Rules,
     losses: npt.NDArray[np.float64],
+    is_fine: npt.NDArray[np.bool_],
     part_tables: npt.NDArray[np.int64],
 ) -> None:
     """Adds the tables of each segment's parts into that of its first part, and scans it.
 
     Args:
         firsts: the first part of each segment.
+        is_fine: one a segment, written: whether its table will do; if not, it is not scanned.
     """
     while True:
         task = claim(tasks, len(firsts))
@@ -264,7 +280,9 @@ def scan_parts(
             tables.clear(other, low, high)
             lowest, highest = min(lowest, low), max(highest, high)
             p += 1
-        losses[s] = scan(segments, s, lowest, highest, table)
+        is_fine[s] = keeps_order(segments, s, rules, lowest, highest, table)
+        if is_fine[s]:
+            losses[s] = scan(segments, s, lowest, highest, table)
         parts.lowest[first], parts.highest[first] = lowest, highest
 
 
@@ -278,12 +296,15 @@ def look_up_parts(
     images: Images,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
+    is_fine: npt.NDArray[np.bool_],
     part_tables: npt.NDArray[np.int64],
 ) -> None:
-    """Writes the gradients of each part."""
+    """Writes the gradients of each part of the segments whose tables will do."""
     while True:
         p = claim(tasks, len(parts.segment))
         if p >= len(parts.segment):
             break
+        if not is_fine[parts.segment[p]]:
+            continue
         table = part_tables[table_of_part[p]]
         look_up_range(segments, parts.segment[p], rules, images, errors, codes, parts.start[p], parts.stop[p], table)
