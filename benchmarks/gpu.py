@@ -25,6 +25,7 @@ import triton
 from contenders import SMP, Contender, bind, version
 from memory import Meter
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workload
@@ -89,7 +90,7 @@ def graph_of_cross_entropy(pairs: Sequence[Pair], problem: Problem) -> Callable[
     leaves = [(logits.detach().requires_grad_(), labels) for logits, labels in pairs]
 
     def all_of_them() -> list[Tensor]:
-        grads = []
+        grads: list[Tensor] = []
         for leaf, labels in leaves:
             if problem is Problem.SOFTMAX:
                 value = functional.cross_entropy(leaf, labels)
@@ -180,7 +181,7 @@ def profiled(call: Callable[[], object]) -> dict[str, Any]:
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             name = event.name.split("<")[0].removeprefix("void ").split("::")[-1].split("(")[0]
             if "Memcpy" in event.name or "Memset" in event.name:
                 name = event.name
@@ -238,7 +239,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['cross_entropy_ms']:7.3f}{row['cross_entropy_graph_ms']:7.3f}{row['usual_ms']:8.2f}"
         f"{row['usual_ms'] / row['ours_ms']:7.1f}{row['ours_ms'] / row['cross_entropy_ms']:6.2f}"
         f"{row['graph_ms'] / row['cross_entropy_graph_ms']:6.2f}{row['host_ms']:6.2f}{row['host_eager_ms']:6.2f}"
-        f"{sum(row['device_us'].values()) / 1e3:6.2f}{row['memory']:6.2f}{row['loss_error']:9.0e}{row['grad_error']:9.1e}"
+        f"{sum(row['device_us'].values()) / 1e3:6.2f}{row['memory']:6.2f}"
+        f"{row['loss_error']:9.0e}{row['grad_error']:9.1e}"
         f"{kernels:4.0f}{copies:4.0f}"
     )
 
@@ -260,9 +262,8 @@ def main() -> int:
         "usual implementation": f"{SMP} {version(SMP)}" if version(SMP) else "textbook",
     }
     print("\n".join(f"{name}: {value}" for name, value in known.items()))
-    print(
-        "Milliseconds; gr: as a CUDA graph, host: to queue a batch as a graph, hostE: kernel by kernel, dev: of the device; memory in multiples of the logits"
-    )
+    print("Milliseconds; gr: as a CUDA graph, host: to queue a batch as a graph, hostE: kernel by kernel,")
+    print("dev: of the device; memory in multiples of the logits; krn: kernels, d2h: copies to the host")
     print(HEADER, flush=True)
     rows = []
     for workload in QUICK if args.quick else WORKLOADS:

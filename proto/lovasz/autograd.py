@@ -12,6 +12,7 @@ def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, fac
     """A 0-dim tensor with the value ``loss``, whose backward hands ``grad`` x factor x grad_output to ``logits``.
 
     Args:
+        loss: a number, or a tensor of no axis on the logits' device.
         grad: dloss/dlogits in the logits' shape; None where no gradient will be asked for. The product is taken in
             its dtype (float32 for 16-bit logits, so that a gradient scaler's factor comes in before rounding).
 
@@ -19,10 +20,8 @@ def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, fac
         float64 for float64 logits, else float32.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if isinstance(loss, Tensor):
-        value = loss
-    else:
-        value = torch.full((), loss, dtype=dtype, device=logits.device)  # does not wait for the device, as a copy would
+    # Filling does not wait for the device, as a copy would.
+    value = loss if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
     if grad is None:
         return value
     return _WithGradient.apply(logits, value, grad, factor)  # type: ignore[no-any-return, no-untyped-call]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from core.comparison import normal, random_labels
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
@@ -80,7 +81,7 @@ def test_device_sees_only_these_launches_one_fill_and_one_copy_back(name: str, c
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         launch(requests, total, cuda).collect()
         torch.cuda.synchronize()
-    on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
     names = Counter("copy back" if "DtoH" in e.name else "copy" if "HtoD" in e.name else e.name for e in on_device)
     assert names.pop("copy back") == 1
     assert names.pop("copy") == 1

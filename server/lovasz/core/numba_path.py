@@ -31,8 +31,11 @@ _FIXED_POINT_BITS = 60
 
 
 class Threshold(NamedTuple):
-    """From how many pixels, and pixels of foreground, a segment is counted in tables; and up to which error of the
-    hinge's gradient, whose errors have any scale (``tables.order_error``): segments beyond that are sorted after all."""
+    """Which segments are counted in tables: those of at least so many pixels, and pixels of foreground.
+
+    Attributes:
+        order_error: hinge segments whose tables leave more error than this (``tables.order_error``) are sorted.
+    """
 
     pixels: int
     foreground: int

@@ -60,7 +60,10 @@ def compute(
         else:
             workspace = recording.begin(addresses.pin_memory(), stream)
         faults = _to_host(workspace.faults) if total is not None else None
-        (plan if recording is None else recording).finish(*([workspace] if recording is None else []))
+        if recording is None:
+            plan.finish(workspace)
+        else:
+            recording.finish()
         small = _to_host(workspace.small) if total is None else lambda: workspace.small.cpu().numpy()
         if recording is not None:
             GRAPHS.put_back(plan, recording)
@@ -68,8 +71,7 @@ def compute(
                 (request,) = batch.requests
                 if len(_singles) >= KEPT_PLANS:
                     _singles.clear()
-                both = request.logits, request.labels
-                _singles[(loss, *(t.shape for t in both), *(t.dtype for t in both), *(t.device for t in both))] = plan
+                _singles[_key(request.logits, request.labels, loss)] = plan
         return Computed(
             grads,
             values=lambda: read(plan, small()),
@@ -77,12 +79,17 @@ def compute(
         )
 
 
+def _key(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[object, ...]:
+    """What has to agree for a request to be like another."""
+    return loss, logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device
+
+
 def single(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:
     """The loss and the gradient of a request whose like came before; None if none did, or if it has a fault.
 
     Takes none of the steps that a batch needs: they are most of the time of a call that a graph computes.
     """
-    plan = _singles.get((loss, logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device))
+    plan = _singles.get(_key(logits, labels, loss))
     if plan is None or not (logits.is_contiguous() and labels.is_contiguous()):
         return None
     if logits.device.index != torch.cuda.current_device():

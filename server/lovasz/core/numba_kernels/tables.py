@@ -101,28 +101,39 @@ def count(
     return lowest, highest
 
 
+@inlined
+def _double(integer: np.int64) -> float:
+    """An integer in [0, 2^52) as float64; the processor's own conversion is no vector operation."""
+    return bits_double(integer | np.int64(0x4330000000000000)) - 4503599627370496.0
+
+
 @compiled
 def order_error(table: Integers, lowest: int, highest: int, foreground_count: int) -> float:
-    """The error of the gradient that comes of not knowing the order inside bins, relative to the gradient's norm.
+    """Estimates the gradient's error from the unknown order inside bins, relative to its norm.
 
-    An estimate, from a table that is counted and not yet scanned. In a bin with k background pixels, the number of these
-    before another pixel of the bin is uncertain by sqrt(k / 6), as if they stood at random; likewise for foreground.
+    The table is counted and not yet scanned. In a bin with k background pixels, the number of those before another
+    pixel of the bin is uncertain by sqrt(k / 6), as if they stood at random; the same holds for foreground.
     """
     left, union = np.float64(foreground_count), np.float64(foreground_count)
+    over_union = 1.0 / union
     error, norm = 0.0, 0.0
     for i in range(lowest, min(highest + 1, BINS - 1)):
-        if table[i] != 0 or table[BINS + i] != 0:
-            k = np.float64(np.uint64(table[i]) >> np.uint64(_REST_SUM_BITS))
-            j = np.float64(np.uint64(table[BINS + i]) >> np.uint64(_REST_SUM_BITS))
-            square, mean_left = 1.0 / (union * union), left - 0.5 * j
-            mean = mean_left / (union * (union + k))
-            error += square * square * (2.0 * j * k + 4.0 * k * k * mean_left * mean_left * square) / 6.0
-            norm += j / (union * (union + k)) + k * mean * mean
-            left -= j
-            union += k
-            if left <= 0.0:
-                break
-    return np.sqrt(error / norm) if norm > 0.0 else 0.0
+        background, foreground = table[i], table[BINS + i]
+        if background == 0 and foreground == 0:
+            continue
+        k = _double(np.int64(np.uint64(background) >> np.uint64(_REST_SUM_BITS)))
+        j = _double(np.int64(np.uint64(foreground) >> np.uint64(_REST_SUM_BITS)))
+        union += k
+        x, y = over_union, 1.0 / union
+        mean_left = left - 0.5 * j
+        steep = k * mean_left * x
+        error += (x * x) * (x * x) * (j * k + 2.0 * (steep * steep))
+        norm += x * y * (j + steep * mean_left * y)
+        left -= j
+        over_union = y
+        if left <= 0.0:
+            break
+    return np.sqrt(error / (3.0 * norm)) if norm > 0.0 else 0.0
 
 
 @compiled
@@ -170,12 +181,6 @@ def _walk(background: Integers, foreground: Integers, left: int, union: int, wal
         left -= np.int64(np.uint64(foreground[i]) >> np.uint64(_REST_SUM_BITS))
         union += np.int64(np.uint64(background[i]) >> np.uint64(_REST_SUM_BITS))
     lefts[len(background)], unions[len(background)] = left, union
-
-
-@inlined
-def _double(integer: np.int64) -> float:
-    """An integer in [0, 2^52) as float64; the processor's own conversion is no vector operation."""
-    return bits_double(integer | np.int64(0x4330000000000000)) - 4503599627370496.0
 
 
 @compiled

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lovasz.core.computed import PROBABILITY_TOLERANCE
-from lovasz.core.triton_kernels import bins, hinge, segments, softmax, sorting, tables
+from lovasz.core.triton_kernels import bins, hinge, segments, softmax, softmax_backward, softmax_ranks, sorting, tables
 from lovasz.core.triton_kernels.columns import Address, Cross, Fault, Group, Grouping, Plane, Rule, Segment, Term
 from lovasz.spec import CrossEntropy, Layout, LovaszSoftmax, WeightedSum
 
@@ -85,7 +85,11 @@ class Room(NamedTuple):
     buffer: str
     offset: int
     dtype: torch.dtype
-    count: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.size * self.dtype.itemsize
 
 
 @dataclass
@@ -151,8 +155,7 @@ class Launch:
 
 
 def _view(room: Room, buffers: dict[str, Tensor]) -> Tensor:
-    end = room.offset + room.count * room.dtype.itemsize
-    return buffers[room.buffer][room.offset : end].view(room.dtype)
+    return buffers[room.buffer][room.offset : room.stop].view(room.dtype)
 
 
 @dataclass(frozen=True)
@@ -424,7 +427,7 @@ class Plan:
         )
         if self.signature.loss.is_hinge:
             self.rooms["maps"] = self.rooms["cells"]
-        self.address_bytes = addresses.count * addresses.dtype.itemsize
+        self.address_bytes = addresses.stop
         self.workspace_bytes = self._zeroed.nbytes + self._scratch.nbytes
 
     def _add_cross_entropies(self) -> None:
@@ -464,7 +467,7 @@ class Plan:
         classes = {"CLASSES": padded if all_classes else ROUND_CLASSES}
         kept = classes | {"ALL_CLASSES": all_classes}
         classes_padded = max(32, triton.next_power_of_2(self.channels))
-        absent = {"ANY_ABSENT": any(term.classes != "present" for _, term in self.lovasz if self.any_table)}
+        absent = {"ANY_ABSENT": self.any_table and bool((self._static["terms"][:, Term.LISTS_CLASSES] != 0).any())}
         table = {"ANY_TABLE": self.any_table}
         self.numbers |= {"tolerance": PROBABILITY_TOLERANCE, "rows": len(self.groups)}
         rows = len(self.groups) + len(self.entropies) * self.joints
@@ -485,19 +488,28 @@ class Plan:
         if self.any_table or self.entropies:
             launches.append(
                 Launch(
-                    softmax.softmax_count, self.blocks, SOFTMAX_WARPS, **of_logits, **terms, **cross, **table, **absent
+                    softmax_ranks.softmax_count,
+                    self.blocks,
+                    SOFTMAX_WARPS,
+                    **of_logits,
+                    **terms,
+                    **cross,
+                    **table,
+                    **absent,
                 )
             )
         if self.any_table:
             launches += self._scans(bins.SOFTMAX_SHIFT, bins.SOFTMAX_TOP, bins.SOFTMAX_CELLS)
         if self.buckets:
-            launches.append(Launch(softmax.softmax_collect, self.blocks, SOFTMAX_WARPS, **of_logits, **terms, **table))
+            launches.append(
+                Launch(softmax_ranks.softmax_collect, self.blocks, SOFTMAX_WARPS, **of_logits, **terms, **table)
+            )
             launches.append(self._sort_buckets())
         launches += self._add_up()
         if self.signature.want_grad:
             launches.append(
                 Launch(
-                    softmax.softmax_backward,
+                    softmax_backward.softmax_backward,
                     self.blocks,
                     SOFTMAX_WARPS,
                     **of_logits,
@@ -587,8 +599,8 @@ class Plan:
         }
         self._launch(self.launches[:_LAUNCHES_FOR_FAULTS], buffers)
         faults = self.rooms["faults"]
-        end = faults.offset + faults.count * faults.dtype.itemsize
-        return Workspace(buffers, buffers["zeroed"][: self.small], buffers["zeroed"][faults.offset : end])
+        zeroed = buffers["zeroed"]
+        return Workspace(buffers, zeroed[: self.small], zeroed[faults.offset : faults.stop])
 
     def finish(self, workspace: Workspace) -> None:
         """Queues the rest."""
@@ -607,8 +619,7 @@ class Plan:
     def result(self, name: str, small: npt.NDArray[np.uint8], *shape: int) -> npt.NDArray[Any]:
         """An array of the results."""
         room = self.rooms[name]
-        end = room.offset + room.count * room.dtype.itemsize
-        array: npt.NDArray[Any] = small[room.offset : end].view(_NUMPY_TYPES[room.dtype])
+        array: npt.NDArray[Any] = small[room.offset : room.stop].view(_NUMPY_TYPES[room.dtype])
         return array.reshape(shape)
 
 

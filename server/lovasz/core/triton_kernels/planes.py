@@ -26,7 +26,6 @@ from lovasz.core.triton_kernels.columns import (
     RULE_VALUE,
     TERM_FIRST_ROW,
     TERM_PER_IMAGE,
-    TERM_RULE,
 )
 
 
