@@ -33,6 +33,7 @@ from workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workload
 from lovasz.core import LovaszHinge, LovaszSoftmax, reference, triton_path
 from lovasz.core.batch import launch
 from lovasz.core.ragged import Batch, Request
+from lovasz.core.triton_graphs import GRAPHS
 from lovasz.core.triton_kernels.plan import Plan
 from lovasz.spec import Result, weighted_sum
 
@@ -199,6 +200,7 @@ def measured(workload: Workload, regime: Regime, device: torch.device) -> dict[s
     ours = bind(Contender.OURS, workload.problem, pairs)
     if workload.requests > 1:
         ours = lambda: [(r.loss, r.grad) for r in one_batch(pairs, loss, device)]  # type: ignore[misc]  # noqa: E731
+    GRAPHS.clear()
     plan = plan_of(pairs, loss, device)
     plan.times_seen = NEVER_RECORDED
     results = one_batch(pairs, loss, device)
