@@ -198,6 +198,34 @@ def test_hinge_errors_over_many_decades(dtype: torch.dtype, tolerance: float, wa
     assert (share[small] <= 1.001).all()
 
 
+@pytest.mark.parametrize("crowd", [1000, 1500, 2000, 2500, 4000])
+@pytest.mark.parametrize("hinge", [False, True])
+def test_ranks_behind_a_crowd_of_ties(hinge: bool, crowd: int, way: Way, device: torch.device) -> None:
+    """However many pixels tie, those behind them come behind all of them."""
+    if way.ranks == "in tables":
+        pytest.skip("a table keeps no order within bins")
+    generator = torch.Generator().manual_seed(51)
+    labels = (torch.rand(1, 9000, generator=generator) < 0.3).long()
+    errors = 0.9 * torch.rand(1, 9000, generator=generator)
+    tied = torch.randperm(9000, generator=generator)[:crowd]
+    errors[0, tied[: crowd // 2]], errors[0, tied[crowd // 2 :]] = 0.75, 0.5
+    if hinge:
+        loss: LossLike = LovaszHinge()
+        values = torch.where(labels == 1, 1 - errors, errors - 1)
+    else:
+        loss = LovaszSoftmax(classes=[1], input="probabilities")
+        right = torch.where(labels == 1, 1 - errors, errors)
+        values = torch.stack([1 - right, right], 1)
+    result = compute(values.to(device), labels.to(device), loss)
+    expected, expected_grad = reference_answer(values, labels, loss)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    others = torch.ones(9000, dtype=torch.bool)
+    others[tied] = False
+    assert result.grad is not None
+    tolerance = 2e-4 if way.path is Path.NUMBA_TABLES else 2e-6
+    assert norm_error(result.grad.cpu()[..., others], expected_grad[..., others]) < tolerance
+
+
 def test_many_classes(device: torch.device) -> None:
     logits, labels = normal(1, 1000, 30, seed=10, dtype=torch.float32), random_labels(1, 30, values=1000, seed=11)
     result = compute(logits.to(device), labels.to(device), LovaszSoftmax(classes="all"))

@@ -64,7 +64,11 @@ def compute(
             plan.finish(workspace)
         else:
             recording.finish()
-        small = _to_host(workspace.small) if total is None else lambda: workspace.small.cpu().numpy()
+        if total is None:
+            small = _to_host(workspace.small)
+        else:
+            own = workspace.small.clone()  # another thread may take the recording, and so the workspace, next
+            small = lambda: own.cpu().numpy()  # noqa: E731
         if recording is not None:
             GRAPHS.put_back(plan, recording)
             if total is not None and len(plan.origin.request) == 1:

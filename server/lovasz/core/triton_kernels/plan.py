@@ -31,7 +31,7 @@ RANKED_ELEMENTS = 1 << 21
 and so they are for the hinge, whose small errors weigh as much as its large ones;"""
 RANKED_FOREGROUND = 4096
 """in others those of classes with fewer pixels than these, ..."""
-RANKED_BUCKETS = 3
+RANKED_BUCKETS = 5
 """... in so many buckets."""
 
 UNROLLED_CLASSES = 32
@@ -571,15 +571,9 @@ class Plan:
         constants = {"HINGE": self.signature.loss.is_hinge, "WANT_GRAD": self.signature.want_grad}
         room = max(32, triton.next_power_of_2(self.largest_bucket))
         warps = max(1, min(_SORT_WARPS, room // 512))
-        return Launch(
-            sorting.sort_buckets,
-            self.buckets,
-            warps,
-            _SORT_REGISTERS,
-            **constants,
-            ROOM=room,
-            THREADS=min(room, 32 * warps),
-        )
+        constants |= {"HALVES": room == tables.BUCKET_ROOM.value and self.any_table}
+        rooms = {"ROOM": room, "THREADS": min(room, 32 * warps)}
+        return Launch(sorting.sort_buckets, self.buckets, warps, _SORT_REGISTERS, **constants, **rooms)
 
     def begin(self, addresses: Tensor) -> Workspace:
         """Queues the first part of a batch's work on the current stream, after which its faults are known.

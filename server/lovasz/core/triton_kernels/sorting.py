@@ -112,6 +112,57 @@ def hand_out(
         tl.store(base + element, g, mask=mask)
 
 
+@triton.jit
+def rank_bucket(
+    addresses,
+    planes,
+    group,
+    segment,
+    channel,
+    own_list,
+    count,
+    foreground_before,
+    background_before,
+    more_grads,
+    channels,
+    element_count,
+    HINGE: tl.constexpr,
+    WANT_GRAD: tl.constexpr,
+    ROOM: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Ranks the pixels of a list: adds their part of the loss, and hands their g out."""
+    # Sorting does not care in which order keys come. In this one those of a thread are consecutive, so that most steps
+    # of the sort compare keys of one thread, and few those of two warps.
+    places = tl.arange(0, ROOM // THREADS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
+    keys = tl.load(own_list + places, mask=places < count, other=-1)
+    keys = tl.reshape(tl.trans(keys), [ROOM])
+    foreground_count = tl.load(segment + SEGMENT_FOREGROUND).to(tl.int32)
+    keys, is_key, errors, g = rank(keys, foreground_count, foreground_before, background_before)
+    losses = tl.where(is_key, g.to(tl.float64) * errors.to(tl.float64), 0.0)
+    tl.atomic_add(segment + SEGMENT_LOSS, tl.sum(in_units(losses, tl.load(segment + SEGMENT_UNIT))), sem="relaxed")
+    if WANT_GRAD:
+        weight = tl.load(segment + SEGMENT_WEIGHT).to(tl.float64, bitcast=True).to(tl.float32)
+        first_plane = tl.load(group + GROUP_FIRST_PLANE)
+        if HINGE:
+            first_plane += channel * tl.load(group + GROUP_PLANE_STEP)
+        hand_out(
+            keys=keys,
+            is_key=is_key,
+            g=g * weight,
+            addresses=addresses,
+            planes=planes,
+            first_plane=first_plane,
+            plane_count=tl.load(group + GROUP_PLANES),
+            more_grads=more_grads,
+            element_count=element_count,
+            term=tl.load(group + GROUP_TERM),
+            channels=channels,
+            channel=channel,
+            HINGE=HINGE,
+        )
+
+
 @triton.jit(do_not_specialize=["channels", "element_count"])
 def sort_buckets(
     addresses,
@@ -127,6 +178,7 @@ def sort_buckets(
     element_count,
     HINGE: tl.constexpr,
     WANT_GRAD: tl.constexpr,
+    HALVES: tl.constexpr,
     ROOM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -134,6 +186,7 @@ def sort_buckets(
 
     Args:
         bucket_segments: int64: the segment of each bucket.
+        HALVES: whether there are buckets that fill no more than half of ROOM.
     """
     program = tl.program_id(0)
     number = tl.load(bucket_segments + program)
@@ -150,36 +203,43 @@ def sort_buckets(
         before = -tl.load(bucket_befores + program) + BEFORE_NONE
         foreground_before = (before >> 32).to(tl.int32)
         background_before = (before & LOW_WORD).to(tl.int32)
-    if count > 0:
-        own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
-        own_list += foreground_before + background_before
-        # Sorting does not care in which order keys come. In this one the sixteenth that a thread has is consecutive, so
-        # that most steps of the sort compare keys of one thread, and few those of two warps.
-        places = tl.arange(0, ROOM // THREADS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
-        keys = tl.load(own_list + places, mask=places < count, other=-1)
-        keys = tl.reshape(tl.trans(keys), [ROOM])
-        foreground_count = tl.load(segment + SEGMENT_FOREGROUND).to(tl.int32)
-        keys, is_key, errors, g = rank(keys, foreground_count, foreground_before, background_before)
-        losses = tl.where(is_key, g.to(tl.float64) * errors.to(tl.float64), 0.0)
-        tl.atomic_add(segment + SEGMENT_LOSS, tl.sum(in_units(losses, tl.load(segment + SEGMENT_UNIT))), sem="relaxed")
-        if WANT_GRAD:
-            weight = tl.load(segment + SEGMENT_WEIGHT).to(tl.float64, bitcast=True).to(tl.float32)
-            plane_count = tl.load(group + GROUP_PLANES)
-            first_plane = tl.load(group + GROUP_FIRST_PLANE)
-            if HINGE:
-                first_plane += channel * tl.load(group + GROUP_PLANE_STEP)
-            hand_out(
-                keys=keys,
-                is_key=is_key,
-                g=g * weight,
-                addresses=addresses,
-                planes=planes,
-                first_plane=first_plane,
-                plane_count=plane_count,
-                more_grads=more_grads,
-                element_count=element_count,
-                term=tl.load(group + GROUP_TERM),
-                channels=channels,
-                channel=channel,
-                HINGE=HINGE,
-            )
+    own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
+    own_list += foreground_before + background_before
+    if (count > 0) & ((count <= ROOM // 2) & HALVES):
+        rank_bucket(
+            addresses=addresses,
+            planes=planes,
+            group=group,
+            segment=segment,
+            channel=channel,
+            own_list=own_list,
+            count=count,
+            foreground_before=foreground_before,
+            background_before=background_before,
+            more_grads=more_grads,
+            channels=channels,
+            element_count=element_count,
+            HINGE=HINGE,
+            WANT_GRAD=WANT_GRAD,
+            ROOM=ROOM // 2,
+            THREADS=THREADS,
+        )
+    elif count > 0:
+        rank_bucket(
+            addresses=addresses,
+            planes=planes,
+            group=group,
+            segment=segment,
+            channel=channel,
+            own_list=own_list,
+            count=count,
+            foreground_before=foreground_before,
+            background_before=background_before,
+            more_grads=more_grads,
+            channels=channels,
+            element_count=element_count,
+            HINGE=HINGE,
+            WANT_GRAD=WANT_GRAD,
+            ROOM=ROOM,
+            THREADS=THREADS,
+        )

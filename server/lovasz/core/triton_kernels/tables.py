@@ -47,11 +47,13 @@ NO_SIGN = tl.constexpr(0x7FFFFFFF)
 ONE = tl.constexpr(1)
 LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
-BUCKET_STEP = tl.constexpr(3072)
-"""A bucket begins with the first bin before which there are a multiple of so many pixels, ..."""
-CROWD = tl.constexpr(1024)
-"""... and bins of more pixels than these are in none: so a bucket has at most ..."""
+BUCKET_STEP = tl.constexpr(1920)
+"""A bucket begins with the first bin before which there are at least a multiple of so many pixels, ..."""
+CROWD = tl.constexpr(2176)
+"""... and bins of more pixels than these are in none. They are more than a step: so behind such a bin another bucket
+begins, and none has a gap. A bucket has at most ..."""
 BUCKET_ROOM = tl.constexpr(4096)
+"""... so many pixels, and mostly no more than half of them."""
 BEFORE_NONE = tl.constexpr(1 << 62)
 """Less the pixels before it, packed, is what a bucket's first bin leaves, so that the greatest is the first."""
 
