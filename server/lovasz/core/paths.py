@@ -159,6 +159,13 @@ _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
 )
 
 
+_LARGE_KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
+    (LovaszSoftmax(), (1, 19, 512, 513)),
+    ([(1.0, CrossEntropy()), (1.0, LovaszSoftmax())], (1, 19, 512, 513)),
+    (LovaszHinge(), (1, 512, 513)),
+)
+
+
 def warm_up(device: torch.device) -> None:
     """Compiles all that requests on this device will need. Takes seconds, and up to a minute the first time."""
     paths = [Path.TORCH]
@@ -168,6 +175,9 @@ def warm_up(device: torch.device) -> None:
         paths.append(Path.TRITON)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         _compute_small(paths, device, dtype)
+    if Path.TRITON in paths:  # Groups that have tables; for other types and numbers of classes it takes seconds once.
+        for loss, shape in _LARGE_KINDS:
+            _compute_zeros(loss, shape, [Path.TRITON], device, torch.float32)
     if Path.NUMBA_TABLES in paths:  # A segment that is divided among threads.
         _compute_zeros(LovaszHinge(), (1, 4 * SORTED_BELOW_PIXELS), [Path.NUMBA_TABLES], device, torch.float32)
 
