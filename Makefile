@@ -48,10 +48,12 @@ joint-demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# A process of its own: Triton reads the variable when it is imported. Of the slow tests of batches, the strictest.
+# A process of its own: Triton reads the variable when it is imported. Of the slow tests of batches, the strictest; the
+# ways of ranking that a batch's size decides on by itself, where accuracy and values are tested.
+INTERPRETED := (cpu-triton and not buckets and not tables and (not test_batch.py or test_strangers_change_no_bit)) \
+	or ((cpu-triton-buckets or cpu-triton-tables) and (test_accuracy.py or test_values.py)) or test_triton_plan.py
 interpret: .venv-interpreter/.installed
-	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core \
-		-k "cpu-triton and (not test_batch.py or test_strangers_change_no_bit)"
+	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core -k "$(INTERPRETED)"
 
 check: lint types proto-check docs-check deploy-check
 
