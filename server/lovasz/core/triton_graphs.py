@@ -65,7 +65,8 @@ class Recording:
         return self._stream in (None, stream) or self._done.query()
 
     def begin(self, addresses: Tensor, stream: int) -> Workspace:
-        """
+        """Queues the part after which a batch's faults are known; the caller copies these, and then calls ``finish``.
+
         Args:
             addresses: as bytes, in pinned memory.
         """
@@ -75,6 +76,7 @@ class Recording:
         return self.workspace
 
     def finish(self) -> None:
+        """Queues the rest."""
         self._finish.replay()
 
     def single(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:

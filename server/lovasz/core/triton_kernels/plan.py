@@ -35,7 +35,7 @@ RANKED_BUCKETS = 5
 """... in so many buckets."""
 
 UNROLLED_CLASSES = 32
-"""Up to so many classes stay in registers; more are worked on in rounds of ..."""
+"""Up to so many classes stay in the first sweep's registers; more are read again, in rounds of ..."""
 ROUND_CLASSES = 4
 """... so many."""
 SOFTMAX_BLOCK = 128
@@ -110,7 +110,8 @@ class Launch:
     a tenth of the time that finding the compiled kernel by its arguments would take."""
 
     def __init__(self, kernel: Any, grid: int, warps: int, registers: int | None = None, **constants: Any) -> None:
-        """
+        """Nothing is compiled yet.
+
         Args:
             registers: the most that a thread may take; None for no limit.
         """
@@ -144,7 +145,8 @@ class Launch:
         return self._compiled is not None
 
     def __call__(self, bases: dict[str, int], stream: int) -> None:
-        """
+        """Launches it on a stream.
+
         Args:
             bases: the address of each buffer.
         """
