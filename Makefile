@@ -133,7 +133,7 @@ compat: .venv-oldest/.installed
 
 gpu: export PYTHONPATH := proto:client:server
 gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
-	print('-n 14' if f('xdist') else '', '-p no:benchmark' if f('pytest_benchmark') else '')")
+	print('-n auto' if f('xdist') else '', '-p no:benchmark' if f('pytest_benchmark') else '')")
 gpu:
 	$(PYTHON) benchmarks/gpu.py --json benchmarks/results/core_cuda.json
 	$(PYTHON) -m pytest -m gpu tests/core $(PARALLEL)

@@ -131,14 +131,19 @@ def _term_result(
     """Brings one request's segments together; on arrays of its own, so that the sums do not depend on the batch."""
     if isinstance(loss, CrossEntropy):
         return TermResult(loss.kind, float(losses[0, 0]), np.empty(0))
+    weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
+    if losses.shape[1] == 1:  # A group, as mostly: a few operations less, and a request has dozens of microseconds.
+        is_scored = scored[:, 0]
+        own = np.where(is_scored, losses[:, 0], 0.0)
+        classes = len(own) if isinstance(loss, LovaszHinge) else max(int(np.count_nonzero(is_scored)), 1)
+        total = own.sum() if weights is None else (np.asarray(weights) * own).sum()
+        return TermResult(loss.kind, float(total) / classes, np.where(is_scored, own, np.nan))
     losses = np.where(scored, losses, 0.0)
-    weights = np.ones(len(losses))
     scored_classes = np.maximum(scored.sum(0), 1)
     if isinstance(loss, LovaszHinge):
         scored_classes = np.full(losses.shape[1], len(losses))
-    elif loss.class_weights is not None:
-        weights = np.asarray(loss.class_weights)
-    groups = (weights[:, None] * losses).sum(0) / scored_classes
+    weighted = losses if weights is None else np.asarray(weights)[:, None] * losses
+    groups = weighted.sum(0) / scored_classes
     per_class = np.full(len(losses), np.nan)
     np.divide(losses.sum(1), scored.sum(1), out=per_class, where=scored.any(1))
     return TermResult(loss.kind, float(groups.mean()), per_class)
