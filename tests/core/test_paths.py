@@ -47,12 +47,29 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (PER_IMAGE, paths.TRITON_SEGMENTS, 1, torch.float32, CUDA, Path.TORCH),
         ([(1.0, LovaszSoftmax()), (1.0, PER_IMAGE)], 4, SIDE // 2, torch.float32, CUDA, Path.TRITON),
         (CrossEntropy(), 4, SIDE, torch.float32, CUDA, Path.TRITON),
+        (LovaszSoftmax(), 40, 2**10, torch.float32, CUDA, Path.TRITON),
     ],
 )
 def test_a_request_takes_the_fastest_way_that_is_exact_enough(
     loss: LossLike, images: int, side: int, dtype: torch.dtype, device: torch.device, expected: Path
 ) -> None:
     assert choose([a_request(loss, images, side, dtype)], weighted_sum(loss), device) is expected
+
+
+@pytest.mark.usefixtures("everything_installed")
+def test_labels_of_more_pixels_than_31_bits_can_number_are_left_to_torch() -> None:
+    loss = weighted_sum(LovaszHinge(multilabel=True))
+    few, many = (
+        Request.checked(
+            torch.zeros(1).expand(1, channels, 2**13, 2**12),
+            torch.zeros(1).int().expand(1, channels, 2**13, 2**12),
+            loss,
+        )
+        for channels in (63, 64)
+    )
+    assert choose([few], loss, CUDA) is Path.TRITON
+    assert choose([many], loss, CUDA) is Path.TORCH
+    assert choose([few, few], loss, CUDA) is Path.TORCH
 
 
 @pytest.mark.usefixtures("everything_installed")

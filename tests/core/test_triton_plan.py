@@ -7,13 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from core.comparison import normal, random_labels
+from core.comparison import bits, normal, random_labels
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, torch_path
 from lovasz.core.batch import launch
-from lovasz.core.ragged import Request
+from lovasz.core.computed import Computed
+from lovasz.core.paths import Path
+from lovasz.core.ragged import Batch, Request
 from lovasz.spec import LossLike, weighted_sum
 
 pytest.importorskip("triton")
@@ -88,6 +90,25 @@ def test_device_sees_only_these_launches_one_fill_and_one_copy_back(name: str, c
     fills = [kernel for kernel in names if "Memset" in kernel or "elementwise" in kernel]
     assert sum(names[kernel] for kernel in fills) == 1
     assert sum(names.values()) - 1 <= MOST_LAUNCHES
+
+
+def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels number pixels by 31 bits; a portion has fewer, and each request its own bits all the same."""
+    requests, loss = requests_of("multilabel hinge, per image", torch.device("cpu"))
+    total, requests = weighted_sum(loss), requests[1:] * 3
+    whole = launch(requests, total, torch.device("cpu"), path=Path.TORCH).collect()
+    computed = []
+
+    def noted(path: Path, batch: Batch, *arguments: object, **options: object) -> Computed:
+        computed.append(len(batch.requests))
+        return torch_path.compute(batch, total, torch.device("cpu"), want_grad=True)
+
+    monkeypatch.setattr("lovasz.core.batch.checked", lambda path, request, device: path)
+    monkeypatch.setattr("lovasz.core.batch.compute", noted)
+    monkeypatch.setattr("lovasz.core.batch.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
+    portions = launch(requests, total, torch.device("cpu"), path=Path.TRITON).collect()
+    assert computed == [2, 1]
+    assert [bits(answer) for answer in portions] == [bits(answer) for answer in whole]
 
 
 @pytest.mark.parametrize("coarser", range(7))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed
-from lovasz.core.paths import Path, checked, choose, compute
+from lovasz.core.paths import NUMBERED_PIXELS, Path, checked, choose, compute, numbered_pixels
 from lovasz.core.ragged import Batch, Request
 from lovasz.core.stop import Stop
 from lovasz.spec import (
@@ -176,17 +176,23 @@ def launch(
         Stopped: it was asked to end early.
     """
     whole = Batch.of(requests, joined)
-    joints_of: dict[Path, list[int]] = {}
+    joints_of: dict[tuple[Path, int], list[int]] = {}
+    portion = numbered = 0
     for number, joint in enumerate(whole.joints):
         taken = choose(joint, loss, device) if path is None else checked(path, joint[0], device)
-        joints_of.setdefault(taken, []).append(number)
+        if taken is Path.TRITON:
+            own_pixels = numbered_pixels(joint, loss)
+            if numbered + own_pixels >= NUMBERED_PIXELS:
+                portion, numbered = portion + 1, 0
+            numbered += own_pixels
+        joints_of.setdefault((taken, portion), []).append(number)
     if len(joints_of) == 1:
-        ((taken, _),) = joints_of.items()
+        (((taken, _), _),) = joints_of.items()
         computed = compute(taken, whole, loss, device, want_grad=want_grad, want_total=want_total, stop=stop)
         return Launched(whole.requests, (_Part(tuple(range(len(whole.requests))), whole, loss, computed),))
     places = np.split(np.arange(len(whole.requests)), np.cumsum(whole.sizes)[:-1])
     parts = []
-    for taken, numbers in joints_of.items():
+    for (taken, _), numbers in joints_of.items():
         own = Batch.of([request for j in numbers for request in whole.joints[j]], [whole.sizes[j] for j in numbers])
         computed = compute(taken, own, loss, device, want_grad=want_grad, want_total=want_total, stop=stop)
         parts.append(_Part(tuple(int(place) for j in numbers for place in places[j]), own, loss, computed))

@@ -81,7 +81,18 @@ def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
     channels = joint[0].layout.channels
     of_terms = {term.per_image for _, term in loss.terms if not isinstance(term, CrossEntropy)}
     segments = channels * sum(images if per_image else 1 for per_image in of_terms)
-    return (loss.is_hinge or channels <= TRITON_CLASSES) and segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS
+    fits = segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS and numbered_pixels(joint, loss) < NUMBERED_PIXELS
+    return fits and (loss.is_hinge or channels <= TRITON_CLASSES)
+
+
+NUMBERED_PIXELS = 1 << 31
+"""The GPU's kernels number the pixels of a batch with so many integers, ..."""
+
+
+def numbered_pixels(requests: Sequence[Request], loss: WeightedSum) -> int:
+    """... those of each binary label apart."""
+    layouts = [request.layout for request in requests]
+    return sum(layout.images * layout.pixels * (layout.channels if loss.is_hinge else 1) for layout in layouts)
 
 
 def checked(path: Path, request: Request, device: torch.device) -> Path:
@@ -146,9 +157,9 @@ def single(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, T
 
 def give_memory_back() -> None:
     """Gives up what is kept of a device's memory for batches to come."""
-    graphs = sys.modules.get("lovasz.core.triton_graphs")
-    if graphs is not None:
-        graphs.GRAPHS.clear()
+    triton_path = sys.modules.get("lovasz.core.triton_path")
+    if triton_path is not None:
+        triton_path.forget()
 
 
 _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (

@@ -110,28 +110,35 @@ class Graphs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._recordings: OrderedDict[Plan, Recording] = OrderedDict()
+        self._taken: set[Plan] = set()
         self._works = True
 
     def take(self, plan: Plan, stream: int) -> Recording | None:
-        """The recording of a plan; None where there is none, or where another stream still works on it.
+        """The recording of a plan; None where there is none, or where another thread or stream still works on it.
 
         It is the caller's until ``put_back``.
         """
         with self._lock:
-            recording = self._recordings.pop(plan, None)
-            if recording is not None:
-                if recording.is_free(stream):
-                    return recording
-                self._recordings[plan] = recording
+            if plan in self._taken:
                 return None
-            plan.times_seen += 1
-            if plan.times_seen != RECORDED_AT or not self._works:
+            recording = self._recordings.get(plan)
+            if recording is None:
+                plan.times_seen += 1
+                if plan.times_seen < RECORDED_AT or not self._works or not plan.is_ready:
+                    return None
+                recording = self._record(plan)
+                if recording is None:
+                    return None
+            elif not recording.is_free(stream):
                 return None
-            return self._record(plan)
+            self._recordings.pop(plan, None)
+            self._taken.add(plan)
+            return recording
 
     def put_back(self, plan: Plan, recording: Recording) -> None:
         recording.used()
         with self._lock:
+            self._taken.discard(plan)
             self._recordings[plan] = recording
 
     def _record(self, plan: Plan) -> Recording | None:
@@ -147,10 +154,12 @@ class Graphs:
             evicted.times_seen = -PAUSE
         try:
             return Recording(plan)
+        except torch.OutOfMemoryError:
+            plan.times_seen = -PAUSE
         except Exception:
             self._works = False
             _log.exception("CUDA graphs cannot be recorded here; batches are launched kernel by kernel")
-            return None
+        return None
 
     def clear(self) -> None:
         """Gives the memory of all graphs back."""

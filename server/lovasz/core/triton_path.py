@@ -55,27 +55,29 @@ def compute(
             return _interpreted(plan, addresses, grads, total)
         stream = torch.cuda.current_stream(device).cuda_stream
         recording = GRAPHS.take(plan, stream)
-        if recording is None:
-            workspace = plan.begin(to_device(addresses, device))
-        else:
-            workspace = recording.begin(addresses.pin_memory(), stream)
-        faults = _to_host(workspace.faults) if total is not None else None
-        if recording is None:
-            plan.finish(workspace)
-        else:
-            recording.finish()
-        if total is None:
-            small = _to_host(workspace.small)
-        else:
-            own = workspace.small.clone()  # another thread may take the recording, and so the workspace, next
-            small = lambda: own.cpu().numpy()  # noqa: E731
-        if recording is not None:
-            GRAPHS.put_back(plan, recording)
-            if total is not None and len(plan.origin.request) == 1:
-                (request,) = batch.requests
-                if len(_singles) >= KEPT_PLANS:
-                    _singles.clear()
-                _singles[_key(request.logits, request.labels, loss)] = plan
+        try:
+            if recording is None:
+                workspace = plan.begin(to_device(addresses, device))
+            else:
+                workspace = recording.begin(addresses.pin_memory(), stream)
+            faults = _to_host(workspace.faults) if total is not None else None
+            if recording is None:
+                plan.finish(workspace)
+            else:
+                recording.finish()
+            if total is None:
+                small = _to_host(workspace.small)
+            else:
+                own = workspace.small.clone()  # another thread may take the recording, and so the workspace, next
+                small = lambda: own.cpu().numpy()  # noqa: E731
+        finally:
+            if recording is not None:
+                GRAPHS.put_back(plan, recording)
+        if recording is not None and total is not None and len(plan.origin.request) == 1:
+            (request,) = batch.requests
+            if len(_singles) >= KEPT_PLANS:
+                _singles.clear()
+            _singles[_key(request.logits, request.labels, loss)] = plan
         return Computed(
             grads,
             values=lambda: read(plan, small()),
@@ -162,6 +164,14 @@ def plan_of(signature: Signature) -> Plan:
         while len(_plans) > KEPT_PLANS:
             _plans.popitem(last=False)
     return plan
+
+
+def forget() -> None:
+    """Gives up all plans and graphs, and their memory."""
+    GRAPHS.clear()
+    _singles.clear()
+    with _plans_lock:
+        _plans.clear()
 
 
 def _on_device(request: Request, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -434,7 +434,7 @@ def hinge_backward(
         if t == 0:
             g += tl.load(grads, mask=is_sorted, other=0.0)
         else:
-            g += tl.load(more_grads + (t - 1) * element_count + place, mask=is_sorted, other=0.0)
+            g += tl.load(more_grads + (t - 1) * tl.cast(element_count, tl.int64) + place, mask=is_sorted, other=0.0)
     # Where relu cuts off, and on void pixels, the gradient is exactly 0.
     grad = tl.where(errors > 0, tl.where(is_foreground, -g, g), 0.0)
     tl.store(grads, grad, mask=inside)

@@ -7,6 +7,7 @@ copy back.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -199,7 +200,10 @@ class Plan:
         self.rules = list(dict.fromkeys(term.ignore_index for _, term in loss.terms))
         self.per_image = any(term.per_image for _, term in self.lovasz)
         self._static: dict[str, npt.NDArray[Any]] = {}
+        self._lock = threading.Lock()
         self._static_bytes: Tensor | None = None
+        self._upload: torch.cuda.Event | None = None
+        self._upload_stream: torch.cuda.Stream | None = None
         self.times_seen = 0
         self._zeroed, self._scratch = Rooms("zeroed"), Rooms("scratch")
         self.numbers: dict[str, int | float] = {"channels": self.channels, "classes": self.channels}
@@ -585,10 +589,8 @@ class Plan:
                 loss goes (0: nowhere).
         """
         device = self.signature.device
-        if self._static_bytes is None:
-            self._static_bytes = to_device(self._host, device)
         buffers = {
-            "static": self._static_bytes,
+            "static": self._uploaded(),
             "addresses": addresses,
             "zeroed": torch.zeros(self._zeroed.nbytes, dtype=torch.uint8, device=device),
             "scratch": torch.empty(self._scratch.nbytes, dtype=torch.uint8, device=device),
@@ -597,6 +599,32 @@ class Plan:
         faults = self.rooms["faults"]
         zeroed = buffers["zeroed"]
         return Workspace(buffers, zeroed[: self.small], zeroed[faults.offset : faults.stop])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all kernels are compiled, and what never changes has come to the device."""
+        if self._upload is not None and self._upload.query():
+            self._upload = None
+        is_there = self._static_bytes is not None and self._upload is None
+        return is_there and all(launch.is_compiled for launch in self.launches)
+
+    def _uploaded(self) -> Tensor:
+        """What never changes, for the current stream: the first one queues the copy, others wait for it."""
+        device = self.signature.device
+        if device.type != "cuda":
+            return self._host
+        stream = torch.cuda.current_stream(device)
+        with self._lock:
+            if self._static_bytes is None:
+                static = to_device(self._host, device)
+                self._upload, self._upload_stream = torch.cuda.Event(), stream
+                self._upload.record(stream)
+                self._static_bytes = static
+            elif stream != self._upload_stream and not torch.cuda.is_current_stream_capturing():
+                if self._upload is not None:
+                    stream.wait_event(self._upload)
+                self._static_bytes.record_stream(stream)
+        return self._static_bytes
 
     def finish(self, workspace: Workspace) -> None:
         """Queues the rest."""

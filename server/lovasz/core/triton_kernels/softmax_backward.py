@@ -208,7 +208,7 @@ def softmax_backward(
         if t == 0:
             sorted_of_terms = sorted_of_terms + (grads,)
         else:
-            sorted_of_terms = sorted_of_terms + (more + (t - 1) * element_count,)
+            sorted_of_terms = sorted_of_terms + (more + (t - 1) * tl.cast(element_count, tl.int64),)
     label_g = tl.zeros_like(maximum)
     label_p = tl.zeros_like(maximum)
     others_pg_64 = tl.zeros_like(maximum).to(tl.float64)
