@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from contenders import SMP, Contender, bind, version
 from memory import Meter
 from torch import Tensor
@@ -30,12 +29,19 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workload
 
-from lovasz.core import LovaszHinge, LovaszSoftmax, reference, triton_path
+from lovasz.core import LovaszHinge, LovaszSoftmax, reference
 from lovasz.core.batch import launch
 from lovasz.core.ragged import Batch, Request
-from lovasz.core.triton_graphs import GRAPHS
-from lovasz.core.triton_kernels.plan import Plan
 from lovasz.spec import Result, weighted_sum
+
+try:
+    import triton
+
+    from lovasz.core import triton_path
+    from lovasz.core.triton_graphs import GRAPHS
+    from lovasz.core.triton_kernels.plan import Plan
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: gpu.py needs Triton, which comes with PyTorch for CUDA")
 
 WORKLOADS = (
     *HEADLINE,
@@ -59,9 +65,11 @@ SLOWEST_CALLS = 1
 
 def one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device) -> list[Result[Tensor]]:
     total = weighted_sum(loss)
-    answers = launch([Request.checked(*pair, total) for pair in pairs], total, device).collect()
-    assert all(isinstance(answer, Result) for answer in answers)
-    return answers  # type: ignore[return-value]
+    results = []
+    for answer in launch([Request.checked(*pair, total) for pair in pairs], total, device).collect():
+        assert isinstance(answer, Result)
+        results.append(answer)
+    return results
 
 
 def graph_of_ours(
@@ -197,9 +205,8 @@ def profiled(call: Callable[[], object]) -> dict[str, Any]:
 def measured(workload: Workload, regime: Regime, device: torch.device) -> dict[str, Any]:
     pairs = workload.inputs(regime, device)
     loss: LovaszSoftmax | LovaszHinge = LovaszSoftmax() if workload.problem is Problem.SOFTMAX else LovaszHinge()
-    ours = bind(Contender.OURS, workload.problem, pairs)
-    if workload.requests > 1:
-        ours = lambda: [(r.loss, r.grad) for r in one_batch(pairs, loss, device)]  # type: ignore[misc]  # noqa: E731
+    who = Contender.OURS if workload.requests == 1 else Contender.BATCHED
+    ours = bind(who, workload.problem, pairs)
     GRAPHS.clear()
     plan = plan_of(pairs, loss, device)
     plan.times_seen = NEVER_RECORDED

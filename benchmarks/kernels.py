@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [--classes 2 19 64 150 512]
 
-Registers a thread, bytes spilled to local memory, bytes of shared memory, and seconds of compiling, for a batch that
+Registers a thread, bytes of its stack (where spilled registers would be), bytes of shared memory, and seconds of
+compiling, for a batch that
 has everything: a large group in tables, a small one that is sorted, cross-entropy beside the loss.
 """
 
@@ -17,17 +18,23 @@ import time
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
-from lovasz.core.triton_kernels.plan import Launch, Plan, Signature
 from lovasz.spec import LossLike, weighted_sum
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lovasz.core.triton_kernels.launches import Launch
+    from lovasz.core.triton_kernels.plan import Plan, Signature
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: kernels.py needs Triton: pip install triton")
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", torch.float64: "*fp64"}
-HEADER = f"{'classes':>7}  {'kernel':<20}{'registers':>10}{'spilled':>9}{'shared':>8}{'seconds':>9}"
+HEADER = f"{'classes':>7}  {'kernel':<20}{'registers':>10}{'stack':>9}{'shared':>8}{'seconds':>9}"
 
 
 def source_of(plan: Plan, launch: Launch) -> ASTSource:
@@ -45,8 +52,8 @@ def source_of(plan: Plan, launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def spilled_bytes(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) that the machine code takes, by cuobjdump."""
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) that a thread of the machine code takes, by cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -62,7 +69,7 @@ def row(classes: int, plan: Plan, launch: Launch) -> str:
     start = time.perf_counter()
     compiled = triton.compile(source_of(plan, launch), target=TARGET, options=launch.options)
     seconds = time.perf_counter() - start
-    registers, stack = spilled_bytes(compiled.asm["cubin"])
+    registers, stack = resources(compiled.asm["cubin"])
     name = launch.kernel.fn.__name__
     return f"{classes:7}  {name:<20}{registers:10}{stack:9}{compiled.metadata.shared:8}{seconds:9.1f}"
 

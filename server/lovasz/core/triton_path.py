@@ -65,11 +65,8 @@ def compute(
                 plan.finish(workspace)
             else:
                 recording.finish()
-            if total is None:
-                small = _to_host(workspace.small)
-            else:
-                own = workspace.small.clone()  # another thread may take the recording, and so the workspace, next
-                small = lambda: own.cpu().numpy()  # noqa: E731
+            # Another thread may take the recording, and so the workspace, next: what is not copied now gets a place.
+            small = _to_host(workspace.small) if total is None else _copied_when_asked(workspace.small.clone())
         finally:
             if recording is not None:
                 GRAPHS.put_back(plan, recording)
@@ -121,6 +118,10 @@ def _interpreted(plan: Plan, addresses: Tensor, grads: Grads, total: Tensor | No
     if total is None:
         return Computed(grads, values=lambda: read(plan, small))
     return Computed(grads, values=lambda: read(plan, small), total=lambda: None if is_faulty else total)
+
+
+def _copied_when_asked(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
+    return lambda: values.cpu().numpy()
 
 
 def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:

@@ -8,7 +8,7 @@ copy back.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from lovasz.core.computed import PROBABILITY_TOLERANCE
 from lovasz.core.triton_kernels import bins, hinge, segments, softmax, softmax_backward, softmax_ranks, sorting, tables
 from lovasz.core.triton_kernels.columns import Address, Cross, Fault, Group, Grouping, Plane, Rule, Segment, Term
+from lovasz.core.triton_kernels.launches import Launch, Room, Rooms
 from lovasz.spec import CrossEntropy, Layout, LovaszSoftmax, WeightedSum
 
 SORTED_PIXELS = 4096
@@ -58,7 +59,6 @@ _TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_ALIGNMENT = 64
 _CHUNK = 512
 _SCAN_WARPS = 4
 _LAUNCHES_FOR_FAULTS = 1
@@ -78,87 +78,6 @@ class Signature(NamedTuple):
     labels: torch.dtype
     want_grad: bool
     device: torch.device
-
-
-class Room(NamedTuple):
-    """A part of a buffer that a plan lays out."""
-
-    buffer: str
-    offset: int
-    dtype: torch.dtype
-    size: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.size * self.dtype.itemsize
-
-
-@dataclass
-class Rooms:
-    """Lays arrays out in one buffer."""
-
-    buffer: str
-    rooms: dict[str, Room] = field(default_factory=dict)
-    nbytes: int = 0
-
-    def add(self, name: str, dtype: torch.dtype, count: int) -> None:
-        self.rooms[name] = Room(self.buffer, self.nbytes, dtype, count)
-        self.nbytes += -(-max(count, 1) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-
-class Launch:
-    """A kernel, its grid and its constants. The first call compiles it; later ones only fill addresses in and launch:
-    a tenth of the time that finding the compiled kernel by its arguments would take."""
-
-    def __init__(self, kernel: Any, grid: int, warps: int, registers: int | None = None, **constants: Any) -> None:
-        """Nothing is compiled yet.
-
-        Args:
-            registers: the most that a thread may take; None for no limit.
-        """
-        self.kernel = kernel
-        self.grid = (grid, 1, 1)
-        # Without the fusion of operations all kernels compute the same errors.
-        self.options = {"num_warps": warps, "enable_fp_fusion": False}
-        if registers is not None:
-            self.options["maxnreg"] = registers
-        self.constants = constants
-        self._compiled: Any = None
-        self._arguments: list[Any] = []
-        self._places: list[tuple[int, str, int]] = []
-
-    def compile(self, rooms: dict[str, Room], numbers: dict[str, int | float], buffers: dict[str, Tensor]) -> None:
-        """Launches it, too."""
-        names = self.kernel.arg_names
-        named: dict[str, Any] = {
-            name: _view(rooms[name], buffers) if name in rooms else numbers[name]
-            for name in names
-            if name not in self.constants
-        }
-        compiled = self.kernel[self.grid](**named, **self.constants, **self.options)
-        if compiled is not None:  # as it is under the interpreter
-            self._arguments = [self.constants.get(name, numbers.get(name)) for name in names]
-            self._places = [(i, rooms[n].buffer, rooms[n].offset) for i, n in enumerate(names) if n in rooms]
-            self._compiled = compiled
-
-    @property
-    def is_compiled(self) -> bool:
-        return self._compiled is not None
-
-    def __call__(self, bases: dict[str, int], stream: int) -> None:
-        """Launches it on a stream.
-
-        Args:
-            bases: the address of each buffer.
-        """
-        arguments = self._arguments.copy()
-        for place, buffer, offset in self._places:
-            arguments[place] = bases[buffer] + offset
-        self._compiled[self.grid](*arguments, stream=stream)
-
-
-def _view(room: Room, buffers: dict[str, Tensor]) -> Tensor:
-    return buffers[room.buffer][room.offset : room.stop].view(room.dtype)
 
 
 @dataclass(frozen=True)
