@@ -44,17 +44,17 @@ from lovasz.core.triton_kernels.columns import (
     SEGMENT_VALID,
     SEGMENT_WEIGHT,
     TERM_COLUMNS,
-    TERM_RULE,
 )
 from lovasz.core.triton_kernels.planes import (
     add_fault,
     first_elements,
     first_logits,
+    group_on,
     is_counted,
+    is_counted_by,
     locate,
     of_plane,
     read_labels,
-    row_of,
 )
 from lovasz.core.triton_kernels.segments import FIXED_POINT_BITS, buckets_to_rank
 from lovasz.core.triton_kernels.sorting import list_keys, sort_keys
@@ -166,11 +166,11 @@ def hinge_statistics(
     if ANY_TABLE:
         for t in tl.static_range(TERMS):
             term = terms + t * TERM_COLUMNS
-            group = groups + row_of(plane, term) * GROUP_COLUMNS
-            if tl.load(group + GROUP_BINS) > 0:
+            row, group, bin_count = group_on(plane, term, groups)
+            if bin_count > 0:
                 own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
                 cell = TOP - (bits >> SHIFT)
-                counted = used & is_counted(counting, tl.load(term + TERM_RULE)) & (cell >= 0) & (cell < CELLS)
+                counted = used & is_counted_by(term, counting) & (cell >= 0) & (cell < CELLS)
                 tl.atomic_add(own_cells + cell, 1, mask=counted, sem="relaxed")
 
 
@@ -289,12 +289,10 @@ def hinge_count(
     channel = tl.load(plane + PLANE_CHANNEL)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        valid = (tl.abs(logits) < float("inf")) & is_counted(counting, tl.load(term + TERM_RULE))
-        row = row_of(plane, term)
-        group = groups + row * GROUP_COLUMNS
+        valid = (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
+        row, group, bin_count = group_on(plane, term, groups)
         number = row * channels + channel
         segment = segments + number * SEGMENT_COLUMNS
-        bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
         if bin_count > 0:
             own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
             counted = valid & (bits >= tl.load(least + number))
@@ -336,9 +334,7 @@ def hinge_collect(
     channel = tl.load(plane + PLANE_CHANNEL)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        row = row_of(plane, term)
-        group = groups + row * GROUP_COLUMNS
-        bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
+        row, group, bin_count = group_on(plane, term, groups)
         number = row * channels + channel
         if (bin_count == 0) | (tl.load(ranked + number) > 0):
             errors, logits, is_foreground, counting, is_bad = load_errors(
@@ -346,7 +342,7 @@ def hinge_collect(
             )
             bits = bits_of(errors)
             place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
-            valid = inside & (tl.abs(logits) < float("inf")) & is_counted(counting, tl.load(term + TERM_RULE))
+            valid = inside & (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
             own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
             if bin_count == 0:
                 first = tl.load(group + GROUP_FIRST_PIXEL) + channel * tl.load(group + GROUP_PIXEL_STEP)
@@ -411,11 +407,9 @@ def hinge_backward(
     g = tl.zeros([BLOCK], tl.float32)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        valid = (tl.abs(logits) < float("inf")) & is_counted(counting, tl.load(term + TERM_RULE))
-        row = row_of(plane, term)
-        group = groups + row * GROUP_COLUMNS
+        valid = (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
+        row, group, bin_count = group_on(plane, term, groups)
         number = row * channels + channel
-        bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
         counted = valid & (bits >= tl.load(least + number))
         is_sorted = counted & (tl.zeros_like(bits) + bin_count == 0)
         if ANY_TABLE:

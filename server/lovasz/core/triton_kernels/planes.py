@@ -15,6 +15,8 @@ from lovasz.core.triton_kernels.columns import (
     ADDRESS_LABELS,
     ADDRESS_LOGITS,
     FAULTS,
+    GROUP_BINS,
+    GROUP_COLUMNS,
     PLANE_COLUMNS,
     PLANE_FIRST_BLOCK,
     PLANE_IMAGE,
@@ -26,6 +28,7 @@ from lovasz.core.triton_kernels.columns import (
     RULE_VALUE,
     TERM_FIRST_ROW,
     TERM_PER_IMAGE,
+    TERM_RULE,
 )
 
 
@@ -80,9 +83,17 @@ def of_plane(plane, per_image):
 
 
 @triton.jit
-def row_of(plane, term):
-    """The row of a term's group on this plane."""
-    return tl.load(term + TERM_FIRST_ROW) + of_plane(plane, tl.load(term + TERM_PER_IMAGE))
+def group_on(plane, term, groups):
+    """A term's group on this plane: the number of its row, the row, and the bins of its tables (0: it is sorted)."""
+    row = tl.load(term + TERM_FIRST_ROW) + of_plane(plane, tl.load(term + TERM_PER_IMAGE))
+    group = groups + row * GROUP_COLUMNS
+    return row, group, tl.load(group + GROUP_BINS).to(tl.int32)
+
+
+@triton.jit
+def is_counted_by(term, counting):
+    """Whether a term counts each pixel."""
+    return is_counted(counting, tl.load(term + TERM_RULE))
 
 
 @triton.jit

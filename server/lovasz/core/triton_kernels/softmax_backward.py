@@ -5,8 +5,6 @@ import triton.language as tl
 
 from lovasz.core.triton_kernels.columns import (
     ADDRESS_GRAD,
-    GROUP_BINS,
-    GROUP_COLUMNS,
     GROUP_MAP,
     GROUP_WORDS,
     PLANE_FIRST_PIXEL,
@@ -16,15 +14,15 @@ from lovasz.core.triton_kernels.columns import (
     SEGMENT_LARGEST,
     SEGMENT_WEIGHT,
     TERM_COLUMNS,
-    TERM_RULE,
 )
 from lovasz.core.triton_kernels.planes import (
     first_elements,
     first_logits,
+    group_on,
     is_counted,
+    is_counted_by,
     locate,
     read_labels,
-    row_of,
 )
 from lovasz.core.triton_kernels.softmax import (
     CELLS,
@@ -198,11 +196,10 @@ def softmax_backward(
     sorted_of_terms = ()
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        row = row_of(plane, term)
-        group = groups + row * GROUP_COLUMNS
-        valid_of_terms = valid_of_terms + (used & is_counted(counting, tl.load(term + TERM_RULE)),)
+        row, group, bin_count = group_on(plane, term, groups)
+        valid_of_terms = valid_of_terms + (used & is_counted_by(term, counting),)
         row_of_terms = row_of_terms + (row,)
-        bins_of_terms = bins_of_terms + (tl.load(group + GROUP_BINS).to(tl.int32),)
+        bins_of_terms = bins_of_terms + (bin_count,)
         cells_of_terms = cells_of_terms + (maps + tl.load(group + GROUP_MAP),)
         tables_of_terms = tables_of_terms + (words + tl.load(group + GROUP_WORDS),)
         if t == 0:

@@ -8,9 +8,7 @@ from lovasz.core.triton_kernels.columns import (
     CROSS_COLUMNS,
     CROSS_SUM,
     CROSS_UNIT,
-    GROUP_BINS,
     GROUP_BUCKETS,
-    GROUP_COLUMNS,
     GROUP_FIRST_BUCKET,
     GROUP_FIRST_PIXEL,
     GROUP_LIST,
@@ -24,15 +22,14 @@ from lovasz.core.triton_kernels.columns import (
     SEGMENT_LARGEST,
     SEGMENT_STATE,
     TERM_COLUMNS,
-    TERM_RULE,
 )
 from lovasz.core.triton_kernels.planes import (
     first_elements,
     first_logits,
-    is_counted,
+    group_on,
+    is_counted_by,
     locate,
     read_labels,
-    row_of,
 )
 from lovasz.core.triton_kernels.softmax import (
     CELLS,
@@ -98,10 +95,8 @@ def softmax_count(
         )
         for t in tl.static_range(TERMS):
             term = terms + t * TERM_COLUMNS
-            row = row_of(plane, term)
-            group = groups + row * GROUP_COLUMNS
-            valid = used & is_counted(counting, tl.load(term + TERM_RULE))
-            bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
+            row, group, bin_count = group_on(plane, term, groups)
+            valid = used & is_counted_by(term, counting)
             if bin_count > 0:
                 tables = words + tl.load(group + GROUP_WORDS)
                 cells = maps + tl.load(group + GROUP_MAP)
@@ -173,9 +168,7 @@ def softmax_collect(
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        row = row_of(plane, term)
-        group = groups + row * GROUP_COLUMNS
-        bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
+        row, group, bin_count = group_on(plane, term, groups)
         if (bin_count == 0) | (tl.load(ranked_rows + row) > 0):
             labels, counting, is_bad = read_labels(address, pixels, inside, rules, classes, LABEL, RULES)
             first = first_logits(address, first_elements(plane, pixels, classes), LOGIT)
@@ -183,7 +176,7 @@ def softmax_collect(
             maximum, reciprocal, label_error, used, place = load_statistics(
                 plane, pixels, inside, maxima, reciprocals, label_errors, PROBABILITIES
             )
-            valid = used & is_counted(counting, tl.load(term + TERM_RULE))
+            valid = used & is_counted_by(term, counting)
             own_lists = lists + tl.load(group + GROUP_LIST)
             room = tl.load(group + GROUP_LIST_ROOM)
             for start in range(0, classes, SOME):
