@@ -399,3 +399,15 @@ def test_16_bit_answers_are_near_the_truth(dtype: torch.dtype, device: torch.dev
     expected, expected_grad = reference_answer(logits, labels, LovaszSoftmax())
     assert result.loss == pytest.approx(expected, rel=1e-7)
     assert norm_error(result.grad, expected_grad) < 1e-6
+
+
+def test_options_are_judged_alike_whatever_came_before() -> None:
+    """True equals 1, but is no class number, and 1 is no flag."""
+    logits, labels = torch.zeros(1, 3, 4), torch.zeros(1, 4, dtype=torch.int64)
+    for fine in ({"classes": (1,)}, {"per_image": True}, {"ignore_index": 1}, {"class_weights": [1.0, 1.0, 1.0]}):
+        lovasz_softmax(logits, labels, **fine)
+        lovasz_softmax(logits, labels, **fine)
+    for field, value in (("classes[0]", (True,)), ("per_image", 1), ("ignore_index", True), ("ignore_index", [1])):
+        with pytest.raises(InvalidInput) as caught:
+            lovasz_softmax(logits, labels, **{field.removesuffix("[0]"): value})
+        assert caught.value.field == field

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from lovasz.spec import (
     LovaszHinge,
     LovaszSoftmax,
     Result,
-    WeightedSum,
     weighted_sum,
 )
 
@@ -49,23 +47,6 @@ def compute(
     if not isinstance(answer, Result):
         raise answer
     return answer
-
-
-def _softmax(*options: Any) -> WeightedSum:
-    try:
-        return _known_softmax(*options)
-    except TypeError:  # lists are not hashable
-        return weighted_sum(LovaszSoftmax(*options))
-
-
-@lru_cache(maxsize=64, typed=True)
-def _known_softmax(*options: Any) -> WeightedSum:
-    return weighted_sum(LovaszSoftmax(*options))
-
-
-@lru_cache(maxsize=64, typed=True)
-def _hinge(*options: Any) -> WeightedSum:
-    return weighted_sum(LovaszHinge(*options))
 
 
 def _differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
@@ -103,7 +84,7 @@ def lovasz_softmax(
     Raises:
         InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
     """
-    return _differentiable(logits, labels, _softmax(classes, class_weights, per_image, ignore_index, input))
+    return _differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
 
 
 def lovasz_hinge(
@@ -129,7 +110,7 @@ def lovasz_hinge(
     Raises:
         InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
     """
-    return _differentiable(logits, labels, _hinge(per_image, ignore_index, multilabel))
+    return _differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
 
 
 class LocalLoss(torch.nn.Module):
