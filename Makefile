@@ -87,7 +87,7 @@ lint: $(INSTALLED)
 	else echo "buf lint: skipped, as npx (Node.js) is not here"; fi
 
 types: $(INSTALLED)
-	$(BIN)/mypy proto client server examples benchmarks docs/figures
+	$(BIN)/mypy proto core client server examples benchmarks docs/figures
 	$(BIN)/mypy docs/reference.py deploy/grafana/dashboards.py
 	MYPYPATH=tests $(BIN)/mypy deploy/image_check.py
 
@@ -131,7 +131,7 @@ compat: .venv-oldest/.installed
 		--ignore tests/end_to_end/test_demo.py --ignore tests/end_to_end/test_joint_example.py \
 		--ignore tests/end_to_end/test_under_load.py
 
-gpu: export PYTHONPATH := proto:client:server
+gpu: export PYTHONPATH := proto:core:client:server
 gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
 	print('-n auto' if f('xdist') else '', '-p no:benchmark' if f('pytest_benchmark') else '')")
 gpu:
@@ -162,4 +162,4 @@ constraints:
 
 clean:
 	rm -rf .venv .venv-triton .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find proto client server -name __pycache__ -type d -exec rm -rf {} +
+	find proto core client server -name __pycache__ -type d -exec rm -rf {} +

@@ -18,9 +18,8 @@ from torch.nn import functional
 from workloads import Pair, Problem, Workload
 
 from lovasz.core import LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax
-from lovasz.core.batch import launch
-from lovasz.core.paths import Path
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import Result, weighted_sum
 
 Answers = list[tuple[float, Tensor]]
@@ -60,9 +59,9 @@ class Contender(enum.Enum):
 
 
 FORCED = {
-    Contender.SORTED: Path.NUMBA_SORTED,
-    Contender.TABLES: Path.NUMBA_TABLES,
-    Contender.TORCH: Path.TORCH,
+    Contender.SORTED: Backend.NUMBA_SORTED,
+    Contender.TABLES: Backend.NUMBA_TABLES,
+    Contender.TORCH: Backend.TORCH,
 }
 
 
@@ -142,8 +141,8 @@ def _through_autograd(criterion: Criterion, leaves: Sequence[Pair]) -> Answers:
     return [(loss.item(), grad) for loss, grad in answers]
 
 
-def _on_path(path: Path, logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> tuple[float, Tensor]:
-    result = compute(logits, labels, loss, path=path)
+def _on_path(path: Backend, logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> tuple[float, Tensor]:
+    result = compute(logits, labels, loss, backend=path)
     assert result.grad is not None
     return result.loss, result.grad
 
@@ -152,7 +151,7 @@ def _in_one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge) -> A
     total = weighted_sum(loss)
     requests = [Request.checked(logits, labels, total) for logits, labels in pairs]
     answers: Answers = []
-    for answer in launch(requests, total, pairs[0][0].device).collect():
+    for answer in submit(requests, total, pairs[0][0].device).collect():
         assert isinstance(answer, Result)
         assert answer.grad is not None
         answers.append((answer.loss, answer.grad))

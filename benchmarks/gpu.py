@@ -30,16 +30,16 @@ from torch.profiler import ProfilerActivity, profile
 from workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workload
 
 from lovasz.core import LovaszHinge, LovaszSoftmax, reference
-from lovasz.core.batch import launch
-from lovasz.core.ragged import Batch, Request
+from lovasz.core.batch import Batch, Request
+from lovasz.core.dispatch import submit
 from lovasz.spec import Result, weighted_sum
 
 try:
     import triton
 
-    from lovasz.core import triton_path
-    from lovasz.core.triton_graphs import GRAPHS
-    from lovasz.core.triton_kernels.plan import Plan
+    from lovasz.core.backends.triton import compute as triton_compute
+    from lovasz.core.backends.triton.graphs import GRAPHS
+    from lovasz.core.backends.triton.plan import Plan
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: gpu.py needs Triton, which comes with PyTorch for CUDA")
 
@@ -66,7 +66,7 @@ SLOWEST_CALLS = 1
 def one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device) -> list[Result[Tensor]]:
     total = weighted_sum(loss)
     results = []
-    for answer in launch([Request.checked(*pair, total) for pair in pairs], total, device).collect():
+    for answer in submit([Request.checked(*pair, total) for pair in pairs], total, device).collect():
         assert isinstance(answer, Result)
         results.append(answer)
     return results
@@ -78,8 +78,8 @@ def graph_of_ours(
     """The launches of a batch as a CUDA graph, over these very tensors."""
     total = weighted_sum(loss)
     batch = Batch.of([Request.checked(*pair, total) for pair in pairs])
-    plan, tensors, grads = triton_path.prepare(batch, total, device, want_grad=True)
-    addresses = torch.from_numpy(triton_path.addresses_of(plan, tensors, grads)).view(torch.uint8).to(device)
+    plan, tensors, grads = triton_compute.prepare(batch, total, device, want_grad=True)
+    addresses = torch.from_numpy(triton_compute.addresses_of(plan, tensors, grads)).view(torch.uint8).to(device)
     plan.finish(plan.begin(addresses))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -128,7 +128,7 @@ def graph_of_cross_entropy(pairs: Sequence[Pair], problem: Problem) -> Callable[
 def plan_of(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device) -> Plan:
     total = weighted_sum(loss)
     batch = Batch.of([Request.checked(*pair, total) for pair in pairs])
-    return triton_path.prepare(batch, total, device, want_grad=True)[0]
+    return triton_compute.prepare(batch, total, device, want_grad=True)[0]
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -159,7 +159,7 @@ def launch_milliseconds(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge
     for _ in range(30):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        launched = launch([Request.checked(*pair, total) for pair in pairs], total, device)
+        launched = submit([Request.checked(*pair, total) for pair in pairs], total, device)
         times.append(time.perf_counter() - start)
         launched.collect()
     return 1e3 * statistics.median(times)

@@ -27,8 +27,8 @@ try:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lovasz.core.triton_kernels.launches import Launch
-    from lovasz.core.triton_kernels.plan import Plan, Signature
+    from lovasz.core.backends.triton.launches import Launch
+    from lovasz.core.backends.triton.plan import Plan, Signature
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: kernels.py needs Triton: pip install triton")
 

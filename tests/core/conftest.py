@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import require_gpu
 
-from lovasz.core import batch
+from lovasz.core import dispatch
+from lovasz.core.batch import Request
 from lovasz.core.bins import SORTED_BELOW_PIXELS
-from lovasz.core.paths import Path, installed
-from lovasz.core.ragged import Request
+from lovasz.core.dispatch import Backend, installed
 from lovasz.spec import WeightedSum
 
 collect_ignore = [] if installed("numba") else ["test_numba_kernels.py"]
@@ -38,7 +38,7 @@ class Way:
     """
 
     device: str
-    path: Path
+    path: Backend
     ranks: Literal["in buckets", "in tables"] | None = None
 
     def __str__(self) -> str:
@@ -47,23 +47,23 @@ class Way:
 
     def counts(self, pixels: int) -> bool:
         """Whether groups of so many pixels are counted in tables, where a bin is one tie, shared evenly."""
-        if self.path is Path.TRITON:
-            from lovasz.core.triton_kernels.tables import CROWD
+        if self.path is Backend.TRITON:
+            from lovasz.core.backends.triton.tables import CROWD
 
             # Where pixels are ranked in buckets, those of a crowded bin are not.
             return pixels > {"in tables": 0, "in buckets": CROWD.value, None: SORTED_BELOW_PIXELS - 1}[self.ranks]
-        if self.path is Path.NUMBA:
+        if self.path is Backend.NUMBA:
             return pixels >= SORTED_BELOW_PIXELS
-        return self.path is Path.NUMBA_TABLES
+        return self.path is Backend.NUMBA_TABLES
 
     def force(self, patch: pytest.MonkeyPatch) -> None:
         """Lets the GPU's path rank as this way has it."""
-        if self.path is not Path.TRITON:
+        if self.path is not Backend.TRITON:
             return
-        from lovasz.core import triton_path
-        from lovasz.core.triton_kernels import bins, plan
+        from lovasz.core.backends.triton import bins, plan
+        from lovasz.core.backends.triton import compute as triton_compute
 
-        patch.setattr(triton_path, "_plans", OrderedDict())
+        patch.setattr(triton_compute, "_plans", OrderedDict())
         if self.is_interpreted:
             import triton.language
 
@@ -81,7 +81,7 @@ class Way:
             require_gpu()
         if self.path.name.startswith("NUMBA") and not installed("numba"):
             pytest.skip("needs numba (the extra cpu)")
-        if self.path is Path.TRITON:
+        if self.path is Backend.TRITON:
             if not installed("triton"):
                 pytest.skip("needs triton, which comes with torch for CUDA")
             if (self.device == "cpu") != INTERPRETED:
@@ -89,7 +89,7 @@ class Way:
 
     @property
     def is_interpreted(self) -> bool:
-        return (self.device, self.path) == ("cpu", Path.TRITON)
+        return (self.device, self.path) == ("cpu", Backend.TRITON)
 
     def require_ranks_of_rare_classes(self) -> None:
         """Skips the test on a way that the GPU's path never takes by itself: a class of few pixels in a table alone."""
@@ -114,17 +114,17 @@ def _sorted_by_numpy(keys: Any, descending: bool) -> Any:
 
 
 WAYS = [
-    Way("cpu", Path.TORCH),
-    Way("cpu", Path.NUMBA),
-    Way("cpu", Path.NUMBA_SORTED),
-    Way("cpu", Path.NUMBA_TABLES),
-    Way("cpu", Path.TRITON),
-    Way("cpu", Path.TRITON, "in buckets"),
-    Way("cpu", Path.TRITON, "in tables"),
-    Way("cuda", Path.TORCH),
-    Way("cuda", Path.TRITON),
-    Way("cuda", Path.TRITON, "in buckets"),
-    Way("cuda", Path.TRITON, "in tables"),
+    Way("cpu", Backend.TORCH),
+    Way("cpu", Backend.NUMBA),
+    Way("cpu", Backend.NUMBA_SORTED),
+    Way("cpu", Backend.NUMBA_TABLES),
+    Way("cpu", Backend.TRITON),
+    Way("cpu", Backend.TRITON, "in buckets"),
+    Way("cpu", Backend.TRITON, "in tables"),
+    Way("cuda", Backend.TORCH),
+    Way("cuda", Backend.TRITON),
+    Way("cuda", Backend.TRITON, "in buckets"),
+    Way("cuda", Backend.TRITON, "in tables"),
 ]
 
 
@@ -139,13 +139,13 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     way: Way = request.param
     way.require()
 
-    def forced(asked: Sequence[Request], loss: WeightedSum, on: torch.device) -> Path:
-        return Path.TORCH if asked[0].logits.dtype == torch.float64 else way.path
+    def forced(asked: Sequence[Request], loss: WeightedSum, on: torch.device) -> Backend:
+        return Backend.TORCH if asked[0].logits.dtype == torch.float64 else way.path
 
     # The interpreter computes with NumPy, which warns of divisions whose results kernels then pass over.
-    quiet = np.errstate(all="ignore") if way.path is Path.TRITON else nullcontext()
+    quiet = np.errstate(all="ignore") if way.path is Backend.TRITON else nullcontext()
     with pytest.MonkeyPatch.context() as patch, quiet:
-        patch.setattr(batch, "choose", forced)
+        patch.setattr(dispatch, "choose", forced)
         way.force(patch)
         yield way
 
@@ -162,7 +162,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def repeats(item: pytest.Item) -> bool:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         way = parameters.get("way")
-        return isinstance(way, Way) and way.path is not Path.TORCH and parameters.get("dtype") == torch.float64
+        return isinstance(way, Way) and way.path is not Backend.TORCH and parameters.get("dtype") == torch.float64
 
     items[:] = [item for item in items if not repeats(item)]
 

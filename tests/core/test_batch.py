@@ -12,9 +12,8 @@ from core.conftest import WAYS, Way
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute
-from lovasz.core.batch import launch
-from lovasz.core.paths import Path
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import LossLike, Result, weighted_sum
 
 VOID = 255
@@ -87,7 +86,7 @@ def strangers(loss: LossLike, dtype: torch.dtype, device: torch.device) -> list[
 def answers(batch: list[Tensors], loss: LossLike, *, want_grad: bool = True) -> list[Result[Tensor] | InvalidInput]:
     total = weighted_sum(loss)
     requests = [Request.checked(logits, labels, total) for logits, labels in batch]
-    return launch(requests, total, batch[0][0].device, want_grad=want_grad).collect()
+    return submit(requests, total, batch[0][0].device, want_grad=want_grad).collect()
 
 
 def result_bits(answer: Result[Tensor] | InvalidInput) -> tuple[object, ...]:
@@ -176,7 +175,7 @@ LARGE_LOSSES: list[LossLike] = [
 ]
 each_large_loss = pytest.mark.parametrize("loss", LARGE_LOSSES, ids=lambda loss: weighted_sum(loss).kind)
 
-COMPILED = [way for way in WAYS if way.path not in (Path.TORCH, Path.NUMBA_SORTED)]
+COMPILED = [way for way in WAYS if way.path not in (Backend.TORCH, Backend.NUMBA_SORTED)]
 compiled_ways = pytest.mark.parametrize("way", COMPILED, ids=str, indirect=True)
 
 

@@ -12,8 +12,8 @@ from core.comparison import bits, normal, random_labels
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, LocalLoss, LovaszHinge, LovaszSoftmax, compute
-from lovasz.core.batch import launch
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import submit
 from lovasz.spec import LossLike, Result, WeightedSum, weighted_sum
 
 pytestmark = pytest.mark.gpu
@@ -64,11 +64,11 @@ def batch_of(loss: WeightedSum, device: torch.device) -> list[tuple[Tensor, Tens
 @pytest.fixture
 def graphs(cuda: torch.device) -> Iterator[Any]:
     """The recorded graphs: none before, and none behind."""
-    from lovasz.core import triton_graphs  # needs triton
+    from lovasz.core.backends.triton import graphs  # needs triton
 
-    triton_graphs.GRAPHS.clear()
-    yield triton_graphs.GRAPHS
-    triton_graphs.GRAPHS.clear()
+    graphs.GRAPHS.clear()
+    yield graphs.GRAPHS
+    graphs.GRAPHS.clear()
 
 
 @each_loss
@@ -82,7 +82,7 @@ def test_launch_does_not_wait_for_the_device(
     expected = [compute(logits, labels, total, want_grad=want_grad) for logits, labels in members]
     request.getfixturevalue("no_waiting")
     requests = [Request.checked(logits, labels, total) for logits, labels in members]
-    launched = launch(requests, total, cuda, want_grad=want_grad)
+    launched = submit(requests, total, cuda, want_grad=want_grad)
     set_sync_debug_mode("default")
     answers = launched.collect()
     assert [bits(answer) for answer in answers if isinstance(answer, Result)] == [bits(answer) for answer in expected]
@@ -107,7 +107,7 @@ def test_graphs_are_used_bounded_and_right(
     loss: LossLike, cuda: torch.device, graphs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answers of a graph are those of the launches to the bit, from whichever addresses; the oldest graph goes."""
-    monkeypatch.setattr("lovasz.core.triton_graphs.KEPT_GRAPHS", 2)
+    monkeypatch.setattr("lovasz.core.backends.triton.graphs.KEPT_GRAPHS", 2)
     members = batch_of(weighted_sum(loss), cuda)
     expected = [bits(compute(logits, labels, loss)) for logits, labels in members]
     for _ in range(4):
@@ -145,6 +145,6 @@ def test_inputs_from_the_host_give_the_same_bits(loss: LossLike, cuda: torch.dev
     for logits, labels in batch_of(total, cuda):
         expected = bits(compute(logits, labels, loss))
         for host in ((logits.cpu(), labels.cpu()), (logits.cpu().pin_memory(), labels.cpu().pin_memory())):
-            (answer,) = launch([Request.checked(*host, total)], total, cuda).collect()
+            (answer,) = submit([Request.checked(*host, total)], total, cuda).collect()
             assert isinstance(answer, Result)
             assert bits(answer) == expected

@@ -11,8 +11,8 @@ from core.comparison import bits, norm_error, normal, random_labels, reference_a
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax
-from lovasz.core.batch import launch
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import submit
 from lovasz.spec import Loss, LossLike, weighted_sum
 
 VOID = 255
@@ -265,7 +265,7 @@ def test_probabilities_are_judged_and_reported_alike_at_the_edge(dtype: torch.dt
     for value in [-1e-4, *around, -0.02]:
         probabilities = torch.tensor([[0.5, value]], dtype=dtype, device=device)
         request = Request.checked(probabilities, torch.tensor([0], device=device), loss)
-        (answer,) = launch([request], loss, device).collect()
+        (answer,) = submit([request], loss, device).collect()
         if isinstance(answer, InvalidInput):
             assert f"got {probabilities[0, 1].item()} at index [0, 1]" in str(answer)
             refused.append(value)

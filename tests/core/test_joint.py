@@ -6,8 +6,9 @@ import pytest
 import torch
 from core.conftest import Way
 
-from lovasz.core.batch import Answer, JointFault, launch
-from lovasz.core.ragged import Request
+from lovasz.core.answers import Answer, JointFault
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import submit
 from lovasz.spec import CrossEntropy, InvalidInput, LossLike, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
 LOSSES: dict[str, tuple[LossLike, int]] = {
@@ -68,11 +69,11 @@ def test_a_joint_is_one_request(name: str, way: Way, device: torch.device, spati
     total = weighted_sum(loss)
     sizes = (3, 1, 4)
     requests = [a_request(loss, 1 + seed % 3, channels, spatial, seed) for seed in range(sum(sizes))]
-    answers = launch(requests, total, device, joined=sizes).collect()
+    answers = submit(requests, total, device, joined=sizes).collect()
     assert len(answers) == len(requests)
     for first, size in ((0, 3), (3, 1), (4, 4)):
         joint = requests[first : first + size]
-        (whole,) = launch([concatenated(joint, loss)], total, device).collect()
+        (whole,) = submit([concatenated(joint, loss)], total, device).collect()
         assert_one_answer(answers[first : first + size], whole, joint)
 
 
@@ -87,8 +88,8 @@ def test_images_of_other_sizes_are_members_like_any_other(device: torch.device) 
         else r
         for r in requests
     ]
-    answers = launch(requests, total, device, joined=[4]).collect()
-    (whole,) = launch([concatenated(points, loss)], total, device).collect()
+    answers = submit(requests, total, device, joined=[4]).collect()
+    (whole,) = submit([concatenated(points, loss)], total, device).collect()
     assert isinstance(whole, Result)
     assert whole.grad is not None
     for answer, part in zip(answers, whole.grad.split([len(p.logits) for p in points]), strict=True):
@@ -103,8 +104,8 @@ def test_float64_is_joined_too(device: torch.device) -> None:
     loss = LovaszSoftmax()
     requests = [a_request(loss, 2, 5, (6, 6), seed) for seed in range(3)]
     doubles = [Request.checked(r.logits.double(), r.labels, weighted_sum(loss)) for r in requests]
-    answers = launch(doubles, weighted_sum(loss), device, joined=[3]).collect()
-    (whole,) = launch([concatenated(doubles, loss)], weighted_sum(loss), device).collect()
+    answers = submit(doubles, weighted_sum(loss), device, joined=[3]).collect()
+    (whole,) = submit([concatenated(doubles, loss)], weighted_sum(loss), device).collect()
     assert_one_answer(answers, whole, doubles)
 
 
@@ -112,7 +113,7 @@ def test_a_fault_of_one_is_told_to_all_of_its_joint_and_to_no_other(device: torc
     loss = LovaszSoftmax()
     requests = [a_request(loss, 1, 5, (6, 6), seed) for seed in range(4)]
     requests[1].labels[0, 2, 3] = 9
-    answers = launch(requests, weighted_sum(loss), device, joined=[3, 1]).collect()
+    answers = submit(requests, weighted_sum(loss), device, joined=[3, 1]).collect()
     assert isinstance(answers[1], InvalidInput)
     assert "got 9 at index [0, 2, 3]" in str(answers[1])
     for answer in (answers[0], answers[2]):
@@ -126,10 +127,10 @@ def test_a_logit_that_is_not_finite_makes_the_loss_of_all_not_a_number(device: t
     loss = LovaszSoftmax()
     requests = [a_request(loss, 1, 5, (6, 6), seed) for seed in range(3)]
     requests[2].logits[0, 0, 0, 0] = float("nan")
-    answers = launch(requests, weighted_sum(loss), device, joined=[2, 1]).collect()
+    answers = submit(requests, weighted_sum(loss), device, joined=[2, 1]).collect()
     assert isinstance(answers[0], Result)
     assert answers[0].loss == answers[0].loss
-    answers = launch(requests, weighted_sum(loss), device, joined=[3]).collect()
+    answers = submit(requests, weighted_sum(loss), device, joined=[3]).collect()
     for answer in answers:
         assert isinstance(answer, Result)
         assert answer.grad is not None

@@ -15,10 +15,10 @@ import torch
 from core.comparison import bits, normal, random_labels, slow_bin
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, bins, compute, reference
-from lovasz.core.numba_kernels import elementary, images, scratch, sorting, tables
-from lovasz.core.numba_kernels.scratch import SCRATCH, ScratchPool
-from lovasz.core.numba_kernels.workers import Workers
-from lovasz.core.paths import Path
+from lovasz.core.backends.numba import elementary, images, scratch, sorting, tables
+from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
+from lovasz.core.backends.numba.workers import Workers
+from lovasz.core.dispatch import Backend
 from lovasz.spec import LossLike, weighted_sum
 
 Floats = npt.NDArray[np.float32]
@@ -271,11 +271,11 @@ CALLS: list[LossLike] = [
 ]
 
 
-def call(loss: LossLike, path: Path, side: int = 60) -> tuple[object, ...]:
+def call(loss: LossLike, path: Backend, side: int = 60) -> tuple[object, ...]:
     logits = 3 * normal(2, 3, side, side, seed=6, dtype=torch.float32)
     logits[0, 1] = 1.0  # an error of 0 for the hinge
     shape = logits.shape if weighted_sum(loss).is_hinge else (2, side, side)
-    return bits(compute(logits, random_labels(*shape, values=2, seed=7, void=255), loss, path=path))
+    return bits(compute(logits, random_labels(*shape, values=2, seed=7, void=255), loss, backend=path))
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -283,7 +283,7 @@ def test_tables_in_scratch_are_all_zero_between_calls(number: int, threads: None
     torch.set_num_threads(number)
     for loss in (*CALLS, CALLS[0]):
         for side in (20, 90):
-            call(loss, Path.NUMBA_TABLES, side)
+            call(loss, Backend.NUMBA_TABLES, side)
             assert_tables_are_zero()
 
 
@@ -291,7 +291,7 @@ def test_tables_in_scratch_are_all_zero_between_calls(number: int, threads: None
 def test_tables_of_parts_in_scratch_are_all_zero_between_calls(want_grad: bool, threads: None) -> None:
     logits, labels = normal(1, 900, 900, seed=8, dtype=torch.float32), random_labels(1, 900, 900, values=2, seed=9)
     torch.set_num_threads(3)
-    compute(logits, labels, LovaszHinge(ignore_index=255), want_grad=want_grad, path=Path.NUMBA)
+    compute(logits, labels, LovaszHinge(ignore_index=255), want_grad=want_grad, backend=Backend.NUMBA)
     assert assert_tables_are_zero() > 1
 
 
@@ -420,7 +420,7 @@ def test_error_in_a_thread_comes_out_and_leaves_the_workers_usable(failing: int)
 
 def test_calls_from_several_threads_at_once(threads: None) -> None:
     torch.set_num_threads(2)
-    jobs = [(loss, path) for loss in CALLS for path in (Path.NUMBA_TABLES, Path.NUMBA_SORTED)]
+    jobs = [(loss, path) for loss in CALLS for path in (Backend.NUMBA_TABLES, Backend.NUMBA_SORTED)]
     expected = [call(*job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
@@ -431,8 +431,8 @@ AFTER_FORK = """
 import os, signal
 import torch
 from lovasz.core import LovaszSoftmax, compute
-from lovasz.core.numba_kernels.workers import WORKERS
-from lovasz.core.paths import Path
+from lovasz.core.backends.numba.workers import WORKERS
+from lovasz.core.dispatch import Backend
 
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(1)
@@ -440,7 +440,7 @@ logits, labels = torch.randn(1, 3, 60, 1000, generator=generator), torch.zeros(1
 labels[0, ::2] = 1
 
 def answer():
-    result = compute(logits, labels, LovaszSoftmax(), path=Path.NUMBA_TABLES)
+    result = compute(logits, labels, LovaszSoftmax(), backend=Backend.NUMBA_TABLES)
     return result.loss, result.grad.numpy().tobytes()
 
 before = answer()

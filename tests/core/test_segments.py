@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lovasz.core import reference
-from lovasz.core.segments import Groups, exact_sum, lovasz_extension, power_of_two
-from lovasz.core.softmax import sum_over_classes
+from lovasz.core.backends.torch.segments import Groups, exact_sum, lovasz_extension, power_of_two
+from lovasz.core.backends.torch.softmax import sum_over_classes
 
 no_deadline = settings(deadline=None)
 

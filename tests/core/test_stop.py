@@ -12,9 +12,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from lovasz.core.batch import launch
-from lovasz.core.paths import Path
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import Backend, submit
 from lovasz.core.stop import Stop, Stopped
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
 
@@ -27,9 +26,9 @@ LOSSES: dict[str, LossLike] = {
     "sum": [(0.5, CrossEntropy()), (1.0, LovaszSoftmax(per_image=True)), (1.0, LovaszSoftmax())],
     "probabilities": LovaszSoftmax(input="probabilities"),
 }
-PATHS = (Path.NUMBA_TABLES, Path.NUMBA_SORTED)
+BACKENDS = (Backend.NUMBA_TABLES, Backend.NUMBA_SORTED)
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())
+each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name.lower())
 
 Answer = tuple[float, bytes]
 
@@ -45,8 +44,8 @@ def request(loss: LossLike, pixels: int = 40_000) -> Request:
     return Request.checked(logits.softmax(1) if total.probabilities else logits, labels, total)
 
 
-def answer(one: Request, loss: LossLike, path: Path | None = None, stop: Stop | None = None) -> Answer:
-    (result,) = launch([one], weighted_sum(loss), CPU, path=path, stop=stop).collect()
+def answer(one: Request, loss: LossLike, backend: Backend | None = None, stop: Stop | None = None) -> Answer:
+    (result,) = submit([one], weighted_sum(loss), CPU, backend=backend, stop=stop).collect()
     assert not isinstance(result, Exception)
     assert result.grad is not None
     return result.loss, result.grad.numpy().tobytes()
@@ -93,42 +92,44 @@ class StopInTheMiddle(StopAt):
                 thread.join()
 
 
-@each_path
+@each_backend
 @each_loss
-def test_who_does_not_ask_gets_the_same_bits(loss: LossLike, path: Path, threads: None) -> None:
+def test_who_does_not_ask_gets_the_same_bits(loss: LossLike, backend: Backend, threads: None) -> None:
     torch.set_num_threads(2)
     one, stop = request(loss), Stop()
-    expected = answer(one, loss, path)
-    assert answer(one, loss, path, stop) == expected
-    assert answer(one, loss, path, stop) == expected
+    expected = answer(one, loss, backend)
+    assert answer(one, loss, backend, stop) == expected
+    assert answer(one, loss, backend, stop) == expected
 
 
-@each_path
+@each_backend
 @each_loss
-def test_asked_before_it_does_not_begin(loss: LossLike, path: Path) -> None:
+def test_asked_before_it_does_not_begin(loss: LossLike, backend: Backend) -> None:
     one, stop = request(loss), StopAt(0)
-    expected = answer(one, loss, path)
+    expected = answer(one, loss, backend)
     stop.ask()
     for _ in range(2):
         with pytest.raises(Stopped):
-            answer(one, loss, path, stop)
+            answer(one, loss, backend, stop)
     assert stop.loops == 0
-    assert answer(one, loss, path) == expected
+    assert answer(one, loss, backend) == expected
 
 
-@each_path
+@each_backend
 @each_loss
-def test_asked_in_any_of_its_loops_it_ends_and_leaves_nothing_behind(loss: LossLike, path: Path, threads: None) -> None:
+def test_asked_in_any_of_its_loops_it_ends_and_leaves_nothing_behind(
+    loss: LossLike, backend: Backend, threads: None
+) -> None:
     torch.set_num_threads(2)
     one, counting = request(loss), StopAt(0)
-    expected = answer(one, loss, path, counting)
+    expected = answer(one, loss, backend, counting)
     assert counting.loops >= 2
     for loop in range(1, counting.loops + 1):
         stop = StopAt(loop)
         with pytest.raises(Stopped):
-            answer(one, loss, path, stop)
+            answer(one, loss, backend, stop)
         assert stop.loops == loop
-        assert answer(one, loss, path) == expected
+        assert answer(one, loss, backend) == expected
 
 
 @pytest.mark.parametrize("threads_of_torch", [1, 2])

@@ -46,13 +46,13 @@ class FakeRecording:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from lovasz.core import triton_graphs
+    from lovasz.core.backends.triton import graphs
 
-    monkeypatch.setattr(triton_graphs, "Recording", FakeRecording)
+    monkeypatch.setattr(graphs, "Recording", FakeRecording)
     monkeypatch.setattr(FakeRecording, "error", None)
-    properties = SimpleNamespace(total_memory=BYTES * 3 / triton_graphs.KEPT_SHARE)
+    properties = SimpleNamespace(total_memory=BYTES * 3 / graphs.KEPT_SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return triton_graphs.Graphs()
+    return graphs.Graphs()
 
 
 def recorded(graphs: Any, plan: FakePlan) -> Any:

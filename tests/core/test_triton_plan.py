@@ -11,11 +11,11 @@ from core.comparison import bits, normal, random_labels
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, torch_path
-from lovasz.core.batch import launch
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core.backends.torch import compute as torch_compute
+from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
-from lovasz.core.paths import Path
-from lovasz.core.ragged import Batch, Request
+from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import LossLike, weighted_sum
 
 pytest.importorskip("triton")
@@ -62,7 +62,7 @@ def requests_of(name: str, device: torch.device) -> tuple[list[Request], LossLik
 @compositions
 @pytest.mark.parametrize("want_grad", [False, True])
 def test_a_batch_of_any_composition_takes_a_handful_of_launches(name: str, want_grad: bool) -> None:
-    from lovasz.core.triton_kernels.plan import Plan, Signature
+    from lovasz.core.backends.triton.plan import Plan, Signature
 
     requests, loss = requests_of(name, torch.device("cpu"))
     layouts = tuple(request.layout for request in requests)
@@ -78,10 +78,10 @@ def test_device_sees_only_these_launches_one_fill_and_one_copy_back(name: str, c
     requests, loss = requests_of(name, cuda)
     total = weighted_sum(loss)
     for _ in range(4):  # compiles, brings the plan to the device, and records it
-        launch(requests, total, cuda).collect()
+        submit(requests, total, cuda).collect()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        launch(requests, total, cuda).collect()
+        submit(requests, total, cuda).collect()
         torch.cuda.synchronize()
     on_device = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
     names = Counter("copy back" if "DtoH" in e.name else "copy" if "HtoD" in e.name else e.name for e in on_device)
@@ -96,17 +96,17 @@ def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.
     """Kernels number pixels by 31 bits; a portion has fewer, and each request its own bits all the same."""
     requests, loss = requests_of("multilabel hinge, per image", torch.device("cpu"))
     total, requests = weighted_sum(loss), requests[1:] * 3
-    whole = launch(requests, total, torch.device("cpu"), path=Path.TORCH).collect()
+    whole = submit(requests, total, torch.device("cpu"), backend=Backend.TORCH).collect()
     computed = []
 
-    def noted(path: Path, batch: Batch, *arguments: object, **options: object) -> Computed:
+    def noted(path: Backend, batch: Batch, *arguments: object, **options: object) -> Computed:
         computed.append(len(batch.requests))
-        return torch_path.compute(batch, total, torch.device("cpu"), want_grad=True)
+        return torch_compute.compute(batch, total, torch.device("cpu"), want_grad=True)
 
-    monkeypatch.setattr("lovasz.core.batch.checked", lambda path, request, device: path)
-    monkeypatch.setattr("lovasz.core.batch.compute", noted)
-    monkeypatch.setattr("lovasz.core.batch.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
-    portions = launch(requests, total, torch.device("cpu"), path=Path.TRITON).collect()
+    monkeypatch.setattr("lovasz.core.dispatch.checked", lambda path, request, device: path)
+    monkeypatch.setattr("lovasz.core.dispatch.compute", noted)
+    monkeypatch.setattr("lovasz.core.answers.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
+    portions = submit(requests, total, torch.device("cpu"), backend=Backend.TRITON).collect()
     assert computed == [2, 1]
     assert [bits(answer) for answer in portions] == [bits(answer) for answer in whole]
 
@@ -114,7 +114,7 @@ def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.
 @pytest.mark.parametrize("coarser", range(7))
 def test_softmax_map_covers_all_errors_once(coarser: int) -> None:
     """Every float from 1 down to the smallest normal one has a bin; bins are runs of floats, in descending order."""
-    from lovasz.core.triton_kernels import bins
+    from lovasz.core.backends.triton import bins
 
     cells = bins.softmax_map(coarser)
     stops, low_bits = cells >> bins.STOP_BITS, cells & ((1 << bins.STOP_BITS) - 1)
@@ -127,7 +127,7 @@ def test_softmax_map_covers_all_errors_once(coarser: int) -> None:
 @pytest.mark.parametrize("pixels", [4097, 8191, 8192, 16383, 16384, 32767, 32768, 65535, 65536, 131072, 1 << 24])
 def test_hinge_tables_have_room_for_any_mix_of_errors(pixels: int) -> None:
     """Half of the bins are shared out in proportion; each cell with a pixel gets one more at most."""
-    from lovasz.core.triton_kernels import bins
+    from lovasz.core.backends.triton import bins
 
     count = bins.hinge_bins(bins.coarser_by(pixels))
     assert count // 2 + min(pixels, bins.HINGE_CELLS) < count

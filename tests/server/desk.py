@@ -19,7 +19,7 @@ from footprint import eventually
 
 from lovasz import framing, wire
 from lovasz.core import compute
-from lovasz.core.batch import Launched
+from lovasz.core.answers import Pending
 from lovasz.server.admission import Admission
 from lovasz.server.batcher import Batcher, Entry
 from lovasz.server.engine import Engine
@@ -82,7 +82,7 @@ class SlowEngine(Engine):
     memory_elements = 10**9
     fault: Exception | None = None
 
-    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
+    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Pending:
         if sum(entry.elements for entry in entries) > self.memory_elements:
             raise torch.OutOfMemoryError("no memory left")
         if self.fault is not None:

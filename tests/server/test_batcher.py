@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
 from lovasz.server.batcher import Batcher, Entry
 from lovasz.server.errors import ExpiredError, StoppingError
 from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, weighted_sum

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lovasz.core import compute
-from lovasz.core.batch import Launched, launch
-from lovasz.core.ragged import Request
+from lovasz.core.answers import Pending
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import submit
 from lovasz.server.batcher import Batcher, Entry
 from lovasz.server.engine import Engine, wire_scale, write_scaled
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
@@ -37,7 +38,7 @@ class WeakEngine(Engine):
     memory_elements = 10**9
     poison_pixels = -1
 
-    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
+    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Pending:
         if sum(one.request.layout.elements for one in entries) > self.memory_elements:
             raise torch.OutOfMemoryError("no memory left")
         if any(one.request.layout.pixels == self.poison_pixels for one in entries):
@@ -111,7 +112,7 @@ class LeavingEngine(WeakEngine):
     leaving: tuple[Entry, ...] = ()
     early = False
 
-    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
+    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Pending:
         if self.early:
             self.leave()
         return super()._start(entries, stream)
@@ -128,12 +129,12 @@ def leaving(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     engine = LeavingEngine(CPU, Batcher(10**9, 100, 0.0), Metrics(), health_interval_seconds=0.05)
     engine.early = request.param
 
-    def launch_and_leave(*arguments: Any, stop: Any = None, **options: Any) -> Launched:
+    def launch_and_leave(*arguments: Any, stop: Any = None, **options: Any) -> Pending:
         if stop is not None and not engine.early:
             engine.leave()
-        return launch(*arguments, stop=stop, **options)
+        return submit(*arguments, stop=stop, **options)
 
-    monkeypatch.setattr("lovasz.server.engine.launch", launch_and_leave)
+    monkeypatch.setattr("lovasz.server.engine.submit", launch_and_leave)
     yield engine
     assert engine.stop(timeout_seconds=10)
 
@@ -182,11 +183,11 @@ def test_a_device_that_does_not_compute_is_unhealthy_and_recovers(
     assert engine.healthy(60)
     broken = RuntimeError("device lost")
 
-    def lost(*_: object, **__: object) -> Launched:
+    def lost(*_: object, **__: object) -> Pending:
         raise broken
 
     with monkeypatch.context() as patch:
-        patch.setattr("lovasz.server.engine.launch", lost)
+        patch.setattr("lovasz.server.engine.submit", lost)
         one = entry(10)
         engine._batcher.put(one)
         with pytest.raises(DeviceError, match="cpu does not answer"):

@@ -29,7 +29,7 @@ from server.desk import (
     ranks_of,
 )
 
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
 from lovasz.server.batcher import Batcher, Entry
 from lovasz.server.errors import AbandonedError, JointBrokenError, OverloadedError, TooLargeError, fresh
 from lovasz.spec import CrossEntropy, InvalidInput, LovaszHinge, weighted_sum

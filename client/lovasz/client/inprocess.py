@@ -12,7 +12,7 @@ import torch
 from lovasz import core, spec, wire
 from lovasz.client.client import Device, ServerInfo
 from lovasz.client.tensors import Array, encode_labels, is_torch
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
 from lovasz.spec import InvalidInput
 from lovasz.version import VERSION
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError, StoppingError, fresh
 from lovasz.server.staging import Staging
 from lovasz.spec import Result, WeightedSum

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lovasz.core.batch import Answer as CoreAnswer
-from lovasz.core.batch import JointFault, Launched, launch
-from lovasz.core.paths import advice, give_memory_back, warm_up
-from lovasz.core.ragged import Request
+from lovasz.core.answers import Answer as CoreAnswer
+from lovasz.core.answers import JointFault, Pending
+from lovasz.core.batch import Request
+from lovasz.core.dispatch import advice, give_memory_back, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.batcher import Answer, Batcher, Entry
 from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
@@ -35,7 +35,7 @@ _BLOCK_ELEMENTS = 1 << 15
 @dataclass(frozen=True)
 class _Running:
     entries: list[Entry]
-    launched: Launched
+    launched: Pending
     started: float
     stream: torch.cuda.Stream | None
 
@@ -148,7 +148,7 @@ class Engine:
             self._split(entries, error)
             return None
 
-    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Launched:
+    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Pending:
         first, stop, members = entries[0], Stop(), _members(entries)
 
         def stop_if_all_left() -> None:
@@ -161,7 +161,7 @@ class Engine:
                 entry.staging.upload.hand_over(stream)
         stop_if_all_left()  # Those that left before they were told whom to tell.
         requests, joined = [entry.request for entry in members], [len(entry.members) for entry in entries]
-        return launch(requests, first.loss, self.device, joined=joined, want_grad=first.want_grad, stop=stop)
+        return submit(requests, first.loss, self.device, joined=joined, want_grad=first.want_grad, stop=stop)
 
     def _finish(self, running: _Running) -> None:
         try:
@@ -336,7 +336,7 @@ def _known_losses_hold(device: torch.device) -> bool:
         (softmax, torch.zeros(1, 2, 2), torch.tensor([[0, 1]]), 0.5),
     )
     for loss, scores, labels, expected in known:
-        (answer,) = launch([Request.checked(scores, labels, loss)], loss, device).collect()
+        (answer,) = submit([Request.checked(scores, labels, loss)], loss, device).collect()
         if not isinstance(answer, Result) or not math.isclose(answer.loss, expected, rel_tol=1e-6):
             return False
     return True

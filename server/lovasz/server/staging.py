@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lovasz import wire
-from lovasz.core.ragged import Request
+from lovasz.core.batch import Request
 from lovasz.framing import Bytes
 
 KEPT_BYTES = 512 << 20

@@ -1,0 +1,116 @@
+"""What Numba does not offer by itself: fused multiply-add, atomics, floats as bits, and arrays at an address."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _digest() -> str:
+    """Changes with any source that compiled functions are made of."""
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), here.parents[1] / "bins.py"]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+_DIGEST = _digest()
+
+
+def compiled(function: F) -> F:
+    """Compiles a function when it is first called, to run without the GIL; kept on disk where that can be written.
+
+    Numba would take what it finds there for stale by the age of the function's own file alone, and so run what other
+    files had once put into it. Here all of them count.
+    """
+    try:
+        dispatcher = numba.njit(function, nogil=True, cache=True, error_model="numpy")
+        if not hasattr(dispatcher._cache._cache_file, "_source_stamp"):
+            raise RuntimeError("this Numba keeps its stamp elsewhere")
+        dispatcher._cache._cache_file._source_stamp = _DIGEST
+    except (AttributeError, RuntimeError):  # Or there is no folder that can be written to.
+        dispatcher = numba.njit(function, nogil=True, error_model="numpy")
+    return cast(F, dispatcher)
+
+
+def inlined(function: F) -> F:
+    """A part of compiled functions."""
+    return cast(F, numba.njit(function, inline="always", error_model="numpy"))
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a x b + c in float32, rounded once: the same bits in vector and in scalar code."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+def float_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def bits_float(typing: Any, bits: Any) -> Any:
+    """The float32 that has these bits (int32)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def bits_double(typing: Any, bits: Any) -> Any:
+    """The float64 that has these bits (int64)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """An address (uint64) as what ``numba.carray`` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.uint64), generate
+
+
+def _atomic(operation: str) -> Any:
+    @intrinsic
+    def atomic(typing: Any, array: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+            place = builder.gep(base, [arguments[1]])
+            return builder.atomic_rmw(operation, place, arguments[2], "monotonic")
+
+        return types.int64(types.Array(types.int64, 1, "C"), types.int64, types.int64), generate
+
+    return atomic
+
+
+atomic_add = _atomic("add")
+"""atomic_add(array, i, value): adds to array[i] (int64, one axis) at once; returns what stood there before."""
+atomic_max = _atomic("max")
+"""atomic_max(array, i, value): likewise, the larger of the two stays."""

@@ -1,0 +1,332 @@
+"""From logits to errors, and from the gradient in the errors back to the gradient in the logits.
+
+Both go through the pixels in blocks that stay in cache, a class after the other, so that the loops over pixels become
+vector code and each pixel's sums run over the classes in the same order wherever it stands.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numpy import float32 as f32
+
+from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
+from lovasz.core.backends.numba.elementary import exp
+from lovasz.core.backends.numba.images import (
+    FLOAT32,
+    Blocks,
+    Codes,
+    Floats,
+    Images,
+    Integers,
+    Labelling,
+    claim,
+    read_codes,
+    widen,
+)
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
+
+BLOCK_ELEMENTS = 1 << 15
+"""Classes x pixels that are worked on together: 128 KiB of float32, a part of a core's second-level cache."""
+
+
+class Counts(NamedTuple):
+    """Pixels counted, int64, each flat.
+
+    Attributes:
+        labels: (images x K): pixels of each class.
+        predictions: (images x K): pixels predicted as each class.
+        hits: (images x K): pixels predicted right.
+        faults: (3 x joints): bad labels, pixels that are not finite, pixels with probabilities out of range.
+    """
+
+    labels: Integers
+    predictions: Integers
+    hits: Integers
+    faults: Integers
+
+
+@compiled
+def block_pixels(channels: int) -> int:
+    return max(64, min(1024, BLOCK_ELEMENTS // channels // 64 * 64))
+
+
+@compiled
+def prepare(
+    tasks: Integers,
+    blocks: Blocks,
+    images: Images,
+    logits_kind: int,
+    labelling: Labelling,
+    errors: npt.NDArray[np.float32],
+    codes: Codes,
+    label_probability: Floats,
+    entropies: CrossEntropies,
+    counts: Counts,
+) -> None:
+    """Writes errors (K, pixels), codes and the probability of the label's class, and counts pixels.
+
+    A class's error is its probability; on the label's class it is one minus it, taken as the sum of the others'.
+    """
+    channels, joints = labelling.values, len(counts.faults) // 3
+    size = block_pixels(channels)
+    maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
+    total, others = np.empty(size, f32), np.empty(size, f32)
+    label_exponential, label_shifted = np.empty(size, f32), np.empty(size, f32)
+    local = np.empty((3, channels), np.int64)
+    while True:
+        task = claim(tasks, len(blocks.image))
+        if task >= len(blocks.image):
+            break
+        image = blocks.image[task]
+        joint = images.joint[image]
+        local[:] = 0
+        for first in range(blocks.first[task], blocks.last[task], size):
+            n = min(size, blocks.last[task] - first)
+            start = images.start[image] + first
+            code = codes[start : start + n]
+            m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
+            t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
+            bad = read_codes(images.label_kind[image], images.labels[image], first, labelling, code)
+            _read(images, image, logits_kind, first, errors, start, m, p, nf)
+            for term in range(len(entropies.smoothing)):
+                if entropies.smoothing[term] > f32(0):
+                    weighted_logits(entropies, term, errors, start, m)
+            _gather(errors, start, code, xy)
+            for i in range(n):
+                xy[i] -= m[i]
+            t[:] = f32(0)
+            o[:] = f32(0)
+            for k in range(channels):
+                row = errors[k, start : start + n]
+                for i in range(n):
+                    row[i] = exp(row[i] - m[i])
+                for i in range(n):
+                    t[i] += row[i]
+            # Not others + label's, whose last bit depends on the label: equal logits have to give equal errors.
+            _gather(errors, start, code, ey)
+            for i in range(n):
+                errors[min(np.int64(code[i]), channels - 1), start + i] = f32(0)
+            for k in range(channels):
+                row = errors[k, start : start + n]
+                for i in range(n):
+                    o[i] += row[i]
+            for term in range(len(entropies.smoothing)):
+                losses = entropies.losses[term, start : start + n]
+                pixel_losses(entropies, term, code, t, o, ey, xy, losses, joint, joints)
+            y = label_probability[start : start + n]
+            for i in range(n):
+                t[i] = f32(1) / t[i]
+            for i in range(n):
+                y[i] = ey[i] * t[i]
+            for k in range(channels):
+                row = errors[k, start : start + n]
+                for i in range(n):
+                    row[i] *= t[i]
+            for i in range(n):
+                errors[min(np.int64(code[i]), channels - 1), start + i] = o[i] * t[i]
+            infinite = _count(code, p, nf, labelling, local)
+            atomic_add(counts.faults, joint, bad)
+            atomic_add(counts.faults, joints + joint, infinite)
+        _add_counts(counts, local, image)
+
+
+# Loops over pixels touch few arrays each: of more, the compiler does not prove that they do not overlap.
+
+
+@compiled
+def _read(
+    images: Images,
+    image: int,
+    logits_kind: int,
+    first: int,
+    out: npt.NDArray[np.float32],
+    start: int,
+    maximum: Floats,
+    prediction: npt.NDArray[np.int32],
+    not_finite: Floats,
+) -> None:
+    """Reads logits into rows; writes each pixel's largest, the first class that has it, and 0 if all are finite."""
+    plane = np.uint64(images.pixels[image] * (4 if logits_kind == FLOAT32 else 2))
+    n = len(maximum)
+    not_finite[:] = f32(0)
+    for k in range(len(out)):
+        row = out[k, start : start + n]
+        widen(logits_kind, images.logits[image] + plane * np.uint64(k), first, row)
+        for i in range(n):
+            not_finite[i] += row[i] * f32(0)  # NaN where it is not finite
+        if k == 0:
+            maximum[:] = row
+            prediction[:] = 0
+        else:
+            for i in range(n):
+                prediction[i] = np.int32(k) if row[i] > maximum[i] else prediction[i]
+                maximum[i] = max(row[i], maximum[i])
+
+
+@compiled
+def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats) -> None:
+    """Of each pixel the value in the row of its label; of void pixels some value."""
+    last = len(rows) - 1
+    for i in range(len(code)):
+        out[i] = rows[min(np.int64(code[i]), last), start + i]
+
+
+@compiled
+def prepare_probabilities(
+    tasks: Integers,
+    blocks: Blocks,
+    images: Images,
+    logits_kind: int,
+    labelling: Labelling,
+    tolerance: f32,
+    errors: npt.NDArray[np.float32],
+    codes: Codes,
+    counts: Counts,
+) -> None:
+    """The same for probabilities that are the input; they need not add up to 1, so the label's error is 1 - p."""
+    channels, joints = labelling.values, len(counts.faults) // 3
+    size = block_pixels(channels)
+    maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
+    smallest = np.empty(size, f32)
+    local = np.empty((3, channels), np.int64)
+    while True:
+        task = claim(tasks, len(blocks.image))
+        if task >= len(blocks.image):
+            break
+        image = blocks.image[task]
+        joint = images.joint[image]
+        local[:] = 0
+        for first in range(blocks.first[task], blocks.last[task], size):
+            n = min(size, blocks.last[task] - first)
+            start = images.start[image] + first
+            code = codes[start : start + n]
+            m, p, nf, low = maximum[:n], prediction[:n], not_finite[:n], smallest[:n]
+            bad = read_codes(images.label_kind[image], images.labels[image], first, labelling, code)
+            _read(images, image, logits_kind, first, errors, start, m, p, nf)
+            low[:] = errors[0, start : start + n]
+            for k in range(channels):
+                row = errors[k, start : start + n]
+                for i in range(n):
+                    low[i] = min(low[i], row[i])
+                # An error is not negative: -0.0, and what is below 0 within the tolerance, becomes 0.
+                for i in range(n):
+                    row[i] = max(f32(1) - row[i] if code[i] == k else row[i], f32(0))
+            infinite = _count(code, p, nf, labelling, local)
+            out_of_range = 0
+            for i in range(n):
+                outside = low[i] < -tolerance or m[i] > f32(1) + tolerance
+                out_of_range += 1 if outside and nf[i] == f32(0) and code[i] != labelling.void else 0
+            atomic_add(counts.faults, joint, bad)
+            atomic_add(counts.faults, joints + joint, infinite)
+            atomic_add(counts.faults, 2 * joints + joint, out_of_range)
+        _add_counts(counts, local, image)
+
+
+@compiled
+def _count(
+    code: Codes, prediction: npt.NDArray[np.int32], not_finite: Floats, labelling: Labelling, local: Integers
+) -> int:
+    """Adds to (labels, predictions, hits) of each class; returns how many counted pixels are not finite."""
+    infinite = 0
+    for i in range(len(code)):
+        c = np.int64(code[i])
+        if c != labelling.void:
+            p = prediction[i]
+            local[0, c] += 1
+            local[1, p] += 1
+            local[2, c] += 1 if c == p else 0
+            infinite += 0 if not_finite[i] == f32(0) else 1
+    return infinite
+
+
+@compiled
+def _add_counts(counts: Counts, local: Integers, image: int) -> None:
+    channels = local.shape[1]
+    for k in range(channels):
+        atomic_add(counts.labels, image * channels + k, local[0, k])
+        atomic_add(counts.predictions, image * channels + k, local[1, k])
+        atomic_add(counts.hits, image * channels + k, local[2, k])
+
+
+@compiled
+def finish(
+    tasks: Integers,
+    blocks: Blocks,
+    images: Images,
+    labelling: Labelling,
+    errors: npt.NDArray[np.float32],
+    codes: Codes,
+    label_probability: Floats,
+    entropies: CrossEntropies,
+    scored: npt.NDArray[np.bool_],
+) -> None:
+    """Turns the gradient g in the errors, which stands in the images' gradients, into that in the logits.
+
+    With h_k = dloss/dp_k = g_k, and -g_y on the label's class y: dloss/dz_k = p_k (h_k - sum_j p_j h_j). On the label's
+    class, 1 - p_y is the sum of the others, so nothing cancels (docs/mathematics.md, section 8).
+
+    Args:
+        scored: (images, K): where g has been written; it is 0 elsewhere.
+    """
+    channels = labelling.values
+    size = block_pixels(channels)
+    copied = np.empty((channels, size), f32)
+    others, label_g, label_error, pull = (
+        np.empty(size, f32),
+        np.empty(size, f32),
+        np.empty(size, f32),
+        np.empty(size, f32),
+    )
+    while True:
+        task = claim(tasks, len(blocks.image))
+        if task >= len(blocks.image):
+            break
+        image = blocks.image[task]
+        joint, pixels = images.joint[image], images.pixels[image]
+        grads = numba.carray(pointer(images.grads[image]), (channels, pixels), np.float32)
+        for first in range(blocks.first[task], blocks.last[task], size):
+            n = min(size, blocks.last[task] - first)
+            start = images.start[image] + first
+            code, py = codes[start : start + n], label_probability[start : start + n]
+            o, gy, ey, pulled = others[:n], label_g[:n], label_error[:n], pull[:n]
+            for k in range(channels):
+                g = copied[k, :n]
+                if scored[image, k]:
+                    g[:] = grads[k, first : first + n]
+                else:
+                    g[:] = f32(0)
+            _gather(copied, 0, code, gy)
+            _gather(errors, start, code, ey)
+            for i in range(n):
+                copied[min(np.int64(code[i]), channels - 1), i] = f32(0)
+            o[:] = f32(0)
+            for k in range(channels):
+                row, g = errors[k, start : start + n], copied[k, :n]
+                for i in range(n):
+                    o[i] += row[i] * g[i]
+            pulled[:] = f32(0)
+            for term in range(len(entropies.smoothing)):
+                weights, counted = entropies.weights[term], entropies.counted[term]
+                factor = entropies.pull[term, joint]
+                for i in range(n):
+                    pulled[i] += weights[code[i]] * counted[code[i]] * factor
+            for i in range(n):
+                grad = -py[i] * (gy[i] * ey[i] + o[i]) - pulled[i] * ey[i]
+                o[i] = py[i] * gy[i] - o[i] + pulled[i]
+                gy[i] = grad
+            for k in range(channels):
+                row, g, target = errors[k, start : start + n], copied[k, :n], grads[k, first : first + n]
+                for i in range(n):
+                    target[i] = row[i] * (g[i] + o[i])
+            for i in range(n):
+                if code[i] == labelling.void:
+                    grads[:, first + i] = f32(0)
+                else:
+                    grads[np.int64(code[i]), first + i] = gy[i]
+            for term in range(len(entropies.smoothing)):
+                if entropies.smoothing[term] > f32(0):
+                    add_spread(entropies, term, joint, code, py, errors, start, grads, first)

@@ -1,0 +1,325 @@
+"""The Lovász extension by counting: errors fall into bins, and each pixel's gradient is looked up in its bin.
+
+The bins are those of :mod:`lovasz.core.bins`; docs/mathematics.md, section 11, derives what stands in them.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numpy import float32 as f32
+from numpy import int32 as i32
+
+from lovasz.core import bins
+from lovasz.core.backends.numba.images import Codes, Floats, Images, Integers
+from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
+
+BINS = bins.BINS
+_MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
+_OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, bins.REST_BITS, bins.REST_SUM_BITS
+_ONE = np.int64(1 << bins.REST_SUM_BITS)
+_FIRST_BINS = np.array([*bins.first_bins(), BINS], np.int64)
+
+_BLOCK_PIXELS = 1024
+_BLOCK_BINS = 256
+
+
+# Numba computes with 64-bit integers unless each result is cast; vectors hold twice as many of 32 bits.
+
+
+@inlined
+def _distance(error: f32, top_bits: i32) -> i32:
+    """How many floats the error lies below the largest one of the top octave; some number >= 0 if it is not finite."""
+    return max(i32(top_bits - float_bits(error)), i32(0))
+
+
+@inlined
+def _top_bits(top: int) -> i32:
+    """The bits of the largest float of the top octave."""
+    return i32(((top + 128) << 23) - 1)
+
+
+@inlined
+def _coarser(octave: i32) -> i32:
+    """How many bits coarser than the top octave this one is."""
+    # octave // 3, as a division is no vector operation; from 3 x 10 on, where it may be off by one, it is cut.
+    return min(i32(i32(octave * i32(43)) >> i32(7)), i32(_MAX_BITS - _MIN_BITS))
+
+
+@inlined
+def _bin(distance: i32) -> i32:
+    octave = i32(distance >> i32(23))
+    coarser = _coarser(octave)
+    before = i32(i32(_PER_BIT) * i32(i32(2 << _MAX_BITS) - i32(i32(2 << _MAX_BITS) >> coarser)))
+    before = i32(before + i32(i32(octave - i32(i32(_PER_BIT) * coarser)) << i32(i32(_MAX_BITS) - coarser)))
+    place = i32(before + i32(i32(distance & i32(0x7FFFFF)) >> i32(i32(23 - _MAX_BITS) + coarser)))
+    return i32(BINS - 1) if octave >= i32(_OCTAVES) else place
+
+
+@inlined
+def _rest(distance: i32) -> i32:
+    octave = i32(distance >> i32(23))
+    coarser = _coarser(octave)
+    below = i32(distance & i32(i32(i32(1) << i32(i32(23 - _MAX_BITS) + coarser)) - i32(1)))
+    rest = i32(i32(below << i32(_REST_BITS + _MAX_BITS - 23)) >> coarser)
+    return i32(0) if octave >= i32(_OCTAVES) else rest
+
+
+@compiled
+def count(
+    errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, top: int, table: Integers
+) -> tuple[int, int]:
+    """Counts pixels in a segment's table: background in its first BINS words, foreground in the next.
+
+    Args:
+        foreground: the code of the class.
+        void: the code of pixels that take no part.
+        ignored: another such code; ``void`` if there is none.
+        table: 2 x BINS + 1 words, of which the last takes what is void.
+
+    Returns:
+        (lowest, highest) bin that is not empty.
+    """
+    places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
+    lowest, highest = i32(BINS), i32(-1)
+    top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
+    for first in range(0, len(errors), _BLOCK_PIXELS):
+        n = min(_BLOCK_PIXELS, len(errors) - first)
+        error, code = errors[first : first + n], codes[first : first + n]
+        place, rest = places[:n], rests[:n]
+        for i in range(n):
+            distance = _distance(error[i], top_bits)
+            found, own = _bin(distance), i32(code[i])
+            lowest, highest = min(lowest, found), max(highest, found)
+            found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
+            found = i32(2 * BINS) if own == void_code else found
+            place[i] = i32(2 * BINS) if own == ignored_code else found
+            rest[i] = _rest(distance)
+        for i in range(n):
+            table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
+    return lowest, highest
+
+
+@inlined
+def _double(integer: np.int64) -> float:
+    """An integer in [0, 2^52) as float64; the processor's own conversion is no vector operation."""
+    return bits_double(integer | np.int64(0x4330000000000000)) - 4503599627370496.0
+
+
+@compiled
+def order_error(table: Integers, lowest: int, highest: int, foreground_count: int) -> float:
+    """Estimates the gradient's error from the unknown order inside bins, relative to its norm.
+
+    The table is counted and not yet scanned. In a bin with k background pixels, the number of those before another
+    pixel of the bin is uncertain by sqrt(k / 6), as if they stood at random; the same holds for foreground.
+    """
+    left, union = np.float64(foreground_count), np.float64(foreground_count)
+    over_union = 1.0 / union
+    error, norm = 0.0, 0.0
+    for i in range(lowest, min(highest + 1, BINS - 1)):
+        background, foreground = table[i], table[BINS + i]
+        if background == 0 and foreground == 0:
+            continue
+        k = _double(np.int64(np.uint64(background) >> np.uint64(_REST_SUM_BITS)))
+        j = _double(np.int64(np.uint64(foreground) >> np.uint64(_REST_SUM_BITS)))
+        union += k
+        x, y = over_union, 1.0 / union
+        mean_left = left - 0.5 * j
+        steep = k * mean_left * x
+        error += (x * x) * (x * x) * (j * k + 2.0 * (steep * steep))
+        norm += x * y * (j + steep * mean_left * y)
+        left -= j
+        over_union = y
+        if left <= 0.0:
+            break
+    return np.sqrt(error / (3.0 * norm)) if norm > 0.0 else 0.0
+
+
+@compiled
+def scan(
+    table: Integers, lowest: int, highest: int, foreground_count: int, top: int, weight: float, foreground_weight: float
+) -> float:
+    """Puts into each word, as two float32 (a, s), how to look a gradient up: g = a - s x rest.
+
+    Args:
+        foreground_count: G.
+        weight: what background's gradients are multiplied with.
+        foreground_weight: likewise foreground's.
+
+    Returns:
+        The loss of the segment: the sum over bins of mean gradient x sum of errors.
+    """
+    loss = 0.0
+    walked, room = np.empty((2, _BLOCK_BINS + 1), np.int64), np.empty((2, _BLOCK_BINS + 1))
+    # G - n and G + b at the upper end of the next bin.
+    left, union = np.int64(foreground_count), np.int64(foreground_count)
+    for octave in range(_OCTAVES + 1):
+        largest, width, lost = _scale(octave, top)
+        start, stop = _FIRST_BINS[octave], min(highest + 1, _FIRST_BINS[octave + 1])
+        # Blocks begin where they always do, so that the sum does not depend on which bins are in use.
+        skipped = max(lowest - start, 0) // _BLOCK_BINS * _BLOCK_BINS
+        for first in range(start + skipped, stop, _BLOCK_BINS):
+            if left == 0:  # Behind the last foreground pixel g is 0.
+                table[first : highest + 1] = 0
+                return loss
+            last = min(first + _BLOCK_BINS, _FIRST_BINS[octave + 1])
+            upper = largest - (first - start) * width - lost
+            background, foreground = table[first:last], table[BINS + first : BINS + last]
+            _walk(background, foreground, left, union, walked)
+            left, union = walked[0, last - first], walked[1, last - first]
+            loss += _fill_in(background, foreground, upper, width, weight, foreground_weight, walked, room)
+    return loss
+
+
+@compiled
+def _walk(background: Integers, foreground: Integers, left: int, union: int, walked: npt.NDArray[np.int64]) -> None:
+    """Writes G - n and G + b at the upper end of each bin, and behind the last."""
+    lefts, unions = walked[0], walked[1]
+    for i in range(len(background)):
+        lefts[i], unions[i] = left, union
+        left -= np.int64(np.uint64(foreground[i]) >> np.uint64(_REST_SUM_BITS))
+        union += np.int64(np.uint64(background[i]) >> np.uint64(_REST_SUM_BITS))
+    lefts[len(background)], unions[len(background)] = left, union
+
+
+@compiled
+def _fill_in(
+    background: Integers,
+    foreground: Integers,
+    upper: float,
+    width: float,
+    weight: float,
+    foreground_weight: float,
+    walked: npt.NDArray[np.int64],
+    room: npt.NDArray[np.float64],
+) -> float:
+    """Writes the entries of some bins of one octave; returns their share of the loss.
+
+    Args:
+        upper: the error of a pixel in the first of the bins whose rest is 0.
+        walked: as ``_walk`` has left it.
+    """
+    n = len(background)
+    lefts, unions, losses, over_union = walked[0], walked[1], room[0], room[1]
+    unit, to_slope = width / (1 << _REST_BITS), 1.0 / (1 << _REST_BITS)
+    for i in range(n + 1):
+        over_union[i] = 1.0 / _double(unions[i])
+    for i in range(n):
+        x, y = over_union[i], over_union[i + 1]
+        left, left_behind = _double(lefts[i]), _double(lefts[i + 1])
+        k, rest = _unpack(background[i])
+        mean = 0.5 * (left + left_behind) * x * y
+        slope = min(left * x * x - left_behind * y * y, 2.0 * mean) * to_slope
+        losses[i] = mean * (k * (upper - i * width) - rest * unit)
+        mean_rest = np.float64(f32(rest) / f32(max(k, 1.0)))
+        background[i] = _pack(weight * (mean + slope * mean_rest), weight * slope)
+    for i in range(n):
+        if foreground[i] != 0:  # Few are, mostly.
+            x, y = over_union[i], over_union[i + 1]
+            j, rest = _unpack(foreground[i])
+            mean, slope = 0.5 * (x + y), (x - y) * to_slope
+            losses[i] += mean * (j * (upper - i * width) - rest * unit)
+            foreground[i] = _pack(foreground_weight * (mean + slope * (rest / j)), foreground_weight * slope)
+    return _sum(losses[:n])
+
+
+@inlined
+def _unpack(word: int) -> tuple[float, float]:
+    """(pixels, sum of their rests)."""
+    return _double(np.int64(np.uint64(word) >> np.uint64(_REST_SUM_BITS))), _double(word & (_ONE - 1))
+
+
+@inlined
+def _pack(a: float, s: float) -> int:
+    """Both as float32 in a word."""
+    low = np.int64(float_bits(f32(a))) & np.int64(0xFFFFFFFF)
+    return low | (np.int64(float_bits(f32(s))) << np.int64(32))
+
+
+@inlined
+def _sum(values: npt.NDArray[np.float64]) -> float:
+    """In a fixed order: four sums side by side, which do not wait for each other."""
+    sums = np.zeros(4)
+    whole = len(values) // 4 * 4
+    for i in range(0, whole, 4):
+        for lane in range(4):
+            sums[lane] += values[i + lane]
+    for i in range(whole, len(values)):
+        sums[0] += values[i]
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+
+@inlined
+def _scale(octave: int, top: int) -> tuple[float, float, float]:
+    """The octave's largest float, the width of its bins, and what an error's rest loses by rounding, in the mean."""
+    if octave == _OCTAVES:
+        return 0.0, 0.0, 0.0
+    bits = max(_MIN_BITS, _MAX_BITS - octave // _PER_BIT)
+    lower = 2.0 ** (top - octave)
+    ulp = lower / (1 << 23)
+    coarser = 23 - bits - _REST_BITS
+    lost = 0.5 * ((1 << coarser) - 1) * ulp if coarser > 0 else 0.0
+    return 2.0 * lower - ulp, lower / (1 << bits), lost
+
+
+@compiled
+def clear(table: Integers, lowest: int, highest: int) -> None:
+    """Sets what ``count`` and ``scan``, which fills whole blocks of bins in, have used to 0 again."""
+    first, last = max(lowest - _BLOCK_BINS, 0), min(highest + _BLOCK_BINS, BINS)
+    table[first:last] = 0
+    table[BINS + first : BINS + last] = 0
+    table[2 * BINS] = 0
+
+
+@compiled
+def look_up(
+    errors: npt.NDArray[np.float32],
+    codes: Codes,
+    row: int,
+    foreground: int,
+    void: int,
+    ignored: int,
+    cut: bool,
+    top: int,
+    table: Integers,
+    images: Images,
+    first_image: int,
+    last_image: int,
+    start: int,
+    stop: int,
+    add: bool,
+) -> None:
+    """Writes (or adds) the gradient of the row's pixels in [start, stop), which stand in these images."""
+    entries = table.view(np.float32)
+    entries[4 * BINS : 4 * BINS + 2] = f32(0)
+    top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
+    nothing = top_bits if cut else i32(-1)  # how far an error of 0 lies below the top
+    places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
+    for image in range(first_image, last_image):
+        begin = images.start[image]
+        low, high = max(start, begin), min(stop, begin + images.pixels[image])
+        if low >= high:
+            continue
+        address = images.grads[image] + np.uint64(4 * images.pixels[image] * row)
+        grads = numba.carray(pointer(address), (images.pixels[image],), np.float32)
+        for first in range(low, high, _BLOCK_PIXELS):
+            n = min(_BLOCK_PIXELS, high - first)
+            error, code = errors[row, first : first + n], codes[first : first + n]
+            place, rest, grad = places[:n], rests[:n], grads[first - begin : first - begin + n]
+            for i in range(n):
+                distance = _distance(error[i], top_bits)
+                found, own = _bin(distance), i32(code[i])
+                found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
+                found = i32(2 * BINS) if own == void_code else found
+                found = i32(2 * BINS) if own == ignored_code else found
+                place[i] = i32(2 * BINS) if distance == nothing else found
+                rest[i] = _rest(distance)
+            if add:
+                for i in range(n):
+                    at = 2 * np.uint32(place[i])
+                    grad[i] += fma(-entries[at + 1], f32(rest[i]), entries[at])
+            else:
+                for i in range(n):
+                    at = 2 * np.uint32(place[i])
+                    grad[i] = fma(-entries[at + 1], f32(rest[i]), entries[at])

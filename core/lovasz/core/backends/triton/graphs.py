@@ -1,0 +1,176 @@
+"""CUDA graphs of batches that come again: trainers send the same shapes for days.
+
+A graph is recorded when a signature comes for the third time, over a workspace of its own; the addresses of the tensors
+are an input of it. Replaying takes the host two calls in place of a dozen. There is a bound on the number of graphs and
+on their memory, and the one that was used least recently goes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lovasz.core.backends.triton.plan import Plan, Workspace
+
+_log = logging.getLogger(__name__)
+
+RECORDED_AT = 3
+"""A signature is recorded when it comes for this time: the first two compile and try."""
+KEPT_GRAPHS = 8
+KEPT_SHARE = 1 / 16
+"""Of the device's memory."""
+PAUSE = 32
+"""A signature whose graph had to go has to come so many times more: recording costs more than a few launches."""
+
+
+class Recording:
+    """A plan's work as two graphs: until the faults of a batch are known, and the rest."""
+
+    def __init__(self, plan: Plan) -> None:
+        device = plan.signature.device
+        self.nbytes = plan.workspace_bytes
+        self._addresses = torch.empty(plan.address_bytes, dtype=torch.uint8, device=device)
+        # For ``single``, which has waited for the device when it returns, so that they can be used again.
+        self._pinned = torch.empty(plan.address_bytes, dtype=torch.uint8, pin_memory=True)
+        self._host_addresses = self._pinned.numpy().view(np.int64)
+        self._known = torch.cuda.Event()
+        self._done = torch.cuda.Event()
+        self._stream: int | None = None
+        self._begin, self._finish = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Other threads may go on using the device in the meantime.
+            self._begin.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.workspace = plan.begin(self._addresses)
+            finally:
+                self._begin.capture_end()
+            self._finish.capture_begin(pool=self._begin.pool(), capture_error_mode="thread_local")
+            try:
+                plan.finish(self.workspace)
+            finally:
+                self._finish.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._host_faults = torch.empty(self.workspace.faults.shape, dtype=torch.uint8, pin_memory=True)
+        self._faults = self._host_faults.numpy()
+
+    def is_free(self, stream: int) -> bool:
+        """Whether nothing is left to run on another stream than this one."""
+        return self._stream in (None, stream) or self._done.query()
+
+    def begin(self, addresses: Tensor, stream: int) -> Workspace:
+        """Queues the part after which a batch's faults are known; the caller copies these, and then calls ``finish``.
+
+        Args:
+            addresses: as bytes, in pinned memory.
+        """
+        self._stream = stream
+        self._addresses.copy_(addresses, non_blocking=True)
+        self._begin.replay()
+        return self.workspace
+
+    def finish(self) -> None:
+        """Queues the rest."""
+        self._finish.replay()
+
+    def single(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:
+        """Queues the work of a request of one plane, and waits until it is known whether it has a fault.
+
+        Args:
+            logits: an address, as ``labels``, ``grad`` and ``total``.
+
+        Returns:
+            Whether it has none. Else what is queued has no meaning.
+        """
+        self._host_addresses[:] = logits, labels, grad, total
+        self.begin(self._pinned, stream)
+        self._host_faults.copy_(self.workspace.faults, non_blocking=True)
+        self._known.record()
+        self.finish()
+        self._known.synchronize()
+        return not self._faults.any()
+
+    def used(self) -> None:
+        """The work that reads its results is queued."""
+        self._done.record()
+
+    def wait(self) -> None:
+        self._done.synchronize()
+
+
+class Graphs:
+    """The recordings of the latest signatures."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recordings: OrderedDict[Plan, Recording] = OrderedDict()
+        self._taken: set[Plan] = set()
+        self._works = True
+
+    def take(self, plan: Plan, stream: int) -> Recording | None:
+        """The recording of a plan; None where there is none, or where another thread or stream still works on it.
+
+        It is the caller's until ``put_back``.
+        """
+        with self._lock:
+            if plan in self._taken:
+                return None
+            recording = self._recordings.get(plan)
+            if recording is None:
+                plan.times_seen += 1
+                if plan.times_seen < RECORDED_AT or not self._works or not plan.is_ready:
+                    return None
+                recording = self._record(plan)
+                if recording is None:
+                    return None
+            elif not recording.is_free(stream):
+                return None
+            self._recordings.pop(plan, None)
+            self._taken.add(plan)
+            return recording
+
+    def put_back(self, plan: Plan, recording: Recording) -> None:
+        recording.used()
+        with self._lock:
+            self._taken.discard(plan)
+            self._recordings[plan] = recording
+
+    def _record(self, plan: Plan) -> Recording | None:
+        room = KEPT_SHARE * torch.cuda.get_device_properties(plan.signature.device).total_memory
+        if plan.workspace_bytes > room:
+            return None
+        while self._recordings and (
+            len(self._recordings) >= KEPT_GRAPHS
+            or sum(known.nbytes for known in self._recordings.values()) + plan.workspace_bytes > room
+        ):
+            evicted, recording = self._recordings.popitem(last=False)
+            recording.wait()
+            evicted.times_seen = -PAUSE
+        try:
+            return Recording(plan)
+        except torch.OutOfMemoryError:
+            plan.times_seen = -PAUSE
+        except Exception:
+            self._works = False
+            _log.exception("CUDA graphs cannot be recorded here; batches are launched kernel by kernel")
+        return None
+
+    def clear(self) -> None:
+        """Gives the memory of all graphs back."""
+        with self._lock:
+            for plan, recording in self._recordings.items():
+                recording.wait()
+                plan.times_seen = 0
+            self._recordings.clear()
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+
+GRAPHS = Graphs()

@@ -1,0 +1,177 @@
+"""What becomes of each segment, worked out on the GPU from the counts of the first sweep."""
+
+import triton
+import triton.language as tl
+
+from lovasz.core.backends.triton.columns import (
+    ABSENT,
+    CROSS_COLUMNS,
+    CROSS_LARGEST,
+    CROSS_MEAN,
+    CROSS_SUM,
+    CROSS_UNIT,
+    GROUP_BINS,
+    GROUP_BUCKETS,
+    GROUP_COLUMNS,
+    GROUP_COUNTERS,
+    GROUP_RANKED_BELOW,
+    GROUP_SHARE,
+    GROUP_TERM,
+    PASSED_OVER,
+    SCORED,
+    SEGMENT_COLUMNS,
+    SEGMENT_FOREGROUND,
+    SEGMENT_LARGEST,
+    SEGMENT_LOSS,
+    SEGMENT_STATE,
+    SEGMENT_UNIT,
+    SEGMENT_VALID,
+    SEGMENT_WEIGHT,
+    TERM_COLUMNS,
+    TERM_LISTS_CLASSES,
+)
+from lovasz.core.backends.triton.tables import NO_SIGN, power_of_two
+
+FIXED_POINT_BITS = tl.constexpr(60)
+"""A segment's loss is at most its largest error (the g add up to at most 1): in units of 2^-60 of that."""
+
+
+SEGMENTS_AT_ONCE = tl.constexpr(128)
+
+
+@triton.jit
+def buckets_to_rank(group, foreground):
+    """How many buckets of a segment's pixels are sorted."""
+    buckets = tl.load(group + GROUP_BUCKETS).to(tl.int32)
+    return tl.where(foreground < tl.load(group + GROUP_RANKED_BELOW), buckets, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "joints"])
+def plan_softmax(
+    groups,
+    terms,
+    counters,
+    class_weights,
+    class_flags,
+    segments,
+    least,
+    ranked,
+    ranked_rows,
+    cross_counters,
+    cross_class_weights,
+    cross_factors,
+    cross_sums,
+    cross_scales,
+    cross_sizes,
+    rows,
+    channels,
+    joints,
+    CHANNELS_PADDED: tl.constexpr,
+):
+    """One program a group of each Lovász term, and one a joint of each cross-entropy term.
+
+    Args:
+        counters: int32: of each group its pixels of each class, and the inverted bits of their smallest errors.
+        class_weights: float64, shape (terms, channels): with the terms' own weights.
+        class_flags: int64, shape (terms, channels): which classes are listed.
+        least: int32, one a segment, a result: the bits of the smallest error that takes part.
+        ranked: int32, one a segment, a result: how many of its buckets are sorted; ``ranked_rows`` is not 0 where any.
+        cross_counters: int64, one a cross-entropy term: where its first joint's counters begin.
+        cross_class_weights: float64, shape (cross-entropy terms, channels).
+        cross_factors: float64, shape (cross-entropy terms, 2): the term's weight times what the label's part of the
+            target is multiplied with, and times what is spread over each class.
+        cross_scales: float32, shape (joints, cross-entropy terms, 2), a result: what a pixel's class weight is
+            multiplied with to be its pull, and the spread of the smoothed part.
+        cross_sizes: float64, one a joint: its pixels.
+    """
+    program = tl.program_id(0)
+    k = tl.arange(0, CHANNELS_PADDED)
+    inside = k < channels
+    if program < rows:
+        group = groups + program * GROUP_COLUMNS
+        term = tl.load(group + GROUP_TERM)
+        own = counters + tl.load(group + GROUP_COUNTERS)
+        foreground = tl.load(own + k, mask=inside, other=0)
+        valid = tl.sum(foreground)
+        is_present = foreground > 0
+        is_listed = (tl.load(class_flags + term * channels + k, mask=inside, other=0) != 0) & (valid > 0)
+        is_scored = tl.where(tl.load(terms + term * TERM_COLUMNS + TERM_LISTS_CLASSES) != 0, is_listed, is_present)
+        scored_classes = tl.maximum(tl.sum(is_scored.to(tl.int32)), 1)
+        share = tl.load(group + GROUP_SHARE).to(tl.float64, bitcast=True) / scored_classes.to(tl.float64)
+        weights = tl.load(class_weights + term * channels + k, mask=inside, other=0.0) * share
+        counts_errors = is_scored & is_present & (tl.load(group + GROUP_BINS) > 0)
+        number = program * channels + k
+        segment = segments + number.to(tl.int64) * SEGMENT_COLUMNS
+        state = tl.where(is_scored, tl.where(is_present, SCORED, ABSENT), PASSED_OVER).to(tl.int64)
+        tl.store(segment + SEGMENT_STATE, state, mask=inside)
+        tl.store(segment + SEGMENT_UNIT, tl.zeros_like(state) - FIXED_POINT_BITS, mask=inside)
+        tl.store(segment + SEGMENT_FOREGROUND, foreground.to(tl.int64), mask=inside)
+        tl.store(segment + SEGMENT_VALID, tl.zeros_like(state) + valid, mask=inside)
+        tl.store(segment + SEGMENT_WEIGHT, weights.to(tl.int64, bitcast=True), mask=inside)
+        inverted = tl.load(own + channels + k, mask=inside, other=0)
+        # What is sorted whole has no least error; what is not scored, and an absent class's table, counts none.
+        is_sorted = is_scored & (tl.zeros_like(foreground) + tl.load(group + GROUP_BINS) == 0)
+        smallest = tl.where(counts_errors, NO_SIGN - inverted, tl.where(is_sorted, 0, NO_SIGN))
+        tl.store(least + number, smallest, mask=inside)
+        buckets = tl.where(counts_errors, buckets_to_rank(group, foreground), 0)
+        tl.store(ranked + number, buckets, mask=inside)
+        tl.store(ranked_rows + program, tl.max(buckets, axis=0))
+    else:
+        entropy = (program - rows) // joints
+        joint = (program - rows) - entropy * joints
+        own = counters + tl.load(cross_counters + entropy) + joint * 2 * channels
+        counts = tl.load(own + k, mask=inside, other=0).to(tl.float64)
+        total = tl.sum(counts * tl.load(cross_class_weights + entropy * channels + k, mask=inside, other=0.0))
+        mean = tl.where(total > 0, 1.0 / total, 0.0)
+        row = cross_sums + (program - rows) * CROSS_COLUMNS
+        # A joint's sum is at most its largest term times the number of its pixels.
+        largest = tl.load(row + CROSS_LARGEST).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+        bound = (largest * tl.load(cross_sizes + joint)).to(tl.int64, bitcast=True)
+        unit = ((bound >> 52) & 0x7FF) - 1022 - FIXED_POINT_BITS
+        tl.store(row + CROSS_UNIT, tl.where(largest > 0, unit, 0))
+        tl.store(row + CROSS_MEAN, mean.to(tl.int64, bitcast=True))
+        scales = cross_scales + 2 * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
+        tl.store(scales, (mean * tl.load(cross_factors + 2 * entropy)).to(tl.float32))
+        tl.store(scales + 1, (mean * tl.load(cross_factors + 2 * entropy + 1)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["channels", "segment_count", "cross_count"])
+def add_up(
+    groups,
+    segments,
+    cross_sums,
+    cross_weights,
+    loss_address,
+    channels,
+    segment_count,
+    cross_count,
+):
+    """The loss of a batch of one joint, to where it is wanted. One program.
+
+    Args:
+        cross_weights: float64, one a cross-entropy term.
+        loss_address: int64: the address of a float32, or 0.
+    """
+    address = tl.load(loss_address)
+    if address != 0:
+        total = tl.zeros([SEGMENTS_AT_ONCE], tl.float64)
+        for start in range(0, segment_count, SEGMENTS_AT_ONCE):
+            number = start + tl.arange(0, SEGMENTS_AT_ONCE)
+            inside = number < segment_count
+            segment = segments + number.to(tl.int64) * SEGMENT_COLUMNS
+            state = tl.load(segment + SEGMENT_STATE, mask=inside, other=PASSED_OVER)
+            has_table = tl.load(groups + number // channels * GROUP_COLUMNS + GROUP_BINS, mask=inside, other=0) > 0
+            largest = tl.load(segment + SEGMENT_LARGEST, mask=inside, other=0) >> 32
+            largest = largest.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+            unit = tl.load(segment + SEGMENT_UNIT, mask=inside, other=0)
+            loss = tl.load(segment + SEGMENT_LOSS, mask=inside, other=0).to(tl.float64) * power_of_two(unit)
+            weight = tl.load(segment + SEGMENT_WEIGHT, mask=inside, other=0).to(tl.float64, bitcast=True)
+            loss = tl.where(has_table & (state == ABSENT), largest, loss)
+            total += tl.where(state != PASSED_OVER, weight * loss, 0.0)
+        value = tl.sum(total)
+        for entropy in range(cross_count):
+            row = cross_sums + entropy * CROSS_COLUMNS
+            mean = tl.load(row + CROSS_MEAN).to(tl.float64, bitcast=True)
+            loss = tl.load(row + CROSS_SUM).to(tl.float64) * power_of_two(tl.load(row + CROSS_UNIT)) * mean
+            value += tl.load(cross_weights + entropy) * loss
+        tl.store(address.to(tl.pointer_type(tl.float32)), value.to(tl.float32))

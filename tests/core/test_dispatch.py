@@ -1,0 +1,181 @@
+"""Which way a request is computed, and what is said where a faster one is missing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from core.comparison import bits, normal, random_labels
+
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
+from lovasz.core.batch import Request
+from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
+from lovasz.core.dispatch import Backend, choose, submit
+from lovasz.spec import InvalidInput, LossLike, Result, weighted_sum
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIDE = int(SORTED_BELOW_PIXELS**0.5)
+PER_IMAGE = LovaszSoftmax(per_image=True)
+
+
+def a_request(loss: LossLike, images: int, side: int, dtype: torch.dtype = torch.float32) -> Request:
+    """Tensors of one element's memory."""
+    logits = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(images, 2, side, side)
+    return Request.checked(logits, torch.zeros(1, 1, 1).int().expand(images, side, side), weighted_sum(loss))
+
+
+@pytest.fixture
+def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "triton_works", lambda device: True)
+
+
+@pytest.mark.usefixtures("everything_installed")
+@pytest.mark.parametrize(
+    ("loss", "images", "side", "dtype", "device", "expected"),
+    [
+        (LovaszSoftmax(), 1, 8, torch.float32, CPU, Backend.NUMBA),
+        (LovaszSoftmax(), 1, SIDE, torch.bfloat16, CPU, Backend.NUMBA),
+        (LovaszSoftmax(), 1, 8, torch.float64, CPU, Backend.TORCH),
+        (LovaszSoftmax(), 1, SIDE, torch.float64, CUDA, Backend.TORCH),
+        (LovaszSoftmax(), 1, 1, torch.float32, CUDA, Backend.TRITON),
+        (LovaszSoftmax(), 4, SIDE // 2, torch.float16, CUDA, Backend.TRITON),
+        (LovaszSoftmax(), MAX_PIXELS // SIDE**2, SIDE, torch.float32, CUDA, Backend.TORCH),
+        (PER_IMAGE, 4, SIDE, torch.float32, CUDA, Backend.TRITON),
+        (PER_IMAGE, dispatch.TRITON_SEGMENTS, 1, torch.float32, CUDA, Backend.TORCH),
+        ([(1.0, LovaszSoftmax()), (1.0, PER_IMAGE)], 4, SIDE // 2, torch.float32, CUDA, Backend.TRITON),
+        (CrossEntropy(), 4, SIDE, torch.float32, CUDA, Backend.TRITON),
+        (LovaszSoftmax(), 40, 2**10, torch.float32, CUDA, Backend.TRITON),
+    ],
+)
+def test_a_request_takes_the_fastest_way_that_is_exact_enough(
+    loss: LossLike, images: int, side: int, dtype: torch.dtype, device: torch.device, expected: Backend
+) -> None:
+    assert choose([a_request(loss, images, side, dtype)], weighted_sum(loss), device) is expected
+
+
+@pytest.mark.usefixtures("everything_installed")
+def test_labels_of_more_pixels_than_31_bits_can_number_are_left_to_torch() -> None:
+    loss = weighted_sum(LovaszHinge(multilabel=True))
+    few, many = (
+        Request.checked(
+            torch.zeros(1).expand(1, channels, 2**13, 2**12),
+            torch.zeros(1).int().expand(1, channels, 2**13, 2**12),
+            loss,
+        )
+        for channels in (63, 64)
+    )
+    assert choose([few], loss, CUDA) is Backend.TRITON
+    assert choose([many], loss, CUDA) is Backend.TORCH
+    assert choose([few, few], loss, CUDA) is Backend.TORCH
+
+
+@pytest.mark.usefixtures("everything_installed")
+def test_nothing_to_advise_where_all_is_there() -> None:
+    assert dispatch.advice(CPU) is None
+    assert dispatch.advice(CUDA) is None
+
+
+def test_without_the_compilers_torch_computes_and_something_faster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "installed", lambda package: False)
+    dispatch.triton_works.cache_clear()
+    for device, word in ((CPU, "lovasz[cpu]"), (CUDA, "triton")):
+        assert choose([a_request(LovaszSoftmax(), 1, SIDE)], weighted_sum(LovaszSoftmax()), device) is Backend.TORCH
+        assert word in str(dispatch.advice(device))
+    dispatch.warm_up(CPU)
+    dispatch.triton_works.cache_clear()
+
+
+def test_a_triton_that_cannot_compile_is_tried_once_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def fail(*arguments: object) -> None:
+        tried.append(arguments)
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(dispatch, "installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "_compute_small", fail)
+    dispatch.triton_works.cache_clear()
+    with caplog.at_level(logging.ERROR):
+        for _ in range(2):
+            request = a_request(LovaszSoftmax(), 1, SIDE)
+            assert choose([request], weighted_sum(LovaszSoftmax()), CUDA) is Backend.TORCH
+    dispatch.triton_works.cache_clear()
+    assert len(tried) == 1
+    assert "Failed to find C compiler" in caplog.text
+
+
+def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [Backend.NUMBA_SORTED, Backend.TORCH, Backend.NUMBA_TABLES, Backend.TORCH]
+    total = weighted_sum(LovaszHinge())
+    requests = [
+        Request.checked(normal(1, 30, seed=i, dtype=torch.float32), random_labels(1, 30, values=2, seed=i), total)
+        for i in range(len(taken))
+    ]
+    alone = [
+        submit([request], total, CPU, backend=path).collect()[0] for request, path in zip(requests, taken, strict=True)
+    ]
+    way = {id(request): path for request, path in zip(requests, taken, strict=True)}
+    monkeypatch.setattr("lovasz.core.dispatch.choose", lambda joint, loss, device: way[id(joint[0])])
+    together = submit(requests, total, CPU).collect()
+    for answer, expected in zip(together, alone, strict=True):
+        assert isinstance(answer, Result)
+        assert isinstance(expected, Result)
+        assert bits(answer) == bits(expected)
+
+
+def test_warm_up_compiles_everything_that_a_request_needs(threads: None) -> None:
+    """After it no request compiles anything; what is compiled is counted by Numba itself."""
+    pytest.importorskip("numba")
+    from lovasz.core.backends.numba import cross_entropy, hinge, segments, softmax
+
+    loops = [
+        softmax.prepare,
+        softmax.prepare_probabilities,
+        softmax.finish,
+        cross_entropy.add_losses,
+        hinge.prepare,
+        segments.score,
+    ]
+    dispatch.warm_up(CPU)
+    before = [len(loop.signatures) for loop in loops]  # type: ignore[attr-defined]
+    assert all(before)
+    for loss in (
+        LovaszSoftmax(per_image=True, ignore_index=255, class_weights=[1.0, 2.0]),
+        [(1.0, CrossEntropy(ignore_index=1)), (0.5, LovaszSoftmax(classes="all"))],
+        LovaszSoftmax(input="probabilities"),
+        LovaszHinge(multilabel=True),
+    ):
+        total = weighted_sum(loss)
+        for dtype in (torch.float32, torch.float16):
+            for label_dtype in (torch.uint8, torch.int64, torch.bool):
+                logits = normal(2, 2, 5, 6, seed=1, dtype=dtype).abs().clamp(max=1)
+                shape = logits.shape if total.is_hinge else (2, 5, 6)
+                labels = random_labels(*shape, values=2, seed=2).to(label_dtype)
+                for path in (Backend.NUMBA, Backend.NUMBA_TABLES):
+                    (answer,) = submit([Request.checked(logits, labels, total)], total, CPU, backend=path).collect()
+                    assert isinstance(answer, Result)
+    assert [len(loop.signatures) for loop in loops] == before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "device", "problem"),
+    [
+        ("numba", torch.float32, CPU, "got 'numba'; expected None or one of lovasz.core.dispatch.Backend"),
+        (Backend.NUMBA, torch.float64, CPU, "got Backend.NUMBA for logits of float64; expected None or Backend.TORCH"),
+        (Backend.NUMBA_TABLES, torch.float32, CUDA, "got Backend.NUMBA_TABLES for logits on cuda; expected"),
+        (Backend.TRITON, torch.float32, CPU, "got Backend.TRITON, but triton is not installed; expected"),
+    ],
+)
+def test_a_way_that_cannot_be_taken_is_refused(
+    backend: Backend, dtype: torch.dtype, device: torch.device, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "installed", lambda package: package == "numba")
+    total = weighted_sum(LovaszSoftmax())
+    with pytest.raises(InvalidInput) as caught:
+        submit([a_request(total, 1, 8, dtype)], total, device, backend=backend)
+    assert caught.value.field == "backend"
+    assert caught.value.problem.startswith(problem)
