@@ -9,8 +9,8 @@ import numpy.typing as npt
 from numpy import float32 as f32
 
 from lovasz.core.backends.numba.elementary import log, log1p
-from lovasz.core.backends.numba.images import Blocks, Codes, Floats, Images, Integers, claim
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
+from lovasz.core.backends.numba.planes import Blocks, Codes, Floats, Integers, Planes, claim
 
 
 class CrossEntropies(NamedTuple):
@@ -90,18 +90,18 @@ def pixel_losses(
 def add_losses(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     losses: Floats,
     scales: npt.NDArray[np.float64],
     sums: Integers,
 ) -> None:
     """Adds each joint's losses as integers: each rounded to a multiple of 1 / scale."""
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        start, joint = images.start[image], images.joint[image]
+        plane = blocks.plane[task]
+        start, joint = planes.start[plane], planes.joint[plane]
         local = np.int64(0)
         for i in range(start + blocks.first[task], start + blocks.last[task]):
             local += np.int64(np.rint(np.float64(losses[i]) * scales[joint]))

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _digest() -> str:
     """Changes with any source that compiled functions are made of."""
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), here.parents[1] / "bins.py"]
+    sources = [*sorted(here.glob("*.py")), here.parents[1] / "tables.py", here.parents[1] / "scoring.py"]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
@@ -29,14 +29,16 @@ _DIGEST = _digest()
 def compiled(function: F) -> F:
     """Compiles a function when it is first called, to run without the GIL; kept on disk where that can be written.
 
-    Numba would take what it finds there for stale by the age of the function's own file alone, and so run what other
-    files had once put into it. Here all of them count.
+    Numba judges by the age of the function's own file whether what it finds there is stale, and so would run code
+    inlined from files that have changed since. Here all source files count. The digest stands in for Numba's version,
+    too, as the index is unpickled only if that agrees: it names classes that may have moved.
     """
     try:
         dispatcher = numba.njit(function, nogil=True, cache=True, error_model="numpy")
-        if not hasattr(dispatcher._cache._cache_file, "_source_stamp"):
+        cache_file = dispatcher._cache._cache_file
+        if not (hasattr(cache_file, "_source_stamp") and hasattr(cache_file, "_version")):
             raise RuntimeError("this Numba keeps its stamp elsewhere")
-        dispatcher._cache._cache_file._source_stamp = _DIGEST
+        cache_file._source_stamp, cache_file._version = _DIGEST, (cache_file._version, _DIGEST)
     except (AttributeError, RuntimeError):  # Or there is no folder that can be written to.
         dispatcher = numba.njit(function, nogil=True, error_model="numpy")
     return cast(F, dispatcher)

@@ -9,36 +9,39 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz.core.backends.numba import sorting, tables
-from lovasz.core.backends.numba.images import Floats, Images, Integers, claim
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
+from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.sorting import Keys
+from lovasz.core.scoring import State
 
-ABSENT, SORTED, COUNTED = range(3)
+ABSENT = int(State.ABSENT)
 
 
 class Segments(NamedTuple):
     """Tasks, one entry a segment.
 
     Attributes:
-        how: ABSENT (no foreground: a maximum), SORTED or COUNTED.
+        state: a ``State``; ABSENT or SCORED.
+        counted: whether it is counted in a table; if not, it is sorted.
         row: the row of errors, and of gradients.
         code_row: the row of codes.
         foreground: the code of its foreground.
         foreground_count: pixels that have it.
-        first_image, last_image: its images are [first, last).
+        first_plane, stop_plane: its planes are [first, last).
         start, stop: its pixels in the row are [start, stop).
-        top: for COUNTED, the exponent of the largest error (or more).
+        top: where it is counted, the exponent of the largest error (or more).
         weight: what background's gradients are multiplied with.
         foreground_weight: likewise foreground's.
     """
 
-    how: Integers
+    state: Integers
+    counted: npt.NDArray[np.bool_]
     row: Integers
     code_row: Integers
     foreground: Integers
     foreground_count: Integers
-    first_image: Integers
-    last_image: Integers
+    first_plane: Integers
+    stop_plane: Integers
     start: Integers
     stop: Integers
     top: Integers
@@ -71,7 +74,7 @@ def score(
     tasks: Integers,
     segments: Segments,
     rules: Rules,
-    images: Images,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     losses: npt.NDArray[np.float64],
@@ -90,20 +93,20 @@ def score(
         s = claim(tasks, len(segments.row))
         if s >= len(segments.row):
             break
-        if segments.how[s] == COUNTED:
+        if segments.counted[s]:
             lowest, highest = count_range(segments, s, rules, errors, codes, segments.start[s], segments.stop[s], table)
             is_fine = keeps_order(segments, s, rules, lowest, highest, table)
             if is_fine:
                 losses[s] = scan(segments, s, lowest, highest, table)
                 if rules.want_grad:
-                    look_up_range(segments, s, rules, images, errors, codes, segments.start[s], segments.stop[s], table)
+                    look_up_range(segments, s, rules, planes, errors, codes, segments.start[s], segments.stop[s], table)
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
         error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
         code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         g = room[: len(error)] if rules.want_grad else room[:0]
-        if segments.how[s] == ABSENT:
+        if segments.state[s] == ABSENT:
             losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
         else:
             losses[s] = sorting.extension(
@@ -120,7 +123,7 @@ def score(
                 g,
             )
         if rules.want_grad:
-            _hand_out(segments, s, rules, images, g)
+            _hand_out(segments, s, rules, planes, g)
 
 
 @compiled
@@ -166,7 +169,7 @@ def look_up_range(
     segments: Segments,
     s: int,
     rules: Rules,
-    images: Images,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     start: int,
@@ -184,9 +187,9 @@ def look_up_range(
         rules.cut,
         segments.top[s],
         table,
-        images,
-        segments.first_image[s],
-        segments.last_image[s],
+        planes,
+        segments.first_plane[s],
+        segments.stop_plane[s],
         start,
         stop,
         rules.add,
@@ -194,13 +197,13 @@ def look_up_range(
 
 
 @compiled
-def _hand_out(segments: Segments, s: int, rules: Rules, images: Images, g: Floats) -> None:
-    """Copies a segment's gradients to those of its images."""
-    for image in range(segments.first_image[s], segments.last_image[s]):
-        pixels = images.pixels[image]
-        address = images.grads[image] + np.uint64(4 * pixels * segments.row[s])
+def _hand_out(segments: Segments, s: int, rules: Rules, planes: Planes, g: Floats) -> None:
+    """Copies a segment's gradients to those of its planes."""
+    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+        pixels = planes.pixels[plane]
+        address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
         grads = numba.carray(pointer(address), (pixels,), np.float32)
-        own = g[images.start[image] - segments.start[s] :][:pixels]
+        own = g[planes.start[plane] - segments.start[s] :][:pixels]
         if rules.add:
             for i in range(pixels):
                 grads[i] += own[i]
@@ -293,7 +296,7 @@ def look_up_parts(
     parts: Parts,
     segments: Segments,
     rules: Rules,
-    images: Images,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     is_fine: npt.NDArray[np.bool_],
@@ -307,4 +310,4 @@ def look_up_parts(
         if not is_fine[parts.segment[p]]:
             continue
         table = part_tables[table_of_part[p]]
-        look_up_range(segments, parts.segment[p], rules, images, errors, codes, parts.start[p], parts.stop[p], table)
+        look_up_range(segments, parts.segment[p], rules, planes, errors, codes, parts.start[p], parts.stop[p], table)

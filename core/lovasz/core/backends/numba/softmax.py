@@ -15,19 +15,19 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.images import (
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
+from lovasz.core.backends.numba.planes import (
     FLOAT32,
     Blocks,
     Codes,
     Floats,
-    Images,
     Integers,
     Labelling,
+    Planes,
     claim,
     read_codes,
     widen,
 )
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
 
 BLOCK_ELEMENTS = 1 << 15
 """Classes x pixels that are worked on together: 128 KiB of float32, a part of a core's second-level cache."""
@@ -37,9 +37,9 @@ class Counts(NamedTuple):
     """Pixels counted, int64, each flat.
 
     Attributes:
-        labels: (images x K): pixels of each class.
-        predictions: (images x K): pixels predicted as each class.
-        hits: (images x K): pixels predicted right.
+        labels: (planes x K): pixels of each class.
+        predictions: (planes x K): pixels predicted as each class.
+        hits: (planes x K): pixels predicted right.
         faults: (3 x joints): bad labels, pixels that are not finite, pixels with probabilities out of range.
     """
 
@@ -58,7 +58,7 @@ def block_pixels(channels: int) -> int:
 def prepare(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     logits_kind: int,
     labelling: Labelling,
     errors: npt.NDArray[np.float32],
@@ -78,20 +78,20 @@ def prepare(
     label_exponential, label_shifted = np.empty(size, f32), np.empty(size, f32)
     local = np.empty((3, channels), np.int64)
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint = images.joint[image]
+        plane = blocks.plane[task]
+        joint = planes.joint[plane]
         local[:] = 0
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
-            start = images.start[image] + first
+            start = planes.start[plane] + first
             code = codes[start : start + n]
             m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
             t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
-            bad = read_codes(images.label_kind[image], images.labels[image], first, labelling, code)
-            _read(images, image, logits_kind, first, errors, start, m, p, nf)
+            bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
+            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     weighted_logits(entropies, term, errors, start, m)
@@ -131,7 +131,7 @@ def prepare(
             infinite = _count(code, p, nf, labelling, local)
             atomic_add(counts.faults, joint, bad)
             atomic_add(counts.faults, joints + joint, infinite)
-        _add_counts(counts, local, image)
+        _add_counts(counts, local, plane)
 
 
 # Loops over pixels touch few arrays each: of more, the compiler does not prove that they do not overlap.
@@ -139,8 +139,8 @@ def prepare(
 
 @compiled
 def _read(
-    images: Images,
-    image: int,
+    planes: Planes,
+    plane: int,
     logits_kind: int,
     first: int,
     out: npt.NDArray[np.float32],
@@ -150,12 +150,12 @@ def _read(
     not_finite: Floats,
 ) -> None:
     """Reads logits into rows; writes each pixel's largest, the first class that has it, and 0 if all are finite."""
-    plane = np.uint64(images.pixels[image] * (4 if logits_kind == FLOAT32 else 2))
+    row_bytes = np.uint64(planes.pixels[plane] * (4 if logits_kind == FLOAT32 else 2))
     n = len(maximum)
     not_finite[:] = f32(0)
     for k in range(len(out)):
         row = out[k, start : start + n]
-        widen(logits_kind, images.logits[image] + plane * np.uint64(k), first, row)
+        widen(logits_kind, planes.logits[plane] + row_bytes * np.uint64(k), first, row)
         for i in range(n):
             not_finite[i] += row[i] * f32(0)  # NaN where it is not finite
         if k == 0:
@@ -179,7 +179,7 @@ def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats)
 def prepare_probabilities(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     logits_kind: int,
     labelling: Labelling,
     tolerance: f32,
@@ -194,19 +194,19 @@ def prepare_probabilities(
     smallest = np.empty(size, f32)
     local = np.empty((3, channels), np.int64)
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint = images.joint[image]
+        plane = blocks.plane[task]
+        joint = planes.joint[plane]
         local[:] = 0
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
-            start = images.start[image] + first
+            start = planes.start[plane] + first
             code = codes[start : start + n]
             m, p, nf, low = maximum[:n], prediction[:n], not_finite[:n], smallest[:n]
-            bad = read_codes(images.label_kind[image], images.labels[image], first, labelling, code)
-            _read(images, image, logits_kind, first, errors, start, m, p, nf)
+            bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
+            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
             low[:] = errors[0, start : start + n]
             for k in range(channels):
                 row = errors[k, start : start + n]
@@ -223,7 +223,7 @@ def prepare_probabilities(
             atomic_add(counts.faults, joint, bad)
             atomic_add(counts.faults, joints + joint, infinite)
             atomic_add(counts.faults, 2 * joints + joint, out_of_range)
-        _add_counts(counts, local, image)
+        _add_counts(counts, local, plane)
 
 
 @compiled
@@ -244,19 +244,19 @@ def _count(
 
 
 @compiled
-def _add_counts(counts: Counts, local: Integers, image: int) -> None:
+def _add_counts(counts: Counts, local: Integers, plane: int) -> None:
     channels = local.shape[1]
     for k in range(channels):
-        atomic_add(counts.labels, image * channels + k, local[0, k])
-        atomic_add(counts.predictions, image * channels + k, local[1, k])
-        atomic_add(counts.hits, image * channels + k, local[2, k])
+        atomic_add(counts.labels, plane * channels + k, local[0, k])
+        atomic_add(counts.predictions, plane * channels + k, local[1, k])
+        atomic_add(counts.hits, plane * channels + k, local[2, k])
 
 
 @compiled
 def finish(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     labelling: Labelling,
     errors: npt.NDArray[np.float32],
     codes: Codes,
@@ -264,13 +264,13 @@ def finish(
     entropies: CrossEntropies,
     scored: npt.NDArray[np.bool_],
 ) -> None:
-    """Turns the gradient g in the errors, which stands in the images' gradients, into that in the logits.
+    """Turns the gradient g in the errors, which stands in the planes' gradients, into that in the logits.
 
     With h_k = dloss/dp_k = g_k, and -g_y on the label's class y: dloss/dz_k = p_k (h_k - sum_j p_j h_j). On the label's
     class, 1 - p_y is the sum of the others, so nothing cancels (docs/mathematics.md, section 8).
 
     Args:
-        scored: (images, K): where g has been written; it is 0 elsewhere.
+        scored: (planes, K): where g has been written; it is 0 elsewhere.
     """
     channels = labelling.values
     size = block_pixels(channels)
@@ -282,20 +282,20 @@ def finish(
         np.empty(size, f32),
     )
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint, pixels = images.joint[image], images.pixels[image]
-        grads = numba.carray(pointer(images.grads[image]), (channels, pixels), np.float32)
+        plane = blocks.plane[task]
+        joint, pixels = planes.joint[plane], planes.pixels[plane]
+        grads = numba.carray(pointer(planes.grads[plane]), (channels, pixels), np.float32)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
-            start = images.start[image] + first
+            start = planes.start[plane] + first
             code, py = codes[start : start + n], label_probability[start : start + n]
             o, gy, ey, pulled = others[:n], label_g[:n], label_error[:n], pull[:n]
             for k in range(channels):
                 g = copied[k, :n]
-                if scored[image, k]:
+                if scored[plane, k]:
                     g[:] = grads[k, first : first + n]
                 else:
                     g[:] = f32(0)

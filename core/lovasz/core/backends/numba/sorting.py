@@ -7,8 +7,8 @@ import numpy.typing as npt
 from numpy import int32 as i32
 from numpy import uint64 as u64
 
-from lovasz.core.backends.numba.images import Codes, Floats
 from lovasz.core.backends.numba.intrinsics import bits_float, compiled, float_bits
+from lovasz.core.backends.numba.planes import Codes, Floats
 
 Keys = npt.NDArray[np.uint64]
 

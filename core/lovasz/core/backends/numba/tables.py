@@ -1,6 +1,6 @@
 """The Lovász extension by counting: errors fall into bins, and each pixel's gradient is looked up in its bin.
 
-The bins are those of :mod:`lovasz.core.bins`; docs/mathematics.md, section 11, derives what stands in them.
+The bins are those of ``bins``; docs/mathematics.md, section 11, derives what the scan writes into them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import numpy.typing as npt
 from numpy import float32 as f32
 from numpy import int32 as i32
 
-from lovasz.core import bins
-from lovasz.core.backends.numba.images import Codes, Floats, Images, Integers
+from lovasz.core.backends.numba import bins
 from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
+from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
+from lovasz.core.tables import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
-_OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, bins.REST_BITS, bins.REST_SUM_BITS
-_ONE = np.int64(1 << bins.REST_SUM_BITS)
+_OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, REST_BITS, REST_SUM_BITS
+_ONE = np.int64(1 << REST_SUM_BITS)
 _FIRST_BINS = np.array([*bins.first_bins(), BINS], np.int64)
 
 _BLOCK_PIXELS = 1024
@@ -283,26 +284,26 @@ def look_up(
     cut: bool,
     top: int,
     table: Integers,
-    images: Images,
-    first_image: int,
-    last_image: int,
+    planes: Planes,
+    first_plane: int,
+    stop_plane: int,
     start: int,
     stop: int,
     add: bool,
 ) -> None:
-    """Writes (or adds) the gradient of the row's pixels in [start, stop), which stand in these images."""
+    """Writes (or adds) the gradient of the row's pixels in [start, stop), which stand in these planes."""
     entries = table.view(np.float32)
     entries[4 * BINS : 4 * BINS + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # how far an error of 0 lies below the top
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
-    for image in range(first_image, last_image):
-        begin = images.start[image]
-        low, high = max(start, begin), min(stop, begin + images.pixels[image])
+    for plane in range(first_plane, stop_plane):
+        begin = planes.start[plane]
+        low, high = max(start, begin), min(stop, begin + planes.pixels[plane])
         if low >= high:
             continue
-        address = images.grads[image] + np.uint64(4 * images.pixels[image] * row)
-        grads = numba.carray(pointer(address), (images.pixels[image],), np.float32)
+        address = planes.grads[plane] + np.uint64(4 * planes.pixels[plane] * row)
+        grads = numba.carray(pointer(address), (planes.pixels[plane],), np.float32)
         for first in range(low, high, _BLOCK_PIXELS):
             n = min(_BLOCK_PIXELS, high - first)
             error, code = errors[row, first : first + n], codes[first : first + n]

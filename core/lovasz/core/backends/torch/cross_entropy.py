@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over a ragged batch, with torch's class weights, ignore_index and label smoothing."""
+"""Softmax cross-entropy, with the class weights, ``ignore_index`` and label smoothing of torch's own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lovasz.core.backends.torch.flat import Flat
 from lovasz.core.backends.torch.segments import exact_sum, on_device
 from lovasz.core.backends.torch.softmax import Softmax, sum_over_classes
-from lovasz.core.batch import Ragged
-from lovasz.spec import CrossEntropy
+from lovasz.core.plan import Term
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,30 @@ class Part:
         grad += probabilities.mul_(total).sub_(self.class_weights.unsqueeze(1)).mul_(self.spread)
 
 
-def cross_entropy(
-    loss: CrossEntropy, weight: float, batch: Ragged, softmax: Softmax, labels: Tensor, valid: Tensor, counts: Tensor
-) -> Part:
-    """Args:
-    weight: the term's weight, which goes into the gradient and not into the loss.
-    labels: int64, shape (P,), in [0, K).
-    valid: bool, shape (P,): pixels that this term counts.
-    counts: int64, shape (K, joints): valid pixels of each class.
+def cross_entropy(term: Term, flat: Flat, softmax: Softmax, labels: Tensor, valid: Tensor, counts: Tensor) -> Part:
+    """Computes the loss of a term and the parts of its gradient.
+
+    Args:
+        labels: int64, shape (P,), in [0, K).
+        valid: bool, shape (P,): pixels that this term counts.
+        counts: int64, shape (K, joints): valid pixels of each class.
     """
-    joints, dtype, classes = batch.joints, batch.logits.dtype, len(batch.logits)
-    class_weights = on_device(loss.class_weights or [1.0] * classes, torch.float64, labels.device)
+    joints, dtype, smoothing = flat.joints, flat.logits.dtype, term.label_smoothing
+    class_weights = on_device(term.class_weights, labels.device)
     total_weight = sum_over_classes(counts.to(torch.float64) * class_weights.unsqueeze(1))
     scale = torch.where(total_weight > 0, 1 / total_weight, 0)
     class_weights = class_weights.to(dtype)
     pixel_weight = torch.where(valid, class_weights[labels], 0)
     pixel_loss = torch.where(valid, softmax.negative_log, 0) * pixel_weight
     spread = None
-    if loss.label_smoothing > 0:
-        shifted = (batch.logits - softmax.maximum).mul_(class_weights.unsqueeze(1))
+    if smoothing > 0:
+        shifted = (flat.logits - softmax.maximum).mul_(class_weights.unsqueeze(1))
         all_classes = sum_over_classes(class_weights.unsqueeze(1)) * softmax.log_total - sum_over_classes(shifted)
-        share = loss.label_smoothing / classes
-        pixel_loss = (1 - loss.label_smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
-        spread = torch.where(valid, joints.at_pixels((weight * share * scale).to(dtype)), 0)
+        share = smoothing / len(class_weights)
+        pixel_loss = (1 - smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
+        spread = torch.where(valid, joints.at_pixels((term.spread_factor * scale).to(dtype)), 0)
     # A joint's sum is at most its largest term times the number of its pixels.
-    sizes = on_device(joints.sizes, torch.float64, labels.device)
-    exponent = torch.frexp(joints.max(pixel_loss).to(torch.float64) * sizes).exponent
+    exponent = torch.frexp(joints.max(pixel_loss).to(torch.float64) * joints.sizes).exponent
     value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), joints, exponent)[0] * scale
-    pull = pixel_weight * joints.at_pixels((weight * (1 - loss.label_smoothing) * scale).to(dtype))
+    pull = pixel_weight * joints.at_pixels((term.label_factor * scale).to(dtype))
     return Part(value, pull, spread, class_weights)

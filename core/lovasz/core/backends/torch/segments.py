@@ -10,20 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from lovasz.core.computed import FIXED_POINT_BITS
+from lovasz.core.plan import Groups as PlannedGroups
 
 _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 27
 """Rows are worked on in blocks of about this many elements, which bounds the memory for sorting."""
 
-_FIXED_POINT_BITS = 60
-"""A segment's sum is at most its largest error (the g add up to at most 1): terms are multiples of that x 2^-60."""
 
-
-def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A short tensor on the device. To a GPU it goes from pinned memory: the host would wait for any other copy."""
-    tensor = torch.tensor(values, dtype=dtype)
+def on_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """Copies a short array to the device; to a GPU from pinned memory, as the host would wait for any other copy."""
+    tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -32,23 +34,26 @@ class Groups:
     """Consecutive runs of pixels; each is scored on its own.
 
     Attributes:
-        sizes: pixels of each group, each at least 1.
+        sizes: int64, shape (groups,): pixels of each group, each at least 1.
+        share: float64, shape (groups,): each group's share of its joint's loss.
         of_pixel: int64, shape (P,): the group of each pixel.
         starts: int64, shape (groups,): the first pixel of each group.
     """
 
-    sizes: tuple[int, ...]
+    sizes: Tensor
+    share: Tensor
     of_pixel: Tensor
     starts: Tensor
 
     @classmethod
-    def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Groups:
-        if len(sizes) == 1:
+    def of(cls, groups: PlannedGroups, device: torch.device) -> Groups:
+        sizes, share = on_device(groups.pixels, device), on_device(groups.share, device)
+        pixels = int(groups.pixels.sum())
+        if len(groups.pixels) == 1:
             starts = torch.zeros(1, dtype=torch.int64, device=device)
-            return cls(tuple(sizes), starts.expand(sizes[0]), starts)
-        counts = on_device(sizes, torch.int64, device)
-        numbers = torch.arange(len(sizes), device=device).repeat_interleave(counts, output_size=sum(sizes))
-        return cls(tuple(sizes), numbers, counts.cumsum(0) - counts)
+            return cls(sizes, share, starts.expand(pixels), starts)
+        numbers = torch.arange(len(groups.pixels), device=device).repeat_interleave(sizes, output_size=pixels)
+        return cls(sizes, share, numbers, sizes.cumsum(0) - sizes)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -89,7 +94,7 @@ def exact_sum(values: Tensor, groups: Groups, exponent: Tensor) -> Tensor:
     Returns:
         float64, shape (rows, groups): the sum of the values, each rounded to a multiple of 2^(exponent - 60).
     """
-    scale = power_of_two(_FIXED_POINT_BITS - exponent)
+    scale = power_of_two(FIXED_POINT_BITS - exponent)
     terms = (values * groups.at_pixels(scale)).round_().to(torch.int64)
     return groups.sum(terms).to(torch.float64) / scale
 

@@ -1,14 +1,16 @@
 """The columns of the arrays that host and kernels share. All are int64 unless said otherwise.
 
-A batch is seen at four levels. A *plane* is a run of pixels that share a label map: all pixels of a request, or of one
-image if a term scores images apart (for the hinge: of one binary label). A *group* is what a term scores at once: a
-joint or an image. A *segment* is one class (one binary label) over the pixels of a group: segment = group's row x
-channels + channel. A *table* belongs to a segment of a group that is not sorted.
+Planes and groups are those of :mod:`lovasz.core.plan`; for the hinge, each binary label has planes of its own. A
+*segment* is one class (a binary label) over the pixels of a group: segment = group's row x channels + channel. A
+*table* belongs to a segment of a group that is not sorted.
 """
 
 import enum
 
 import triton.language as tl
+
+from lovasz.core.computed import Fault
+from lovasz.core.scoring import State
 
 
 class Address(enum.IntEnum):
@@ -130,21 +132,55 @@ class Cross(enum.IntEnum):
     """float64: 1 / the sum of the class weights of its pixels; 0 where nothing has weight."""
 
 
-class State(enum.IntEnum):
-    """What becomes of a segment."""
+class SoftmaxCounter(enum.IntEnum):
+    """Of each group, a row of K counters; int32."""
 
-    PASSED_OVER = 0
-    SCORED = 1
-    ABSENT = 2
-    """It is scored without foreground: its largest error is all that counts."""
+    PIXELS = 0
+    INVERTED_LEAST = 1
+    """The inverted bits of the smallest error of foreground, so that a maximum finds it."""
 
 
-class Fault(enum.IntEnum):
-    """Counters of each joint."""
+class HingeCounter(enum.IntEnum):
+    """Of each group, a row of K counters; int32."""
 
-    BAD_LABELS = 0
-    NOT_FINITE = 1
-    OUT_OF_RANGE = 2
+    FOREGROUND = 0
+    VALID = 1
+    """Foreground and background pixels."""
+    INVERTED_LEAST = 2
+    LARGEST = 3
+    """The bits of the largest error."""
+
+
+class Outcome(enum.IntEnum):
+    """Of each joint, a row of K counters; int32."""
+
+    PREDICTED = 0
+    HIT = 1
+
+
+class Half(enum.IntEnum):
+    """Of each table, as many words as it has bins."""
+
+    BACKGROUND = 0
+    FOREGROUND = 1
+
+
+class Factor(enum.IntEnum):
+    """Of each cross-entropy term; float64."""
+
+    LABEL = 0
+    """The term's weight x what the label's part of the target is multiplied with."""
+    SPREAD = 1
+    """The term's weight x what is spread over each class."""
+
+
+class Scale(enum.IntEnum):
+    """Of each joint and cross-entropy term; float32."""
+
+    PULL = 0
+    """What a pixel's class weight is multiplied with to be its pull."""
+    SPREAD = 1
+    """The spread of the smoothed part of the target."""
 
 
 ADDRESS_LOGITS = tl.constexpr(Address.LOGITS.value)
@@ -210,11 +246,33 @@ CROSS_LARGEST = tl.constexpr(Cross.LARGEST.value)
 CROSS_MEAN = tl.constexpr(Cross.MEAN.value)
 CROSS_COLUMNS = tl.constexpr(len(Cross))
 
+SOFTMAX_LEAST = tl.constexpr(SoftmaxCounter.INVERTED_LEAST.value)
+SOFTMAX_COUNTERS = tl.constexpr(len(SoftmaxCounter))
+
+HINGE_FOREGROUND = tl.constexpr(HingeCounter.FOREGROUND.value)
+HINGE_VALID = tl.constexpr(HingeCounter.VALID.value)
+HINGE_LEAST = tl.constexpr(HingeCounter.INVERTED_LEAST.value)
+HINGE_LARGEST = tl.constexpr(HingeCounter.LARGEST.value)
+HINGE_COUNTERS = tl.constexpr(len(HingeCounter))
+
+OUTCOME_HIT = tl.constexpr(Outcome.HIT.value)
+OUTCOMES = tl.constexpr(len(Outcome))
+
+HALVES_OF_TABLE = tl.constexpr(len(Half))
+
+FACTOR_LABEL = tl.constexpr(Factor.LABEL.value)
+FACTOR_SPREAD = tl.constexpr(Factor.SPREAD.value)
+FACTORS = tl.constexpr(len(Factor))
+
+SCALE_PULL = tl.constexpr(Scale.PULL.value)
+SCALE_SPREAD = tl.constexpr(Scale.SPREAD.value)
+SCALES = tl.constexpr(len(Scale))
+
 PASSED_OVER = tl.constexpr(State.PASSED_OVER.value)
 SCORED = tl.constexpr(State.SCORED.value)
 ABSENT = tl.constexpr(State.ABSENT.value)
 
-BAD_LABELS = tl.constexpr(Fault.BAD_LABELS.value)
+BAD_LABEL = tl.constexpr(Fault.BAD_LABEL.value)
 NOT_FINITE = tl.constexpr(Fault.NOT_FINITE.value)
 OUT_OF_RANGE = tl.constexpr(Fault.OUT_OF_RANGE.value)
 FAULTS = tl.constexpr(len(Fault))

@@ -11,34 +11,31 @@ import triton.language as tl
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
     ABSENT,
-    ADDRESS_GRAD,
-    BAD_LABELS,
+    BAD_LABEL,
     GROUP_BINS,
-    GROUP_BUCKETS,
     GROUP_COLUMNS,
     GROUP_COUNTERS,
-    GROUP_FIRST_BUCKET,
-    GROUP_FIRST_PIXEL,
-    GROUP_LIST,
-    GROUP_LIST_ROOM,
     GROUP_MAP,
-    GROUP_PIXEL_STEP,
     GROUP_SHARE,
     GROUP_TERM,
-    GROUP_WORDS,
     GROUPING_COLUMNS,
     GROUPING_COUNTERS,
     GROUPING_PER_IMAGE,
     GROUPING_RULE,
+    HINGE_COUNTERS,
+    HINGE_FOREGROUND,
+    HINGE_LARGEST,
+    HINGE_LEAST,
+    HINGE_VALID,
     NOT_FINITE,
+    OUTCOME_HIT,
+    OUTCOMES,
     PASSED_OVER,
     PLANE_CHANNEL,
-    PLANE_FIRST_PIXEL,
     PLANE_JOINT,
     SCORED,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
-    SEGMENT_LARGEST,
     SEGMENT_STATE,
     SEGMENT_UNIT,
     SEGMENT_VALID,
@@ -56,37 +53,21 @@ from lovasz.core.backends.triton.planes import (
     of_plane,
     read_labels,
 )
-from lovasz.core.backends.triton.segments import FIXED_POINT_BITS, buckets_to_rank
-from lovasz.core.backends.triton.sorting import list_keys, sort_keys
+from lovasz.core.backends.triton.segments import (
+    FIXED_POINT_BITS,
+    buckets_to_rank,
+)
 from lovasz.core.backends.triton.tables import (
     EXPONENT_BIAS,
     MANTISSA_BITS,
     NO_SIGN,
     STOP_BITS,
-    bins_and_rests,
     bits_of,
-    count_errors,
-    gradient_of,
-    is_bucket,
-    is_largest,
-    largest_error_key,
-    load_cells,
-    load_entries,
 )
 
 SHIFT = tl.constexpr(bins.HINGE_SHIFT)
 TOP = tl.constexpr(bins.HINGE_TOP)
 CELLS = tl.constexpr(bins.HINGE_CELLS)
-
-FOREGROUND = tl.constexpr(0)
-"""Counters of each group, one a channel: its foreground pixels, ..."""
-VALID = tl.constexpr(1)
-"""... all of its pixels, ..."""
-INVERTED_LEAST = tl.constexpr(2)
-"""... the inverted bits of the smallest foreground error, ..."""
-LARGEST = tl.constexpr(3)
-"""... and the bits of the largest error."""
-COUNTERS = tl.constexpr(4)
 
 CELLS_AT_ONCE = tl.constexpr(1024)
 
@@ -132,7 +113,7 @@ def hinge_statistics(
     """The first sweep: counts pixels, and errors in cells.
 
     Args:
-        counters: int32, shape (COUNTERS, channels) for each group of each grouping, 0 before.
+        counters: int32, shape (HINGE_COUNTERS, channels) for each group of each grouping, 0 before.
         predictions: int32, shape (joints, 2, channels), 0 before: pixels that are predicted foreground, and those
             among them that are.
         faults: int32, shape (joints, faults), 0 before.
@@ -144,25 +125,27 @@ def hinge_statistics(
     )
     finite = tl.abs(logits) < float("inf")
     used = (counting != 0) & finite
-    add_fault(faults, plane, BAD_LABELS, is_bad)
+    add_fault(faults, plane, BAD_LABEL, is_bad)
     add_fault(faults, plane, NOT_FINITE, (counting != 0) & ~finite)
     channel = tl.load(plane + PLANE_CHANNEL)
-    predicted = predictions + tl.load(plane + PLANE_JOINT) * 2 * channels + channel
+    predicted = predictions + tl.load(plane + PLANE_JOINT) * OUTCOMES * channels + channel
     is_predicted = used & (logits > 0)
     tl.atomic_add(predicted, tl.sum(is_predicted.to(tl.int32)), sem="relaxed")
-    tl.atomic_add(predicted + channels, tl.sum((is_predicted & is_foreground).to(tl.int32)), sem="relaxed")
+    tl.atomic_add(
+        predicted + OUTCOME_HIT * channels, tl.sum((is_predicted & is_foreground).to(tl.int32)), sem="relaxed"
+    )
     bits = bits_of(errors)
     for g in tl.static_range(GROUPINGS):
         grouping = groupings + g * GROUPING_COLUMNS
         own = counters + tl.load(grouping + GROUPING_COUNTERS) + channel
-        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * COUNTERS * channels
+        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * HINGE_COUNTERS * channels
         counted = used & is_counted(counting, tl.load(grouping + GROUPING_RULE))
         in_front = counted & is_foreground
-        tl.atomic_add(own + FOREGROUND * channels, tl.sum(in_front.to(tl.int32)), sem="relaxed")
-        tl.atomic_add(own + VALID * channels, tl.sum(counted.to(tl.int32)), sem="relaxed")
+        tl.atomic_add(own + HINGE_FOREGROUND * channels, tl.sum(in_front.to(tl.int32)), sem="relaxed")
+        tl.atomic_add(own + HINGE_VALID * channels, tl.sum(counted.to(tl.int32)), sem="relaxed")
         inverted = tl.max(tl.where(in_front, NO_SIGN - bits, 0), axis=0)
-        tl.atomic_max(own + INVERTED_LEAST * channels, inverted, sem="relaxed")
-        tl.atomic_max(own + LARGEST * channels, tl.max(tl.where(counted, bits, 0), axis=0), sem="relaxed")
+        tl.atomic_max(own + HINGE_LEAST * channels, inverted, sem="relaxed")
+        tl.atomic_max(own + HINGE_LARGEST * channels, tl.max(tl.where(counted, bits, 0), axis=0), sem="relaxed")
     if ANY_TABLE:
         for t in tl.static_range(TERMS):
             term = terms + t * TERM_COLUMNS
@@ -208,10 +191,10 @@ def plan_hinge(
     channel = number - row * channels
     group = groups + row * GROUP_COLUMNS
     own = counters + tl.load(group + GROUP_COUNTERS) + channel
-    foreground = tl.load(own + FOREGROUND * channels)
-    valid = tl.load(own + VALID * channels)
-    smallest = NO_SIGN - tl.load(own + INVERTED_LEAST * channels)
-    largest = tl.load(own + LARGEST * channels)
+    foreground = tl.load(own + HINGE_FOREGROUND * channels)
+    valid = tl.load(own + HINGE_VALID * channels)
+    smallest = NO_SIGN - tl.load(own + HINGE_LEAST * channels)
+    largest = tl.load(own + HINGE_LARGEST * channels)
     state = tl.where(valid > 0, tl.where(foreground > 0, SCORED, ABSENT), PASSED_OVER)
     weight = tl.load(term_weights + tl.load(group + GROUP_TERM)) / channels
     weight *= tl.load(group + GROUP_SHARE).to(tl.float64, bitcast=True)
@@ -258,177 +241,3 @@ def share_out(cells, bin_count, smallest, largest):
     for start in range(last + 1, CELLS, CELLS_AT_ONCE):
         cell = start + tl.arange(0, CELLS_AT_ONCE)
         tl.store(cells + cell, tl.zeros_like(cell) + (stop << STOP_BITS), mask=cell < CELLS)
-
-
-@triton.jit(do_not_specialize=["channels"])
-def hinge_count(
-    addresses,
-    planes,
-    block_planes,
-    rules,
-    terms,
-    groups,
-    cells,
-    words,
-    segments,
-    least,
-    channels,
-    LOGIT: tl.constexpr,
-    LABEL: tl.constexpr,
-    RULES: tl.constexpr,
-    TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The second sweep: fills the tables, and finds the largest errors of segments without foreground."""
-    address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
-    errors, logits, is_foreground, counting, is_bad = load_errors(
-        address, plane, pixels, inside, channels, rules, LOGIT, LABEL, RULES
-    )
-    bits = bits_of(errors)
-    place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
-    channel = tl.load(plane + PLANE_CHANNEL)
-    for t in tl.static_range(TERMS):
-        term = terms + t * TERM_COLUMNS
-        valid = (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
-        row, group, bin_count = group_on(plane, term, groups)
-        number = row * channels + channel
-        segment = segments + number * SEGMENT_COLUMNS
-        if bin_count > 0:
-            own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
-            counted = valid & (bits >= tl.load(least + number))
-            found, rests = bins_and_rests(
-                bits, load_cells(bits, own_cells, SHIFT, TOP, CELLS), bin_count, SHIFT, TOP, CELLS
-            )
-            table = words + tl.load(group + GROUP_WORDS) + channel * 2 * bin_count
-            count_errors(table, found, rests, bin_count, is_foreground, counted)
-            if tl.load(segment + SEGMENT_STATE) == ABSENT:
-                keys = largest_error_key(bits, place, valid)
-                tl.atomic_max(segment + SEGMENT_LARGEST, tl.max(keys, axis=0), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["channels"])
-def hinge_collect(
-    addresses,
-    planes,
-    block_planes,
-    rules,
-    terms,
-    groups,
-    cells,
-    words,
-    least,
-    ranked,
-    bucket_befores,
-    bucket_counts,
-    lists,
-    channels,
-    LOGIT: tl.constexpr,
-    LABEL: tl.constexpr,
-    RULES: tl.constexpr,
-    TERMS: tl.constexpr,
-    ANY_TABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The third sweep, where pixels are ranked: lists those of each bucket, in any order; of small groups, all."""
-    address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
-    channel = tl.load(plane + PLANE_CHANNEL)
-    for t in tl.static_range(TERMS):
-        term = terms + t * TERM_COLUMNS
-        row, group, bin_count = group_on(plane, term, groups)
-        number = row * channels + channel
-        if (bin_count == 0) | (tl.load(ranked + number) > 0):
-            errors, logits, is_foreground, counting, is_bad = load_errors(
-                address, plane, pixels, inside, channels, rules, LOGIT, LABEL, RULES
-            )
-            bits = bits_of(errors)
-            place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
-            valid = inside & (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
-            own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
-            if bin_count == 0:
-                first = tl.load(group + GROUP_FIRST_PIXEL) + channel * tl.load(group + GROUP_PIXEL_STEP)
-                keys = tl.where(valid, sort_keys(bits, is_foreground, place), -1)
-                tl.store(own_list + (place - first), keys, mask=inside)
-            elif ANY_TABLE:
-                own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
-                counted = valid & (bits >= tl.load(least + number))
-                cell = load_cells(bits, own_cells, SHIFT, TOP, CELLS)
-                found, rests = bins_and_rests(bits, cell, bin_count, SHIFT, TOP, CELLS)
-                table = words + tl.load(group + GROUP_WORDS) + channel * 2 * bin_count
-                entries = load_entries(table, found, bin_count, is_foreground, counted)
-                bucket = tl.load(group + GROUP_FIRST_BUCKET) + channel * tl.load(group + GROUP_BUCKETS)
-                list_keys(
-                    entries=entries,
-                    bits=bits,
-                    is_foreground=is_foreground,
-                    pixel=place,
-                    bucket_befores=bucket_befores + bucket,
-                    bucket_counts=bucket_counts + bucket,
-                    own_list=own_list,
-                    mask=counted & is_bucket(entries),
-                )
-
-
-@triton.jit(do_not_specialize=["channels", "element_count"])
-def hinge_backward(
-    addresses,
-    planes,
-    block_planes,
-    rules,
-    terms,
-    groups,
-    cells,
-    words,
-    segments,
-    least,
-    more_grads,
-    channels,
-    element_count,
-    LOGIT: tl.constexpr,
-    LABEL: tl.constexpr,
-    RULES: tl.constexpr,
-    TERMS: tl.constexpr,
-    ANY_TABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The last sweep: each pixel's g.
-
-    Args:
-        words: scanned, entries in their place.
-        more_grads: float32, shape (terms - 1, element_count): the g of what was sorted, of the terms after the first.
-    """
-    address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
-    errors, logits, is_foreground, counting, is_bad = load_errors(
-        address, plane, pixels, inside, channels, rules, LOGIT, LABEL, RULES
-    )
-    bits = bits_of(errors)
-    place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
-    grads = tl.load(address + ADDRESS_GRAD).to(tl.pointer_type(tl.float32)) + first_elements(plane, pixels, channels)
-    channel = tl.load(plane + PLANE_CHANNEL)
-    g = tl.zeros([BLOCK], tl.float32)
-    for t in tl.static_range(TERMS):
-        term = terms + t * TERM_COLUMNS
-        valid = (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
-        row, group, bin_count = group_on(plane, term, groups)
-        number = row * channels + channel
-        counted = valid & (bits >= tl.load(least + number))
-        is_sorted = counted & (tl.zeros_like(bits) + bin_count == 0)
-        if ANY_TABLE:
-            own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
-            found, rests = bins_and_rests(
-                bits, load_cells(bits, own_cells, SHIFT, TOP, CELLS), bin_count, SHIFT, TOP, CELLS
-            )
-            table = words + tl.load(group + GROUP_WORDS) + channel * 2 * bin_count
-            in_table = counted & (tl.zeros_like(bits) + bin_count > 0)
-            entries = load_entries(table, found, bin_count, is_foreground, in_table)
-            is_sorted |= is_bucket(entries)
-            g += tl.where(is_sorted, 0.0, gradient_of(entries, rests))
-            segment = segments + number * SEGMENT_COLUMNS
-            weight = tl.load(segment + SEGMENT_WEIGHT).to(tl.float64, bitcast=True).to(tl.float32)
-            g += tl.where(valid & is_largest(tl.load(segment + SEGMENT_LARGEST), place), weight, 0.0)
-        if t == 0:
-            g += tl.load(grads, mask=is_sorted, other=0.0)
-        else:
-            g += tl.load(more_grads + (t - 1) * tl.cast(element_count, tl.int64) + place, mask=is_sorted, other=0.0)
-    # Where relu cuts off, and on void pixels, the gradient is exactly 0.
-    grad = tl.where(errors > 0, tl.where(is_foreground, -g, g), 0.0)
-    tl.store(grads, grad, mask=inside)

@@ -1,40 +1,12 @@
-"""Launches of kernels, and the buffers that their arguments are parts of."""
+"""Launches of kernels: arguments by name, found in the buffers of a batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
-
-
-class Room(NamedTuple):
-    """A part of a buffer that a plan lays out."""
-
-    buffer: str
-    offset: int
-    dtype: torch.dtype
-    size: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.size * self.dtype.itemsize
-
-
-@dataclass
-class Rooms:
-    """Lays arrays out in one buffer."""
-
-    buffer: str
-    rooms: dict[str, Room] = field(default_factory=dict)
-    nbytes: int = 0
-
-    def add(self, name: str, dtype: torch.dtype, count: int) -> None:
-        self.rooms[name] = Room(self.buffer, self.nbytes, dtype, count)
-        self.nbytes += -(-max(count, 1) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+from lovasz.core.backends.triton.layout import Room
 
 
 class Launch:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lovasz.core import computed
 from lovasz.core.backends.triton.columns import (
     ABSENT,
     CROSS_COLUMNS,
@@ -10,6 +11,9 @@ from lovasz.core.backends.triton.columns import (
     CROSS_MEAN,
     CROSS_SUM,
     CROSS_UNIT,
+    FACTOR_LABEL,
+    FACTOR_SPREAD,
+    FACTORS,
     GROUP_BINS,
     GROUP_BUCKETS,
     GROUP_COLUMNS,
@@ -18,6 +22,9 @@ from lovasz.core.backends.triton.columns import (
     GROUP_SHARE,
     GROUP_TERM,
     PASSED_OVER,
+    SCALE_PULL,
+    SCALE_SPREAD,
+    SCALES,
     SCORED,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
@@ -27,14 +34,15 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_UNIT,
     SEGMENT_VALID,
     SEGMENT_WEIGHT,
+    SOFTMAX_COUNTERS,
+    SOFTMAX_LEAST,
     TERM_COLUMNS,
     TERM_LISTS_CLASSES,
 )
 from lovasz.core.backends.triton.tables import NO_SIGN, power_of_two
 
-FIXED_POINT_BITS = tl.constexpr(60)
-"""A segment's loss is at most its largest error (the g add up to at most 1): in units of 2^-60 of that."""
-
+FIXED_POINT_BITS = tl.constexpr(computed.FIXED_POINT_BITS)
+"""A segment's loss is at most its largest error, as the g sum to at most 1; its unit is 2^-60 of that."""
 
 SEGMENTS_AT_ONCE = tl.constexpr(128)
 
@@ -108,7 +116,7 @@ def plan_softmax(
         tl.store(segment + SEGMENT_FOREGROUND, foreground.to(tl.int64), mask=inside)
         tl.store(segment + SEGMENT_VALID, tl.zeros_like(state) + valid, mask=inside)
         tl.store(segment + SEGMENT_WEIGHT, weights.to(tl.int64, bitcast=True), mask=inside)
-        inverted = tl.load(own + channels + k, mask=inside, other=0)
+        inverted = tl.load(own + SOFTMAX_LEAST * channels + k, mask=inside, other=0)
         # What is sorted whole has no least error; what is not scored, and an absent class's table, counts none.
         is_sorted = is_scored & (tl.zeros_like(foreground) + tl.load(group + GROUP_BINS) == 0)
         smallest = tl.where(counts_errors, NO_SIGN - inverted, tl.where(is_sorted, 0, NO_SIGN))
@@ -119,7 +127,7 @@ def plan_softmax(
     else:
         entropy = (program - rows) // joints
         joint = (program - rows) - entropy * joints
-        own = counters + tl.load(cross_counters + entropy) + joint * 2 * channels
+        own = counters + tl.load(cross_counters + entropy) + joint * SOFTMAX_COUNTERS * channels
         counts = tl.load(own + k, mask=inside, other=0).to(tl.float64)
         total = tl.sum(counts * tl.load(cross_class_weights + entropy * channels + k, mask=inside, other=0.0))
         mean = tl.where(total > 0, 1.0 / total, 0.0)
@@ -130,9 +138,11 @@ def plan_softmax(
         unit = ((bound >> 52) & 0x7FF) - 1022 - FIXED_POINT_BITS
         tl.store(row + CROSS_UNIT, tl.where(largest > 0, unit, 0))
         tl.store(row + CROSS_MEAN, mean.to(tl.int64, bitcast=True))
-        scales = cross_scales + 2 * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
-        tl.store(scales, (mean * tl.load(cross_factors + 2 * entropy)).to(tl.float32))
-        tl.store(scales + 1, (mean * tl.load(cross_factors + 2 * entropy + 1)).to(tl.float32))
+        scales = cross_scales + SCALES * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
+        tl.store(scales + SCALE_PULL, (mean * tl.load(cross_factors + FACTORS * entropy + FACTOR_LABEL)).to(tl.float32))
+        tl.store(
+            scales + SCALE_SPREAD, (mean * tl.load(cross_factors + FACTORS * entropy + FACTOR_SPREAD)).to(tl.float32)
+        )
 
 
 @triton.jit(do_not_specialize=["channels", "segment_count", "cross_count"])

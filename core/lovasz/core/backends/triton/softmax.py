@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
-    BAD_LABELS,
+    BAD_LABEL,
     CROSS_COLUMNS,
     CROSS_LARGEST,
     GROUPING_COLUMNS,
@@ -23,9 +23,13 @@ from lovasz.core.backends.triton.columns import (
     GROUPING_RULE,
     NOT_FINITE,
     OUT_OF_RANGE,
+    OUTCOME_HIT,
+    OUTCOMES,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
     PLANE_JOINT,
+    SOFTMAX_COUNTERS,
+    SOFTMAX_LEAST,
 )
 from lovasz.core.backends.triton.elementary import exponential, log1p
 from lovasz.core.backends.triton.planes import (
@@ -197,22 +201,22 @@ def softmax_statistics(
         tl.store(maxima + place, maximum, mask=inside)
         tl.store(reciprocals + place, reciprocal, mask=inside)
 
-    add_fault(faults, plane, BAD_LABELS, is_bad)
+    add_fault(faults, plane, BAD_LABEL, is_bad)
     add_fault(faults, plane, NOT_FINITE, (counting != 0) & ~finite)
     if PROBABILITIES:
         add_fault(faults, plane, OUT_OF_RANGE, used & ((lowest < -tolerance) | (maximum > 1.0 + tolerance)))
     joint = tl.load(plane + PLANE_JOINT)
-    predicted = predictions + joint * 2 * classes
+    predicted = predictions + joint * OUTCOMES * classes
     add_counts(predicted, prediction, used, CLASSES_PADDED)
-    add_counts(predicted + classes, prediction, used & (prediction == labels), CLASSES_PADDED)
+    add_counts(predicted + OUTCOME_HIT * classes, prediction, used & (prediction == labels), CLASSES_PADDED)
     label_bits = bits_of(label_error)
     for g in tl.static_range(GROUPINGS):
         grouping = groupings + g * GROUPING_COLUMNS
         own = counters + tl.load(grouping + GROUPING_COUNTERS)
-        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * 2 * classes
+        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * SOFTMAX_COUNTERS * classes
         counted = used & is_counted(counting, tl.load(grouping + GROUPING_RULE))
         add_counts(own, labels, counted, CLASSES_PADDED)
-        keep_least(own + classes, label_bits, labels, counted)
+        keep_least(own + SOFTMAX_LEAST * classes, label_bits, labels, counted)
 
     for e in tl.static_range(CROSS_TERMS):
         label_logits = tl.load(first + labels * stride, mask=inside, other=0.0).to(tl.float32)

@@ -7,9 +7,13 @@ from lovasz.core.backends.triton.columns import (
     ADDRESS_GRAD,
     GROUP_MAP,
     GROUP_WORDS,
+    HALVES_OF_TABLE,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
     PLANE_JOINT,
+    SCALE_PULL,
+    SCALE_SPREAD,
+    SCALES,
     SEGMENT_COLUMNS,
     SEGMENT_LARGEST,
     SEGMENT_WEIGHT,
@@ -108,7 +112,7 @@ def gradients_of_classes(
                 bits = bits_of_classes[i]
                 found, rests = bins_and_rests(bits, cells_of_classes[i], bin_count, SHIFT, TOP, CELLS)
                 in_table = counts_of_classes[i] & (tl.zeros_like(labels) + bin_count > 0)
-                table = tables_of_terms[t] + k * 2 * bin_count
+                table = tables_of_terms[t] + k * HALVES_OF_TABLE * bin_count
                 entries_of_classes = entries_of_classes + (
                     load_entries(table, found, bin_count, labels == k, in_table),
                 )
@@ -247,9 +251,11 @@ def softmax_backward(
 
     shift = label_p * label_g - others_pg
     label_grad = -label_p * (label_g * label_error + others_pg)
-    scales = cross_scales + tl.load(plane + PLANE_JOINT) * (2 * CROSS_TERMS)
+    scales = cross_scales + tl.load(plane + PLANE_JOINT) * (SCALES * CROSS_TERMS)
     for e in tl.static_range(CROSS_TERMS):
-        pull = tl.load(scales + 2 * e) * tl.load(cross_class_weights + e * classes + labels).to(tl.float32)
+        pull = tl.load(scales + SCALES * e + SCALE_PULL) * tl.load(cross_class_weights + e * classes + labels).to(
+            tl.float32
+        )
         pull = tl.where(is_counted(counting, tl.load(cross_rules + e)), pull, 0.0)
         shift += pull
         label_grad -= pull * label_error
@@ -269,7 +275,7 @@ def softmax_backward(
                 grad = tl.where(labels == k, -g, g)
             tl.store(grads + k * stride, tl.where(used, grad, 0.0), mask=if_class(k, classes, inside))
     for e in tl.static_range(CROSS_TERMS):
-        spread = tl.load(scales + 2 * e + 1)
+        spread = tl.load(scales + SCALES * e + SCALE_SPREAD)
         if spread != 0:
             own_weights = cross_class_weights + e * classes
             weights_sum = 0.0

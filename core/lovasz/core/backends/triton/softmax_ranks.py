@@ -15,6 +15,7 @@ from lovasz.core.backends.triton.columns import (
     GROUP_LIST_ROOM,
     GROUP_MAP,
     GROUP_WORDS,
+    HALVES_OF_TABLE,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
     PLANE_JOINT,
@@ -121,7 +122,9 @@ def softmax_count(
                         bits = bits_of_classes[i]
                         found, rests = bins_and_rests(bits, entries_of_classes[i], bin_count, SHIFT, TOP, CELLS)
                         counts = if_class(k, classes, valid) & (bits >= smallest_of_classes[i])
-                        count_errors(tables + k * 2 * bin_count, found, rests, bin_count, labels == k, counts)
+                        count_errors(
+                            tables + k * HALVES_OF_TABLE * bin_count, found, rests, bin_count, labels == k, counts
+                        )
                 if ANY_ABSENT:
                     for c in range(classes):
                         segment = segments + (row * classes + c) * SEGMENT_COLUMNS
@@ -201,7 +204,7 @@ def softmax_collect(
                         bits = bits_of_classes[i]
                         cell = load_cells(bits, maps + tl.load(group + GROUP_MAP), SHIFT, TOP, CELLS)
                         found, rests = bins_and_rests(bits, cell, bin_count, SHIFT, TOP, CELLS)
-                        table = words + tl.load(group + GROUP_WORDS) + k * 2 * bin_count
+                        table = words + tl.load(group + GROUP_WORDS) + k * HALVES_OF_TABLE * bin_count
                         number = row * classes + tl.minimum(k, classes - 1)
                         # No segment that is not ranked has an entry that names a bucket.
                         counts = if_class(k, classes, valid) & (bits >= tl.load(least + number))

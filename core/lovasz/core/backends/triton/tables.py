@@ -14,7 +14,7 @@ single pixels weigh much, the bin's entry is -1 - its *bucket* instead, whose pi
 import triton
 import triton.language as tl
 
-from lovasz.core import bins as shared_bins
+from lovasz.core import tables as words
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
     GROUP_BINS,
@@ -23,6 +23,7 @@ from lovasz.core.backends.triton.columns import (
     GROUP_FIRST_BUCKET,
     GROUP_MAP,
     GROUP_WORDS,
+    HALVES_OF_TABLE,
     SCORED,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
@@ -33,11 +34,11 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_WEIGHT,
 )
 
-REST_BITS = tl.constexpr(shared_bins.REST_BITS)
-REST_SUM_BITS = tl.constexpr(shared_bins.REST_SUM_BITS)
-ONE_PIXEL = tl.constexpr(1 << shared_bins.REST_SUM_BITS)
-REST_SUM_MASK = tl.constexpr((1 << shared_bins.REST_SUM_BITS) - 1)
-COUNT_MASK = tl.constexpr(shared_bins.MAX_PIXELS - 1)
+REST_BITS = tl.constexpr(words.REST_BITS)
+REST_SUM_BITS = tl.constexpr(words.REST_SUM_BITS)
+ONE_PIXEL = tl.constexpr(1 << words.REST_SUM_BITS)
+REST_SUM_MASK = tl.constexpr((1 << words.REST_SUM_BITS) - 1)
+COUNT_MASK = tl.constexpr(words.MAX_PIXELS - 1)
 STOP_BITS = tl.constexpr(bins.STOP_BITS)
 LOW_BITS_MASK = tl.constexpr((1 << bins.STOP_BITS) - 1)
 
@@ -157,7 +158,9 @@ def locate_chunk(groups, words, segments, chunk_segments, chunk_firsts, channels
     number = tl.load(chunk_segments + program)
     row = number // channels
     group = groups + row * GROUP_COLUMNS
-    table = words + tl.load(group + GROUP_WORDS) + (number - row * channels) * 2 * tl.load(group + GROUP_BINS)
+    table = (
+        words + tl.load(group + GROUP_WORDS) + (number - row * channels) * HALVES_OF_TABLE * tl.load(group + GROUP_BINS)
+    )
     return number, segments + number * SEGMENT_COLUMNS, group, table, program - tl.load(chunk_firsts + program)
 
 

@@ -1,4 +1,4 @@
-"""The images of a batch as compiled code sees them: addresses of planes of pixels, and where these stand in scratch."""
+"""The planes of a batch as compiled code sees them, and how logits and labels are read from them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
 
 
-class Images(NamedTuple):
-    """One entry an image; images of a joint, and joints, stand behind one another.
+class Planes(NamedTuple):
+    """One element a plane; see :mod:`lovasz.core.plan`.
 
     Attributes:
-        logits: address of the image's logits, C planes of ``pixels`` elements.
+        logits: address of the plane's logits, K rows of ``pixels`` elements.
         labels: address of its labels.
-        label_kind: their element type: UINT8 ...
-        grads: address of its gradient, float32; 0 if none is wanted.
-        start: its first pixel in rows of scratch, which hold the pixels of all images.
+        label_kind: the labels' element type: UINT8 ...
+        grads: address of its gradient, float32; undefined if none is wanted.
+        start: its first pixel in rows of scratch, which hold the pixels of all planes.
         pixels: its pixels.
         joint: its joint.
     """
@@ -42,19 +42,19 @@ class Images(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Tasks: runs of pixels, each within one image."""
+    """Tasks: consecutive pixels of one plane, [first, last)."""
 
-    image: Integers
-    first: Integers  # in the image
+    plane: Integers
+    first: Integers
     last: Integers
 
 
 class Labelling(NamedTuple):
-    """What labels can be. A pixel's code is its label, or ``void`` if no term counts it (or its label is bad).
+    """How labels become codes: a pixel's code is its label, or ``void`` if no term counts it (or its label is bad).
 
     Attributes:
         values: labels are in [0, values).
-        void: the code of what takes no part.
+        void: the code of void pixels.
         ignored: a label that all terms ignore, if ``any_ignored``.
     """
 
