@@ -391,7 +391,7 @@ def check_confinement(podman: Podman) -> None:
 
 def check_answers() -> None:
     import numpy as np
-    from vector_cases import load
+    from support.vector_cases import load
 
     from lovasz.client import LossClient
 

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
-from client.scripted_server import serving, serving_nothing
+from support.scripted_server import serving, serving_nothing
 
 from lovasz.client import cli
 from lovasz.server.launch import ServerProcess

@@ -17,9 +17,9 @@ import grpc
 import numpy as np
 import pytest
 import torch
-import vector_cases
-from client.scripted_server import Answer, ScriptedServer, abort, good_answer, serving, serving_nothing, until_gone
-from core.comparison import bits, norm_error, normal, random_labels
+from support import vector_cases
+from support.comparison import bits, norm_error, normal, random_labels
+from support.scripted_server import Answer, ScriptedServer, abort, good_answer, serving, serving_nothing, until_gone
 from torch import Tensor
 
 import lovasz.client

@@ -18,9 +18,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from client.scripted_server import Answer, Script, abort, good_answer, serving, until_gone
-from footprint import eventually
-from scrape import metric
+from support.scrape import metric
+from support.scripted_server import Answer, Script, abort, good_answer, serving, until_gone
+from support.waiting import eventually
 
 from lovasz.client import (
     CrossEntropy,

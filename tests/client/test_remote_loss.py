@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.comparison import norm_error, normal, random_labels, reference_answer
+from support.comparison import norm_error, normal, random_labels, reference_answer
 from torch import Tensor
 
 from lovasz.client import (

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from core.comparison import (
+from support.comparison import (
     IN_TABLES,
     norm_error,
     normal,
@@ -15,7 +15,7 @@ from core.comparison import (
     reference_answer,
     shared_ties_answer,
 )
-from core.conftest import Way
+from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute

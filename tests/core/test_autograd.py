@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from core.comparison import norm_error, normal, random_labels, reference_answer
-from core.conftest import Way
+from support.comparison import norm_error, normal, random_labels, reference_answer
+from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import (

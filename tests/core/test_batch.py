@@ -7,8 +7,8 @@ from math import prod
 
 import pytest
 import torch
-from core.comparison import bits, norm_error, normal, random_labels, reference_answer
-from core.conftest import WAYS, Way
+from support.comparison import bits, norm_error, normal, random_labels, reference_answer
+from support.ways import WAYS, Way
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute

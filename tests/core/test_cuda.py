@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels
+from support.comparison import bits, normal, random_labels
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, LocalLoss, LovaszHinge, LovaszSoftmax, compute

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels
+from support.comparison import bits, normal, random_labels
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
 from lovasz.core.batch import Request

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.comparison import norm_error, reference_answer, shared_ties_answer
-from core.conftest import Way
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparison import norm_error, reference_answer, shared_ties_answer
+from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import LovaszHinge, compute

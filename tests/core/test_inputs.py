@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from core.comparison import bits, norm_error, normal, random_labels, reference_answer
+from support.comparison import bits, norm_error, normal, random_labels, reference_answer
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax

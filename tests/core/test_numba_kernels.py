@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels, slow_bin
+from support.comparison import bits, normal, random_labels, slow_bin
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, bins, compute, reference
 from lovasz.core.backends.numba import elementary, images, scratch, sorting, tables

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from core.comparison import norm_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparison import norm_error
 from torch import Tensor
 
 from lovasz.core import reference

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels
+from support.comparison import bits, normal, random_labels
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 import pytest
-from scrape import metric
+from support.scrape import metric
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax

@@ -12,9 +12,10 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from footprint import Footprint, eventually
-from scrape import metric
-from vector_cases import Case, load
+from support.footprint import Footprint
+from support.scrape import metric
+from support.vector_cases import Case, load
+from support.waiting import eventually
 
 from lovasz import framing, wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerUnavailableError

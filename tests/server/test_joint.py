@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from footprint import eventually
-from server.desk import (
+from support.desk import (
     ABORTED,
     CANCELLED,
     CLASSES,
@@ -27,6 +26,7 @@ from server.desk import (
     ended,
     ranks_of,
 )
+from support.waiting import eventually
 
 from lovasz.server import joint
 from lovasz.spec import LovaszSoftmax

@@ -11,8 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from footprint import eventually
-from server.desk import (
+from support.desk import (
     ABORTED,
     CANCELLED,
     CLASSES,
@@ -28,6 +27,7 @@ from server.desk import (
     ended,
     ranks_of,
 )
+from support.waiting import eventually
 
 from lovasz.core.batch import Request
 from lovasz.server.batcher import Batcher, Entry

@@ -9,7 +9,7 @@ from concurrent.futures import wait as wait_for_all
 from dataclasses import replace
 
 import grpc
-from server.desk import (
+from support.desk import (
     ABORTED,
     CANCELLED,
     CLASSES,

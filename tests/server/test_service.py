@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
-from footprint import eventually
-from server.desk import ABORTED, CANCELLED, RESOURCE_EXHAUSTED, Caller, Desk, Rank, ended
+from support.desk import ABORTED, CANCELLED, RESOURCE_EXHAUSTED, Caller, Desk, Rank, ended
+from support.waiting import eventually
 
 from lovasz.server.metrics import CLASSES, GAUGES, PHASES, Metrics
 from lovasz.server.service import STATUS

@@ -6,7 +6,7 @@ from typing import cast
 
 import grpc
 import pytest
-from server.desk import OK, Caller, Desk, Rank, ended
+from support.desk import OK, Caller, Desk, Rank, ended
 
 from lovasz.server.tracing import exemplar
 

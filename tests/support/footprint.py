@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it comes to hold within half a minute."""
-    for _ in range(600):
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @dataclass(frozen=True)

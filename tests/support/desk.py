@@ -15,7 +15,7 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import torch
-from footprint import eventually
+from support.waiting import eventually
 
 from lovasz import framing, wire
 from lovasz.core import compute

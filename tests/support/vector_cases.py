@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lovasz.spec import Loss, LovaszHinge, LovaszSoftmax
 
-PATH = Path(__file__).parent / "vectors" / "lovasz.npz"
+PATH = Path(__file__).parents[1] / "vectors" / "lovasz.npz"
 _KINDS: dict[str, type[LovaszSoftmax | LovaszHinge]] = {"lovasz_softmax": LovaszSoftmax, "lovasz_hinge": LovaszHinge}
 
 
