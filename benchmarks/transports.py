@@ -30,8 +30,8 @@ import torch
 from workloads import Workload, regime_named
 
 from lovasz.client import LossClient, LovaszSoftmax, remote
-from lovasz.framing import UnaryRequest
 from lovasz.spec import weighted_sum
+from lovasz.wire.framing import UnaryRequest
 
 HOST = "127.0.0.1"
 ANSWER_SECONDS = 300.0

@@ -322,7 +322,7 @@ def test_an_error_leaves_nothing_broken(shared: LossClient) -> None:
 
 
 def test_what_cannot_be_is_refused_when_it_is_built() -> None:
-    with pytest.raises(InvalidInput, match="loss: LovaszHinge stands beside a softmax loss"):
+    with pytest.raises(InvalidInput, match="loss: LovaszHinge is combined with a softmax loss"):
         RemoteLoss("localhost:1", [(1.0, LovaszHinge()), (1.0, CrossEntropy())])
 
 

@@ -146,7 +146,7 @@ BAD = [
     Bad(
         "hinge beside softmax",
         lambda r: r.header.loss.terms.add(weight=1).lovasz_hinge.SetInParent(),
-        "loss: LovaszHinge stands beside a softmax loss",
+        "loss: LovaszHinge is combined with a softmax loss",
     ),
     Bad(
         "label smoothing",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from support.waiting import eventually
 
-from lovasz import framing, wire
+from lovasz import wire
 from lovasz.core import compute
 from lovasz.core.answers import Pending
 from lovasz.server.admission import Admission
@@ -30,6 +30,7 @@ from lovasz.server.service import LossServicer
 from lovasz.server.staging import StagingPool
 from lovasz.spec import LossLike, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire import framing
 
 CPU = torch.device("cpu")
 CLASSES = 3

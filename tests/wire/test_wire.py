@@ -126,7 +126,7 @@ def test_the_message_that_the_refusals_start_from_is_good() -> None:
                     pb.Term(weight=1, cross_entropy=pb.CrossEntropy()),
                 ]
             ),
-            "loss: LovaszHinge stands beside a softmax loss",
+            "loss: LovaszHinge is combined with a softmax loss",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from lovasz import framing, spec, wire
+from lovasz import spec, wire
 from lovasz.client.client import Device, ServerInfo
 from lovasz.client.errors import (
     CallCancelledError,
@@ -29,6 +29,7 @@ from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.tensors import Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire import framing
 
 UNARY_BYTES = 2 << 20
 """Requests whose payload is larger are streamed: about where that gets faster (measured on loopback, 2 cores)."""

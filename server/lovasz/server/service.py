@@ -19,8 +19,7 @@ import grpc
 import numpy as np
 import torch
 
-from lovasz import framing, wire
-from lovasz.framing import Bytes
+from lovasz import wire
 from lovasz.server.admission import Admission, Permit
 from lovasz.server.batcher import Answer, Batcher, Entry
 from lovasz.server.device import hardware_name
@@ -49,6 +48,8 @@ from lovasz.server.tracing import exemplar
 from lovasz.spec import LOSS_KINDS, InvalidInput, Timing
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
+from lovasz.wire import framing
+from lovasz.wire.framing import Bytes
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class LossServicer:
             self.metrics.requests.labels(*labels)
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """The methods, with messages read and written without protobuf's copies (``lovasz.framing``)."""
+        """The methods, with messages read and written without protobuf's copies (``lovasz.wire.framing``)."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Compute": grpc.unary_unary_rpc_method_handler(
                 self.compute, request_deserializer=_or_no_message(framing.UnaryRequest.decode)

@@ -12,7 +12,7 @@ import torch
 
 from lovasz import wire
 from lovasz.core.batch import Request
-from lovasz.framing import Bytes
+from lovasz.wire.framing import Bytes
 
 KEPT_BYTES = 512 << 20
 """Idle buffers are kept up to this, for the next requests: fresh memory has to be mapped page by page."""

@@ -1,65 +1,24 @@
-"""What travels: tensors as bytes and chunks, the table of element types, and the protobuf form of a loss.
-
-numpy and protobuf only. Both sides of the wire are here, so that each rule stands once.
-"""
+"""Request and answer headers: what a message says about its tensors, checked, and its protobuf form."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec
-from lovasz.framing import Bytes
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_numbered
+from lovasz.wire.enums import enum_text
+from lovasz.wire.losses import loss_from_proto, loss_to_proto
 
-CHUNK_BYTES = 1 << 20
-"""Payload bytes of one message of a stream."""
-MAX_FRAME_BYTES = CHUNK_BYTES + (1 << 10)
-"""The largest HTTP/2 frame: a chunk is one. By default gRPC cuts it into 16 KiB, which takes a fifth longer."""
+MAX_RUN_CHARACTERS = 200
+MAX_WORLD_SIZE = 65_536
+MAX_CALL_BYTES = 64
 MEMORY_SUFFIX = ".memory"
-"""What stands behind the path of a Unix socket of gRPC in that of the socket on which memory is shared."""
-MAX_MESSAGE_BYTES = 4 << 20
-"""The largest message that a server receives (gRPC's own default)."""
-
-
-@dataclass(frozen=True)
-class DType:
-    """An element type: its name (torch's and numpy's), its number on the wire, and how numpy holds it."""
-
-    name: str
-    number: pb.DataType
-    numpy: np.dtype[np.generic]
-    is_float: bool
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.numpy.itemsize
-
-
-DTYPES: tuple[DType, ...] = (
-    DType("float32", pb.DATA_TYPE_FLOAT32, np.dtype("<f4"), is_float=True),
-    DType("float16", pb.DATA_TYPE_FLOAT16, np.dtype("<f2"), is_float=True),
-    # numpy has no bfloat16: its bits are held as 16-bit words.
-    DType("bfloat16", pb.DATA_TYPE_BFLOAT16, np.dtype("<u2"), is_float=True),
-    DType("uint8", pb.DATA_TYPE_UINT8, np.dtype("u1"), is_float=False),
-    DType("int16", pb.DATA_TYPE_INT16, np.dtype("<i2"), is_float=False),
-    DType("int32", pb.DATA_TYPE_INT32, np.dtype("<i4"), is_float=False),
-    DType("int64", pb.DATA_TYPE_INT64, np.dtype("<i8"), is_float=False),
-)
-_BY_NUMBER = {dtype.number: dtype for dtype in DTYPES}
-_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
-FLOATS = tuple(dtype.name for dtype in DTYPES if dtype.is_float)
-INTEGERS = tuple(dtype.name for dtype in DTYPES if not dtype.is_float)
-
-
-def dtype_named(name: str) -> DType:
-    """The element type with this name; KeyError if the wire has none."""
-    return _BY_NAME[name]
+"""The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +58,6 @@ class SharedTensors:
     @classmethod
     def from_proto(cls, message: pb.SharedTensors) -> SharedTensors:
         return cls(message.session, message.region, message.logits_offset, message.labels_offset, message.grad_offset)
-
-
-MAX_RUN_CHARACTERS = 200
-MAX_WORLD_SIZE = 65_536
-MAX_CALL_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -229,126 +183,12 @@ class Request:
 
 
 def _tensor_from_proto(name: str, message: pb.TensorInfo) -> TensorSpec:
-    dtype = _BY_NUMBER.get(message.data_type)
+    dtype = dtype_numbered(message.data_type)
     if dtype is None:
         raise spec.InvalidInput(
-            f"{name}.data_type", f"got {_enum_text(pb.DataType, message.data_type)}; expected a type of this server"
+            f"{name}.data_type", f"got {enum_text(pb.DataType, message.data_type)}; expected a type of this server"
         )
     return TensorSpec(dtype, tuple(message.shape))
-
-
-def _enum_text(enum: type[pb.DataType] | type[pb.ClassSelection] | type[pb.InputKind], number: int) -> str:
-    return enum.Name(number) if number in enum.values() else str(number)
-
-
-_INPUT_TO_PROTO: dict[str, pb.InputKind] = {
-    "logits": pb.INPUT_KIND_LOGITS,
-    "probabilities": pb.INPUT_KIND_PROBABILITIES,
-}
-_INPUT_FROM_PROTO: dict[int, spec.Input] = {
-    pb.INPUT_KIND_LOGITS: "logits",
-    pb.INPUT_KIND_PROBABILITIES: "probabilities",
-}
-
-
-def loss_to_proto(loss: spec.WeightedSum) -> pb.Loss:
-    return pb.Loss(terms=[_term_to_proto(weight, term) for weight, term in loss.terms])
-
-
-def _term_to_proto(weight: float, loss: spec.Loss) -> pb.Term:
-    if isinstance(loss, spec.LovaszSoftmax):
-        listed: tuple[int, ...] = ()
-        if loss.classes == "present":
-            selection = pb.CLASS_SELECTION_PRESENT
-        elif loss.classes == "all":
-            selection = pb.CLASS_SELECTION_ALL
-        else:
-            selection, listed = pb.CLASS_SELECTION_LISTED, tuple(int(c) for c in loss.classes)
-        softmax = pb.LovaszSoftmax(
-            class_selection=selection,
-            listed_classes=listed,
-            class_weights=loss.class_weights or (),
-            per_image=loss.per_image,
-            ignore_index=loss.ignore_index,
-            input=_INPUT_TO_PROTO[loss.input],
-        )
-        return pb.Term(weight=weight, lovasz_softmax=softmax)
-    if isinstance(loss, spec.LovaszHinge):
-        hinge = pb.LovaszHinge(per_image=loss.per_image, ignore_index=loss.ignore_index, multilabel=loss.multilabel)
-        return pb.Term(weight=weight, lovasz_hinge=hinge)
-    cross_entropy = pb.CrossEntropy(
-        class_weights=loss.class_weights or (), ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing
-    )
-    return pb.Term(weight=weight, cross_entropy=cross_entropy)
-
-
-def loss_from_proto(message: pb.Loss) -> spec.WeightedSum:
-    """Raises:
-    InvalidInput: an option that it cannot have, an enum value that this version does not know.
-    """
-    if not 1 <= len(message.terms) <= spec.MAX_TERMS:
-        raise spec.InvalidInput("loss.terms", f"got {len(message.terms)} terms; expected 1 to {spec.MAX_TERMS}")
-    return spec.weighted_sum([(term.weight, _term_from_proto(i, term)) for i, term in enumerate(message.terms)])
-
-
-def _term_from_proto(i: int, term: pb.Term) -> spec.Loss:
-    kind = term.WhichOneof("loss")
-    if kind == "lovasz_softmax":
-        return _softmax_from_proto(term.lovasz_softmax)
-    if kind == "lovasz_hinge":
-        hinge = term.lovasz_hinge
-        return spec.LovaszHinge(
-            per_image=hinge.per_image, ignore_index=_optional_ignore_index(hinge), multilabel=hinge.multilabel
-        )
-    if kind == "cross_entropy":
-        return spec.CrossEntropy(
-            class_weights=tuple(term.cross_entropy.class_weights) or None,
-            ignore_index=_optional_ignore_index(term.cross_entropy),
-            label_smoothing=term.cross_entropy.label_smoothing,
-        )
-    raise spec.InvalidInput(
-        f"loss.terms[{i}].loss",
-        "is not set, or is of a kind that this server does not know; expected one of "
-        "lovasz_softmax, lovasz_hinge, cross_entropy",
-    )
-
-
-def _softmax_from_proto(message: pb.LovaszSoftmax) -> spec.LovaszSoftmax:
-    selections: dict[int, spec.Classes] = {
-        pb.CLASS_SELECTION_PRESENT: "present",
-        pb.CLASS_SELECTION_ALL: "all",
-        pb.CLASS_SELECTION_LISTED: tuple(message.listed_classes),
-    }
-    classes = selections.get(message.class_selection)
-    if classes is None:
-        raise spec.InvalidInput(
-            "lovasz_softmax.class_selection",
-            f"got {_enum_text(pb.ClassSelection, message.class_selection)}; expected CLASS_SELECTION_PRESENT, "
-            "CLASS_SELECTION_ALL or CLASS_SELECTION_LISTED",
-        )
-    if isinstance(classes, str) and message.listed_classes:
-        raise spec.InvalidInput(
-            "lovasz_softmax.listed_classes",
-            f"got {list(message.listed_classes)} beside {_enum_text(pb.ClassSelection, message.class_selection)}; "
-            "expected none (they belong to CLASS_SELECTION_LISTED)",
-        )
-    input_kind = _INPUT_FROM_PROTO.get(message.input)
-    if input_kind is None:
-        raise spec.InvalidInput(
-            "lovasz_softmax.input",
-            f"got {_enum_text(pb.InputKind, message.input)}; expected INPUT_KIND_LOGITS or INPUT_KIND_PROBABILITIES",
-        )
-    return spec.LovaszSoftmax(
-        classes=classes,
-        class_weights=tuple(message.class_weights) or None,
-        per_image=message.per_image,
-        ignore_index=_optional_ignore_index(message),
-        input=input_kind,
-    )
-
-
-def _optional_ignore_index(message: pb.LovaszSoftmax | pb.LovaszHinge | pb.CrossEntropy) -> int | None:
-    return message.ignore_index if message.HasField("ignore_index") else None
 
 
 @dataclass(frozen=True)
@@ -428,70 +268,3 @@ class Response:
                 timing.copy_seconds,
             ),
         )
-
-
-def as_bytes(array: npt.NDArray[np.generic]) -> memoryview:
-    """The bytes of a C-contiguous array, without a copy."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def chunks(buffers: Sequence[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-    """Cuts the buffers, one after the other, into pieces of at most ``chunk_bytes``, without a copy."""
-    for buffer in buffers:
-        for start in range(0, len(buffer), chunk_bytes):
-            yield buffer[start : start + chunk_bytes]
-
-
-_NOTHING = np.empty(0, np.uint8)
-
-
-class Assembly:
-    """Puts the chunks of a payload into their places as they come; the opposite of :func:`chunks`."""
-
-    def __init__(self, buffers: Sequence[memoryview]) -> None:
-        """
-        Args:
-            buffers: writable, in the order of the payload.
-        """
-        # As arrays of NumPy, which lets other threads run while it copies.
-        self._buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers if len(buffer)]
-        self._index = 0
-        self._offset = 0
-        self.received = 0
-        self.expected = sum(len(buffer) for buffer in buffers)
-
-    def add(self, chunk: Bytes) -> None:
-        """Raises:
-        InvalidInput: the payload is longer than its header declared.
-        """
-        if self.received + len(chunk) > self.expected:
-            raise spec.InvalidInput(
-                "payload", f"got at least {self.received + len(chunk)} bytes; expected {self.expected} as declared"
-            )
-        rest = np.frombuffer(chunk, np.uint8) if len(chunk) else _NOTHING
-        while len(rest):
-            buffer = self._buffers[self._index]
-            taken = min(len(rest), len(buffer) - self._offset)
-            buffer[self._offset : self._offset + taken] = rest[:taken]
-            rest = rest[taken:]
-            self._offset += taken
-            self.received += taken
-            if self._offset == len(buffer):
-                self._index, self._offset = self._index + 1, 0
-
-    def add_all(self, stream: Iterable[Bytes]) -> None:
-        """Takes chunks to the end of the stream.
-
-        Raises:
-            InvalidInput: the payload is longer or shorter than its header declared.
-        """
-        for chunk in stream:
-            self.add(chunk)
-        self.finish()
-
-    def finish(self) -> None:
-        """Raises:
-        InvalidInput: the payload is shorter than its header declared.
-        """
-        if self.received != self.expected:
-            raise spec.InvalidInput("payload", f"got {self.received} bytes; expected {self.expected} as declared")
