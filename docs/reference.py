@@ -15,8 +15,8 @@ from pathlib import Path
 from prometheus_client import Metric
 
 from lovasz.server.config import ServerConfig, format_bytes, variable_of
-from lovasz.server.metrics import GAUGES, Metrics
-from lovasz.server.waiting_steps import WaitingSteps
+from lovasz.server.observe.metrics import GAUGES, Metrics
+from lovasz.server.observe.waiting_steps import WaitingSteps
 
 FOLDER = Path(__file__).parent
 SUFFIX = {"counter": "_total", "info": "_info"}
@@ -31,10 +31,10 @@ def metrics_page() -> str:
     return f"""# Metrics
 
 What `GET /metrics` on the port of `--metrics-listen` serves, in the formats of Prometheus and OpenMetrics. Written
-from [`metrics.py`](../server/lovasz/server/metrics.py) by `make docs`. A server shows a bounded number of values of
-each label at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in seconds, sizes in bytes. What to
-watch, and what an alert asks for: [operations.md](operations.md). The same port has a page for people at `/`, and its
-numbers at `/status`.
+from [`metrics.py`](../server/lovasz/server/observe/metrics.py) by `make docs`. A server shows a bounded number of
+values of each label at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in seconds, sizes in bytes.
+What to watch, and what an alert asks for: [operations.md](operations.md). The same port has a page for people at `/`,
+and its numbers at `/status`.
 
 The phases of a request: `receive`: header and payload; `joint`: waiting for the other ranks of its step; `queue`:
 waiting for the device; `compute`: its batch; `copy`: of the batch's gradients to the host; `send`: its answer.

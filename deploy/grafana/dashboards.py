@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lovasz.server.metrics import PHASES
+from lovasz.server.observe.metrics import PHASES
 
 FOLDER = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT = 8, 8

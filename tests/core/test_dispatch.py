@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
+from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
 from support.comparison import bits, normal, random_labels
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
 from lovasz.core.batch import Request
-from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
 from lovasz.core.dispatch import Backend, choose, submit
 from lovasz.spec import InvalidInput, LossLike, Result, weighted_sum
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lovasz.core.bins import SORTED_BELOW_PIXELS
 from support.comparison import norm_error, reference_answer, shared_ties_answer
 from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import LovaszHinge, compute
-from lovasz.core.bins import SORTED_BELOW_PIXELS
 from lovasz.core.dispatch import Backend
 
 TOLERANCE = 2e-5

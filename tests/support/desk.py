@@ -20,14 +20,14 @@ from support.waiting import eventually
 from lovasz import wire
 from lovasz.core import compute
 from lovasz.core.answers import Pending
-from lovasz.server.admission import Admission
-from lovasz.server.batcher import Batcher, Entry
-from lovasz.server.engine import Engine
-from lovasz.server.joint import JointTable
-from lovasz.server.metrics import Metrics
-from lovasz.server.sending import SendWatch
-from lovasz.server.service import LossServicer
-from lovasz.server.staging import StagingPool
+from lovasz.server.device.engine import Engine
+from lovasz.server.memory.staging import StagingPool
+from lovasz.server.observe.metrics import Metrics
+from lovasz.server.schedule.admission import Admission
+from lovasz.server.schedule.batcher import Batcher, Entry
+from lovasz.server.schedule.joint import JointTable
+from lovasz.server.transport.sending import SendWatch
+from lovasz.server.transport.servicer import LossServicer
 from lovasz.spec import LossLike, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
@@ -233,22 +233,21 @@ class Desk:
         self.batcher = Batcher(10**9, 100, 0.0)
         self.metrics = Metrics()
         self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout)
-        self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER)
+        self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER, stall_seconds=NEVER)
         self.pool = CountedPool()
         self._readers, self._calls = ThreadPoolExecutor(200), ThreadPoolExecutor(200)
         self.service = LossServicer(
-            self.admission,
-            self.batcher,
-            self.joints,
-            self.engine,
-            self.metrics,
-            self.pool,
-            (),
-            self._readers,
-            SendWatch(NEVER, self.metrics),
-            threading.Semaphore(1000),
+            admission=self.admission,
+            batcher=self.batcher,
+            joints=self.joints,
+            engine=self.engine,
+            metrics=self.metrics,
+            staging=self.pool,
+            shared_memory=(),
+            readers=self._readers,
+            sending=SendWatch(NEVER, self.metrics),
+            calls=threading.Semaphore(1000),
             stall_seconds=NEVER,
-            device_stall_seconds=NEVER,
         )
 
     def compute(self) -> None:

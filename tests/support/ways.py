@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from lovasz.core.bins import SORTED_BELOW_PIXELS
 from support.gpu import require_gpu
 
-from lovasz.core.bins import SORTED_BELOW_PIXELS
 from lovasz.core.dispatch import Backend, installed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

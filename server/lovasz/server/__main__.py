@@ -9,10 +9,10 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from lovasz.server import logs
-from lovasz.server.allocator import keep_freed_memory
 from lovasz.server.config import ConfigError, ServerConfig, unknown_variables
 from lovasz.server.errors import DeviceError
+from lovasz.server.memory.allocator import keep_freed_memory
+from lovasz.server.observe import logs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

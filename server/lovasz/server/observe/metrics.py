@@ -1,0 +1,211 @@
+"""Every metric of the server, declared here."""
+
+from __future__ import annotations
+
+import logging
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+)
+
+from lovasz.server.config import DEFAULT_MAX_RUNS
+from lovasz.server.observe.runs import Runs
+
+_log = logging.getLogger(__name__)
+
+PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
+"""What a request goes through: header and payload; waiting for the other ranks of its step; waiting for the device; its
+batch; the copy of the batch's gradients to the host; its answer."""
+CLASSES = ("0", "0.01", "0.1", "1", "10")
+"""Requests by how long they take: each class is named by what its requests take longer than, in seconds."""
+
+_CLASS_STARTS = tuple(map(float, CLASSES))
+_OUTCOMES = {True: "answered", False: "failed"}
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 60, 120, 300, 1800)
+_REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ELEMENTS = tuple(float(4**k) for k in range(5, 17))
+_BYTES = tuple(float(2**k) for k in range(10, 33))
+"""1 KiB to 4 GiB."""
+
+GAUGES = {
+    "lovasz_queue_requests": "Requests waiting for the device.",
+    "lovasz_in_flight_requests": "Requests held.",
+    "lovasz_max_requests": "Requests held at most.",
+    "lovasz_in_flight_bytes": "Tensor bytes of the requests held, with their gradients.",
+    "lovasz_budget_bytes": "Tensor bytes held at most.",
+    "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
+    "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
+    "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it is theirs.",
+    "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
+    "lovasz_joint_ranks_waiting": "Ranks that have come to joint steps that wait for others.",
+    "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
+    "lovasz_device_healthy": "1 if the device gave the right answer to a known loss when last asked, and is not stuck.",
+    "lovasz_device_utilization_ratio": "Share of the time in which the GPU, or for a CPU the host's processors, had "
+    "work, whoever's; NaN where that is not known (for GPUs without nvidia-ml-py).",
+    "lovasz_device_memory_used_bytes": "Memory of the GPU, or of the host for a CPU, that is taken, by whomever; "
+    "NaN where that is not known.",
+    "lovasz_device_memory_bytes": "Memory of the GPU, or of the host for a CPU; NaN where that is not known.",
+}
+"""Those that are read when they are scraped."""
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own.
+
+    Attributes:
+        runs: the loss and IoU of trainings, at most ``max_runs`` of them.
+    """
+
+    def __init__(self, max_runs: int = DEFAULT_MAX_RUNS) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.runs = Runs(max_runs)
+        registry.register(self.runs)
+        self.requests = Counter(
+            "lovasz_requests",
+            "Requests answered, by method, kind of loss and gRPC status code.",
+            ["method", "loss", "code"],
+            registry=registry,
+        )
+        self._phase_seconds = Histogram(
+            "lovasz_phase_seconds",
+            "Time spent in each phase by each request that was let in, also in the phase in which it failed.",
+            ["phase"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._request_seconds = Histogram(
+            "lovasz_request_seconds",
+            "Time of each request that was let in, from its header to the end of its answer, or to its failure; the "
+            "outcome is answered or failed.",
+            ["outcome"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._class_seconds = Counter(
+            "lovasz_class_phase_seconds",
+            "Time spent in each phase by the requests that took, in all, more than so many seconds, and no more than "
+            "the next class.",
+            ["over", "phase"],
+            registry=registry,
+        )
+        self._class_requests = Counter(
+            "lovasz_class_requests", "How many requests each of these classes has.", ["over"], registry=registry
+        )
+        self.faults = Counter("lovasz_faults", "Requests that failed by a fault of the server.", registry=registry)
+        self.request_bytes = Histogram(
+            "lovasz_request_bytes",
+            "Tensor bytes of the requests that were computed, without their gradients.",
+            buckets=_BYTES,
+            registry=registry,
+        )
+        self.rejections = Counter(
+            "lovasz_rejections",
+            "Requests refused, by reason: no_bytes and no_requests lack room; all but invalid and some too_large at "
+            "their header.",
+            ["reason"],
+            registry=registry,
+        )
+        self.abandoned = Counter(
+            "lovasz_abandoned",
+            "Requests that were given up before their answer was sent: cancelled by their caller, or expired; and the "
+            "phase that they were in.",
+            ["reason", "phase"],
+            registry=registry,
+        )
+        self.stalled = Counter(
+            "lovasz_stalled",
+            "Calls cut off as their caller stopped sending its request (receive) or taking its answer (send).",
+            ["phase"],
+            registry=registry,
+        )
+        self.joint_groups = Counter(
+            "lovasz_joint_groups",
+            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, left, had no room, "
+            "or the server was stopping.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.device_busy_seconds = Counter(
+            "lovasz_device_busy_seconds", "Time in which the device had a batch to compute.", registry=registry
+        )
+        self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
+        self.nonfinite_results = Counter(
+            "lovasz_nonfinite_results", "Answers that were NaN as their logits were not finite.", registry=registry
+        )
+        self._batch_requests = Histogram(
+            "lovasz_batch_requests", "Requests computed in one batch.", buckets=_REQUESTS, registry=registry
+        )
+        self._batch_elements = Histogram(
+            "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS, registry=registry
+        )
+        self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
+        self._phases = {
+            phase: (self._phase_seconds.labels(phase), [self._class_seconds.labels(over, phase) for over in CLASSES])
+            for phase in PHASES
+        }
+        self._classes = [self._class_requests.labels(over) for over in CLASSES]
+        self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
+        for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
+            self.joint_groups.labels(outcome)
+        for reason in ("no_bytes", "no_requests", "too_large", "stopping", "invalid", "mismatch"):
+            self.rejections.labels(reason)
+        for phase in PHASES:
+            for reason in ("cancelled", "expired"):
+                self.abandoned.labels(reason, phase)
+        for phase in ("receive", "send"):
+            self.stalled.labels(phase)
+
+    def observe_request(
+        self, phases: Mapping[str, float], seconds: float, answered: bool, trace: dict[str, str] | None
+    ) -> None:
+        """Notes a request that was let in.
+
+        Args:
+            phases: time spent in each of the phases that it came to.
+            seconds: in all.
+            trace: as of ``tracing.exemplar``.
+        """
+        self._outcomes[answered].observe(seconds, trace)
+        place = max(0, bisect_left(_CLASS_STARTS, seconds) - 1)
+        self._classes[place].inc()
+        for phase, spent in phases.items():
+            histogram, classes = self._phases[phase]
+            histogram.observe(spent, trace)
+            classes[place].inc(spent)
+
+    def observe_batch(self, requests: int, elements: int) -> None:
+        self._batch_requests.observe(requests)
+        self._batch_elements.observe(elements)
+        self.elements.inc(elements)
+
+    def describe(self, **build: str) -> None:
+        """Sets the labels of ``lovasz_build_info``."""
+        self._build.info(build)
+
+    def watch(self, readers: Mapping[str, Callable[[], float]]) -> None:
+        """Declares :data:`GAUGES`, each with what it is read from."""
+        assert readers.keys() == GAUGES.keys()
+        for name, text in GAUGES.items():
+            Gauge(name, text, registry=self.registry).set_function(_readable(readers[name]))
+
+
+def _readable(read: Callable[[], float]) -> Callable[[], float]:
+    """NaN where a reader fails: the others are wanted all the more then."""
+
+    def value() -> float:
+        try:
+            return read()
+        except Exception:
+            _log.exception("a gauge cannot be read")
+            return math.nan
+
+    return value
