@@ -30,10 +30,10 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     way.require()
 
     def forced(asked: Sequence[Request], loss: WeightedSum, on: torch.device) -> Backend:
-        return Backend.TORCH if asked[0].logits.dtype == torch.float64 else way.path
+        return Backend.TORCH if asked[0].logits.dtype == torch.float64 else way.backend
 
     # The interpreter computes with NumPy, which warns of divisions whose results kernels then pass over.
-    quiet = np.errstate(all="ignore") if way.path is Backend.TRITON else nullcontext()
+    quiet = np.errstate(all="ignore") if way.backend is Backend.TRITON else nullcontext()
     with pytest.MonkeyPatch.context() as patch, quiet:
         patch.setattr(dispatch, "choose", forced)
         way.force(patch)
@@ -42,17 +42,17 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 
 @pytest.fixture(scope="module")
 def device(way: Way) -> torch.device:
-    """The device of each way; all losses take its path."""
+    """The device of each way; all losses take its backend."""
     return torch.device(way.device)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Drops the cases in float64 of all paths but torch's, which they would take again and again."""
+    """Drops the cases in float64 of all backends but torch's, which computes them on all."""
 
     def repeats(item: pytest.Item) -> bool:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         way = parameters.get("way")
-        return isinstance(way, Way) and way.path is not Backend.TORCH and parameters.get("dtype") == torch.float64
+        return isinstance(way, Way) and way.backend is not Backend.TORCH and parameters.get("dtype") == torch.float64
 
     items[:] = [item for item in items if not repeats(item)]
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lovasz.core import bins, reference
+from lovasz.core import reference
+from lovasz.core.backends.numba import bins
 from lovasz.spec import LossLike, Result
 
 _extension = reference.lovasz_extension
@@ -61,7 +62,7 @@ def _shared_ties_extension(errors: Tensor, foreground: Tensor) -> Tensor:
 
 
 def slow_bin(errors: npt.NDArray[np.float64], top: int) -> npt.NDArray[np.int64]:
-    """The bin of each error, as the docstring of :mod:`lovasz.core.bins` has it."""
+    """The bin of each error, as the docstring of :mod:`lovasz.core.backends.numba.bins` has it."""
     octave = top - (np.frexp(errors)[1].astype(np.int64) - 1)
     found = np.full(len(errors), bins.BINS - 1)
     for o, first in enumerate(bins.first_bins()[:-1]):

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lovasz.core import plan
 from lovasz.core.computed import FIXED_POINT_BITS
-from lovasz.core.plan import Groups as PlannedGroups
 
 _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 27
@@ -46,13 +46,18 @@ class Groups:
     starts: Tensor
 
     @classmethod
-    def of(cls, groups: PlannedGroups, device: torch.device) -> Groups:
-        sizes, share = on_device(groups.pixels, device), on_device(groups.share, device)
-        pixels = int(groups.pixels.sum())
-        if len(groups.pixels) == 1:
+    def of(cls, planned: plan.Groups, device: torch.device) -> Groups:
+        """The groups of a plan, on the device."""
+        return cls.of_sizes(planned.pixels, planned.share, device)
+
+    @classmethod
+    def of_sizes(cls, pixels: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], device: torch.device) -> Groups:
+        sizes, share = on_device(pixels, device), on_device(shares, device)
+        total = int(pixels.sum())
+        if len(pixels) == 1:
             starts = torch.zeros(1, dtype=torch.int64, device=device)
-            return cls(sizes, share, starts.expand(pixels), starts)
-        numbers = torch.arange(len(groups.pixels), device=device).repeat_interleave(sizes, output_size=pixels)
+            return cls(sizes, share, starts.expand(total), starts)
+        numbers = torch.arange(len(pixels), device=device).repeat_interleave(sizes, output_size=total)
         return cls(sizes, share, numbers, sizes.cumsum(0) - sizes)
 
     def __len__(self) -> int:

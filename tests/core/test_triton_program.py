@@ -16,6 +16,7 @@ from lovasz.core.backends.torch import compute as torch_compute
 from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
 from lovasz.core.dispatch import Backend, submit
+from lovasz.core.plan import Plan
 from lovasz.spec import LossLike, weighted_sum
 
 pytest.importorskip("triton")
@@ -62,14 +63,14 @@ def requests_of(name: str, device: torch.device) -> tuple[list[Request], LossLik
 @compositions
 @pytest.mark.parametrize("want_grad", [False, True])
 def test_a_batch_of_any_composition_takes_a_handful_of_launches(name: str, want_grad: bool) -> None:
-    from lovasz.core.backends.triton.plan import Plan, Signature
+    from lovasz.core.backends.triton.layout import Kind
+    from lovasz.core.backends.triton.program import Program
 
     requests, loss = requests_of(name, torch.device("cpu"))
-    layouts = tuple(request.layout for request in requests)
-    sizes, dtypes = (1,) * len(requests), (torch.float32, torch.int64)
-    plan = Plan(Signature(weighted_sum(loss), layouts, sizes, *dtypes, want_grad, torch.device("cuda")))
-    assert len(plan.launches) <= MOST_LAUNCHES
-    assert all(launch.grid[0] > 0 for launch in plan.launches)
+    plan = Plan.of(Batch.of(requests), weighted_sum(loss), torch.device("cuda"))
+    program = Program(Kind(plan, torch.float32, torch.int64, want_grad))
+    assert len(program.launches) <= MOST_LAUNCHES
+    assert all(launch.grid[0] > 0 for launch in program.launches)
 
 
 @pytest.mark.gpu
@@ -99,13 +100,13 @@ def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.
     whole = submit(requests, total, torch.device("cpu"), backend=Backend.TORCH).collect()
     computed = []
 
-    def noted(path: Backend, batch: Batch, *arguments: object, **options: object) -> Computed:
+    def noted(backend: Backend, plan: Plan, batch: Batch, **options: object) -> Computed:
         computed.append(len(batch.requests))
-        return torch_compute.compute(batch, total, torch.device("cpu"), want_grad=True)
+        return torch_compute.compute(plan, batch, want_grad=True)
 
-    monkeypatch.setattr("lovasz.core.dispatch.checked", lambda path, request, device: path)
+    monkeypatch.setattr("lovasz.core.dispatch.checked", lambda backend, request, device: backend)
     monkeypatch.setattr("lovasz.core.dispatch.compute", noted)
-    monkeypatch.setattr("lovasz.core.answers.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
+    monkeypatch.setattr("lovasz.core.dispatch.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
     portions = submit(requests, total, torch.device("cpu"), backend=Backend.TRITON).collect()
     assert computed == [2, 1]
     assert [bits(answer) for answer in portions] == [bits(answer) for answer in whole]
