@@ -90,7 +90,7 @@ def test_launch_does_not_wait_for_the_device(
 
 @each_loss
 def test_memory_comes_back(loss: LossLike, cuda: torch.device, graphs: Any) -> None:
-    """All but what is kept for the next batch of the kind: a plan, and a graph once there is one."""
+    """All but what is kept for the next batch of the kind: a program, and a graph once there is one."""
     members = batch_of(weighted_sum(loss), cuda)
     for logits, labels in members * 4:
         compute(logits, labels, loss)
