@@ -1,9 +1,8 @@
-"""The losses for use in the process itself: one call each, differentiable, and as modules."""
+"""The losses as functions: tensors in, loss and gradient out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,8 @@ def compute(
     return answer
 
 
-def _differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
+def differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
+    """Computes a loss that autograd can differentiate with respect to the logits; see ``compute``."""
     want_grad = torch.is_grad_enabled() and logits.requires_grad
     parsed = weighted_sum(loss)
     known = replay(logits, labels, parsed) if want_grad else None
@@ -83,7 +83,7 @@ def lovasz_softmax(
     Raises:
         InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
     """
-    return _differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
+    return differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
 
 
 def lovasz_hinge(
@@ -109,40 +109,4 @@ def lovasz_hinge(
     Raises:
         InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
     """
-    return _differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
-
-
-class LocalLoss(torch.nn.Module):
-    """A loss, or a weighted sum of losses, computed in this process: ``LocalLoss(LovaszSoftmax(ignore_index=255))``.
-
-    The counterpart of :class:`lovasz.client.torch.RemoteLoss`.
-    """
-
-    def __init__(self, loss: LossLike) -> None:
-        """
-        Raises:
-            InvalidInput: terms that do not go together.
-        """
-        super().__init__()
-        self.loss = weighted_sum(loss)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the loss as a 0-dim tensor, differentiable with respect to the logits."""
-        return _differentiable(logits, labels, self.loss)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{weight} * {loss}" for weight, loss in self.loss.terms)
-
-
-class LovaszSoftmaxLoss(LocalLoss):
-    """The Lovász-Softmax loss as a module; takes the options of :class:`lovasz.spec.LovaszSoftmax`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszSoftmax(**options))
-
-
-class LovaszHingeLoss(LocalLoss):
-    """The Lovász hinge as a module; takes the options of :class:`lovasz.spec.LovaszHinge`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszHinge(**options))
+    return differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
