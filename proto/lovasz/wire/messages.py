@@ -280,7 +280,9 @@ class Response:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
         grad = _tensor_from_proto("response.grad", message.grad) if message.HasField("grad") else None
         if grad != (request.logits if request.want_grad else None):
-            raise spec.InvalidInput("response.grad", f"got {grad}; expected type and shape of the logits if it was wanted, else None")
+            raise spec.InvalidInput(
+                "response.grad", f"got {grad}; expected type and shape of the logits if it was wanted, else None"
+            )
         if grad is not None and math.frexp(message.grad_scale)[0] != 0.5:
             raise spec.InvalidInput("response.grad_scale", f"got {message.grad_scale}; expected a power of two")
         timing = message.timing
