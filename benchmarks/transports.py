@@ -30,6 +30,7 @@ import torch
 from workloads import Workload, regime_named
 
 from lovasz.client import LossClient, LovaszSoftmax, remote
+from lovasz.client.options import ClientOptions, Transport
 from lovasz.spec import weighted_sum
 from lovasz.wire.framing import UnaryRequest
 
@@ -204,9 +205,9 @@ def serve_echo(pipe: Connection, answer_bytes: int) -> None:
 def encoded(workload: Workload, regime: str) -> bytes:
     """A request as our client sends it in one message."""
     ((logits, labels),) = workload.inputs(regime_named(regime), torch.device("cpu"))
-    target = remote.RemoteTarget(f"{HOST}:1", "grpc", None)  # connects to nobody
+    target = remote.RemoteTarget(f"{HOST}:1", ClientOptions(transport=Transport.GRPC))  # connects to nobody
     try:
-        call = target.encode(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
+        call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
         return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
     finally:
         target.close()

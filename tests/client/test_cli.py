@@ -142,6 +142,17 @@ def test_what_it_says_of_itself(arguments: list[str], said: list[str], capsys: p
     assert all(text in out for text in said)
 
 
+@pytest.mark.parametrize(("command", "loaded"), [("ping", False), ("bench", True)])
+def test_the_load_is_imported_only_for_bench(command: str, loaded: bool) -> None:
+    code = (
+        "import sys\nfrom lovasz.client import cli\n"
+        f"try:\n    cli.main(['{command}', '--help'])\n"
+        "except SystemExit:\n    print('lovasz.client.bench' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.splitlines()[-1] == str(loaded)
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["ping"], ["bench"], ["pong", "localhost:1"], ["ping", "localhost:1", "--count", "x"]]
 )

@@ -56,6 +56,15 @@ def abort(
     raise AssertionError("abort returned")
 
 
+def always(code: grpc.StatusCode, details: str) -> Script:
+    """Fails every call."""
+
+    def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
+        abort(context, code, details, pushback_ms=-1)
+
+    return script
+
+
 def until_gone(context: grpc.ServicerContext) -> None:
     """Waits for the caller to give up."""
     gone = threading.Event()

@@ -5,7 +5,9 @@ Needs numpy only: no torch, no protobuf.
 
 from lovasz.spec.errors import InvalidInput
 from lovasz.spec.layout import MAX_AXES, MAX_CLASSES, Layout
-from lovasz.spec.losses import LOSS_KINDS, Classes, CrossEntropy, Input, Loss, LovaszHinge, LovaszSoftmax
+from lovasz.spec.losses import LOSS_KINDS, CrossEntropy, Loss, LovaszHinge, LovaszSoftmax
+from lovasz.spec.losses import Classes as Classes  # For annotations; not in __all__.
+from lovasz.spec.losses import Input as Input
 from lovasz.spec.results import Result, TermResult, Timing
 from lovasz.spec.terms import MAX_TERMS, LossLike, WeightedSum, weighted_sum
 
@@ -14,9 +16,7 @@ __all__ = [
     "MAX_AXES",
     "MAX_CLASSES",
     "MAX_TERMS",
-    "Classes",
     "CrossEntropy",
-    "Input",
     "InvalidInput",
     "Layout",
     "Loss",

@@ -1,8 +1,8 @@
-"""Messages that carry tensors, as protobuf encodes them, without protobuf's copies of their bytes.
+"""Framing: encodes and decodes messages with tensors exactly as protobuf does, without its copies.
 
-Protobuf copies a bytes field when it is set, when it is serialized, when it is parsed and when it is read; here it is
-copied once on the way out and not at all on the way in. What this module does not expect (another order is fine; a
-field given twice is not), protobuf parses.
+Protobuf copies a bytes field when it is set, serialized, parsed and read. This module copies it once when it encodes,
+and never when it decodes. It decodes length-delimited fields in any order, each at most once; protobuf parses every
+other message.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _LENGTH_DELIMITED = 2
 _MORE = 0x80
 _LOW_BITS = 0x7F
 _LONGEST_SHIFT = 28
-"""Keys and lengths have five bytes at most."""
-_NUMBERS = 1 << 29
+"""Keys and lengths have at most five bytes."""
+_MAX_FIELD_NUMBERS = 1 << 29
 _CHUNK_FIELD = 2
-"""The number of ``chunk`` in both streams' messages."""
+"""The field number of ``chunk`` in the messages of both directions."""
 
 
 def _varint(number: int) -> bytes:
@@ -35,7 +35,7 @@ def _varint(number: int) -> bytes:
 
 
 def _joined(*fields: tuple[int, Bytes]) -> bytes:
-    """A message of length-delimited fields, (number, value) each."""
+    """A message of length-delimited fields, each a pair (number, value)."""
     parts: list[Bytes] = []
     for number, value in fields:
         parts += (_varint(number << 3 | _LENGTH_DELIMITED), _varint(len(value)), value)
@@ -43,7 +43,7 @@ def _joined(*fields: tuple[int, Bytes]) -> bytes:
 
 
 def _fields(data: bytes) -> dict[int, memoryview] | None:
-    """The length-delimited fields of a message, by number; None if it is of any other form."""
+    """The length-delimited fields of a message, by number; None if it has other fields or is malformed."""
     view, place, fields = memoryview(data), 0, dict[int, memoryview]()
 
     def varint() -> int:
@@ -63,7 +63,7 @@ def _fields(data: bytes) -> dict[int, memoryview] | None:
         while place < len(view):
             key, size = varint(), varint()
             number = key >> 3
-            known = 0 < number < _NUMBERS and number not in fields
+            known = 0 < number < _MAX_FIELD_NUMBERS and number not in fields
             if key & 7 != _LENGTH_DELIMITED or not known or size > len(view) - place:
                 return None
             fields[number] = view[place : place + size]
@@ -77,14 +77,14 @@ StreamMessageT = TypeVar("StreamMessageT", pb.ComputeStreamRequest, pb.ComputeSt
 
 
 def encode_stream_message(message: pb.ComputeStreamRequest | pb.ComputeStreamResponse | memoryview) -> bytes:
-    """A message with its header, or the bytes of a chunk, as one message of a stream."""
+    """Encodes a stream message: one with a header, or the bytes of a chunk."""
     if isinstance(message, memoryview):
         return _joined((_CHUNK_FIELD, message))
     return message.SerializeToString()
 
 
 def stream_message_decoder(kind: type[StreamMessageT]) -> Callable[[bytes], StreamMessageT | memoryview]:
-    """The opposite, for one direction: gives the bytes of a chunk, or any other message as it is."""
+    """A decoder for one direction of a stream: it returns the bytes of a chunk, or any other message itself."""
 
     def decode(data: bytes) -> StreamMessageT | memoryview:
         fields = _fields(data)
@@ -98,7 +98,7 @@ def stream_message_decoder(kind: type[StreamMessageT]) -> Callable[[bytes], Stre
 
 @dataclass(frozen=True)
 class UnaryRequest:
-    """``ComputeRequest``: a header, and the bytes of logits and labels where they are."""
+    """``ComputeRequest``: a header, and references to the bytes of logits and labels."""
 
     header: pb.RequestHeader
     logits: Bytes
@@ -109,8 +109,10 @@ class UnaryRequest:
 
     @classmethod
     def decode(cls, data: bytes) -> UnaryRequest:
-        """Raises:
-        DecodeError: it is no such message.
+        """Decodes a message without copying its tensors.
+
+        Raises:
+            DecodeError: the message is malformed.
         """
         fields = _fields(data)
         if fields is None:
@@ -121,7 +123,7 @@ class UnaryRequest:
 
 @dataclass(frozen=True)
 class UnaryResponse:
-    """``ComputeResponse``: a header, and the bytes of the gradient where they are."""
+    """``ComputeResponse``: a header, and a reference to the bytes of the gradient."""
 
     header: pb.ResponseHeader
     grad: Bytes
@@ -131,8 +133,10 @@ class UnaryResponse:
 
     @classmethod
     def decode(cls, data: bytes) -> UnaryResponse:
-        """Raises:
-        DecodeError: it is no such message.
+        """Decodes a message without copying its tensor.
+
+        Raises:
+            DecodeError: the message is malformed.
         """
         fields = _fields(data)
         if fields is None:

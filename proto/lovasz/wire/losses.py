@@ -1,4 +1,4 @@
-"""The protobuf form of a loss: to it and back, refusing what this version does not know."""
+"""The protobuf form of a loss: conversion to it and from it. What this version does not know is refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _INPUT_FROM_PROTO: dict[int, spec.Input] = {
 
 
 def loss_to_proto(loss: spec.WeightedSum) -> pb.Loss:
+    """The loss as a protobuf message."""
     return pb.Loss(terms=[_term_to_proto(weight, term) for weight, term in loss.terms])
 
 
@@ -48,8 +49,10 @@ def _term_to_proto(weight: float, loss: spec.Loss) -> pb.Term:
 
 
 def loss_from_proto(message: pb.Loss) -> spec.WeightedSum:
-    """Raises:
-    InvalidInput: an option that it cannot have, an enum value that this version does not know.
+    """The loss that a protobuf message describes.
+
+    Raises:
+        InvalidInput: an option is invalid, or an enum value is unknown to this version.
     """
     if not 1 <= len(message.terms) <= spec.MAX_TERMS:
         raise spec.InvalidInput("loss.terms", f"got {len(message.terms)} terms; expected 1 to {spec.MAX_TERMS}")

@@ -1,4 +1,4 @@
-"""Request and answer headers: what a message says about its tensors, checked, and its protobuf form."""
+"""Headers of requests and responses: all of a message but its tensors' bytes, checked, and its protobuf form."""
 
 from __future__ import annotations
 
@@ -38,7 +38,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class SharedTensors:
-    """Where the tensors of a request lie in shared memory; offsets in bytes."""
+    """Where the tensors of a request are in shared memory.
+
+    Attributes:
+        session: the session's name, as the server gave it.
+        region: the region's number, as the client gave it.
+        logits_offset: in bytes, like the other two.
+        labels_offset: where the labels begin.
+        grad_offset: where the server writes the gradient.
+    """
 
     session: bytes
     region: int
@@ -62,10 +70,17 @@ class SharedTensors:
 
 @dataclass(frozen=True)
 class Joint:
-    """One rank's place in a step whose ranks are computed as one; ``call`` names the call, also when it is retried.
+    """One rank's place in a joint step.
+
+    Attributes:
+        run: names the training.
+        step: the number of the step, from 0.
+        rank: in [0, world_size).
+        world_size: the number of ranks.
+        call: names the call; the same when the call is retried.
 
     Raises:
-        InvalidInput: a value that cannot be.
+        InvalidInput: a value is invalid.
     """
 
     run: str
@@ -94,8 +109,10 @@ class Joint:
 
     @classmethod
     def from_proto(cls, message: pb.Joint) -> Joint:
-        """Raises:
-        InvalidInput: a value that cannot be.
+        """The place that a protobuf message describes.
+
+        Raises:
+            InvalidInput: a value is invalid.
         """
         return cls(message.run, message.step, message.rank, message.world_size, message.call)
 
@@ -105,10 +122,14 @@ class Request:
     """A request without its payload.
 
     Attributes:
-        joint: its place among the ranks that it is computed with; None if it is computed alone.
-        run: names the training for the server's metrics; empty: none, or that of ``joint``.
-        shared: where its tensors lie; None if they travel.
-        layout: the sizes that the shapes come to; computing it has checked them.
+        loss: the loss to compute.
+        logits: element type and shape of the logits.
+        labels: element type and shape of the labels.
+        want_grad: whether the gradient is wanted, too.
+        layout: the sizes that the loss is computed with.
+        shared: where its tensors are in shared memory; None if they travel.
+        joint: its rank's place in a joint step; None if it is computed alone.
+        run: the training's name in the server's metrics; empty: none, or the run of ``joint``.
     """
 
     loss: spec.WeightedSum
@@ -131,8 +152,10 @@ class Request:
         joint: Joint | None = None,
         run: str = "",
     ) -> Request:
-        """Raises:
-        InvalidInput: an element type or a shape that does not fit the loss, or a name that is too long.
+        """A request whose shapes were checked against its loss.
+
+        Raises:
+            InvalidInput: an element type or a shape does not fit the loss, or the run's name is too long.
         """
         if len(run) > MAX_RUN_CHARACTERS:
             raise spec.InvalidInput("run", f"got {len(run)} characters; expected at most {MAX_RUN_CHARACTERS}")
@@ -148,11 +171,12 @@ class Request:
 
     @property
     def grad_bytes(self) -> int:
-        """Bytes of the gradient that is wanted."""
+        """Bytes of the gradient; 0 if none is wanted."""
         return self.logits.nbytes if self.want_grad else 0
 
     @property
     def payload_bytes(self) -> int:
+        """Bytes of logits and labels."""
         return self.logits.nbytes + self.labels.nbytes
 
     def to_proto(self) -> pb.RequestHeader:
@@ -168,8 +192,10 @@ class Request:
 
     @classmethod
     def from_proto(cls, header: pb.RequestHeader) -> Request:
-        """Raises:
-        InvalidInput: a field is missing, unknown or wrong.
+        """The request that a protobuf header describes.
+
+        Raises:
+            InvalidInput: a field is missing, unknown or invalid.
         """
         return cls.checked(
             loss_from_proto(header.loss),
@@ -193,9 +219,16 @@ def _tensor_from_proto(name: str, message: pb.TensorInfo) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Response:
-    """An answer without the gradient's bytes; ``grad`` is None if no gradient was wanted.
+    """A response without the gradient's bytes.
 
-    The gradient that is sent is the true one times ``grad_scale``, a power of two.
+    Attributes:
+        loss: the weighted sum of the terms.
+        terms: the result of each term.
+        intersection: int64, shape (C,): see :class:`lovasz.spec.Result`.
+        union: int64, shape (C,).
+        grad: element type and shape of the gradient; None if none was wanted.
+        grad_scale: a power of two: the gradient is sent multiplied by it.
+        timing: where the server spent the time.
     """
 
     loss: float
@@ -227,8 +260,10 @@ class Response:
 
     @classmethod
     def from_proto(cls, message: pb.ResponseHeader, request: Request) -> Response:
-        """Raises:
-        InvalidInput: the answer does not fit the request (the other side is no server of this contract).
+        """The response that a protobuf header describes.
+
+        Raises:
+            InvalidInput: it does not fit the request, so the server does not keep this contract.
         """
         kinds = [loss.kind for _, loss in request.loss.terms]
         if len(message.terms) != len(kinds):
@@ -245,7 +280,9 @@ class Response:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
         grad = _tensor_from_proto("response.grad", message.grad) if message.HasField("grad") else None
         if grad != (request.logits if request.want_grad else None):
-            raise spec.InvalidInput("response.grad", f"got {grad}; expected type and shape of the logits iff wanted")
+            raise spec.InvalidInput(
+                "response.grad", f"got {grad}; expected type and shape of the logits if it was wanted, else None"
+            )
         if grad is not None and math.frexp(message.grad_scale)[0] != 0.5:
             raise spec.InvalidInput("response.grad_scale", f"got {message.grad_scale}; expected a power of two")
         timing = message.timing

@@ -1,4 +1,4 @@
-"""The payload of a request or an answer: tensors as bytes, cut into chunks and put together again."""
+"""The payload of a request or an answer: tensors as bytes, cut into chunks and reassembled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_bytes(array: npt.NDArray[np.generic]) -> memoryview:
 
 
 def chunks(buffers: Sequence[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-    """Cuts the buffers, one after the other, into pieces of at most ``chunk_bytes``, without a copy."""
+    """Cuts the buffers, in order, into chunks of at most ``chunk_bytes``, without a copy."""
     for buffer in buffers:
         for start in range(0, len(buffer), chunk_bytes):
             yield buffer[start : start + chunk_bytes]
@@ -34,14 +34,20 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class Assembly:
-    """Puts the chunks of a payload into their places as they come; the opposite of :func:`chunks`."""
+    """Copies the chunks of a payload into buffers as they arrive: the inverse of :func:`chunks`.
+
+    Attributes:
+        received: bytes so far.
+        expected: bytes of the whole payload.
+    """
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
-        """
+        """Starts with the first byte of the first buffer.
+
         Args:
-            buffers: writable, in the order of the payload.
+            buffers: writable memory, in the order of the payload.
         """
-        # As arrays of NumPy, which lets other threads run while it copies.
+        # numpy releases the interpreter lock while it copies.
         self._buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers if len(buffer)]
         self._index = 0
         self._offset = 0
@@ -49,8 +55,10 @@ class Assembly:
         self.expected = sum(len(buffer) for buffer in buffers)
 
     def add(self, chunk: Bytes) -> None:
-        """Raises:
-        InvalidInput: the payload is longer than its header declared.
+        """Copies one chunk.
+
+        Raises:
+            InvalidInput: the payload is longer than its header declared.
         """
         if self.received + len(chunk) > self.expected:
             raise spec.InvalidInput(
@@ -68,7 +76,7 @@ class Assembly:
                 self._index, self._offset = self._index + 1, 0
 
     def add_all(self, stream: Iterable[Bytes]) -> None:
-        """Takes chunks to the end of the stream.
+        """Copies all chunks of a stream, and checks that the payload is complete.
 
         Raises:
             InvalidInput: the payload is longer or shorter than its header declared.
@@ -78,8 +86,10 @@ class Assembly:
         self.finish()
 
     def finish(self) -> None:
-        """Raises:
-        InvalidInput: the payload is shorter than its header declared.
+        """Checks that the payload is complete.
+
+        Raises:
+            InvalidInput: it is shorter than its header declared.
         """
         if self.received != self.expected:
             raise spec.InvalidInput("payload", f"got {self.received} bytes; expected {self.expected} as declared")

@@ -1,9 +1,8 @@
-"""``lovasz bench`` and the load behind it: real requests, and figures that agree with what the server counted."""
+"""``lovasz bench``: its table, JSON, plot and live line, its errors, and Ctrl-C."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pty
 import re
@@ -16,28 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-from support.scrape import metric
-from support.scripted_server import Answer, Script, abort, good_answer, serving, until_gone
+from support.scripted_server import Answer, abort, always, good_answer, serving, until_gone
 from support.waiting import eventually
 
-from lovasz.client import (
-    CrossEntropy,
-    InvalidInputError,
-    LossClient,
-    LovaszHinge,
-    LovaszSoftmax,
-    ServerUnavailableError,
-    cli,
-)
-from lovasz.client.load import Phase, Progress, Workload, loss_for, measure
+from lovasz.client import cli
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import InvalidInput, Loss
 from lovasz.v1 import loss_pb2 as pb
 
-SHAPE = (2, 3, 8, 8)
-SOFTMAX = LovaszSoftmax()
 SHORT = ("--duration", "0.3", "--warmup", "0.1")
 WORKLOAD = ["shape", "dtype", "transport", "concurrency"]
 FIGURES = ["requests", "errors", "requests/s", "MiB/s", "p50", "p90", "p99", "max"]
@@ -56,176 +41,6 @@ def rows(out: str) -> list[dict[str, str]]:
     head = next(number for number, line in enumerate(lines) if line.split() == HEADINGS)
     cells = [line.split() for line in lines[head + 1 :] if not line.startswith("  ")]
     return [dict(zip(HEADINGS, row, strict=True)) for row in cells]
-
-
-# --- What is sent -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("loss", "shape", "label_shape"),
-    [
-        (SOFTMAX, (2, 5, 64, 64), (2, 64, 64)),
-        (CrossEntropy(), (4000, 3), (4000,)),
-        (LovaszHinge(), (2, 1, 64, 64), (2, 64, 64)),
-        (LovaszHinge(multilabel=True), (2, 4, 64, 64), (2, 4, 64, 64)),
-    ],
-)
-def test_tensors_are_those_of_a_network_half_trained(
-    loss: Loss, shape: tuple[int, ...], label_shape: tuple[int, ...]
-) -> None:
-    logits, labels = Workload(shape, loss).tensors()
-    assert (logits.dtype, logits.shape, labels.dtype, labels.shape) == (np.float32, shape, np.uint8, label_shape)
-    again = Workload(shape, loss, concurrency=3).tensors()
-    assert np.array_equal(again[0], logits)
-    assert np.array_equal(again[1], labels)
-    if isinstance(loss, LovaszHinge):
-        right = (logits.reshape(label_shape) > 0) == labels
-        assert set(np.unique(labels)) == {0, 1}
-    else:
-        right = logits.argmax(axis=1) == labels
-        assert set(np.unique(labels)) == set(range(shape[1]))
-    assert 0.75 < right.mean() < 0.95
-    with LossClient("inprocess") as client:
-        assert 0 < client.compute(logits, labels, loss).loss < math.inf
-
-
-def test_labels_beyond_a_byte() -> None:
-    _, labels = Workload((1, 300, 4), SOFTMAX).tensors()
-    assert labels.dtype == np.int16
-
-
-@pytest.mark.parametrize("kind", ["lovasz_softmax", "lovasz_hinge", "cross_entropy"])
-@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 1, 16, 16)])
-def test_a_loss_of_every_kind_for_a_shape(kind: str, shape: tuple[int, ...]) -> None:
-    loss = loss_for(kind, shape)
-    assert loss.kind == kind
-    if isinstance(loss, LovaszHinge):
-        assert loss.multilabel == (shape[1] > 1)
-    elif shape[1] == 1:
-        with pytest.raises(InvalidInput, match="single class"):
-            Workload(shape, loss)
-        return
-    assert Workload(shape, loss).payload_bytes > 0
-
-
-def test_no_loss_of_that_kind() -> None:
-    with pytest.raises(InvalidInput, match=r"^loss: got 'l2'; expected one of lovasz_softmax, "):
-        loss_for("l2", SHAPE)
-
-
-@pytest.mark.parametrize("want_grad", [True, False])
-def test_the_payload_is_what_travels(want_grad: bool) -> None:
-    workload = Workload(SHAPE, SOFTMAX, want_grad=want_grad)
-    with serving() as server:
-        measurement = measure(server.target, workload, duration_seconds=0.1, warmup_seconds=0)
-    gradient = 4 * math.prod(SHAPE) if want_grad else 0
-    assert set(server.received_bytes) == {workload.payload_bytes - gradient}
-    assert len(server.received_bytes) == measurement.requests + measurement.warmup_requests
-    rate = measurement.requests / measurement.elapsed_seconds * workload.payload_bytes / 2**20
-    assert measurement.mib_per_second == pytest.approx(rate)
-
-
-# --- What is measured -------------------------------------------------------------------------------------------------
-
-
-def test_requests_are_those_that_the_server_counts(server: ServerProcess) -> None:
-    def counted() -> float:
-        return metric(server, "lovasz_requests_total", loss="lovasz_softmax", code="OK")
-
-    before = counted()
-    seen: list[Progress] = []
-    workload = Workload((1, 3, 32, 32), SOFTMAX, concurrency=3)
-    found = measure(server.target, workload, duration_seconds=0.4, warmup_seconds=0.2, watch=seen.append)
-    # An answer is counted when it was sent, which its client need not have waited for.
-    assert eventually(lambda: counted() - before >= found.requests + found.warmup_requests)
-    assert counted() - before == found.requests + found.warmup_requests
-
-    assert found.requests >= 3
-    assert found.warmup_requests >= 4  # The first, and one of each client.
-    assert (found.errors, found.failures, found.interrupted) == (0, (), False)
-    assert found.requests_per_second == pytest.approx(found.requests / found.elapsed_seconds)
-    assert 0 < found.latency_quantile(0.5) <= found.latency_quantile(0.99) <= found.latency_seconds.max()
-    assert 1 <= found.mean_batch_requests <= 3
-    split = found.split
-    parts = (split.receive_seconds, split.queue_seconds, split.compute_seconds, split.copy_seconds, split.other_seconds)
-    assert all(part >= 0 for part in parts[:3])
-    assert sum(parts) == pytest.approx(np.median(found.latency_seconds))
-
-    phases = [progress.phase for progress in seen]
-    assert phases == sorted(phases, key=list(Phase).index)
-    assert set(phases) == set(Phase)
-    assert all(progress.errors == 0 for progress in seen)
-
-
-def test_one_request_each_however_short_the_time() -> None:
-    with serving() as server:
-        workload = Workload(SHAPE, SOFTMAX, concurrency=4)
-        found = measure(server.target, workload, duration_seconds=1e-9, warmup_seconds=0)
-    assert (found.requests, found.warmup_requests) == (4, 1)
-
-
-def test_failures_are_counted_by_kind() -> None:
-    failed = {grpc.StatusCode.INTERNAL: 0, grpc.StatusCode.RESOURCE_EXHAUSTED: 0}
-
-    def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
-        if call % 3 == 2:
-            return good_answer(header)
-        code = list(failed)[call % 3]
-        failed[code] += 1
-        abort(context, code, f"call {call}", pushback_ms=-1)
-
-    with serving(script) as server:
-        found = measure(server.target, Workload(SHAPE, SOFTMAX), duration_seconds=0.3, warmup_seconds=0)
-    counts = {failures.kind: failures.count for failures in found.failures}
-    # The first request, which failed, is not measured.
-    assert counts == {
-        "ServerFaultError": failed[grpc.StatusCode.INTERNAL] - 1,
-        "ServerOverloadedError": failed[grpc.StatusCode.RESOURCE_EXHAUSTED],
-    }
-    firsts = {failures.kind: failures.first for failures in found.failures}
-    assert firsts["ServerOverloadedError"] == f"{server.target}: call 1 (RESOURCE_EXHAUSTED)"
-    assert found.errors == sum(counts.values()) > 0
-    assert found.requests == len(server.received_bytes) > 0
-    assert found.warmup_requests == 1
-
-
-def always(code: grpc.StatusCode, details: str) -> Script:
-    def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
-        abort(context, code, details, pushback_ms=-1)
-
-    return script
-
-
-def test_nothing_answered_has_no_figures() -> None:
-    with serving(always(grpc.StatusCode.INTERNAL, "no")) as server:
-        found = measure(server.target, Workload(SHAPE, SOFTMAX), duration_seconds=0.1, warmup_seconds=0)
-    assert (found.requests, found.requests_per_second, found.mib_per_second) == (0, 0, 0)
-    assert found.errors > 0
-    assert math.isnan(found.latency_quantile(0.5))
-    assert math.isnan(found.split.other_seconds)
-    assert math.isnan(found.mean_batch_requests)
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        (grpc.StatusCode.INVALID_ARGUMENT, InvalidInputError),
-        (grpc.StatusCode.UNAVAILABLE, ServerUnavailableError),
-    ],
-)
-def test_a_first_failure_that_would_not_go_away_ends_it(code: grpc.StatusCode, expected: type[Exception]) -> None:
-    with serving(always(code, "logits: no")) as server:
-        with pytest.raises(expected, match="logits: no"):
-            measure(server.target, Workload(SHAPE, SOFTMAX, concurrency=2))
-        assert server.methods == ["Compute"]
-
-
-def test_a_client_that_cannot_be_made() -> None:
-    with pytest.raises(ValueError, match="timeout: got -1; expected seconds > 0"):
-        measure("localhost:1", Workload(SHAPE, SOFTMAX), timeout_seconds=-1)
-
-
-# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def test_a_table_of_every_combination(
@@ -400,8 +215,8 @@ def test_what_cannot_be(arguments: tuple[str, ...], text: str, capsys: pytest.Ca
         (["--warmup", "long"], "--warmup: got 'long'; expected seconds >= 0"),
         (["--timeout", "nan"], "--timeout: got 'nan'; expected seconds > 0"),
         (["--loss", "l2"], "--loss: got 'l2'; expected lovasz_softmax, lovasz_hinge or cross_entropy"),
-        (["--json", "/no/where/x"], "--json: got '/no/where/x'; expected a file in a directory that is there"),
-        (["--plot", "/"], "--plot: got '/'; expected a file in a directory that is there"),
+        (["--json", "/no/where/x"], "--json: got '/no/where/x'; expected a file in a directory that exists"),
+        (["--plot", "/"], "--plot: got '/'; expected a file in a directory that exists"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,7 +251,7 @@ def test_no_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypa
 
 @contextmanager
 def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own, which does not outlive a test that fails."""
+    """The command in its own process, which does not outlive a test that fails."""
     command = [sys.executable, "-W", "error", "-m", "lovasz.client.cli", "bench", *arguments]
 
     def hear_ctrl_c() -> None:
