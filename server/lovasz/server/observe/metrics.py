@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import math
 from bisect import bisect_left
@@ -21,9 +22,53 @@ from lovasz.server.observe.runs import Runs
 
 _log = logging.getLogger(__name__)
 
-PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
-"""What a request goes through: header and payload; waiting for the other ranks of its step; waiting for the device; its
-batch; the copy of the batch's gradients to the host; its answer."""
+
+class Phase(enum.Enum):
+    """What a request goes through, in this order."""
+
+    RECEIVE = "receive"
+    """Header and payload."""
+    JOINT = "joint"
+    """Waiting for the other ranks of its step."""
+    QUEUE = "queue"
+    """Waiting for the device."""
+    COMPUTE = "compute"
+    """Its batch."""
+    COPY = "copy"
+    """The copy of the batch's gradients to the host."""
+    SEND = "send"
+    """Its answer."""
+
+
+class JointOutcome(enum.Enum):
+    """How a joint step ended."""
+
+    COMPLETED = "completed"
+    TIMEOUT = "timeout"
+    LEFT = "left"
+    OVERLOADED = "overloaded"
+    STOPPING = "stopping"
+
+
+class Rejection(enum.Enum):
+    """Why a request was refused."""
+
+    NO_BYTES = "no_bytes"
+    NO_REQUESTS = "no_requests"
+    TOO_LARGE = "too_large"
+    STOPPING = "stopping"
+    INVALID = "invalid"
+    MISMATCH = "mismatch"
+
+
+class Abandonment(enum.Enum):
+    """Why a request was given up before its answer was sent."""
+
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+PHASES = tuple(phase.value for phase in Phase)
 CLASSES = ("0", "0.01", "0.1", "1", "10")
 """Requests by how long they take: each class is named by what its requests take longer than, in seconds."""
 
@@ -149,23 +194,27 @@ class Metrics:
         )
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         self._phases = {
-            phase: (self._phase_seconds.labels(phase), [self._class_seconds.labels(over, phase) for over in CLASSES])
-            for phase in PHASES
+            phase: (
+                self._phase_seconds.labels(phase.value),
+                [self._class_seconds.labels(over, phase.value) for over in CLASSES],
+            )
+            for phase in Phase
         }
         self._classes = [self._class_requests.labels(over) for over in CLASSES]
         self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
-        for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
-            self.joint_groups.labels(outcome)
-        for reason in ("no_bytes", "no_requests", "too_large", "stopping", "invalid", "mismatch"):
-            self.rejections.labels(reason)
-        for phase in PHASES:
-            for reason in ("cancelled", "expired"):
-                self.abandoned.labels(reason, phase)
-        for phase in ("receive", "send"):
-            self.stalled.labels(phase)
+        # Counters begin at 0: Prometheus sees no rise in one that begins at its first event.
+        for outcome in JointOutcome:
+            self.joint_groups.labels(outcome.value)
+        for rejection in Rejection:
+            self.rejections.labels(rejection.value)
+        for phase in Phase:
+            for reason in Abandonment:
+                self.abandoned.labels(reason.value, phase.value)
+        for phase in (Phase.RECEIVE, Phase.SEND):
+            self.stalled.labels(phase.value)
 
     def observe_request(
-        self, phases: Mapping[str, float], seconds: float, answered: bool, trace: dict[str, str] | None
+        self, phases: Mapping[Phase, float], seconds: float, answered: bool, trace: dict[str, str] | None
     ) -> None:
         """Notes a request that was let in.
 
