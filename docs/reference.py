@@ -59,7 +59,7 @@ def _metric_row(metric: Metric) -> str:
 def configuration_page() -> str:
     return f"""# Configuration
 
-What a server can be told: an option of `lovasz-server`, or a variable; the option wins. A value that cannot be ends the
+Each setting of a server is an option of `lovasz-server` or a variable; the option wins. An invalid value ends the
 start with a message that names it; variables that begin with `LOVASZ_` and set nothing are logged. Written from
 [`config.py`](../server/lovasz/server/config.py) by `make docs`.
 

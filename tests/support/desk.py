@@ -21,11 +21,14 @@ from lovasz import wire
 from lovasz.core import compute
 from lovasz.core.answers import Pending
 from lovasz.server.device.engine import Engine
-from lovasz.server.memory.staging import StagingPool
+from lovasz.server.memory.pool import StagingPool
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.schedule.admission import Admission
-from lovasz.server.schedule.batcher import Batcher, Entry
-from lovasz.server.schedule.joint import JointTable
+from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.job import Job
+from lovasz.server.schedule.joint.group import SeatState
+from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.transport.call import Pipeline
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.spec import LossLike, LovaszSoftmax, weighted_sum
@@ -83,13 +86,13 @@ class SlowEngine(Engine):
     memory_elements = 10**9
     fault: Exception | None = None
 
-    def _start(self, entries: Sequence[Entry], stream: torch.cuda.Stream | None) -> Pending:
-        if sum(entry.elements for entry in entries) > self.memory_elements:
+    def _start(self, jobs: Sequence[Job], stream: torch.cuda.Stream | None) -> Pending:
+        if sum(job.elements for job in jobs) > self.memory_elements:
             raise torch.OutOfMemoryError("no memory left")
         if self.fault is not None:
             raise self.fault
         threading.Event().wait(random.random() * self.slowness)
-        return super()._start(entries, stream)
+        return super()._start(jobs, stream)
 
 
 class Ended(Exception):
@@ -236,17 +239,20 @@ class Desk:
         self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER, stall_seconds=NEVER)
         self.pool = CountedPool()
         self._readers, self._calls = ThreadPoolExecutor(200), ThreadPoolExecutor(200)
-        self.service = LossServicer(
+        pipeline = Pipeline(
             admission=self.admission,
+            staging=self.pool,
             batcher=self.batcher,
             joints=self.joints,
-            engine=self.engine,
             metrics=self.metrics,
-            staging=self.pool,
+            calls=threading.Semaphore(1000),
+        )
+        self.service = LossServicer(
+            pipeline=pipeline,
+            engine=self.engine,
             shared_memory=(),
             readers=self._readers,
             sending=SendWatch(NEVER, self.metrics),
-            calls=threading.Semaphore(1000),
             stall_seconds=NEVER,
         )
 
@@ -299,7 +305,7 @@ class Desk:
     @property
     def arrived(self) -> int:
         groups = list(self.joints._waiting.values())
-        return sum(seat.entry is not None for group in groups for seat in list(group.seats.values()))
+        return sum(seat.state is SeatState.ARRIVED for group in groups for seat in list(group.seats.values()))
 
     def close(self) -> None:
         """Ends, and shows that nothing is left."""

@@ -11,12 +11,13 @@ from lovasz.server.device.hardware import choose_device, hardware_name
 from lovasz.server.device.load import DeviceWatch
 from lovasz.server.housekeeping import INTERVAL_SECONDS, Housekeeper
 from lovasz.server.memory.allocator import MemoryReturner
-from lovasz.server.memory.staging import KEPT_SECONDS, StagingPool
+from lovasz.server.memory.pool import KEPT_SECONDS, StagingPool
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.joint import JointTable
+from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.transport.call import Pipeline
 from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HealthMonitor
 from lovasz.server.transport.sending import SendWatch
@@ -63,17 +64,20 @@ class Server:
         self._grpc = GrpcServer(config.max_requests)
         self._health = HealthMonitor(self._engine)
         sending = SendWatch(config.stall_seconds, self._metrics)
-        servicer = LossServicer(
+        pipeline = Pipeline(
             admission=self._admission,
+            staging=self._staging,
             batcher=self._batcher,
             joints=self._joints,
-            engine=self._engine,
             metrics=self._metrics,
-            staging=self._staging,
+            calls=self._grpc.loss_calls,
+        )
+        servicer = LossServicer(
+            pipeline=pipeline,
+            engine=self._engine,
             shared_memory=self._shared_memory,
             readers=self._grpc.readers,
             sending=sending,
-            calls=self._grpc.loss_calls,
             stall_seconds=config.stall_seconds,
         )
         self._grpc.offer(servicer, self._health)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lovasz import wire
-from lovasz.server.memory import staging
-from lovasz.server.memory.staging import Staging, StagingPool, Upload
+from lovasz.server.memory.pool import StagingPool, _size_class
+from lovasz.server.memory.staging import Staging
+from lovasz.server.memory.upload import Upload
 from lovasz.spec import CrossEntropy, InvalidInput, LovaszSoftmax, weighted_sum
 
 CPU = torch.device("cpu")
@@ -44,11 +45,11 @@ def test_a_buffer_is_large_enough_and_at_most_an_eighth_larger(nbytes: int) -> N
 @untimed
 @given(st.integers(1, 1 << 46))
 def test_sizes_of_buffers_are_few_and_grow(nbytes: int) -> None:
-    size = staging._size_class(nbytes)
+    size = _size_class(nbytes)
     assert size % 64 == 0
     assert nbytes <= size <= max(nbytes + 63, nbytes * 9 // 8)
-    assert staging._size_class(size) == size
-    assert staging._size_class(nbytes + 1) >= size
+    assert _size_class(size) == size
+    assert _size_class(nbytes + 1) >= size
 
 
 def test_memory_comes_back_for_requests_of_similar_size(pool: StagingPool) -> None:
@@ -76,7 +77,7 @@ def test_small_buffers_are_not_kept(pool: StagingPool) -> None:
 
 
 def test_what_is_too_large_is_not_kept(pool: StagingPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "KEPT_BYTES", LARGE)
+    monkeypatch.setattr("lovasz.server.memory.pool.KEPT_BYTES", LARGE)
     kept = pool.take(LARGE)
     pool.give(kept)
     pool.give(pool.take(LARGE + 1))
@@ -85,7 +86,7 @@ def test_what_is_too_large_is_not_kept(pool: StagingPool, monkeypatch: pytest.Mo
 
 
 def test_of_too_much_what_is_idle_longest_goes(pool: StagingPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "KEPT_BYTES", 2 * LARGE)
+    monkeypatch.setattr("lovasz.server.memory.pool.KEPT_BYTES", 2 * LARGE)
     first, second, third = (pool.take(LARGE) for _ in range(3))
     for buffer in (first, second, third):
         pool.give(buffer)
@@ -98,7 +99,7 @@ def test_what_is_idle_for_long_is_given_back(pool: StagingPool, monkeypatch: pyt
     pool.give(pool.take(LARGE))
     pool.trim()
     assert pool.idle_bytes == LARGE
-    monkeypatch.setattr(staging, "KEPT_SECONDS", 0.01)
+    monkeypatch.setattr("lovasz.server.memory.pool.KEPT_SECONDS", 0.01)
     time.sleep(0.02)
     pool.trim()
     assert pool.idle_bytes == 0
@@ -245,7 +246,7 @@ def upload_of(*sizes: int) -> tuple[tuple[torch.Tensor, ...], Upload]:
 
 
 def test_small_pieces_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "UPLOAD_BYTES", 10)
+    monkeypatch.setattr("lovasz.server.memory.upload.UPLOAD_BYTES", 10)
     given, upload = upload_of(15, 20)
     logits, labels = upload.targets
     upload.advance(9)
@@ -269,7 +270,7 @@ def test_targets_are_their_sources_however_these_come(
     logits_bytes: int, labels_bytes: int, received: list[int], upload_bytes: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "UPLOAD_BYTES", upload_bytes)
+        patch.setattr("lovasz.server.memory.upload.UPLOAD_BYTES", upload_bytes)
         given, upload = upload_of(logits_bytes, labels_bytes)
         for count in sorted(min(count, logits_bytes + labels_bytes) for count in received):
             upload.advance(count)
@@ -284,7 +285,7 @@ def test_targets_are_their_sources_however_these_come(
 
 
 def test_a_request_is_computed_where_it_was_copied_to(pool: StagingPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "UPLOAD_BYTES", 64)
+    monkeypatch.setattr("lovasz.server.memory.upload.UPLOAD_BYTES", 64)
     sent = header("float16", "int16")
     logits, labels = tensors(sent)
     held = Staging(sent, pool)
@@ -299,7 +300,7 @@ def test_a_request_is_computed_where_it_was_copied_to(pool: StagingPool, monkeyp
 
 @pytest.mark.gpu
 def test_a_payload_is_on_the_gpu_when_it_has_come(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "UPLOAD_BYTES", 1000)
+    monkeypatch.setattr("lovasz.server.memory.upload.UPLOAD_BYTES", 1000)
     sent = header("bfloat16", "int64", (2, 3, 50, 70))
     logits, labels = tensors(sent)
     held = Staging(sent, StagingPool(cuda))

@@ -10,13 +10,14 @@ import torch
 
 from lovasz.core.batch import Request
 from lovasz.server.errors import ExpiredError, StoppingError
-from lovasz.server.schedule.batcher import Batcher, Entry
+from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.job import Caller, Job
 from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
 
 SOFTMAX = LovaszSoftmax()
 
 
-def entry(
+def job(
     side: int = 2,
     *,
     classes: int = 3,
@@ -24,16 +25,17 @@ def entry(
     want_grad: bool = True,
     dtype: torch.dtype = torch.float32,
     deadline: float | None = None,
-) -> Entry:
+) -> Job:
     parsed = weighted_sum(loss)
     shape = (1, side, side) if parsed.is_hinge else (1, classes, side, side)
     labels = torch.zeros(1, side, side, dtype=torch.uint8)
-    return Entry(Request.checked(torch.zeros(shape, dtype=dtype), labels, parsed), parsed, want_grad, deadline)
+    request = Request.checked(torch.zeros(shape, dtype=dtype), labels, parsed)
+    return Job((Caller(request, deadline),), parsed, want_grad)
 
 
-def entry_at(seconds: float, side: int = 1, *, classes: int = 3) -> Entry:
+def job_at(seconds: float, side: int = 1, *, classes: int = 3) -> Job:
     """One that came so long after some moment."""
-    one = entry(side, classes=classes)
+    one = job(side, classes=classes)
     one.queued = 1000.0 + seconds
     return one
 
@@ -46,7 +48,7 @@ def batcher(max_elements: int = 10_000, max_requests: int = 100, max_delay_secon
     return Batcher(max_elements, max_requests, max_delay_seconds)
 
 
-def take_all(queue: Batcher) -> list[list[Entry]]:
+def take_all(queue: Batcher) -> list[list[Job]]:
     batches = []
     while batch := queue.take(idle=True, timeout_seconds=0):
         batches.append(batch)
@@ -55,7 +57,7 @@ def take_all(queue: Batcher) -> list[list[Entry]]:
 
 def test_an_idle_device_takes_what_there_is_at_once() -> None:
     queue = batcher()
-    first, second = entry(2), entry(5)
+    first, second = job(2), job(5)
     queue.put(first)
     queue.put(second)
     assert queue.take(idle=True, timeout_seconds=0) == [first, second]
@@ -64,46 +66,46 @@ def test_an_idle_device_takes_what_there_is_at_once() -> None:
 
 def test_requests_that_differ_in_what_is_computed_do_not_share_a_batch() -> None:
     queue = batcher()
-    entries = [
-        entry(),
-        entry(classes=4),
-        entry(loss=LovaszSoftmax(per_image=True)),
-        entry(loss=LovaszHinge()),
-        entry(want_grad=False),
-        entry(dtype=torch.float16),
+    jobs = [
+        job(),
+        job(classes=4),
+        job(loss=LovaszSoftmax(per_image=True)),
+        job(loss=LovaszHinge()),
+        job(want_grad=False),
+        job(dtype=torch.float16),
     ]
-    for one in entries:
+    for one in jobs:
         queue.put(one)
-    assert take_all(queue) == [[one] for one in entries]
+    assert take_all(queue) == [[one] for one in jobs]
 
 
 def test_image_sizes_and_equal_descriptions_do_share_one() -> None:
     queue = batcher()
-    entries = [entry(side, loss=LovaszSoftmax(class_weights=[1, 2, 3])) for side in (1, 7, 3)]
-    for one in entries:
+    jobs = [job(side, loss=LovaszSoftmax(class_weights=[1, 2, 3])) for side in (1, 7, 3)]
+    for one in jobs:
         queue.put(one)
-    assert take_all(queue) == [entries]
+    assert take_all(queue) == [jobs]
 
 
 def test_a_batch_is_cut_at_its_cost() -> None:
     queue = batcher(max_elements=100)
-    entries = [entry(4), entry(4), entry(4), entry(10), entry(1)]  # 48, 48, 48, 300 and 3 logits
-    for one in entries:
+    jobs = [job(4), job(4), job(4), job(10), job(1)]  # 48, 48, 48, 300 and 3 logits
+    for one in jobs:
         queue.put(one)
-    assert take_all(queue) == [entries[:2], entries[2:3], entries[3:4], entries[4:]]
+    assert take_all(queue) == [jobs[:2], jobs[2:3], jobs[3:4], jobs[4:]]
 
 
 def test_a_batch_is_cut_at_its_number_of_requests() -> None:
     queue = batcher(max_requests=2)
-    entries = [entry() for _ in range(5)]
-    for one in entries:
+    jobs = [job() for _ in range(5)]
+    for one in jobs:
         queue.put(one)
     assert [len(batch) for batch in take_all(queue)] == [2, 2, 1]
 
 
 def test_whoever_waited_longest_comes_first() -> None:
     queue = batcher()
-    older, younger, third = entry(classes=4), entry(classes=5), entry(classes=4)
+    older, younger, third = job(classes=4), job(classes=5), job(classes=4)
     for one in (older, younger, third):
         queue.put(one)
     assert queue.take(idle=True, timeout_seconds=0) == [older, third]
@@ -113,7 +115,7 @@ def test_whoever_waited_longest_comes_first() -> None:
 @pytest.mark.parametrize("classes", [3, 4], ids=["of one kind", "of two kinds"])
 def test_a_small_request_goes_before_a_large_one_that_came_shortly_before(classes: int) -> None:
     queue = batcher(max_requests=1)
-    large, soon, late = entry_at(0, LARGE), entry_at(0.01, classes=classes), entry_at(0.02, classes=classes)
+    large, soon, late = job_at(0, LARGE), job_at(0.01, classes=classes), job_at(0.02, classes=classes)
     for one in (large, soon, late):
         queue.put(one)
     assert take_all(queue) == [[soon], [large], [late]]
@@ -121,27 +123,27 @@ def test_a_small_request_goes_before_a_large_one_that_came_shortly_before(classe
 
 def test_requests_of_one_size_are_taken_as_they_came() -> None:
     queue = batcher(max_requests=1)
-    entries = [entry_at(seconds, LARGE if large else 1) for large in (True, False) for seconds in (0, 0.001, 0.002)]
-    for one in entries:
+    jobs = [job_at(seconds, LARGE if large else 1) for large in (True, False) for seconds in (0, 0.001, 0.002)]
+    for one in jobs:
         queue.put(one)
-    assert take_all(queue) == [[one] for one in (*entries[3:], *entries[:3])]
+    assert take_all(queue) == [[one] for one in (*jobs[3:], *jobs[:3])]
 
 
 @pytest.mark.parametrize("classes", [3, 4], ids=["of one kind", "of two kinds"])
 def test_a_large_request_is_not_overtaken_forever(classes: int) -> None:
     """A small one comes every millisecond, and one is taken."""
-    queue, taken = batcher(max_requests=1), list[Entry]()
-    large = entry_at(0, LARGE)
+    queue, taken = batcher(max_requests=1), list[Job]()
+    large = job_at(0, LARGE)
     queue.put(large)
     for milliseconds in range(1, 30):
-        queue.put(entry_at(milliseconds / 1000, classes=classes))
+        queue.put(job_at(milliseconds / 1000, classes=classes))
         taken += queue.take(idle=True, timeout_seconds=0)
     assert 13 <= taken.index(large) <= 16
 
 
 def test_a_batch_is_open_since_its_first_request_came_also_if_that_is_due_last() -> None:
     queue = batcher(max_elements=10**9, max_delay_seconds=60.0)
-    large, small = entry(LARGE), entry()
+    large, small = job(LARGE), job()
     large.queued -= 60.0
     small.queued -= 59.99
     for one in (large, small):
@@ -151,15 +153,15 @@ def test_a_batch_is_open_since_its_first_request_came_also_if_that_is_due_last()
 
 def test_a_busy_device_is_handed_full_batches_only() -> None:
     queue = batcher(max_elements=24)
-    queue.put(entry(2))  # 12 logits
+    queue.put(job(2))  # 12 logits
     assert queue.take(idle=False, timeout_seconds=0) == []
-    queue.put(entry(2))
+    queue.put(job(2))
     assert len(queue.take(idle=False, timeout_seconds=0)) == 2
 
 
 def test_a_busy_device_is_handed_a_batch_that_was_open_for_the_delay() -> None:
     queue = batcher(max_delay_seconds=0.01)
-    one = entry()
+    one = job()
     queue.put(one)
     time.sleep(0.02)
     assert queue.take(idle=False, timeout_seconds=0) == [one]
@@ -167,50 +169,23 @@ def test_a_busy_device_is_handed_a_batch_that_was_open_for_the_delay() -> None:
 
 def test_an_idle_device_waits_for_a_request() -> None:
     queue = batcher()
-    one = entry()
+    one = job()
     threading.Timer(0.05, queue.put, [one]).start()
     assert queue.take(idle=True, timeout_seconds=30) == [one]
 
 
 def test_a_caller_that_has_gone_is_left_out() -> None:
     queue = batcher()
-    gone, here = entry(), entry()
+    gone, here = job(), job()
     queue.put(gone)
     queue.put(here)
-    gone.cancel()
+    gone.leave(gone.callers[0])
     assert queue.take(idle=True, timeout_seconds=0) == [here]
-
-
-def test_a_caller_that_goes_while_its_request_is_computed_tells_whom_it_concerns() -> None:
-    one, told = entry(), list[bool]()
-    one.when_left = lambda: told.append(one.left)
-    assert one.claim()
-    one.cancel()
-    assert one.left
-    assert told == [True]
-    assert not one.future.cancelled()
-
-
-def test_a_caller_that_goes_before_anybody_wants_to_be_told_is_remembered() -> None:
-    one = entry()
-    assert one.claim()
-    one.cancel()
-    assert one.left
-
-
-def test_a_caller_that_goes_while_its_request_waits_is_not_asked_for_more() -> None:
-    one, told = entry(), list[bool]()
-    one.when_left = lambda: told.append(True)
-    one.cancel()
-    assert one.future.cancelled()
-    assert not one.left
-    assert told == []
-    assert not one.claim()
 
 
 def test_a_discarded_request_is_held_no_more() -> None:
     queue = batcher()
-    gone, here, other = entry(), entry(), entry(classes=4)
+    gone, here, other = job(), job(), job(classes=4)
     for one in (gone, here, other):
         queue.put(one)
     queue.discard(gone)
@@ -223,21 +198,21 @@ def test_a_discarded_request_is_held_no_more() -> None:
 
 def test_work_whose_deadline_has_passed_is_not_started() -> None:
     queue = batcher()
-    late, in_time = entry(deadline=time.monotonic() - 1), entry(deadline=time.monotonic() + 3600)
+    late, in_time = job(deadline=time.monotonic() - 1), job(deadline=time.monotonic() + 3600)
     queue.put(late)
     queue.put(in_time)
     assert queue.take(idle=True, timeout_seconds=0) == [in_time]
     with pytest.raises(ExpiredError):
-        late.future.result(timeout=0)
+        late.callers[0].wait(timeout_seconds=0)
 
 
 def test_closed_takes_no_more_and_hands_out_what_waits() -> None:
     queue = batcher()
-    one = entry()
+    one = job()
     queue.put(one)
     queue.close()
     with pytest.raises(StoppingError):
-        queue.put(entry())
+        queue.put(job())
     assert not queue.finished
     assert queue.take(idle=True, timeout_seconds=3600) == [one]
     assert queue.take(idle=True, timeout_seconds=3600) == []

@@ -28,7 +28,7 @@ from support.desk import (
 )
 from support.waiting import eventually
 
-from lovasz.server.schedule import joint
+from lovasz.server.schedule.joint import kept
 from lovasz.spec import LovaszSoftmax
 
 # --- Who belongs together -----------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_an_answer_can_be_had_again_until_its_rank_comes_with_its_next_step(desk
 
 
 def test_an_answer_is_kept_for_a_while_only(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(kept, "KEPT_SECONDS", 0.0)
     desk.compute()
     ended(*map(desk.ask, ranks_of(2)))
     assert desk.joints.kept == 2
@@ -390,7 +390,7 @@ def test_an_answer_is_kept_for_a_while_only(desk: Desk, monkeypatch: pytest.Monk
 
 
 def test_an_answer_that_is_being_sent_is_kept_whatever_the_time(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(kept, "KEPT_SECONDS", 0.0)
     desk.compute()
     ranks, go_on = ranks_of(2), threading.Event()
     go_on.set()

@@ -10,15 +10,12 @@ from dataclasses import replace
 import grpc
 import numpy as np
 import pytest
-import torch
 from support.desk import (
     ABORTED,
     CANCELLED,
     CLASSES,
-    NEVER,
     OK,
     RESOURCE_EXHAUSTED,
-    SOFTMAX,
     Caller,
     Desk,
     Rank,
@@ -29,10 +26,7 @@ from support.desk import (
 )
 from support.waiting import eventually
 
-from lovasz.core.batch import Request
-from lovasz.server.errors import AbandonedError, JointBrokenError, OverloadedError, TooLargeError, fresh
-from lovasz.server.schedule.batcher import Batcher, Entry
-from lovasz.spec import CrossEntropy, InvalidInput, LovaszHinge, weighted_sum
+from lovasz.spec import CrossEntropy, LovaszHinge
 
 # --- What the engine makes of a group -----------------------------------------------------------------------------
 
@@ -84,66 +78,6 @@ def test_the_hinge_is_joined_too(desk: Desk) -> None:
     ranks = ranks_of(2, loss=LovaszHinge(), shape=(2, 1, 8))
     for rank, outcome in enumerate(ended(*map(desk.ask, ranks))):
         assert_right(outcome, rank, ranks)
-
-
-def joined_entries(count: int, deadline: float | None = None) -> tuple[Entry, ...]:
-    loss = weighted_sum(SOFTMAX)
-    entries = tuple(
-        Entry(Request.checked(rank.logits, rank.labels, loss), loss, want_grad=True, deadline=deadline)
-        for rank in ranks_of(count)
-    )
-    for entry in entries:
-        entry.joined = entries
-    return entries
-
-
-def test_a_member_whose_deadline_has_passed_does_not_keep_its_group_from_being_computed() -> None:
-    entries = joined_entries(2, deadline=0.0)
-    assert entries[0].claim()
-    assert all(entry.future.running() for entry in entries)
-
-
-def test_a_group_costs_what_all_its_members_do() -> None:
-    first, second = joined_entries(2)
-    assert first.elements == second.elements == 2 * CLASSES * 6
-    queue = Batcher(2 * CLASSES * 6, 100, NEVER)
-    queue.put(first)
-    queue.put(joined_entries(2)[0])
-    assert queue.take(idle=True, timeout_seconds=0) == [first]
-
-
-def test_members_are_computed_until_the_last_one_leaves() -> None:
-    entries, told = joined_entries(3), list[int]()
-    for entry in entries[:2]:
-        entry.cancel()
-        assert not entry.future.cancelled()
-    assert entries[0].claim()
-    for place, entry in enumerate(entries):
-        entry.when_left = lambda place=place: told.append(place)
-    entries[2].cancel()
-    assert told == [2]
-    assert all(entry.left for entry in entries)
-
-
-def test_a_group_that_is_claimed_while_all_are_leaving_is_computed_or_given_up_as_a_whole() -> None:
-    for _ in range(300):
-        entries, claimed, start = joined_entries(3), list[bool](), threading.Barrier(4)
-
-        def leave(entry: Entry, start: threading.Barrier = start) -> None:
-            start.wait()
-            entry.cancel()
-
-        threads = [threading.Thread(target=leave, args=(entry,)) for entry in entries]
-        for thread in threads:
-            thread.start()
-        start.wait()
-        claimed.append(entries[0].claim())
-        for thread in threads:
-            thread.join()
-        if claimed[0]:
-            assert all(entry.future.running() for entry in entries)
-        else:
-            assert all(entry.future.done() for entry in entries)
 
 
 # --- What is left -------------------------------------------------------------------------------------------------
@@ -198,37 +132,3 @@ def test_no_circle_keeps_the_tensors_of_a_single_request_alive(desk: Desk) -> No
     (outcome,) = ended(call)
     assert outcome.code is CANCELLED
     assert eventually(lambda: desk.pool.alive == 0), "left in mid-payload"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OverloadedError("full", 1.5),
-        JointBrokenError("broken"),
-        InvalidInput("labels", "got 9"),
-        TooLargeError("large"),
-        RuntimeError("a", 2),
-        torch.OutOfMemoryError("none left"),
-        OSError(5, "failed"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_an_error_for_many_is_copied_for_each(error: Exception) -> None:
-    copied = fresh(error)
-    assert copied is not error
-    assert type(copied) is type(error)
-    assert str(copied) == str(error)
-    assert vars(copied) == vars(error)
-
-
-def test_each_waiter_raises_an_error_of_its_own() -> None:
-    entries, error = joined_entries(2), AbandonedError("gone")
-    for entry in entries:
-        entry.future.set_exception(error)
-    raised = []
-    for entry in entries:
-        with pytest.raises(AbandonedError, match="gone") as caught:
-            entry.wait()
-        raised.append(caught.value)
-    assert raised[0] is not raised[1]
-    assert error.__traceback__ is None

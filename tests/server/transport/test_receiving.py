@@ -11,7 +11,8 @@ import torch
 
 from lovasz import wire
 from lovasz.server.errors import StalledError
-from lovasz.server.memory.staging import Staging, StagingPool
+from lovasz.server.memory.pool import StagingPool
+from lovasz.server.memory.staging import Staging
 from lovasz.server.transport import receiving
 from lovasz.server.transport.receiving import Receiver
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum

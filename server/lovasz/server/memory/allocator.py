@@ -1,4 +1,4 @@
-"""The C library's memory: kept for the next message instead of being mapped anew, given back once it is not in use."""
+"""Freed memory that the C library keeps, so that it is not mapped again for every message, until it is not needed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LARGEST_BYTES = 64 << 20
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what gRPC frees. For the entry point: it holds for the whole process.
+    """Makes glibc keep the memory that gRPC frees. Only for the entry point: it affects the whole process.
 
-    Each message of a stream is a few buffers of a MiB. By default these are mapped and unmapped again and again, which
-    takes longer than to copy them; measured on loopback, that is a quarter of the time of a 40 MiB request.
+    Each message of a stream takes a few buffers of about 1 MiB. By default glibc maps and unmaps each of them, which
+    takes longer than copying them: a quarter of the time of a 40 MiB request, measured on loopback.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
@@ -27,12 +27,13 @@ def keep_freed_memory() -> None:
 
 
 class MemoryReturner:
-    """Gives memory back when much less of it has been in use for a while than before."""
+    """Gives memory back to the system once much less of it has been in use for a while than before."""
 
     def __init__(self, take_peak_bytes: Callable[[], int], periods: int) -> None:
-        """
+        """Nothing is known of the memory in use yet.
+
         Args:
-            take_peak_bytes: the most bytes in use at a time since it was last called.
+            take_peak_bytes: returns the most bytes in use at a time since its last call.
             periods: how many calls of :meth:`check` a fall has to last.
         """
         self._take_peak_bytes = take_peak_bytes
@@ -40,7 +41,7 @@ class MemoryReturner:
         self._kept = 0
 
     def check(self) -> None:
-        """A chore."""
+        """A chore: looks at the memory in use, and gives some back if it has fallen."""
         self._recent.append(self._take_peak_bytes())
         in_use = max(self._recent)
         if self._kept - in_use > max(in_use, _LEAST_BYTES):
@@ -50,7 +51,7 @@ class MemoryReturner:
 
 
 def give_back_freed_memory() -> None:
-    """Returns to the system what is kept."""
+    """Returns freed memory to the system."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))

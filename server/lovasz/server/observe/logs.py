@@ -1,4 +1,4 @@
-"""Structured logs on standard error: an event and its fields, as text for people or as JSON, a line each."""
+"""Structured logs on standard error: one line for each event with its fields, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class JsonFormatter(_Formatter):
 
 
 class Sparingly:
-    """Logs at most one event a second, and how many there were that it did not."""
+    """Logs at most one event a second, with the number of events since the last one that were not logged."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
@@ -71,7 +71,7 @@ def _quoted(value: object) -> str:
 
 
 def configure(level: str, format: str) -> None:
-    """Sends all logs of the process to standard error. For the entry point alone."""
+    """Sends all logs of the process to standard error. Only for the entry point."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

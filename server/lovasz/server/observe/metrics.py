@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import math
 from bisect import bisect_left
@@ -21,11 +22,55 @@ from lovasz.server.observe.runs import Runs
 
 _log = logging.getLogger(__name__)
 
-PHASES = ("receive", "joint", "queue", "compute", "copy", "send")
-"""What a request goes through: header and payload; waiting for the other ranks of its step; waiting for the device; its
-batch; the copy of the batch's gradients to the host; its answer."""
+
+class Phase(enum.Enum):
+    """What a request goes through, in this order."""
+
+    RECEIVE = "receive"
+    """Header and payload."""
+    JOINT = "joint"
+    """Waiting for the other ranks of its step."""
+    QUEUE = "queue"
+    """Waiting for the device."""
+    COMPUTE = "compute"
+    """Its batch."""
+    COPY = "copy"
+    """The copy of the batch's gradients to the host."""
+    SEND = "send"
+    """Its answer."""
+
+
+class JointOutcome(enum.Enum):
+    """How a joint step ended."""
+
+    COMPLETED = "completed"
+    TIMEOUT = "timeout"
+    LEFT = "left"
+    OVERLOADED = "overloaded"
+    STOPPING = "stopping"
+
+
+class Rejection(enum.Enum):
+    """Why a request was refused."""
+
+    NO_BYTES = "no_bytes"
+    NO_REQUESTS = "no_requests"
+    TOO_LARGE = "too_large"
+    STOPPING = "stopping"
+    INVALID = "invalid"
+    MISMATCH = "mismatch"
+
+
+class Abandonment(enum.Enum):
+    """Why a request was given up before its answer was sent."""
+
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+PHASES = tuple(phase.value for phase in Phase)
 CLASSES = ("0", "0.01", "0.1", "1", "10")
-"""Requests by how long they take: each class is named by what its requests take longer than, in seconds."""
+"""Classes of requests by how long they take. Each is named by its lower limit in seconds."""
 
 _CLASS_STARTS = tuple(map(float, CLASSES))
 _OUTCOMES = {True: "answered", False: "failed"}
@@ -37,24 +82,24 @@ _BYTES = tuple(float(2**k) for k in range(10, 33))
 
 GAUGES = {
     "lovasz_queue_requests": "Requests waiting for the device.",
-    "lovasz_in_flight_requests": "Requests held.",
-    "lovasz_max_requests": "Requests held at most.",
-    "lovasz_in_flight_bytes": "Tensor bytes of the requests held, with their gradients.",
-    "lovasz_budget_bytes": "Tensor bytes held at most.",
+    "lovasz_in_flight_requests": "Requests in flight.",
+    "lovasz_max_requests": "Most requests in flight at a time.",
+    "lovasz_in_flight_bytes": "Tensor bytes of the requests in flight, with their gradients.",
+    "lovasz_budget_bytes": "Most tensor bytes in flight at a time.",
     "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
     "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
-    "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it is theirs.",
+    "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it belongs to them.",
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
-    "lovasz_joint_ranks_waiting": "Ranks that have come to joint steps that wait for others.",
-    "lovasz_joint_answers_kept": "Answers kept for ranks that lost them.",
-    "lovasz_device_healthy": "1 if the device gave the right answer to a known loss when last asked, and is not stuck.",
-    "lovasz_device_utilization_ratio": "Share of the time in which the GPU, or for a CPU the host's processors, had "
-    "work, whoever's; NaN where that is not known (for GPUs without nvidia-ml-py).",
-    "lovasz_device_memory_used_bytes": "Memory of the GPU, or of the host for a CPU, that is taken, by whomever; "
-    "NaN where that is not known.",
-    "lovasz_device_memory_bytes": "Memory of the GPU, or of the host for a CPU; NaN where that is not known.",
+    "lovasz_joint_ranks_waiting": "Ranks that wait for the other ranks of their joint step.",
+    "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that lost theirs and ask again.",
+    "lovasz_device_healthy": "1 if the device gave the right answer when last checked, and is not stuck.",
+    "lovasz_device_utilization_ratio": "Share of the time in which the GPU (for a CPU: the host's processors) had "
+    "work of any process; NaN if unknown (GPUs without nvidia-ml-py).",
+    "lovasz_device_memory_used_bytes": "Memory of the GPU (for a CPU: of the host) that is used by any process; "
+    "NaN if unknown.",
+    "lovasz_device_memory_bytes": "Memory of the GPU (for a CPU: of the host); NaN if unknown.",
 }
-"""Those that are read when they are scraped."""
+"""The gauges that are read each time that they are scraped, with their help texts."""
 
 
 class Metrics:
@@ -77,30 +122,32 @@ class Metrics:
         )
         self._phase_seconds = Histogram(
             "lovasz_phase_seconds",
-            "Time spent in each phase by each request that was let in, also in the phase in which it failed.",
+            "Time that each admitted request spent in each phase, including the phase in which it failed.",
             ["phase"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._request_seconds = Histogram(
             "lovasz_request_seconds",
-            "Time of each request that was let in, from its header to the end of its answer, or to its failure; the "
-            "outcome is answered or failed.",
+            "Time of each admitted request, from its header to the end of its answer, or to its failure; the outcome "
+            "is answered or failed.",
             ["outcome"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._class_seconds = Counter(
             "lovasz_class_phase_seconds",
-            "Time spent in each phase by the requests that took, in all, more than so many seconds, and no more than "
-            "the next class.",
+            "Time spent in each phase by the requests of a class: those that took more than `over` seconds in total, "
+            "and no more than the next class.",
             ["over", "phase"],
             registry=registry,
         )
         self._class_requests = Counter(
-            "lovasz_class_requests", "How many requests each of these classes has.", ["over"], registry=registry
+            "lovasz_class_requests", "Requests in each of these classes.", ["over"], registry=registry
         )
-        self.faults = Counter("lovasz_faults", "Requests that failed by a fault of the server.", registry=registry)
+        self.faults = Counter(
+            "lovasz_faults", "Requests that failed because of a fault in the server.", registry=registry
+        )
         self.request_bytes = Histogram(
             "lovasz_request_bytes",
             "Tensor bytes of the requests that were computed, without their gradients.",
@@ -109,37 +156,37 @@ class Metrics:
         )
         self.rejections = Counter(
             "lovasz_rejections",
-            "Requests refused, by reason: no_bytes and no_requests lack room; all but invalid and some too_large at "
-            "their header.",
+            "Requests refused, by reason: no_bytes and no_requests mean that there was no room. All are refused at "
+            "their header, except invalid ones and some that are too_large.",
             ["reason"],
             registry=registry,
         )
         self.abandoned = Counter(
             "lovasz_abandoned",
-            "Requests that were given up before their answer was sent: cancelled by their caller, or expired; and the "
-            "phase that they were in.",
+            "Requests that were given up before their answer was sent, because their caller cancelled them or their "
+            "deadline passed, by the phase that they were in.",
             ["reason", "phase"],
             registry=registry,
         )
         self.stalled = Counter(
             "lovasz_stalled",
-            "Calls cut off as their caller stopped sending its request (receive) or taking its answer (send).",
+            "Calls cut off because their caller stopped sending its request (receive) or reading its answer (send).",
             ["phase"],
             registry=registry,
         )
         self.joint_groups = Counter(
             "lovasz_joint_groups",
-            "Joint steps that ended: completed, or broken as ranks were missing until the timeout, left, had no room, "
-            "or the server was stopping.",
+            "Joint steps that ended: completed, or not, because ranks were missing at the timeout, all had left, there "
+            "was no room, or the server was stopping.",
             ["outcome"],
             registry=registry,
         )
         self.device_busy_seconds = Counter(
-            "lovasz_device_busy_seconds", "Time in which the device had a batch to compute.", registry=registry
+            "lovasz_device_busy_seconds", "Time during which the device had a batch to compute.", registry=registry
         )
         self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
         self.nonfinite_results = Counter(
-            "lovasz_nonfinite_results", "Answers that were NaN as their logits were not finite.", registry=registry
+            "lovasz_nonfinite_results", "Answers that were NaN because the logits were not finite.", registry=registry
         )
         self._batch_requests = Histogram(
             "lovasz_batch_requests", "Requests computed in one batch.", buckets=_REQUESTS, registry=registry
@@ -149,30 +196,35 @@ class Metrics:
         )
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         self._phases = {
-            phase: (self._phase_seconds.labels(phase), [self._class_seconds.labels(over, phase) for over in CLASSES])
-            for phase in PHASES
+            phase: (
+                self._phase_seconds.labels(phase.value),
+                [self._class_seconds.labels(over, phase.value) for over in CLASSES],
+            )
+            for phase in Phase
         }
         self._classes = [self._class_requests.labels(over) for over in CLASSES]
         self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
-        for outcome in ("completed", "timeout", "left", "overloaded", "stopping"):
-            self.joint_groups.labels(outcome)
-        for reason in ("no_bytes", "no_requests", "too_large", "stopping", "invalid", "mismatch"):
-            self.rejections.labels(reason)
-        for phase in PHASES:
-            for reason in ("cancelled", "expired"):
-                self.abandoned.labels(reason, phase)
-        for phase in ("receive", "send"):
-            self.stalled.labels(phase)
+        # Counters begin at 0: Prometheus sees no rise in one that begins at its first event.
+        for outcome in JointOutcome:
+            self.joint_groups.labels(outcome.value)
+        for rejection in Rejection:
+            self.rejections.labels(rejection.value)
+        for phase in Phase:
+            for reason in Abandonment:
+                self.abandoned.labels(reason.value, phase.value)
+        for phase in (Phase.RECEIVE, Phase.SEND):
+            self.stalled.labels(phase.value)
 
     def observe_request(
-        self, phases: Mapping[str, float], seconds: float, answered: bool, trace: dict[str, str] | None
+        self, phases: Mapping[Phase, float], seconds: float, answered: bool, trace: dict[str, str] | None
     ) -> None:
-        """Notes a request that was let in.
+        """Records an admitted request.
 
         Args:
-            phases: time spent in each of the phases that it came to.
-            seconds: in all.
-            trace: as of ``tracing.exemplar``.
+            phases: seconds spent in each phase that the request reached.
+            seconds: in total.
+            answered: whether it was answered, and did not fail.
+            trace: from ``tracing.exemplar``.
         """
         self._outcomes[answered].observe(seconds, trace)
         place = max(0, bisect_left(_CLASS_STARTS, seconds) - 1)
@@ -183,6 +235,7 @@ class Metrics:
             classes[place].inc(spent)
 
     def observe_batch(self, requests: int, elements: int) -> None:
+        """Records a batch that was computed."""
         self._batch_requests.observe(requests)
         self._batch_elements.observe(elements)
         self.elements.inc(elements)
@@ -192,14 +245,14 @@ class Metrics:
         self._build.info(build)
 
     def watch(self, readers: Mapping[str, Callable[[], float]]) -> None:
-        """Declares :data:`GAUGES`, each with what it is read from."""
+        """Declares :data:`GAUGES`, each with the function that reads it."""
         assert readers.keys() == GAUGES.keys()
         for name, text in GAUGES.items():
             Gauge(name, text, registry=self.registry).set_function(_readable(readers[name]))
 
 
 def _readable(read: Callable[[], float]) -> Callable[[], float]:
-    """NaN where a reader fails: the others are wanted all the more then."""
+    """Reads NaN if a reader fails, as the other gauges are needed all the more then."""
 
     def value() -> float:
         try:

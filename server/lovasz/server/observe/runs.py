@@ -1,4 +1,4 @@
-"""The loss and IoU of each training that names itself, for the people who train: the metrics with the label ``run``."""
+"""The loss and IoU of each training run that has a name: the metrics with the label ``run``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 MAX_CLASSES_SHOWN = 64
-"""IoU is shown a class up to so many classes, so that a run has a bounded number of series."""
+"""The IoU of each class is shown for up to this many classes, so that a run has a bounded number of series."""
 SHOWN_SECONDS = 900.0
-"""How long a run that sends nothing is shown, training and evaluation each: one that ended makes no plateau."""
+"""A run that has sent nothing for this long is not shown, so that a graph ends with its run. Training and evaluation
+count separately."""
 _KEPT_SHARE = 0.98
-"""How much of the counts of earlier requests each request leaves: IoU is that of the last fifty or so."""
+"""Each request multiplies the counts of earlier ones by this: IoU is that of about the last fifty requests."""
 _MODES = {True: "train", False: "eval"}
 
 
@@ -33,7 +34,7 @@ class _Mode:
 
 
 class Runs(Collector):
-    """The runs last heard of, at most so many; a joint step counts once, by its rank 0."""
+    """The ``max_runs`` runs that sent a request last. A joint step counts once, by the request of rank 0."""
 
     def __init__(self, max_runs: int) -> None:
         self._max_runs = max_runs
@@ -48,10 +49,10 @@ class Runs(Collector):
         intersection: npt.NDArray[np.int64],
         union: npt.NDArray[np.int64],
     ) -> None:
-        """Notes an answer.
+        """Records an answer.
 
         Args:
-            want_grad: a step of training; else one of evaluation.
+            want_grad: whether it is a step of training, not of evaluation.
             intersection: int64, shape (C,), as ``union``: see ``lovasz.spec.Result``.
         """
         with self._lock:

@@ -1,4 +1,4 @@
-"""The joint steps that wait, and the ranks that they wait for: the metrics that begin with ``lovasz_joint_step_``."""
+"""The joint steps that wait, and the ranks that they wait for: the metrics named ``lovasz_joint_step_...``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from prometheus_client.registry import Collector
 
 @dataclass(frozen=True)
 class WaitingStep:
-    """A step that waits for ranks, for people.
+    """Describes a joint step that waits for ranks.
 
     Attributes:
-        missing: the ranks, as text.
+        seconds: how long it has waited.
+        missing: the ranks that it waits for, as text.
     """
 
     run: str
@@ -30,7 +31,7 @@ class WaitingStep:
 
 _METRICS: dict[str, tuple[str, Callable[[WaitingStep], float]]] = {
     "wait_seconds": (
-        "How long the joint step of a run that has waited longest has done so.",
+        "How long it has waited: the joint step of a run that has waited longest.",
         lambda step: step.seconds,
     ),
     "number": ("The number of the joint step of a run that has waited longest.", lambda step: step.step),
@@ -46,13 +47,14 @@ _METRICS: dict[str, tuple[str, Callable[[WaitingStep], float]]] = {
 
 
 class WaitingSteps(Collector):
-    """Of each run the step that has waited longest, so that a server shows a bounded number of them."""
+    """Shows one step for each run, the one that has waited longest, and a bounded number of runs."""
 
     def __init__(self, waiting: Callable[[], Sequence[WaitingStep]], max_runs: int) -> None:
-        """
+        """Reads the steps each time that it is scraped.
+
         Args:
-            waiting: the steps that wait, the longest first.
-            max_runs: runs that are shown.
+            waiting: returns the steps that wait, the one that has waited longest first.
+            max_runs: how many runs are shown.
         """
         self._waiting, self._max_runs = waiting, max_runs
 

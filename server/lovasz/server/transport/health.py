@@ -1,4 +1,4 @@
-"""``grpc.health.v1`` for the server: serving as long as the device answers and the server is not stopping."""
+"""The health service (``grpc.health.v1``): SERVING while the device answers and the server is not stopping."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVICE_NAMES = ("", SERVICE_NAME)
 
 
 class HealthMonitor:
-    """Keeps the health service's word in step with the engine."""
+    """Keeps the status of the health service up to date."""
 
     def __init__(self, engine: Engine) -> None:
         self.servicer = health.HealthServicer()
@@ -32,7 +32,7 @@ class HealthMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Says NOT_SERVING from now on."""
+        """The status is NOT_SERVING from now on."""
         self._stopping.set()
         self._thread.join()
         self.servicer.enter_graceful_shutdown()

@@ -1,4 +1,4 @@
-"""Reads the stream of one request, in a thread of its own, so that nobody waits forever for a caller that stalls."""
+"""Reads the stream of one request in a thread of its own, so that the server never waits forever for a caller."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
 LEAST_BYTES = 64 << 10
-"""What a payload has to bring in each period of the stall timeout, at least, unless it is complete."""
+"""The least bytes of a payload that have to come in each period of the stall timeout, unless it is complete."""
 
 
 class Receiver:
-    """Takes the header, and when there is room for the payload, the payload.
+    """Receives the header, and then the payload once there is a staging for it.
 
-    The thread that reads ends with the stream, at the latest when the call is over; after :meth:`stop` it touches no
+    The reading thread ends with the stream, at the latest when the call ends. After :meth:`stop` it does not use the
     staging any more.
     """
 
@@ -29,8 +29,10 @@ class Receiver:
         start: Callable[[Callable[[], None]], object],
         stall_seconds: float,
     ) -> None:
-        """
+        """Begins to read.
+
         Args:
+            messages: the stream, chunks as memoryviews.
             start: runs a function in another thread.
             stall_seconds: how long to wait for the header, and for each :data:`LEAST_BYTES` of the payload.
         """
@@ -48,8 +50,8 @@ class Receiver:
         """Waits for the header.
 
         Raises:
-            InvalidInput: the stream begins with something else.
-            StalledError: it did not come.
+            InvalidInput: the stream does not begin with a header.
+            StalledError: it did not come in time.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._header is not None or self._finished, self._stall_seconds)
@@ -59,11 +61,11 @@ class Receiver:
             return self._header
 
     def payload(self, staging: Staging) -> None:
-        """Receives the payload.
+        """Receives the payload into a staging.
 
         Raises:
             InvalidInput: it is longer or shorter than the header declared.
-            StalledError: it stopped coming.
+            StalledError: it came too slowly, or not at all.
         """
         with self._changed:
             assembly = self._assembly = staging.assembly()
@@ -81,14 +83,14 @@ class Receiver:
             self._raise_error()
 
     def stop(self) -> None:
-        """From now on the staging is left alone."""
+        """From now on the staging is not used."""
         with self._changed:
             self._stopped = True
             self._staging = self._assembly = None
             self._changed.notify_all()
 
     def _raise_error(self) -> None:
-        """Kept no longer: its trace leads to frames that hold the tensors."""
+        """Raises the error of the reading thread, and forgets it: its trace leads to frames that hold the tensors."""
         error, self._error = self._error, None
         try:
             if error is not None:

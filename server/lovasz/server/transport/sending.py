@@ -1,4 +1,4 @@
-"""Watches answers on their way out, and cuts off callers that have stopped taking theirs."""
+"""Watches answers while they are sent, and cuts off callers that stop reading theirs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from lovasz.server.observe.metrics import Metrics
 
 
 @dataclass(eq=False)
-class _Answer:
+class _Sending:
+    """An answer that is being sent; ``since`` is when its last message was taken."""
+
     cut_off: Callable[[], object]
     since: float
 
 
 class SendWatch:
-    """gRPC lets an answer wait for its caller for as long as it takes; this does not."""
+    """Limits how long an answer waits for its caller to read it. gRPC itself has no limit."""
 
     def __init__(self, stall_seconds: float, metrics: Metrics) -> None:
         self._stall_seconds = stall_seconds
         self._metrics = metrics
         self._lock = threading.Lock()
-        self._answers: set[_Answer] = set()
+        self._answers: set[_Sending] = set()
 
     def watched(self, messages: Iterable[memoryview], cut_off: Callable[[], object]) -> Iterator[memoryview]:
-        """Passes the messages of an answer on; each has to be taken within the stall timeout.
+        """Passes on the messages of an answer. The caller has to take each within the stall timeout.
 
         Args:
             cut_off: ends the call, from another thread.
         """
-        answer = _Answer(cut_off, time.monotonic())
+        answer = _Sending(cut_off, time.monotonic())
         with self._lock:
             self._answers.add(answer)
         try:
@@ -43,7 +45,7 @@ class SendWatch:
                 self._answers.discard(answer)
 
     def check(self) -> None:
-        """Cuts off those that stall; to be called now and then."""
+        """A chore: cuts off the callers that have stalled."""
         until = time.monotonic() - self._stall_seconds
         with self._lock:
             stalled = [answer for answer in self._answers if answer.since < until]

@@ -1,16 +1,13 @@
-"""Memory that callers on this host share: a Unix socket on which they hand over regions, and where these are found.
+"""The Unix socket on which processes on this host share memory with the server, and the regions that they share.
 
-A session is a connection. When it ends, for whatever reason (the kernel closes it for a process that was killed), its
-regions are let go; a region that a request still uses lives until that request is done. A region has no name that could
-be left behind, and is sealed against shrinking, so that reading it cannot kill the server.
+A session is a connection. When it ends, its regions are released, except those that a request still uses: these live
+until that request is done. If a process is killed, the kernel closes its connection.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import mmap
 import os
 import resource
 import secrets
@@ -19,11 +16,13 @@ import socket
 import stat
 import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
+from lovasz.server.transport.regions import map_region, part_of
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -31,9 +30,9 @@ _log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 256
 MAX_REGIONS = 64
-"""Of one session."""
+"""In one session."""
 _DESCRIPTORS_SHARE = 4
-"""Of the descriptors that the process may have, all regions together may take one in so many."""
+"""All regions together may take a quarter of the file descriptors that the process may have."""
 
 _MAX_PACKET_BYTES = 1024
 _SESSION_BYTES = 16
@@ -47,14 +46,22 @@ class _Session:
     regions: dict[int, memoryview] = field(default_factory=dict)
 
 
+class TensorBytes(NamedTuple):
+    """The tensors of one request in shared memory; ``grad`` is the room for the gradient, empty if none is wanted."""
+
+    logits: memoryview
+    labels: memoryview
+    grad: memoryview
+
+
 class SharedMemory:
-    """Serves the socket, in a thread of its own, and finds the tensors of requests."""
+    """Serves one socket, in a thread of its own, and finds the tensors of requests.
+
+    Attributes:
+        path: the path of the socket. :meth:`start` creates it, and :meth:`stop` removes it.
+    """
 
     def __init__(self, path: str) -> None:
-        """
-        Args:
-            path: of the socket, which is made by :meth:`start` and removed by :meth:`stop`.
-        """
         self.path = path
         self._lock = threading.Lock()
         self._sessions: dict[bytes, _Session] = {}
@@ -63,6 +70,7 @@ class SharedMemory:
 
     @property
     def sessions(self) -> int:
+        """Processes that are connected."""
         return len(self._sessions)
 
     @property
@@ -72,10 +80,12 @@ class SharedMemory:
             return sum(region.nbytes for session in self._sessions.values() for region in session.regions.values())
 
     def start(self) -> None:
-        """Raises:
-        OSError: the socket cannot be made.
+        """Listens on the socket.
+
+        Raises:
+            OSError: the socket cannot be created.
         """
-        # Of a server that was killed; `Server` has seen that none is alive there.
+        # A server that was killed left its socket. No live one is there: GrpcServer.bind has checked that.
         if os.path.exists(self.path) and stat.S_ISSOCK(os.stat(self.path).st_mode):
             os.unlink(self.path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -107,12 +117,12 @@ class SharedMemory:
         if os.path.exists(self.path):
             os.unlink(self.path)
 
-    def tensors(self, request: wire.Request) -> tuple[memoryview, memoryview, memoryview]:
-        """The bytes of the logits, of the labels, and of the room for the gradient (none, if none is wanted).
+    def tensors(self, request: wire.Request) -> TensorBytes:
+        """Where the tensors of a request are.
 
         Raises:
-            SessionLostError: the session is not there; its caller can begin another.
-            InvalidInput: the region is not there, or a tensor does not lie within it.
+            SessionLostError: there is no such session; its caller can begin another.
+            InvalidInput: there is no such region, or a tensor is not inside it.
         """
         shared = request.shared
         assert shared is not None
@@ -125,15 +135,11 @@ class SharedMemory:
             raise InvalidInput(
                 "shared_tensors.region", f"got {shared.region}; expected the number of a region that is shared"
             )
-        logits, labels, grad = (
-            _part(region, name, offset, size)
-            for name, offset, size in (
-                ("logits", shared.logits_offset, request.logits.nbytes),
-                ("labels", shared.labels_offset, request.labels.nbytes),
-                ("grad", shared.grad_offset, request.grad_bytes),
-            )
+        return TensorBytes(
+            logits=part_of(region, "logits", shared.logits_offset, request.logits.nbytes),
+            labels=part_of(region, "labels", shared.labels_offset, request.labels.nbytes),
+            grad=part_of(region, "grad", shared.grad_offset, request.grad_bytes),
         )
-        return logits, labels, grad
 
     def _serve(self) -> None:
         while True:
@@ -155,7 +161,7 @@ class SharedMemory:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:  # No descriptors are left: the next is accepted when a session has ended.
+        except OSError as error:  # No file descriptors are left. Accepts again once a session has ended.
             _log.warning("a process cannot share memory", extra={"reason": str(error)})
             self._listen(False)
             return
@@ -181,7 +187,7 @@ class SharedMemory:
         except ConnectionError:
             packet, descriptors = b"", []
         try:
-            if not packet and not descriptors:  # (A region of number 0 is an empty packet.)
+            if not packet and not descriptors:  # An empty packet with a descriptor is region number 0.
                 self._end(session)
                 return
             error = ""
@@ -202,12 +208,12 @@ class SharedMemory:
             return
         if len(descriptors) != 1:
             raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
-        everyones = sum(len(other.regions) for other in self._sessions.values())
-        if len(session.regions) >= MAX_REGIONS or everyones >= self._max_all_regions:
+        of_all_sessions = sum(len(other.regions) for other in self._sessions.values())
+        if len(session.regions) >= MAX_REGIONS or of_all_sessions >= self._max_all_regions:
             raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
-        region = _mapped(descriptors[0])
+        region = map_region(descriptors[0])
         with self._lock:
             session.regions[request.region] = region
 
@@ -223,7 +229,7 @@ class SharedMemory:
             self._listen(True)
 
     def _listen(self, listen: bool) -> None:
-        """Whether new processes are accepted."""
+        """Accepts new processes from now on, or does not."""
         if listen and not self._listening:
             self._selector.register(self._listener, selectors.EVENT_READ)
         elif self._listening and not listen:
@@ -232,35 +238,9 @@ class SharedMemory:
 
 
 def _reply(session: _Session, error: str = "") -> bool:
-    """Sends the answer to a packet; False if the caller is gone, or takes no answers."""
+    """Sends the answer to a packet; False if the caller is gone, or does not read answers."""
     try:
         session.connection.send(pb.SharedMemoryReply(session=session.name, error=error).SerializeToString())
     except OSError:
         return False
     return True
-
-
-def _mapped(descriptor: int) -> memoryview:
-    """Raises:
-    InvalidInput: it is no memory that is safe to read.
-    OSError: it cannot be mapped.
-    """
-    try:
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    except OSError:
-        raise InvalidInput("region", "got a file descriptor of another kind; expected a memfd") from None
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise InvalidInput("region", "got a memfd that can shrink; expected one sealed with F_SEAL_SHRINK")
-    size = os.fstat(descriptor).st_size
-    if size < 1:
-        raise InvalidInput("region", "got an empty memfd; expected at least one byte")
-    return memoryview(mmap.mmap(descriptor, size))
-
-
-def _part(region: memoryview, name: str, offset: int, size: int) -> memoryview:
-    if not 0 <= offset <= region.nbytes - size:
-        raise InvalidInput(
-            f"shared_tensors.{name}_offset",
-            f"got {offset} for {size} bytes in a region of {region.nbytes}; expected a place within it",
-        )
-    return region[offset : offset + size]

@@ -1,4 +1,4 @@
-"""The HTTP port: metrics for Prometheus at /metrics, and at / a page that shows people how the server fares."""
+"""The HTTP server: metrics for Prometheus at /metrics, the status page at /, and its numbers at /status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lovasz.server.web.status_page import StatusPage
 _log = logging.getLogger(__name__)
 
 _MOST_CONNECTIONS = 64
-"""At a time; each has a thread. More are closed at once."""
+"""At a time. Each has a thread. Further connections are closed."""
 
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -44,7 +44,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A caller that went away, mostly."""
+        """Mostly because the caller went away."""
         _log.debug("an HTTP call failed", exc_info=True)
 
 
@@ -53,14 +53,14 @@ class _ThreadingServer6(_ThreadingServer):
 
 
 class _SilentHandler(WSGIRequestHandler):
-    timeout = 10  # For each piece of what a caller sends.
+    timeout = 10  # Seconds for each read.
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 class WebServer:
-    """Serves the two, in threads of its own."""
+    """Serves metrics and status page, in threads of its own."""
 
     def __init__(self, registry: CollectorRegistry, page: StatusPage) -> None:
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
@@ -69,7 +69,7 @@ class WebServer:
         self._thread: threading.Thread | None = None
 
     def start(self, host: str, port: int) -> int:
-        """Returns the port.
+        """Listens, and returns the port.
 
         Raises:
             OSError: the address cannot be bound.
@@ -93,7 +93,7 @@ class WebServer:
             return _refused(start_response, "405 Method Not Allowed", "expected GET")
         try:
             body = self._body({**environment, "REQUEST_METHOD": "GET"}, start_response)
-        except Exception:  # In what makes the metrics: a header that it cannot read, say.
+        except Exception:  # Raised by the metrics' own handler, for example for a header that it cannot read.
             _log.exception("an HTTP call could not be answered")
             return _refused(start_response, "500 Internal Server Error", "the server's log says why")
         return body if method == "GET" else []

@@ -18,7 +18,7 @@ _STEPS_SHOWN = 50
 
 
 class StatusPage:
-    """The page, and the numbers that it asks for each second."""
+    """The page, and the numbers that the page asks for every second."""
 
     def __init__(self, registry: CollectorRegistry, waiting_steps: Callable[[], Sequence[WaitingStep]]) -> None:
         self._registry, self._waiting_steps = registry, waiting_steps
@@ -26,8 +26,10 @@ class StatusPage:
         self.html = files("lovasz.server.web").joinpath("status.html").read_bytes()
 
     def numbers(self) -> bytes:
-        """JSON: every metric's samples but histograms' buckets, by name, with null for NaN; the joint steps that wait,
-        and on whom."""
+        """The numbers as JSON: the samples of every metric, by name, and the joint steps that wait.
+
+        The buckets of histograms are left out. NaN is null.
+        """
         samples: dict[str, list[list[Any]]] = {}
         for family in self._registry.collect():
             for sample in family.samples:
