@@ -696,7 +696,7 @@ def test_a_unix_socket_is_one_server_whatever_balances(tmp_path: Path) -> None:
 def failing(
     times: int, code: grpc.StatusCode, pushback_ms: int | None = None
 ) -> Callable[[int, pb.RequestHeader, grpc.ServicerContext], Answer]:
-    """Fails so many times, then answers."""
+    """Fails the first ``times`` calls, then answers."""
 
     def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
         if call < times:

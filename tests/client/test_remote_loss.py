@@ -290,7 +290,7 @@ def test_close_can_be_called_at_any_time(server: ServerProcess) -> None:
     before = criterion(logits, labels)
     criterion.close()
     criterion.close()
-    assert torch.equal(criterion(logits, labels), before)  # opened anew
+    assert torch.equal(criterion(logits, labels), before)  # opened again
     criterion.close()
 
 

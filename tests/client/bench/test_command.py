@@ -295,7 +295,7 @@ def test_a_terminal_shows_progress_on_one_line(server: ServerProcess) -> None:
     ids=["in a request that is answered", "in one that is not", "in the first"],
 )
 def test_ctrl_c_ends_it_with_the_figures_so_far(answered: int, calls: int, tmp_path: Path) -> None:
-    """``answered``: so many calls get an answer, of which the first asks what the server is; comes after ``calls``."""
+    """The first ``answered`` calls get an answer; call 0 is server_info. Ctrl-C comes after ``calls`` calls."""
 
     def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
         if call >= answered:
