@@ -35,7 +35,8 @@ class _WithGradient(torch.autograd.Function):
         # With the logits saved, a second derivative in them reaches _Scale.backward, which refuses it.
         ctx.save_for_backward(logits, grad)
         ctx.factor = factor
-        return value
+        # Not the input itself: autograd takes that for a view, which must not be modified in place (`loss *= weight`).
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
