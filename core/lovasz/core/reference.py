@@ -101,7 +101,8 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
         loss: one loss, or a list of (weight, loss) pairs.
 
     Returns:
-        A 0-dim tensor in the dtype of the logits; NaN, with a gradient of NaN, if a counted logit is not finite.
+        A 0-dim tensor in the dtype of the logits; NaN, with a gradient of NaN, if a counted logit is NaN or
+        infinite; minus infinity is allowed at classes that are not the pixel's.
 
     Raises:
         InvalidInput: shapes, options or labels that do not fit each other.
@@ -113,7 +114,7 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
 
     logits = logits.reshape(layout.images, layout.channels, layout.pixels)
     labels = _flat_labels(labels, layout, is_hinge=total.is_hinge)
-    if not all(_all_finite(logits, labels, term) for _, term in total.terms):
+    if not all(_is_finite(logits, labels, term) for _, term in total.terms):
         return (logits * math.nan).sum()
     result = _zero(logits)
     for weight, term in total.terms:
@@ -224,11 +225,24 @@ def _counted(labels: Tensor, ignore_index: int | None) -> Tensor:
     return labels != ignore_index
 
 
-def _all_finite(logits: Tensor, labels: Tensor, loss: Loss) -> bool:
+def _is_finite(logits: Tensor, labels: Tensor, loss: Loss) -> bool:
+    """Whether all errors and losses of counted pixels are finite.
+
+    Minus infinity masks a class that is not the pixel's: its probability is 0. (Label smoothing has no such class.)
+    """
     counted = _counted(labels, loss.ignore_index)
-    if not isinstance(loss, LovaszHinge):
-        counted = counted.unsqueeze(1).expand_as(logits)
-    return bool(logits[counted].isfinite().all())
+    if isinstance(loss, LovaszHinge):
+        errors = hinge_errors(logits[counted], labels[counted] == 1).relu()
+        return bool((logits[counted] < math.inf).all() and (errors < math.inf).all())
+    pixels, own = logits.movedim(1, -1)[counted], labels[counted]
+    needed = pixels.gather(1, own.unsqueeze(1))
+    if (isinstance(loss, CrossEntropy) and loss.label_smoothing > 0) or _reads_probabilities(loss):
+        needed = pixels
+    return bool((pixels < math.inf).all() and (needed > -math.inf).all())
+
+
+def _reads_probabilities(loss: Loss) -> bool:
+    return isinstance(loss, LovaszSoftmax) and loss.input == "probabilities"
 
 
 def _flat_labels(labels: Tensor, layout: Layout, *, is_hinge: bool) -> Tensor:

@@ -46,7 +46,7 @@ def prepare(
         largest: (planes x K), written: the bits of the largest error.
     """
     joints = len(counts.faults) // 3
-    finite = np.empty(_BLOCK_PIXELS, np.float32)
+    flags = np.empty(_BLOCK_PIXELS, np.float32)
     while True:
         task = claim(tasks, len(blocks.plane))
         if task >= len(blocks.plane):
@@ -62,18 +62,19 @@ def prepare(
             for first in range(blocks.first[task], blocks.last[task], _BLOCK_PIXELS):
                 n = min(_BLOCK_PIXELS, blocks.last[task] - first)
                 start = planes.start[plane] + first
-                row, code, is_finite = errors[k, start : start + n], codes[k, start : start + n], finite[:n]
+                row, code, not_finite = errors[k, start : start + n], codes[k, start : start + n], flags[:n]
                 bad = read_codes(planes.label_kind[plane], labels, first, labelling, code)
                 widen(logits_kind, logits, first, row)
                 _add_counts(row, code, labelling.void, counts, valid, place)
                 for i in range(n):
-                    is_finite[i] = row[i] * f32(0)
+                    is_below = row[i] < f32(np.inf)
                     row[i] = max(f32(1) - (row[i] if code[i] == 1 else -row[i]), f32(0))
+                    not_finite[i] = f32(0) if is_below and row[i] < f32(np.inf) else f32(1)
                 top, infinite = f32(0), 0
                 for i in range(n):
                     counted = code[i] != labelling.void
-                    infinite += 1 if counted and is_finite[i] != f32(0) else 0
-                    top = max(top, row[i]) if counted and is_finite[i] == f32(0) else top
+                    infinite += 1 if counted and not_finite[i] != f32(0) else 0
+                    top = max(top, row[i]) if counted and not_finite[i] == f32(0) else top
                 atomic_add(counts.faults, joint, bad)
                 atomic_add(counts.faults, joints + joint, infinite)
                 atomic_max(largest, place, np.int64(float_bits(top)))

@@ -95,9 +95,13 @@ def prepare(
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     weighted_logits(entropies, term, errors, start, m)
+                    sums, counted = entropies.losses[term, start : start + n], entropies.counted[term]
+                    for i in range(n):  # A masked class has a part of the target, and an infinite loss.
+                        nf[i] += f32(0) if sums[i] > f32(-np.inf) else counted[code[i]]
             _gather(errors, start, code, xy)
             for i in range(n):
                 xy[i] -= m[i]
+                nf[i] += f32(0) if xy[i] > f32(-np.inf) else f32(1)
             t[:] = f32(0)
             o[:] = f32(0)
             for k in range(channels):
@@ -149,7 +153,7 @@ def _read(
     prediction: npt.NDArray[np.int32],
     not_finite: Floats,
 ) -> None:
-    """Reads logits into rows; writes each pixel's largest, the first class that has it, and 0 if all are finite."""
+    """Reads logits into rows; writes each pixel's largest, its first class, and 0 if all are below infinity."""
     row_bytes = np.uint64(planes.pixels[plane] * (4 if logits_kind == FLOAT32 else 2))
     n = len(maximum)
     not_finite[:] = f32(0)
@@ -157,7 +161,7 @@ def _read(
         row = out[k, start : start + n]
         widen(logits_kind, planes.logits[plane] + row_bytes * np.uint64(k), first, row)
         for i in range(n):
-            not_finite[i] += row[i] * f32(0)  # NaN where it is not finite
+            not_finite[i] += f32(0) if row[i] < f32(np.inf) else f32(1)
         if k == 0:
             maximum[:] = row
             prediction[:] = 0
@@ -215,6 +219,8 @@ def prepare_probabilities(
                 # An error is not negative: -0.0, and what is below 0 within the tolerance, becomes 0.
                 for i in range(n):
                     row[i] = max(f32(1) - row[i] if code[i] == k else row[i], f32(0))
+            for i in range(n):
+                nf[i] += f32(0) if low[i] > f32(-np.inf) else f32(1)
             infinite = _count(code, p, nf, labelling, local)
             out_of_range = 0
             for i in range(n):

@@ -114,7 +114,11 @@ def _softmax(flat: Flat, want_grad: bool) -> _Results:
     hit = validity.counted & (soft.prediction == labels)
     classes_and_masks = (labels, validity.counted), (soft.prediction, validity.counted), (labels, hit)
     counts = torch.stack([_class_counts(classes, mask, flat.joints, channels) for classes, mask in classes_and_masks])
-    return _Results(losses, scored, grad, counts, _faults(flat, validity, soft))
+    finite = soft.finite
+    for term in plan.cross_entropies:
+        if term.label_smoothing > 0:  # A masked class has a part of the target, and an infinite loss.
+            finite = finite & ~(soft.masked & validity.of_rule[term.rule])
+    return _Results(losses, scored, grad, counts, _faults(flat, validity, finite))
 
 
 def _lovasz_softmax(
@@ -163,7 +167,7 @@ def _hinge(flat: Flat, want_grad: bool) -> _Results:
     predicted = logits > 0
     masks = foreground, predicted, predicted & foreground
     counts = torch.stack([flat.joints.sum(mask & validity.counted) for mask in masks])
-    return _Results(losses, scored, grad, counts, _faults(flat, validity, None))
+    return _Results(losses, scored, grad, counts, _faults(flat, validity, (logits < torch.inf) & (errors < torch.inf)))
 
 
 def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: int) -> Tensor:
@@ -173,9 +177,8 @@ def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: in
     return counts.scatter_add_(0, index, counted.to(torch.int64)).view(channels, len(groups))
 
 
-def _faults(flat: Flat, validity: _Validity, soft: Softmax | None) -> Tensor:
-    """Pixels with each fault: int64, shape (3, joints)."""
-    finite = torch.isfinite(flat.logits) if soft is None else soft.finite
+def _faults(flat: Flat, validity: _Validity, finite: Tensor) -> Tensor:
+    """Counts pixels with each fault: int64, shape (3, joints)."""
     faults = {Fault.BAD_LABEL: validity.bad, Fault.NOT_FINITE: ~finite & validity.counted}
     faults[Fault.OUT_OF_RANGE] = torch.zeros_like(validity.bad)
     if flat.plan.loss.probabilities:

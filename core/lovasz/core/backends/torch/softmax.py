@@ -43,7 +43,8 @@ class Softmax:
         log_total: shape (P,): log of the sum of the shifted exponentials: -log p_k = log_total - shifted logit k.
         maximum: shape (P,): by how much logits were shifted.
         prediction: int64, shape (P,): the arg-max, the first of equals.
-        finite: bool, shape (P,): whether all logits of the pixel are finite.
+        finite: bool, shape (P,): whether the pixel's logits are below infinity, and that of its label is finite.
+        masked: bool, shape (P,): whether one of them is minus infinity.
     """
 
     errors: Tensor
@@ -54,6 +55,7 @@ class Softmax:
     maximum: Tensor
     prediction: Tensor
     finite: Tensor
+    masked: Tensor
 
 
 def softmax(logits: Tensor, labels: Tensor) -> Softmax:
@@ -63,7 +65,8 @@ def softmax(logits: Tensor, labels: Tensor) -> Softmax:
     """
     index = labels.unsqueeze(0)
     maximum, prediction = logits.max(dim=0)
-    finite = torch.isfinite(maximum) & torch.isfinite(logits.amin(dim=0))
+    finite = torch.isfinite(maximum) & (logits.gather(0, index)[0] > -torch.inf)
+    masked = logits.amin(dim=0) == -torch.inf
     shifted = logits - maximum
     label_shifted = shifted.gather(0, index)[0]
     errors = shifted.exp_()
@@ -77,7 +80,8 @@ def softmax(logits: Tensor, labels: Tensor) -> Softmax:
     # Near p = 1, log1p keeps the digits that the difference of log_total and label_shifted loses.
     likely = label_exponential > others
     negative_log = torch.where(likely, torch.log1p(others / label_exponential), log_total - label_shifted)
-    return Softmax(errors, label_error, label_exponential / total, negative_log, log_total, maximum, prediction, finite)
+    label_probability = label_exponential / total
+    return Softmax(errors, label_error, label_probability, negative_log, log_total, maximum, prediction, finite, masked)
 
 
 def given_probabilities(probabilities: Tensor, labels: Tensor) -> Softmax:
@@ -89,7 +93,7 @@ def given_probabilities(probabilities: Tensor, labels: Tensor) -> Softmax:
     label_error = 1 - label_probability
     errors = probabilities.scatter(0, index, label_error.unsqueeze(0)).add_(0.0)  # -0.0 becomes 0.0, with which it ties
     unused = torch.empty(0)
-    return Softmax(errors, label_error, label_probability, unused, unused, maximum, prediction, finite)
+    return Softmax(errors, label_error, label_probability, unused, unused, maximum, prediction, finite, unused)
 
 
 def backward(softmax: Softmax, labels: Tensor, g: Tensor, pull: Tensor | None) -> Tensor:

@@ -85,7 +85,8 @@ def load_errors(address, plane, pixels, inside, channels, rules, LOGIT: tl.const
 
 @triton.jit
 def is_finite(logits, errors):
-    return (tl.abs(logits) < float("inf")) & (errors < float("inf"))
+    """Whether each error is finite; a logit of minus infinity is allowed on background."""
+    return (logits < float("inf")) & (errors < float("inf"))
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -123,7 +124,7 @@ def hinge_statistics(
     errors, logits, is_foreground, counting, is_bad = load_errors(
         address, plane, pixels, inside, channels, rules, LOGIT, LABEL, RULES
     )
-    finite = tl.abs(logits) < float("inf")
+    finite = is_finite(logits, errors)
     used = (counting != 0) & finite
     add_fault(faults, plane, BAD_LABEL, is_bad)
     add_fault(faults, plane, NOT_FINITE, (counting != 0) & ~finite)

@@ -15,7 +15,7 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_WEIGHT,
     TERM_COLUMNS,
 )
-from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, load_errors
+from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.planes import (
     first_elements,
     group_on,
@@ -72,7 +72,7 @@ def hinge_backward(
     g = tl.zeros([BLOCK], tl.float32)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        valid = (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
+        valid = is_finite(logits, errors) & is_counted_by(term, counting)
         row, group, bin_count = group_on(plane, term, groups)
         number = row * channels + channel
         counted = valid & (bits >= tl.load(least + number))

@@ -21,7 +21,7 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_STATE,
     TERM_COLUMNS,
 )
-from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, load_errors
+from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.planes import (
     group_on,
     is_counted_by,
@@ -71,7 +71,7 @@ def hinge_count(
     channel = tl.load(plane + PLANE_CHANNEL)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        valid = (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
+        valid = is_finite(logits, errors) & is_counted_by(term, counting)
         row, group, bin_count = group_on(plane, term, groups)
         number = row * channels + channel
         segment = segments + number * SEGMENT_COLUMNS
@@ -124,7 +124,7 @@ def hinge_collect(
             )
             bits = bits_of(errors)
             place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
-            valid = inside & (tl.abs(logits) < float("inf")) & is_counted_by(term, counting)
+            valid = inside & is_finite(logits, errors) & is_counted_by(term, counting)
             own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
             if bin_count == 0:
                 first = tl.load(group + GROUP_FIRST_PIXEL) + channel * tl.load(group + GROUP_PIXEL_STEP)

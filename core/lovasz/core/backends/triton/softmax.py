@@ -193,6 +193,15 @@ def softmax_statistics(
     else:
         reciprocal = tl.div_rn(1.0, total)
         label_error = others * reciprocal
+    if PROBABILITIES:
+        finite &= lowest > -float("inf")
+    elif tl.min(lowest, axis=0) == -float("inf"):
+        # Minus infinity masks a class, but not the label's, and none that label smoothing gives a part of the target.
+        finite &= tl.load(first + labels * stride, mask=inside, other=0.0).to(tl.float32) > -float("inf")
+        for e in tl.static_range(CROSS_TERMS):
+            smooths = tl.load(cross_smoothings + e) > 0
+            is_masked = (lowest == -float("inf")) & is_counted(counting, tl.load(cross_rules + e))
+            finite &= ~(is_masked & (tl.zeros_like(labels) + smooths.to(tl.int32) > 0))
     # A pixel that is not finite is in no table: what is said of its joint has no meaning.
     used = (counting != 0) & finite
     place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
@@ -248,13 +257,13 @@ def softmax_statistics(
 
 @triton.jit
 def see_class(maximum, lowest, prediction, finite, value, k, classes):
-    """(largest value, smallest, the first of the largest, whether all are finite), now with those of class k."""
+    """(largest value, smallest, first of the largest, whether all are below infinity), now with those of class k."""
     is_class = tl.full(maximum.shape, k, tl.int32) < classes
     is_larger = value > maximum
     prediction = tl.where(is_larger, k, prediction)
     maximum = tl.where(is_larger, value, maximum)
     lowest = tl.where(is_class, tl.minimum(lowest, value), lowest)
-    return maximum, lowest, prediction, finite & ((tl.abs(value) < float("inf")) | ~is_class)
+    return maximum, lowest, prediction, finite & (value < float("inf"))
 
 
 @triton.jit
