@@ -11,7 +11,7 @@ def choose_device(name: str) -> torch.device:
     """The device that a configuration names.
 
     Raises:
-        DeviceError: there is none such here.
+        DeviceError: this host has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The device's own name, for people."""
+    """The name of the hardware, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

@@ -15,12 +15,12 @@ ReadT = TypeVar("ReadT")
 
 
 class DeviceWatch:
-    """What is known of the load of a device, whoever's it is; NaN where that cannot be read.
+    """The load of a device by all processes, as last read; NaN if it cannot be read.
 
     Attributes:
-        utilization: share of the time in which the GPU, by its driver's count, or else the host's processors had work.
-        used_bytes: of the memory of the GPU, or of the host.
-        memory_bytes: all of that memory.
+        utilization: share of the time in which the GPU (by its driver's count) or the host's processors had work.
+        used_bytes: used memory of the GPU, or of the host.
+        memory_bytes: total memory of the GPU, or of the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class DeviceWatch:
         self.utilization = self.used_bytes = self.memory_bytes = math.nan
 
     def sample(self) -> None:
-        """A chore: reads all of it. Asks the device, and so can hang where that does."""
+        """A chore: reads the load. It asks the device, and so it can hang if the device does."""
         on_gpu = self._device.type == "cuda"
         utilization = self._gpu_utilization if on_gpu else self._host_utilization
         memory = self._gpu_memory if on_gpu else _host_memory
@@ -38,7 +38,7 @@ class DeviceWatch:
         self.used_bytes, self.memory_bytes = self._read("memory", memory, (math.nan, math.nan))
 
     def _read(self, what: str, read: Callable[[], ReadT], unknown: ReadT) -> ReadT:
-        """Says once if it cannot."""
+        """Reads a value; if that fails, logs it the first time."""
         try:
             return read()
         except Exception as error:  # Of many kinds: no nvidia-ml-py, a driver that fails, no /proc.
@@ -55,7 +55,7 @@ class DeviceWatch:
         return total - free, total
 
     def _host_utilization(self) -> float:
-        """Since the last time."""
+        """Since the last call."""
         with open("/proc/stat") as file:
             _, user, nice, system, idle, waiting, *others = file.readline().split()[:9]
         busy = sum(map(int, (user, nice, system, *others)))

@@ -81,7 +81,7 @@ class Seat:
         return self.group.completed
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Group:
     """The ranks of one step.
 
@@ -92,6 +92,8 @@ class Group:
         deadline: until when the ranks wait for each other (``time.monotonic``).
         seats: by rank; those that are neither LOST nor DONE.
         job: what is computed once the group is complete, until the last rank is done.
+        since: when the first rank came (``time.monotonic``).
+        completed: when the group was complete (``time.monotonic``); None before.
         error: why the group is broken.
         logged: whether it was logged that it waits.
     """

@@ -218,9 +218,14 @@ class JointTable:
         group = self._waiting.get(step)
         if group is None:
             share, world_size = request.payload_bytes + request.grad_bytes, joint.world_size
-            permit = self._admission.reserve(world_size * share, world_size)
-            deadline = time.monotonic() + self._timeout_seconds
-            group = self._waiting[step] = Group(step, request, world_size, share, permit, deadline)
+            group = self._waiting[step] = Group(
+                step=step,
+                first=request,
+                world_size=world_size,
+                share=share,
+                permit=self._admission.reserve(world_size * share, world_size),
+                deadline=time.monotonic() + self._timeout_seconds,
+            )
         elif (difference := texts.mismatch(group, request)) is not None:
             raise JointMismatchError(difference)
         return group
