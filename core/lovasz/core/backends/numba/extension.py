@@ -74,7 +74,7 @@ def score_term(
     """
     groups = call.layout.groups(term)
     row, group = np.nonzero(scored)
-    order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads finish at about the same time.
+    order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
     row, group = row[order], group[order]
     pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
     is_hinge = call.plan.is_hinge

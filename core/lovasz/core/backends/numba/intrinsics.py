@@ -1,4 +1,4 @@
-"""How functions are compiled, and operations that Numba lacks: fused multiply-add, atomics, floats as bits, pointers."""
+"""How functions are compiled; operations that Numba lacks: fused multiply-add, atomics, floats as bits, pointers."""
 
 from __future__ import annotations
 
