@@ -454,7 +454,7 @@ def test_what_does_not_fit_is_refused(logits: Tensor, labels: Tensor, loss: Loss
 
 def test_labels_on_another_device_are_refused() -> None:
     labels = torch.zeros(2, 4, dtype=torch.int64, device="meta")
-    assert refusal(zeros(2, 3, 4), labels, LovaszSoftmax()) == "labels: got device meta; expected cpu as the logits"
+    assert refusal(zeros(2, 3, 4), labels, LovaszSoftmax()) == "labels: got device meta; expected cpu, like the logits"
 
 
 def test_empty_sum_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Turns what a backend computed for a batch into an answer for each request."""
+"""Turns what a backend computed for a batch into one answer per request."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lovasz.spec import (
 
 
 class JointFault(Exception):
-    """A request cannot be computed, as another one of its joint has a fault.
+    """A request cannot be computed because another request of its joint has a fault.
 
     Attributes:
-        place: which one has it, counted from 0 in their joint.
-        fault: what it is.
+        place: the position of the other request in the joint, from 0.
+        fault: its fault.
     """
 
     def __init__(self, place: int, fault: InvalidInput) -> None:
@@ -46,7 +46,7 @@ class Part:
     """The requests of a batch that one backend computes together.
 
     Attributes:
-        places: where its requests stand in the whole batch.
+        places: the positions of these requests in the whole batch.
     """
 
     places: tuple[int, ...]
@@ -63,19 +63,19 @@ class Pending:
     parts: tuple[Part, ...]
 
     def collect(self) -> list[Answer]:
-        """Waits for the device; returns one answer a request, in their order.
+        """Waits for the device; returns one answer per request, in the order of the requests.
 
-        The answer to a request that cannot be computed is the error that says why; to those in its joint, a
-        ``JointFault``. All others are not affected.
+        The answer to a request with a fault is the error that says why. The answer to the other requests of its joint
+        is a ``JointFault``. Other joints are not affected.
         """
         answers = {place: answer for part in self.parts for place, answer in _answers(part)}
         return [answers[place] for place in range(len(self.requests))]
 
     def differentiable(self) -> tuple[Tensor | float, Tensor | None]:
-        """The loss and the gradient of a single request; where the backend can, waits for its faults alone.
+        """The loss and the gradient of a single request; waits only until its faults are known, if the backend can.
 
         Raises:
-            InvalidInput: it cannot be computed.
+            InvalidInput: the request cannot be computed.
         """
         (part,) = self.parts
         total = None if part.computed.total is None else part.computed.total()
@@ -134,11 +134,14 @@ def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
 def _term_result(
     loss: LovaszSoftmax | LovaszHinge | CrossEntropy, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]
 ) -> TermResult:
-    """Sums one request's segments up; on arrays of its own, so that the sums do not depend on the batch."""
+    """The result of one term for one joint.
+
+    Works on the arrays of this joint alone, so that the order in which NumPy sums does not depend on the batch.
+    """
     if isinstance(loss, CrossEntropy):
         return TermResult(loss.kind, float(losses[0, 0]), np.empty(0))
     weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
-    if losses.shape[1] == 1:  # One group, the common case: fewer NumPy calls, which small requests notice.
+    if losses.shape[1] == 1:  # One group, the common case: fewer NumPy calls, which matters for small requests.
         is_scored = scored[:, 0]
         own = np.where(is_scored, losses[:, 0], 0.0)
         classes = len(own) if isinstance(loss, LovaszHinge) else max(int(np.count_nonzero(is_scored)), 1)
@@ -174,7 +177,7 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
 
 
 def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
-    values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as they were judged
+    values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as backends compare them
     bad = (values < -PROBABILITY_TOLERANCE) | (values > 1 + PROBABILITY_TOLERANCE)
     labels = request.labels.to(torch.int64)
     counted = torch.zeros_like(labels, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Requests and batches of them: the tensors as callers hand them over, checked."""
+"""Requests and batches: the tensors as callers pass them, checked."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 
 @dataclass(frozen=True)
 class Request:
-    """The tensors of one request, in their caller's shapes.
+    """The tensors of one request, in the caller's shapes.
 
     Attributes:
-        layout: the sizes that these shapes stand for.
-        grad: memory for the gradient, float32 and contiguous, on the CPU; a backend may use it. None if the caller
-            offers none.
+        layout: the number of images, channels and pixels, read from the shapes.
+        grad: memory on the CPU that a backend may use for the gradient, float32 and contiguous; None if the caller
+            provides none.
     """
 
     logits: Tensor
@@ -33,7 +33,7 @@ class Request:
 
     @classmethod
     def checked(cls, logits: Tensor, labels: Tensor, loss: WeightedSum) -> Request:
-        """Checks element types, shapes and devices.
+        """Makes a request after checking element types, shapes and devices.
 
         Raises:
             InvalidInput: one of them does not fit the loss.
@@ -43,17 +43,17 @@ class Request:
         if labels.dtype not in INTEGER_TYPES:
             raise InvalidInput("labels", f"got element type {_name(labels.dtype)}; expected {_names(INTEGER_TYPES)}")
         if labels.device != logits.device:
-            raise InvalidInput("labels", f"got device {labels.device}; expected {logits.device} as the logits")
+            raise InvalidInput("labels", f"got device {labels.device}; expected {logits.device}, like the logits")
         return cls(logits, labels, loss.layout(logits.shape, labels.shape))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests that are computed at once; they agree in element type and channels.
+    """Requests that are computed together; they have the same element type and number of channels.
 
     Attributes:
-        sizes: how many consecutive requests make up each *joint*. A joint is scored as one request that holds all its
-            images in order. Most joints are one request.
+        sizes: the number of consecutive requests in each *joint*. A joint is scored like one request that holds all its
+            images in order. Most joints are a single request.
     """
 
     requests: tuple[Request, ...]
@@ -61,7 +61,7 @@ class Batch:
 
     @classmethod
     def of(cls, requests: Sequence[Request], sizes: Sequence[int] | None = None) -> Batch:
-        """Each request on its own, unless sizes are given."""
+        """Makes a batch; without ``sizes``, each request is a joint of its own."""
         return cls(tuple(requests), (1,) * len(requests) if sizes is None else tuple(sizes))
 
     @cached_property
@@ -80,13 +80,13 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def classes_first(tensor: Tensor, layout: Layout) -> Tensor:
-    """Views or copies (images, K, pixels), of any shape with these elements, as (K, images x pixels)."""
+    """Views or copies a tensor as (K, images x pixels); its elements are in the order (images, K, pixels)."""
     by_image = tensor.reshape(layout.images, layout.channels, layout.pixels)
     return by_image.transpose(0, 1).reshape(layout.channels, -1)
 
 
 def images_first(rows: Tensor, request: Request) -> Tensor:
-    """Copies (K, images x pixels) into a contiguous tensor in the shape of the request's logits."""
+    """Copies (K, images x pixels) to a contiguous tensor of the shape of the request's logits."""
     layout = request.layout
     by_class = rows.reshape(layout.channels, layout.images, layout.pixels)
     return by_class.transpose(0, 1).reshape(request.logits.shape).contiguous()

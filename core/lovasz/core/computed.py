@@ -1,4 +1,4 @@
-"""What a backend gives back for a batch."""
+"""What a backend returns for a batch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ import numpy.typing as npt
 from torch import Tensor
 
 PROBABILITY_TOLERANCE = 1e-3
-"""A probability may be this far outside [0, 1]; one that is further out is an error."""
+"""How far a probability may lie outside [0, 1] without being a fault."""
 
 FIXED_POINT_BITS = 60
-"""Sums over pixels are sums of integers: each term is rounded to a multiple of 2^-60 of a bound on the sum."""
+"""The precision of sums over pixels. Each summand is rounded to a multiple of 2^-60 of a bound on the sum and added as
+an integer, so that the sum does not depend on the order."""
 
 
 class Fault(enum.IntEnum):
-    """Why a joint cannot be computed: the rows of ``Values.faults``."""
+    """Why a joint cannot be computed; also the rows of ``Values.faults``."""
 
     BAD_LABEL = 0
+    """A label is out of range, and some rule does not ignore it."""
     NOT_FINITE = 1
+    """A logit is infinite or NaN."""
     OUT_OF_RANGE = 2
+    """The input is probabilities, and one lies outside [0, 1] by more than ``PROBABILITY_TOLERANCE``."""
 
 
 @dataclass(frozen=True)
 class TermValues:
-    """The values of one term; the groups of a joint are consecutive.
+    """The values of one term. The groups of a joint are consecutive.
 
     Attributes:
-        losses: float64, shape (K, groups): before weights; cross-entropy: (1, joints).
-        scored: bool, shape (K, groups).
+        losses: float64, shape (K, groups): the loss of each segment before weights; cross-entropy: shape (1, joints).
+        scored: bool, the same shape: whether the term scores the segment; cross-entropy: all true.
     """
 
     losses: npt.NDArray[np.float64]
@@ -40,14 +44,16 @@ class TermValues:
 
 @dataclass(frozen=True)
 class Values:
-    """All results of a batch but its gradients, on the host.
+    """All results of a batch except the gradients, on the host.
+
+    ``labels``, ``predictions`` and ``hits`` count the pixels that are valid for at least one rule.
 
     Attributes:
         terms: one for each term of the loss.
-        labels: int64, shape (K, joints): counted pixels of each class (hinge: whose label is 1).
-        predictions: int64, shape (K, joints): counted pixels that are predicted as each class.
-        hits: int64, shape (K, joints): those of them that are predicted right.
-        faults: int64, shape (3, joints): by ``Fault``, how many pixels have it. All other values of a joint with a
+        labels: int64, shape (K, joints): pixels of each class (hinge: pixels whose label is 1).
+        predictions: int64, shape (K, joints): pixels that are predicted as each class.
+        hits: int64, shape (K, joints): pixels that are predicted as each class and belong to it.
+        faults: int64, shape (3, joints): the number of pixels with each ``Fault``. All other values of a joint with a
             fault are undefined.
     """
 
@@ -59,7 +65,7 @@ class Values:
 
     @property
     def union(self) -> npt.NDArray[np.int64]:
-        """int64, shape (K, joints): pixels that have the class as their label or as their prediction."""
+        """The pixels with the class as label or as prediction: int64, shape (K, joints)."""
         return self.labels + self.predictions - self.hits
 
 
@@ -68,12 +74,12 @@ class Computed:
     """What a backend has computed, or has queued on its device.
 
     Attributes:
-        grads: one contiguous tensor a request, in the shape of its logits; None if no gradient was wanted. float32,
-            or float64 for float64 logits.
+        grads: one contiguous tensor per request, of the shape of its logits, float32 (float64 for float64 logits);
+            None if no gradient was wanted.
         values: waits for the device and reads the values.
-        total: of a batch of one request: waits only until its faults are known; its loss as a tensor of no axis, which
-            may still be being computed, or None if it has a fault. None if it was not asked for, or if the backend does
-            not offer it.
+        total: for a batch of one request: waits only until its faults are known, and returns its loss as a 0-dim tensor
+            that the device may still be computing, or None if the request has a fault. The attribute is None if the
+            total was not asked for, or if the backend does not offer it.
     """
 
     grads: tuple[Tensor, ...] | None

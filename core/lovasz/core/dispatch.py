@@ -1,6 +1,6 @@
-"""Decides which backend computes what, and submits batches to them.
+"""Chooses the backend for each joint of a batch, and submits batches to backends.
 
-Which losses, element types and sizes a backend takes is decided here alone.
+No other module decides which losses, element types and sizes a backend takes.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ _log = logging.getLogger(__name__)
 
 
 class Backend(enum.Enum):
-    """The ways to compute. Their answers agree up to rounding and to the width of the bins (docs/mathematics.md)."""
+    """The implementations. Their results agree up to rounding and to the width of the bins (docs/mathematics.md)."""
 
     TORCH = "torch"
-    """Any device and element type; sorts. The only one for float64."""
+    """Runs on any device, takes any element type (the only one that takes float64), and sorts."""
     NUMBA = "numba"
-    """Compiled for the CPU; sorts small groups and rare classes, counts the others in tables."""
+    """Compiled for the CPU; sorts small groups and rare classes, and counts the others in tables."""
     TRITON = "triton"
     """Compiled for a GPU (interpreted on a CPU); sorts small groups and rare classes, counts the others in tables."""
 
 
 TRITON_CLASSES = 512
-"""In large groups a class takes a table of 1.3 MB."""
+"""The most classes that the Triton backend takes: in large groups the table of each class takes 1.3 MB."""
 
 TRITON_SEGMENTS = 1 << 20
+"""The most segments that a joint may have on the Triton backend; those of terms with equal ``per_image`` count once."""
 
 NUMBERED_PIXELS = 1 << 31
-"""Triton's kernels number the pixels of a batch with 32 bits."""
+"""The end of the pixel numbers of Triton's kernels, which are 32-bit integers."""
 
 
 def submit(
@@ -61,20 +62,20 @@ def submit(
     backend: Backend | None = None,
     stop: Stop | None = None,
 ) -> Pending:
-    """Queues the computation of requests that agree in element type and channels.
+    """Queues the computation of requests that have the same element type and number of channels.
 
-    The answer to each is bit-identical to that in a batch of its own; for requests that are joined, to that for one
-    request of all their images.
+    The answer to a joint does not depend on the batch: it is bit-identical to the answer to one request that holds all
+    images of the joint, computed alone.
 
     Args:
-        joined: how many consecutive requests are scored as one; None: each alone.
-        want_total: for ``Pending.differentiable``.
-        backend: how to compute them; None for the fastest that fits each.
-        stop: asks for an early end, which the compiled loops of the CPU listen to.
+        joined: the numbers of consecutive requests that are scored as one; None if each is scored alone.
+        want_total: whether ``Pending.differentiable`` will be called.
+        backend: the backend to use; None for the fastest one that takes each joint.
+        stop: asks for an early end; only compiled loops on the CPU react to it.
 
     Raises:
         InvalidInput: the backend cannot be used here.
-        Stopped: it was asked to end early.
+        Stopped: the computation was asked to end early.
     """
     whole = Batch.of(requests, joined)
     joints_of = _divide(whole, loss, device, backend)
@@ -93,7 +94,11 @@ def submit(
 def _divide(
     whole: Batch, loss: WeightedSum, device: torch.device, backend: Backend | None
 ) -> dict[tuple[Backend, int], list[int]]:
-    """The numbers of the joints that are computed together, by backend and portion."""
+    """Divides the joints among backends, and those of Triton into portions with few enough pixels.
+
+    Returns:
+        The positions in ``whole.joints`` of the joints that are computed together, by backend and portion.
+    """
     joints_of: dict[tuple[Backend, int], list[int]] = {}
     portion = numbered = 0
     for number, joint in enumerate(whole.joints):
@@ -110,7 +115,7 @@ def _divide(
 
 
 def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Backend:
-    """The fastest backend for a joint. Depends on the joint alone, so that its answer does not depend on its batch."""
+    """The fastest backend for a joint. Depends on the joint alone, so that the batch does not change its answer."""
     if joint[0].logits.dtype == torch.float64:
         return Backend.TORCH
     if device.type == "cpu" and installed("numba"):
@@ -121,7 +126,7 @@ def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) ->
 
 
 def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
-    """Whether it has not too many classes, groups or pixels in a group for tables."""
+    """Whether a joint has few enough classes, segments and pixels for the Triton backend."""
     images = sum(request.layout.images for request in joint)
     pixels = sum(request.layout.images * request.layout.pixels for request in joint)
     channels = joint[0].layout.channels
@@ -132,16 +137,16 @@ def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
 
 
 def numbered_pixels(requests: Sequence[Request], loss: WeightedSum) -> int:
-    """Pixels as Triton's kernels number them: those of each binary label apart."""
+    """The number of pixels as Triton's kernels count them: for the hinge, once for each binary label."""
     layouts = [request.layout for request in requests]
     return sum(layout.images * layout.pixels * (layout.channels if loss.is_hinge else 1) for layout in layouts)
 
 
 def checked(backend: Backend, request: Request, device: torch.device) -> Backend:
-    """Checks that a backend that was asked for can be used here.
+    """Returns the backend that the caller asked for, after checking that it can be used here.
 
     Raises:
-        InvalidInput: it cannot.
+        InvalidInput: it cannot be used.
     """
     if not isinstance(backend, Backend):
         raise InvalidInput("backend", f"got {backend!r}; expected None or one of lovasz.core.dispatch.Backend")
@@ -160,13 +165,13 @@ def checked(backend: Backend, request: Request, device: torch.device) -> Backend
 
 @cache
 def installed(package: str) -> bool:
-    """Whether a package can be imported; does not import it."""
+    """Whether a package is installed; does not import it."""
     return importlib.util.find_spec(package) is not None
 
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton can compile: it needs a C compiler, which a container may lack. Tried once a device."""
+    """Whether Triton can compile: it needs a C compiler, which a container may lack. Tried once per device."""
     try:
         _compute_small([Backend.TRITON], device, torch.float32)
     except Exception:
@@ -184,13 +189,13 @@ def compute(
     want_total: bool = False,
     stop: Stop | None = None,
 ) -> Computed:
-    """Computes a batch on one backend; all of them have this contract.
+    """Computes a batch on one backend; each backend's ``compute`` takes the same arguments, without ``backend``.
 
     Args:
-        want_total: asks for ``Computed.total``, of a batch of one request with its gradient.
+        want_total: asks for ``Computed.total``; only for a batch of one request, with its gradient.
 
     Raises:
-        Stopped: it was asked to end early, and the backend listens to that.
+        Stopped: the computation was asked to end early, and the backend reacts to it.
     """
     module: ModuleType
     if backend is Backend.TORCH:
@@ -204,7 +209,11 @@ def compute(
 
 
 def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:
-    """The loss and the gradient of a request, if its like came before and its backend has a shorter way for it."""
+    """Replays the recording of earlier requests like this one, for its loss and gradient.
+
+    Returns:
+        (loss, gradient); None if there is no such recording, or if the request has a fault.
+    """
     if not logits.is_cuda:
         return None
     triton_compute = _loaded_triton()
@@ -212,14 +221,14 @@ def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, T
 
 
 def give_memory_back() -> None:
-    """Frees what is kept of a device's memory for batches to come."""
+    """Frees the device memory that is kept for later batches."""
     triton_compute = _loaded_triton()
     if triton_compute is not None:
         triton_compute.forget()
 
 
 def _loaded_triton() -> ModuleType | None:
-    """The Triton backend, if it was used; importing it takes a second."""
+    """The Triton backend's ``compute`` module if it has been imported, which takes a second; otherwise None."""
     return sys.modules.get("lovasz.core.backends.triton.compute")
 
 
@@ -227,7 +236,7 @@ _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
     ([(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax())], (1, 3, 4, 4)),
     (LovaszSoftmax(input="probabilities"), (1, 3, 4, 4)),
     (LovaszHinge(), (1, 4, 4)),
-    (LovaszSoftmax(), (1, 300, 4, 4)),  # Labels that do not fit into a byte.
+    (LovaszSoftmax(), (1, 300, 4, 4)),  # Labels that do not fit in a byte.
 )
 
 _LARGE_KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
@@ -235,14 +244,14 @@ _LARGE_KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
     ([(1.0, CrossEntropy()), (1.0, LovaszSoftmax())], (1, 19, 512, 513)),
     (LovaszHinge(), (1, 512, 513)),
 )
-"""Groups that are counted in tables."""
+"""Losses and shapes whose groups are counted in tables."""
 
 _DIVIDED = 1 << 20
-"""Pixels of a segment that the CPU divides among threads."""
+"""The pixels of a segment that is large enough for the CPU to divide it among threads."""
 
 
 def warm_up(device: torch.device) -> None:
-    """Compiles all that requests on this device will need. Takes seconds, and up to a minute the first time."""
+    """Compiles what most requests on this device need. Takes seconds, and up to a minute the first time."""
     compiled = Backend.TORCH
     if device.type == "cpu" and installed("numba"):
         compiled = Backend.NUMBA
@@ -251,7 +260,8 @@ def warm_up(device: torch.device) -> None:
     backends = [Backend.NUMBA] if compiled is Backend.NUMBA else list(dict.fromkeys([Backend.TORCH, compiled]))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         _compute_small(backends, device, dtype)
-    if compiled is not Backend.TORCH:  # For other types and numbers of classes it takes seconds once.
+    if compiled is not Backend.TORCH:
+        # Large groups with other element types or class counts are compiled when they first occur, in seconds.
         for loss, shape in _LARGE_KINDS:
             _compute_zeros(loss, shape, [compiled], device, torch.float32)
     if compiled is Backend.NUMBA:
@@ -275,7 +285,7 @@ def _compute_zeros(
 
 
 def advice(device: torch.device) -> str | None:
-    """What would make this device faster, for people; None if nothing is known."""
+    """A message to the operator that says what would make this device faster; None if nothing would."""
     if device.type == "cpu" and not installed("numba"):
         return "losses are computed by torch; some twenty times as fast with numba: pip install 'lovasz[cpu]'"
     if device.type == "cuda" and not (installed("triton") and triton_works(device)):

@@ -1,4 +1,4 @@
-"""The losses as modules of torch."""
+"""The losses as PyTorch modules."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class LocalLoss(torch.nn.Module):
     """
 
     def __init__(self, loss: LossLike) -> None:
-        """
+        """Takes one loss, or a list of (weight, loss) pairs.
+
         Raises:
-            InvalidInput: terms that do not go together.
+            InvalidInput: the terms cannot be combined.
         """
         super().__init__()
         self.loss = weighted_sum(loss)

@@ -1,9 +1,12 @@
-"""What every backend needs to know of a batch: worked out once, in numpy, from its shapes and its loss alone.
+"""The plan of a batch: what every backend needs to know about it, computed once, in NumPy, from shapes and loss alone.
 
-The pixels of a batch stand in one order: joint by joint, request by request, image by image. They are divided at three
-levels. A *joint* is the requests that are scored as one; most joints are one request. A *plane* is consecutive pixels
-of one request: an image, or several images fused into one run. A *group* is what a term scores at once: a joint, or an
-image if the term has ``per_image``.
+The pixels of a batch are ordered by joint, then by request, then by image. They are divided at three levels. A *joint*
+is the requests that are scored as one; most joints are a single request. A *plane* is a run of consecutive pixels of
+one request: an image, or several images fused. A *group* is what a term scores at once: a joint, or an image if the
+term has ``per_image``.
+
+A pixel is *void* for a *rule* (an ``ignore_index``) that ignores its label, and so for the terms that have this rule;
+elsewhere it is *valid*.
 """
 
 from __future__ import annotations
@@ -22,24 +25,24 @@ from lovasz.spec import CrossEntropy, Layout, LovaszHinge, LovaszSoftmax, Weight
 
 KEPT_PLANS = 64
 KEPT_IMAGES = 1 << 12
-"""Plans of batches with more images than these are not kept."""
+"""Plans of batches with more images than this are not kept."""
 
 FUSE_ALL = 1 << 62
-"""For ``Plan.planes``: fuses images of any size."""
+"""The value of ``fuse_below`` in ``Plan.planes`` that fuses images of any size."""
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A term of the loss, with all that is derived from its options.
+    """A term of the loss, with the values derived from its options.
 
     Attributes:
-        rule: the number of its rule in ``Plan.rules``: which pixels are void for it.
-        per_image: whether its groups are images; if not, they are joints.
-        class_weights: float64, shape (K,); 1 where the loss has none.
-        listed: bool, shape (K,): the classes that are scored, present or not; None: those that are present.
-        label_smoothing: of cross-entropy: s of the target is spread over all K classes, 1 - s stays on the label.
+        rule: the index of its rule in ``Plan.rules``, which says which pixels are void for it.
+        per_image: whether its groups are images; otherwise they are joints.
+        class_weights: float64, shape (K,); all 1 if the loss has none.
+        listed: bool, shape (K,): the classes to score, present or not; None to score those that are present.
+        label_smoothing: cross-entropy's s: s of the target is spread over all K classes, 1 - s stays on the label.
     """
 
     weight: float
@@ -52,24 +55,24 @@ class Term:
 
     @property
     def label_factor(self) -> float:
-        """The factor of cross-entropy's gradient on the label's part of the target."""
+        """The factor of cross-entropy's gradient for the part of the target that stays on the label."""
         return self.weight * (1 - self.label_smoothing)
 
     @property
     def spread_factor(self) -> float:
-        """The factor of its gradient on each class's part."""
+        """The factor of cross-entropy's gradient for the part that each class gets by label smoothing."""
         return self.weight * self.label_smoothing / len(self.class_weights)
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The groups of a term; int64 arrays, one element a group.
+    """The groups of a term: int64 arrays, one element per group.
 
     Attributes:
         first_plane: the group's first plane.
-        planes: how many planes it has; they are consecutive.
-        start: its first pixel among those of the batch.
-        pixels: how many pixels it has; they are consecutive.
+        planes: the number of its planes, which are consecutive.
+        start: its first pixel, counted from the first pixel of the batch.
+        pixels: the number of its pixels, which are consecutive.
         share: float64: its share of its joint's loss.
     """
 
@@ -82,18 +85,18 @@ class Groups:
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """The planes of a batch; int64 arrays, one element a plane, unless said otherwise.
+    """The planes of a batch: int64 arrays, one element per plane, unless noted otherwise.
 
     Attributes:
-        fused: bool, one element a request: whether its images are one plane.
+        fused: bool, one element per request: whether its images are one plane.
         request: the plane's request.
         joint: its joint.
-        pixels: its pixels.
-        image_pixels: the pixels of each of its images.
-        start: its first pixel among those of the batch.
-        logits: its first logit, in elements after its request's first one.
-        labels: its first label, likewise.
-        of_joint: one element a joint: how many planes it has.
+        pixels: the number of its pixels.
+        image_pixels: the number of pixels in each of its images.
+        start: its first pixel, counted from the first pixel of the batch.
+        logits: the offset of its first logit from the first logit of its request, in elements.
+        labels: the offset of its first label from the first label of its request, in elements.
+        of_joint: one element per joint: the number of its planes.
     """
 
     fused: npt.NDArray[np.bool_]
@@ -111,14 +114,14 @@ class Planes:
 
     @cached_property
     def joints(self) -> Groups:
-        """Joints as groups."""
+        """The joints as groups."""
         first = np.cumsum(self.of_joint) - self.of_joint
         pixels = np.add.reduceat(self.pixels, first)
         return Groups(first, self.of_joint, self.start[first], pixels, np.ones(len(first)))
 
     @cached_property
     def images(self) -> Groups:
-        """Images as groups; only where no images are fused."""
+        """The images as groups; valid only if no images are fused."""
         each = np.arange(len(self))
         return Groups(each, np.ones_like(each), self.start, self.pixels, np.repeat(1.0 / self.of_joint, self.of_joint))
 
@@ -129,8 +132,8 @@ class Planes:
         """The address of each plane's first element.
 
         Args:
-            tensors: one a request.
-            offsets: ``logits`` or ``labels``.
+            tensors: one per request.
+            offsets: ``logits`` or ``labels`` of these planes.
         """
         first = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
         size = np.array([tensor.element_size() for tensor in tensors])
@@ -140,11 +143,11 @@ class Planes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Batches that agree in loss, layouts, joints and device share a plan.
+    """The plan of all batches with the same loss, layouts, joints and device.
 
     Attributes:
-        layouts: one a request.
-        sizes: how many requests each joint has.
+        layouts: one per request.
+        sizes: the number of requests in each joint.
     """
 
     loss: WeightedSum
@@ -155,7 +158,7 @@ class Plan:
 
     @classmethod
     def of(cls, batch: Batch, loss: WeightedSum, device: torch.device) -> Plan:
-        """The plan of a batch; one that was made before if it is still kept."""
+        """The plan of a batch; reuses an equal plan that is still kept."""
         layouts = tuple(request.layout for request in batch.requests)
         make = _kept if sum(layout.images for layout in layouts) <= KEPT_IMAGES else cls
         return make(loss, layouts, batch.sizes, device)
@@ -166,17 +169,17 @@ class Plan:
 
     @cached_property
     def channels(self) -> int:
-        """Classes (softmax), or binary labels (hinge): K."""
+        """K, the number of classes (softmax) or of binary labels (hinge)."""
         return self.layouts[0].channels
 
     @cached_property
     def label_values(self) -> int:
-        """Labels are in [0, this)."""
+        """The end of the label range: labels that no rule ignores have to be in [0, label_values)."""
         return self.layouts[0].label_values
 
     @cached_property
     def pixels(self) -> int:
-        """Pixels of the batch; for the hinge, each counts once, whatever the number of its labels."""
+        """The number of pixels in the batch; for the hinge, a pixel counts once, however many labels it has."""
         return sum(layout.images * layout.pixels for layout in self.layouts)
 
     @cached_property
@@ -186,13 +189,13 @@ class Plan:
 
     @cached_property
     def images(self) -> tuple[int, ...]:
-        """How many images each joint has."""
+        """The number of images in each joint."""
         counts = np.bincount(self.joint_of_request, [layout.images for layout in self.layouts])
         return tuple(counts.astype(int).tolist())
 
     @cached_property
     def rules(self) -> tuple[int | None, ...]:
-        """Each ``ignore_index`` that a term has, once; None: no label is void."""
+        """The rules: each different ``ignore_index`` of the terms, once; None is the rule that ignores no label."""
         return tuple(dict.fromkeys(loss.ignore_index for _, loss in self.loss.terms))
 
     @cached_property
@@ -219,20 +222,20 @@ class Plan:
 
     @cached_property
     def lovasz(self) -> tuple[Term, ...]:
-        """The terms that score segments."""
+        """The Lovász terms, which score segments."""
         return tuple(term for term in self.terms if not isinstance(term.loss, CrossEntropy))
 
     @cached_property
     def cross_entropies(self) -> tuple[Term, ...]:
-        """The other terms."""
+        """The cross-entropy terms."""
         return tuple(term for term in self.terms if isinstance(term.loss, CrossEntropy))
 
     def planes(self, fuse_below: int) -> Planes:
-        """The batch as planes.
+        """The planes of the batch.
 
         Args:
-            fuse_below: the images of a request are one plane if they have fewer pixels than this, and if no term
-                scores images on their own.
+            fuse_below: the images of a request are fused if each has fewer pixels than this and no term has
+                ``per_image``.
         """
         known = self._planes.get(fuse_below)
         if known is None:

@@ -1,6 +1,6 @@
-"""Which segments a term scores, and with what weight: the same for all backends.
+"""Which segments a term scores, and with which weight: the same for all backends.
 
-A segment is one class (a binary label) over the pixels of one group.
+A segment is one class (for the hinge, one binary label) over the pixels of one group.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from lovasz.spec import LovaszHinge
 
 
 class State(enum.IntEnum):
-    """What becomes of a segment."""
+    """How a term treats a segment."""
 
     PASSED_OVER = 0
+    """The segment is not scored."""
     SCORED = 1
+    """The segment is scored and has foreground."""
     ABSENT = 2
-    """It is scored without foreground: its loss is its largest error."""
+    """The segment is scored without foreground, so its loss is its largest error."""
 
 
 def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, listed: Any) -> tuple[Any, Any]:
-    """Says which segments a term scores, and what their gradients are multiplied with.
+    """Decides which segments a term scores, and by what their gradients are multiplied.
 
-    All arrays are NumPy's, or all are tensors on one device.
+    The arrays are all NumPy arrays, or all tensors on one device.
 
     Args:
-        counts: int64, shape (K, groups): softmax: valid pixels of each class; hinge: valid pixels of each label.
+        counts: int64, shape (K, groups): valid pixels of each class (softmax), or of each binary label (hinge).
         share: float64, shape (groups,): ``Groups.share``.
         class_weights: ``Term.class_weights``.
         listed: ``Term.listed``.

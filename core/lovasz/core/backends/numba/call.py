@@ -1,4 +1,4 @@
-"""One computation on the CPU: the tensors that compiled loops read and write, their tasks, threads and scratch."""
+"""One computation on the CPU: the tensors that compiled loops read and write, the tasks, the threads, the scratch."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ _LABEL_KINDS = {
 }
 
 _ONE_THREAD_ELEMENTS = 1 << 15
-"""Batches of fewer elements are computed by the calling thread alone: waking another one takes as long."""
+"""Batches of fewer elements are computed by the calling thread alone: waking another thread would take as long."""
 
 _BLOCK_PIXELS = 1 << 14
-"""Pixels of a task. For each, a thread claims it and adds its counts."""
+"""Pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
 
 _FUSE_BELOW_PIXELS = 64
-"""Smaller images are fused, as the points of a cloud are: loops run along the pixels of a plane."""
+"""Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
 
 _ROW_PADDING = 1040
-"""Elements between rows of scratch. Rows a power of two apart would compete for the same cache lines."""
+"""Elements between two rows of scratch. Rows at a distance of a power of two would compete for the same cache lines."""
 
 
 class Call:
-    """A batch in the course of its computation.
+    """The computation of one batch.
 
     Attributes:
-        grads: one a request, flat, float32, laid out as the planes are; empty if no gradient is wanted.
-        counts: what is counted in the pixels.
-        errors: float32, shape (K, pixels and padding).
+        grads: one per request, float32, flat, in the order of the planes; empty if no gradient is wanted.
+        counts: labels, predictions, hits and faults.
+        errors: float32, shape (K, pixels + padding).
     """
 
     def __init__(self, plan: Plan, batch: Batch, scratch: Scratch, *, want_grad: bool, stop: Stop | None) -> None:
         self.plan, self.scratch, self.want_grad, self._stop = plan, scratch, want_grad, stop
         self.layout = plan.planes(_FUSE_BELOW_PIXELS)
         self._requests, fused = batch.requests, self.layout.fused
-        # Held until the computation is over: compiled code knows their addresses alone.
+        # Referenced until the computation ends, since compiled code holds nothing but addresses.
         pairs = list(zip(batch.requests, fused, strict=True))
         self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
         self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_hinge) for r, is_fused in pairs]
@@ -97,7 +97,7 @@ class Call:
         )
 
     def grads_of_requests(self) -> tuple[Tensor, ...]:
-        """The gradients in the shapes of the requests."""
+        """The gradients in the shapes of the requests' logits."""
         return tuple(
             images_first(grad, request) if fused else grad.view(request.logits.shape)
             for grad, request, fused in zip(self.grads, self._requests, self.layout.fused, strict=True)
@@ -107,7 +107,7 @@ class Call:
         """Sets gradients to 0.
 
         Args:
-            scored: shape (planes, K): leaves those of these classes as they are; None: clears all.
+            scored: shape (planes, K): the rows to leave as they are; None to clear all.
         """
         first = 0
         for grad, layout, fused in zip(self.grads, self.plan.layouts, self.layout.fused, strict=True):
@@ -117,17 +117,17 @@ class Call:
             first += count
 
     def ignored_code(self, term: Term) -> int:
-        """The code that this term ignores and others may not; ``void`` if there is none."""
+        """The code that is void for this term, but not for all terms; ``labelling.void`` if there is none."""
         index = term.loss.ignore_index
         return self.labelling.void if index is None or not 0 <= index < self.labelling.values else index
 
     def _rows(self, name: str, rows: int, dtype: Any) -> npt.NDArray[Any]:
-        """Rows of scratch, one element a pixel and padding, which stays: compiled code wants whole rows contiguous."""
+        """Rows of scratch with one element per pixel, and padding, so that the array of all rows stays contiguous."""
         padded = self.plan.pixels + (_ROW_PADDING if rows > 1 else 0)
         return self.scratch.array(name, (rows, padded), dtype)
 
     def codes(self) -> npt.NDArray[Any]:
-        """Memory for codes: (1, pixels), or a row a label for the hinge."""
+        """Memory for codes: (1, pixels); for the hinge, one row per binary label."""
         wide = self.labelling.void > np.iinfo(np.uint8).max
         name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
         return self._rows(name, self.plan.channels if self.plan.is_hinge else 1, dtype)
@@ -142,16 +142,16 @@ class Call:
         self.run(loop, threads=threads, blocks=self.blocks, planes=self.planes, **arguments)
 
     def per_plane(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Turns (planes x K) into (K, planes)."""
+        """Rearranges flat (planes x K) counts as (K, planes)."""
         return counts.reshape(-1, self.plan.channels).T.copy()
 
     def per_joint(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sums (planes x K) to (K, joints)."""
+        """Sums flat (planes x K) counts over each joint: (K, joints)."""
         sums = np.add.reduceat(counts.reshape(-1, self.plan.channels), self.layout.joints.first_plane, axis=0)
         return sums.T.copy()
 
     def per_group(self, term: Term, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sums (planes x K) to (K, groups)."""
+        """Sums flat (planes x K) counts over each group of a term: (K, groups)."""
         return self.per_plane(counts) if term.per_image else self.per_joint(counts)
 
 
@@ -163,7 +163,7 @@ def _contiguous(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
 def _room(request: Request, fused: bool, want_grad: bool) -> Tensor:
     if want_grad and request.grad is not None and not fused:
         return request.grad.view(-1)
-    # From NumPy, as it asks the system for large pages.
+    # Allocated by NumPy, since it asks the system for large pages.
     return torch.from_numpy(np.empty(request.logits.numel() if want_grad else 0, np.float32))
 
 

@@ -1,7 +1,7 @@
-"""The CPU: loops compiled by Numba over pixels where they are in the requests; nothing is copied.
+"""The Numba backend's entry point: runs compiled loops on the requests' tensors in place.
 
-Four steps, each in parallel: errors and counts from logits and labels; cross-entropy's sums; the segments of each
-Lovász term (docs/mathematics.md, sections 7 and 11); the way back through softmax, in place.
+Four steps, each in parallel: errors and counts from logits and labels; the sums of cross-entropy; the segments of each
+Lovász term (docs/mathematics.md, sections 7 and 11); the backward pass through softmax, in place.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lovasz.spec import LovaszSoftmax
 def compute(
     plan: Plan, batch: Batch, *, want_grad: bool, want_total: bool = False, stop: Stop | None = None
 ) -> Computed:
-    """Computes a batch (not of float64); offers no ``Computed.total``.
+    """Computes a batch of any element type except float64; offers no ``Computed.total``.
 
     Raises:
-        Stopped: it was asked to end early.
+        Stopped: the computation was asked to end early.
     """
     with SCRATCH.borrow() as scratch:
         call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop)
@@ -109,7 +109,7 @@ def _hinge(call: Call) -> list[TermValues]:
 
 
 def _prepare_grads(call: Call) -> bool:
-    """Whether terms add their gradients up; these are 0 then."""
+    """Clears the gradients if several terms will add to them; returns whether they will."""
     several = len(call.plan.lovasz) > 1
     if several and call.want_grad:
         call.clear_grads()
@@ -126,11 +126,12 @@ def _score(
     scored_planes: npt.NDArray[np.bool_],
     largest: npt.NDArray[np.int64] | None = None,
 ) -> TermValues:
-    """Scores a Lovász term, and notes the rows (classes) of each plane that get a gradient.
+    """Scores a Lovász term, and marks the rows (classes) of each plane that get a gradient.
 
     Args:
-        counted: what ``select_segments`` wants to know.
-        scored_planes: bool, shape (planes, K), written.
+        counted: the ``counts`` of ``select_segments``.
+        foreground, largest: as for ``score_term``.
+        scored_planes: bool, shape (planes, K); set to true where the term scores the plane's segment.
     """
     groups = call.layout.groups(term)
     scored, weights = select_segments(term, counted, groups.share, term.class_weights, term.listed)
@@ -140,7 +141,7 @@ def _score(
 
 
 def _cross_entropies(call: Call) -> CrossEntropies:
-    """The cross-entropy terms of a batch; ``_cross_entropy`` writes their factors."""
+    """The cross-entropy terms of a batch; ``_cross_entropy`` fills in the factors of their gradients."""
     terms, joints, void = call.plan.cross_entropies, len(call.plan.sizes), call.labelling.void
     weights, counted = np.zeros((2, len(terms), void + 1), np.float32)
     for t, term in enumerate(terms):
@@ -159,13 +160,13 @@ def _cross_entropies(call: Call) -> CrossEntropies:
 
 
 def _cross_entropy(call: Call, term: Term, entropies: CrossEntropies) -> TermValues:
-    """The loss of a term, the weighted mean over its pixels; writes its factors."""
+    """Computes the loss of a term, the weighted mean over its pixels, and the factors of its gradient."""
     t, joints = call.plan.cross_entropies.index(term), len(call.plan.sizes)
     counts = call.per_joint(call.counts.labels) * entropies.counted[t, :-1, None]
-    # One joint at a time: NumPy sums the rows of a matrix in an order that depends on their number.
+    # One joint at a time, since the order in which NumPy sums the rows of a matrix depends on the number of rows.
     total = np.array([(of_joint * term.class_weights).sum() for of_joint in counts.T])
     scale = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
-    # A joint's sum is at most its largest term times the number of its pixels.
+    # A joint's sum is at most its largest pixel loss times the number of its pixels.
     largest = entropies.largest[t * joints : (t + 1) * joints].astype(np.int32).view(np.float32)
     bounds = np.where(np.isfinite(largest), largest, 0.0).astype(np.float64) * call.layout.joints.pixels
     units = np.ldexp(1.0, np.minimum(FIXED_POINT_BITS - np.frexp(bounds)[1], 1000))

@@ -1,4 +1,4 @@
-"""Scores the segments of a Lovász term: decides which are sorted and which are counted, and runs the loops."""
+"""Scores the segments of a Lovász term: decides which are sorted and which counted in tables, and runs the loops."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Flags = npt.NDArray[np.bool_]
 
 
 class Thresholds(NamedTuple):
-    """Which segments are counted in tables; the others are sorted.
+    """Limits that decide which segments are counted in tables; the others are sorted.
 
     Attributes:
-        pixels: counted are segments of at least as many pixels, ...
-        foreground: ... and of at least as many foreground pixels.
-        order_error: hinge segments whose tables leave more error than this (``tables.order_error``) are sorted.
+        pixels: a segment with fewer pixels is sorted.
+        foreground: a segment with fewer foreground pixels is sorted.
+        order_error: a hinge segment is sorted if ``tables.order_error`` of its table exceeds this.
     """
 
     pixels: int
@@ -35,14 +35,14 @@ class Thresholds(NamedTuple):
 
 
 SORTED_BELOW_PIXELS = 1 << 18
-"""Near here sorting and counting take the same time (measured on a CPU). In smaller groups a pixel weighs more: ties
-within a bin would cost the gradient up to 2e-5 of its norm."""
+"""About here sorting and counting take the same time, as measured on a CPU. In smaller groups each pixel weighs more:
+the unknown order inside bins would cause a gradient error of up to 2e-5 of the norm."""
 
 THRESHOLDS = Thresholds(
     pixels=SORTED_BELOW_PIXELS,
-    # Each pixel of a rare class weighs much in the gradient, and so do those that share its bin.
+    # Each foreground pixel of a rare class weighs much in the gradient, and so does background in the same bin.
     foreground=256,
-    # The estimate was found to be at least the true error up to here (docs/mathematics.md).
+    # Estimates up to this value were at least 0.98 of the true error (docs/mathematics.md, section 11).
     order_error=1.8e-5,
 )
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf)
@@ -63,21 +63,22 @@ def score_term(
     """Computes the losses of a term's scored segments, and their gradients.
 
     Args:
-        scored, weights: of ``select_segments``, shape (K, groups).
-        foreground: foreground pixels of each segment, shape (K, groups).
+        scored, weights: the results of ``select_segments``, shape (K, groups).
+        foreground: the foreground pixels of each segment, shape (K, groups).
         add: whether gradients are added to those of other terms.
-        largest: the bits of each segment's largest error, shape (K, groups); None for probabilities.
+        largest: the bits of each segment's largest error, shape (K, groups); None for softmax, whose errors are at
+            most 1.
 
     Returns:
-        float64, shape (K, groups): 0 for segments that are not scored.
+        The losses: float64, shape (K, groups), 0 for segments that are not scored.
     """
     groups = call.layout.groups(term)
     row, group = np.nonzero(scored)
-    order = np.argsort(-groups.pixels[group], kind="stable")  # The largest first, so that threads end together.
+    order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
     row, group = row[order], group[order]
     pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
     is_hinge = call.plan.is_hinge
-    # The gradient in a probability or a logit; softmax's way back takes the sign into account itself.
+    # Gradients are with respect to probabilities or hinge logits; for softmax, the backward pass applies the sign.
     sign = -1.0 if is_hinge or call.plan.loss.probabilities else 1.0
     enough = (pixels >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
     found = Segments(
@@ -110,7 +111,7 @@ def score_term(
 
 
 def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The exponents of floats."""
+    """The top exponents of tables, from the bits of their largest errors."""
     return np.maximum((bits >> 23) - 127, LOWEST_TOP)
 
 
@@ -120,7 +121,7 @@ def _pick(found: Segments, which: Flags) -> Segments:
 
 
 def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Rules) -> Floats:
-    """Each segment in one thread."""
+    """Scores each segment in one thread."""
     threads = min(call.threads, len(found.row))
     words = 2 * tables.BINS + 1 if found.counted.any() else 0
     may_be_sorted = ~found.counted | (rules.most_order_error < math.inf)
@@ -149,7 +150,7 @@ def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Ru
 
 
 def _score_in_parts(call: Call, found: Segments, part_pixels: int, codes: npt.NDArray[Any], rules: Rules) -> Floats:
-    """Counted segments that would keep one thread busy while others idle: each part in a table of its own."""
+    """Counts large segments in parts, one table per part, so that no thread is idle while another scores a segment."""
     pixels = found.stop - found.start
     per_segment = np.minimum(-(-pixels // part_pixels), call.threads)
     segment = np.repeat(np.arange(len(pixels)), per_segment)

@@ -1,4 +1,4 @@
-"""From the logits of binary problems to the errors of the hinge."""
+"""The errors of the hinge, computed from the logits of binary problems."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def prepare(
 ) -> None:
     """Writes errors max(0, 1 - s x) and codes, both (K, pixels), and counts pixels.
 
-    Of the counts, ``labels`` are here foreground, ``predictions`` logits above 0, ``hits`` both.
+    In ``counts``, ``labels`` are foreground pixels, ``predictions`` are pixels with logits above 0, ``hits`` are pixels
+    that are both.
 
     Args:
-        valid: (planes x K), written: pixels that are counted.
+        valid: (planes x K), written: the number of pixels that are not void.
         largest: (planes x K), written: the bits of the largest error.
     """
     joints = len(counts.faults) // 3

@@ -1,4 +1,4 @@
-"""The planes of a batch as compiled code sees them, and how logits and labels are read from them."""
+"""The planes of a batch for compiled code, and functions that read logits and labels from them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Codes = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
 
 
 class Planes(NamedTuple):
-    """One element a plane; see :mod:`lovasz.core.plan`.
+    """The planes of a batch (:mod:`lovasz.core.plan`), one element per plane.
 
     Attributes:
-        logits: address of the plane's logits, K rows of ``pixels`` elements.
-        labels: address of its labels.
-        label_kind: the labels' element type: UINT8 ...
-        grads: address of its gradient, float32; undefined if none is wanted.
+        logits: the address of the plane's logits, K rows of ``pixels`` elements.
+        labels: the address of its labels.
+        label_kind: the element type of its labels, UINT8 to INT64.
+        grads: the address of its gradient, float32; undefined if no gradient is wanted.
         start: its first pixel in rows of scratch, which hold the pixels of all planes.
-        pixels: its pixels.
+        pixels: the number of its pixels.
         joint: its joint.
     """
 
@@ -42,7 +42,7 @@ class Planes(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Tasks: consecutive pixels of one plane, [first, last)."""
+    """Tasks of a loop, one element per task: the pixels [first, last) of one plane."""
 
     plane: Integers
     first: Integers
@@ -50,12 +50,12 @@ class Blocks(NamedTuple):
 
 
 class Labelling(NamedTuple):
-    """How labels become codes: a pixel's code is its label, or ``void`` if no term counts it (or its label is bad).
+    """How labels become codes. A pixel's code is its label, or ``void`` if all terms ignore it or the label is bad.
 
     Attributes:
         values: labels are in [0, values).
-        void: the code of void pixels.
-        ignored: a label that all terms ignore, if ``any_ignored``.
+        void: the code of pixels that are void for all terms.
+        ignored: the label that all terms ignore; only if ``any_ignored``.
     """
 
     values: int
@@ -66,7 +66,7 @@ class Labelling(NamedTuple):
 
 @compiled
 def widen(kind: int, address: np.uint64, first: int, out: Floats) -> None:
-    """Reads elements of a plane into float32."""
+    """Reads ``len(out)`` elements from the element ``first`` on, as float32."""
     n = len(out)
     if kind == FLOAT32:
         floats = numba.carray(pointer(address), (first + n,), np.float32)[first:]
@@ -82,7 +82,7 @@ def widen(kind: int, address: np.uint64, first: int, out: Floats) -> None:
             word = np.int32(words[i])
             sign = (word & np.int32(0x8000)) << np.int32(16)
             bits = (word & np.int32(0x7FFF)) << np.int32(13)
-            value = bits_float(bits) * np.float32(2.0**112)  # The exponents' biases differ by 112; exact.
+            value = bits_float(bits) * np.float32(2.0**112)  # The exponent biases differ by 112; exact.
             if bits >= np.int32(0x7C00 << 13):
                 value = bits_float(bits | np.int32(0x7F800000))
             out[i] = bits_float(float_bits(value) | sign)
@@ -125,5 +125,5 @@ def _encode(label: int, labelling: Labelling, out: Codes, i: int) -> int:
 
 @compiled
 def claim(tasks: Integers, count: int) -> int:
-    """The next task for this thread; ``count`` or more when none is left."""
+    """The next task for this thread; a number of at least ``count`` if no task is left."""
     return int(atomic_add(tasks, 0, 1))

@@ -1,7 +1,7 @@
-"""From logits to errors, and from the gradient in the errors back to the gradient in the logits.
+"""Softmax: errors from logits, and the backward pass from gradients of errors to gradients of logits.
 
-Both go through the pixels in blocks that stay in cache, a class after the other, so that the loops over pixels become
-vector code and each pixel's sums run over the classes in the same order wherever it stands.
+Both sweeps process the pixels in blocks that stay in cache, one class after the other. So the loops over pixels
+vectorize, and the sums over classes are in the same order for every pixel.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from lovasz.core.backends.numba.planes import (
 )
 
 BLOCK_ELEMENTS = 1 << 15
-"""Classes x pixels that are worked on together: 128 KiB of float32, a part of a core's second-level cache."""
+"""Classes x pixels of a block: 128 KiB of float32, a part of a core's second-level cache."""
 
 
 class Counts(NamedTuple):
-    """Pixels counted, int64, each flat.
+    """Numbers of pixels, int64, each array flat.
 
     Attributes:
         labels: (planes x K): pixels of each class.
         predictions: (planes x K): pixels predicted as each class.
-        hits: (planes x K): pixels predicted right.
-        faults: (3 x joints): bad labels, pixels that are not finite, pixels with probabilities out of range.
+        hits: (planes x K): pixels predicted as each class that belong to it.
+        faults: (3 x joints): pixels with each :class:`~lovasz.core.computed.Fault`.
     """
 
     labels: Integers
@@ -69,7 +69,8 @@ def prepare(
 ) -> None:
     """Writes errors (K, pixels), codes and the probability of the label's class, and counts pixels.
 
-    A class's error is its probability; on the label's class it is one minus it, taken as the sum of the others'.
+    The error of a class is its probability p; for the label's class it is 1 - p, computed as the sum of the other
+    classes' probabilities.
     """
     channels, joints = labelling.values, len(counts.faults) // 3
     size = block_pixels(channels)
@@ -110,7 +111,7 @@ def prepare(
                     row[i] = exp(row[i] - m[i])
                 for i in range(n):
                     t[i] += row[i]
-            # Not others + label's, whose last bit depends on the label: equal logits have to give equal errors.
+            # Not others + label's: its last bit depends on the label, but equal logits must give equal errors.
             _gather(errors, start, code, ey)
             for i in range(n):
                 errors[min(np.int64(code[i]), channels - 1), start + i] = f32(0)
@@ -138,7 +139,7 @@ def prepare(
         _add_counts(counts, local, plane)
 
 
-# Loops over pixels touch few arrays each: of more, the compiler does not prove that they do not overlap.
+# Each loop over pixels uses few arrays: with more, the compiler cannot prove that they do not overlap.
 
 
 @compiled
@@ -153,7 +154,7 @@ def _read(
     prediction: npt.NDArray[np.int32],
     not_finite: Floats,
 ) -> None:
-    """Reads logits into rows; writes each pixel's largest, its first class, and 0 if all are below infinity."""
+    """Reads logits into ``out``; writes each pixel's largest logit and its first class, and 0 if all are below infinity."""
     row_bytes = np.uint64(planes.pixels[plane] * (4 if logits_kind == FLOAT32 else 2))
     n = len(maximum)
     not_finite[:] = f32(0)
@@ -173,7 +174,7 @@ def _read(
 
 @compiled
 def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats) -> None:
-    """Of each pixel the value in the row of its label; of void pixels some value."""
+    """Copies each pixel's value from the row of its label; void pixels get an arbitrary value."""
     last = len(rows) - 1
     for i in range(len(code)):
         out[i] = rows[min(np.int64(code[i]), last), start + i]
@@ -191,7 +192,7 @@ def prepare_probabilities(
     codes: Codes,
     counts: Counts,
 ) -> None:
-    """The same for probabilities that are the input; they need not add up to 1, so the label's error is 1 - p."""
+    """Like ``prepare``, for probabilities as input. They need not sum to exactly 1, so the label's error is 1 - p."""
     channels, joints = labelling.values, len(counts.faults) // 3
     size = block_pixels(channels)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
@@ -216,7 +217,7 @@ def prepare_probabilities(
                 row = errors[k, start : start + n]
                 for i in range(n):
                     low[i] = min(low[i], row[i])
-                # An error is not negative: -0.0, and what is below 0 within the tolerance, becomes 0.
+                # Errors are not negative: -0.0, and values below 0 within the tolerance, become 0.
                 for i in range(n):
                     row[i] = max(f32(1) - row[i] if code[i] == k else row[i], f32(0))
             for i in range(n):
@@ -236,7 +237,7 @@ def prepare_probabilities(
 def _count(
     code: Codes, prediction: npt.NDArray[np.int32], not_finite: Floats, labelling: Labelling, local: Integers
 ) -> int:
-    """Adds to (labels, predictions, hits) of each class; returns how many counted pixels are not finite."""
+    """Adds to (labels, predictions, hits) of each class; returns how many valid pixels are not finite."""
     infinite = 0
     for i in range(len(code)):
         c = np.int64(code[i])
@@ -270,13 +271,14 @@ def finish(
     entropies: CrossEntropies,
     scored: npt.NDArray[np.bool_],
 ) -> None:
-    """Turns the gradient g in the errors, which stands in the planes' gradients, into that in the logits.
+    """Overwrites the gradients g with respect to the errors by the gradients with respect to the logits.
 
-    With h_k = dloss/dp_k = g_k, and -g_y on the label's class y: dloss/dz_k = p_k (h_k - sum_j p_j h_j). On the label's
-    class, 1 - p_y is the sum of the others, so nothing cancels (docs/mathematics.md, section 8).
+    Let h_k = dloss/dp_k, which is -g_y for the label's class y and g_k for the others; then
+    dloss/dz_k = p_k (h_k - sum_j p_j h_j). For the label's class, 1 - p_y is computed as the sum of the other
+    probabilities, so nothing cancels (docs/mathematics.md, section 8).
 
     Args:
-        scored: (planes, K): where g has been written; it is 0 elsewhere.
+        scored: (planes, K): the rows in which g has been written; g is 0 in the others.
     """
     channels = labelling.values
     size = block_pixels(channels)

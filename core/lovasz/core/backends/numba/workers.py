@@ -1,4 +1,4 @@
-"""Threads for compiled loops. The calling thread takes tasks, too, so that it never waits for a busy pool."""
+"""Threads for compiled loops. The calling thread takes tasks, too, so it never waits for a busy pool."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Workers:
         """Calls ``loop(tasks=..., **arguments, **own(thread))`` in each thread; returns when all tasks are done.
 
         Args:
-            threads: how many, at least 1, with the calling thread.
-            own: the arguments that only this thread gets.
+            threads: the number of threads including the calling one, at least 1.
+            own: returns the arguments that only this thread gets.
 
         Raises:
             Stopped: the loop was asked to end early.
@@ -51,7 +51,7 @@ class Workers:
                 loop(tasks=tasks, **arguments, **own(0))
             finally:
                 for future in futures:
-                    if not future.cancel():  # One that has not started would find nothing left to do.
+                    if not future.cancel():  # A thread that has not started would find no task left.
                         future.result()
 
     def _helpers(self, size: int) -> ThreadPoolExecutor:
@@ -61,7 +61,7 @@ class Workers:
             return self._pool
 
     def _forget(self) -> None:
-        """A forked process has only the thread that forked."""
+        """Drops the pool in a forked process, in which its threads do not exist."""
         self._lock, self._pool = threading.Lock(), None
 
 

@@ -1,4 +1,4 @@
-"""Torch alone: any device and element type, float64 too. Segments are sorted; no step waits for a GPU."""
+"""The torch backend's entry point: sorts all segments; no step waits for a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lovasz.spec import LovaszSoftmax
 def compute(
     plan: Plan, batch: Batch, *, want_grad: bool, want_total: bool = False, stop: Stop | None = None
 ) -> Computed:
-    """Queues the computation of a batch; offers no ``Computed.total`` and does not listen to ``stop``."""
+    """Queues the computation of a batch; offers no ``Computed.total`` and ignores ``stop``."""
     with torch.no_grad():
         flat = Flat.of(plan, batch)
         results = (_hinge if plan.is_hinge else _softmax)(flat, want_grad)
@@ -33,12 +33,13 @@ def compute(
 
 @dataclass(frozen=True)
 class _Results:
-    """``Values`` that may still be on the device.
+    """``Values`` that may still be on the device, and the gradient.
 
     Attributes:
-        losses, scored: one a term.
-        grad: shape (K, P).
+        losses, scored: one per term.
+        grad: shape (K, P); None if it is not wanted.
         counts: int64, shape (3, K, joints): labels, predictions, hits.
+        faults: int64, shape (3, joints).
     """
 
     losses: Sequence[Tensor]
@@ -57,13 +58,14 @@ class _Results:
 
 
 class _Validity:
-    """Which pixels each rule counts.
+    """Which pixels are valid, for each rule.
 
     Attributes:
         safe_labels: the labels, 0 where they are out of range.
-        bad: pixels whose label is out of range, and that some rule does not ignore.
-        of_rule: bool, one a rule.
-        counted: pixels that some rule counts.
+        bad: bool: pixels whose label is out of range, and that some rule does not ignore.
+        of_rule: bool, one per rule: its valid pixels.
+        counted: bool: pixels that are valid for some rule.
+        all_counted: whether the only rule ignores no label.
     """
 
     def __init__(self, flat: Flat) -> None:
@@ -124,13 +126,13 @@ def _softmax(flat: Flat, want_grad: bool) -> _Results:
 def _lovasz_softmax(
     term: Term, flat: Flat, soft: Softmax, labels: Tensor, valid: Tensor, counts: Tensor, g: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The losses of a term's segments, and which are scored; adds to g."""
+    """Adds a term's gradients to ``g``; returns the losses of its segments, and which are scored."""
     groups, device = flat.groups(term), labels.device
     class_weights = on_device(term.class_weights, device)
     listed = None if term.listed is None else on_device(term.listed, device)
     scored, weights = select_segments(term, counts, groups.share, class_weights, listed)
     class_numbers = torch.arange(len(counts), device=device).unsqueeze(1)
-    # On the CPU, classes that are not scored are not sorted. A GPU would have to be waited for to know them.
+    # On the CPU, only scored classes are sorted. On a GPU the host would have to wait to know them.
     rows = None if labels.is_cuda else scored.any(1).nonzero()[:, 0].tolist()
     losses = lovasz_extension(
         soft.errors,
@@ -171,7 +173,7 @@ def _hinge(flat: Flat, want_grad: bool) -> _Results:
 
 
 def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: int) -> Tensor:
-    """Counts pixels of each class among those counted: int64, shape (K, groups)."""
+    """Counts the pixels of each class where ``counted`` is true: int64, shape (K, groups)."""
     counts = torch.zeros(channels * len(groups), dtype=torch.int64, device=classes.device)
     index = classes if len(groups) == 1 else classes * len(groups) + groups.of_pixel
     return counts.scatter_add_(0, index, counted.to(torch.int64)).view(channels, len(groups))

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy, with the class weights, ``ignore_index`` and label smoothing of torch's own."""
+"""Softmax cross-entropy with class weights, ``ignore_index`` and label smoothing, defined as in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from lovasz.core.plan import Term
 
 @dataclass(frozen=True)
 class Part:
-    """What a cross-entropy term adds.
+    """The loss of a cross-entropy term, and the factors of its gradient.
+
+    The gradient with respect to logit k is
+
+        pull x (p_k - [k = y]) + spread x (sum of class weights x p_k - weight_k).
 
     Attributes:
         loss: float64, shape (joints,).
-        pull: shape (P,): the gradient is pull x (p_k - [k = y]), plus, with label smoothing, the next two.
-        spread: shape (P,) or None: adds spread x (sum of weights x p_k - weight_k).
+        pull: shape (P,).
+        spread: shape (P,); None without label smoothing.
         class_weights: shape (K,).
     """
 
@@ -30,7 +34,7 @@ class Part:
     class_weights: Tensor
 
     def add_spread(self, grad: Tensor, softmax: Softmax, labels: Tensor) -> None:
-        """Adds the gradient of the smoothed part of the target to ``grad``, shape (K, P)."""
+        """Adds the summand with ``spread``, from label smoothing, to ``grad``, shape (K, P)."""
         if self.spread is None:
             return
         total = sum_over_classes(self.class_weights.unsqueeze(1))
@@ -39,11 +43,11 @@ class Part:
 
 
 def cross_entropy(term: Term, flat: Flat, softmax: Softmax, labels: Tensor, valid: Tensor, counts: Tensor) -> Part:
-    """Computes the loss of a term and the parts of its gradient.
+    """Computes the loss of a term and the factors of its gradient.
 
     Args:
         labels: int64, shape (P,), in [0, K).
-        valid: bool, shape (P,): pixels that this term counts.
+        valid: bool, shape (P,): pixels that are not void for this term.
         counts: int64, shape (K, joints): valid pixels of each class.
     """
     joints, dtype, smoothing = flat.joints, flat.logits.dtype, term.label_smoothing
@@ -60,7 +64,7 @@ def cross_entropy(term: Term, flat: Flat, softmax: Softmax, labels: Tensor, vali
         share = smoothing / len(class_weights)
         pixel_loss = (1 - smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
         spread = torch.where(valid, joints.at_pixels((term.spread_factor * scale).to(dtype)), 0)
-    # A joint's sum is at most its largest term times the number of its pixels.
+    # A joint's sum is at most its largest pixel loss times the number of its pixels.
     exponent = torch.frexp(joints.max(pixel_loss).to(torch.float64) * joints.sizes).exponent
     value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), joints, exponent)[0] * scale
     pull = pixel_weight * joints.at_pixels((term.label_factor * scale).to(dtype))

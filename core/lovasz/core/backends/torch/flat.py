@@ -1,4 +1,4 @@
-"""A batch as flat tensors: one row a class, the pixels of all requests one after another."""
+"""A batch as flat tensors: one row per class, with the pixels of all requests one after another."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lovasz.core.plan import FUSE_ALL, Plan, Term
 
 @dataclass(frozen=True)
 class Flat:
-    """The tensors of a batch.
+    """The tensors of a batch as flat tensors.
 
     Attributes:
-        logits: float32 (float64 for float64 requests), shape (K, P). May be a view of a caller's tensor: not to be
-            written to.
+        logits: float32 (float64 for float64 requests), shape (K, P). May be a view of a caller's tensor, so nothing
+            writes to it.
         labels: int64, shape (P,) for softmax losses, (K, P) for the hinge.
     """
 
@@ -29,7 +29,7 @@ class Flat:
 
     @classmethod
     def of(cls, plan: Plan, batch: Batch) -> Flat:
-        """Copies the requests to the device, in their order."""
+        """Puts the requests of a batch, in their order, into flat tensors on the device."""
         first, device = batch.requests[0], plan.device
         compute_type = torch.float64 if first.logits.dtype == torch.float64 else torch.float32
         logits, labels = [], []
@@ -58,6 +58,6 @@ class Flat:
         return self.images if term.per_image else self.joints
 
     def split(self, rows: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Cuts (K, P) into one contiguous tensor a request, in the shape of its logits."""
+        """Splits (K, P) into one contiguous tensor per request, of the shape of its logits."""
         parts = torch.split(rows, [layout.images * layout.pixels for layout in self.plan.layouts], dim=1)
         return tuple(images_first(part, request) for part, request in zip(parts, batch.requests, strict=True))

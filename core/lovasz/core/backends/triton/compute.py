@@ -1,8 +1,8 @@
-"""The GPU: compiled by Triton, a handful of launches for any batch, no step waits for the device.
+"""The Triton backend's entry point: a handful of launches for any batch, and no step waits for the device.
 
-Three sweeps over the pixels: statistics of each, counts of their errors in tables, and the way back. Logits are read
-where they are, and the gradient is written once, straight to its place. Small groups are sorted instead of counted,
-and so are, in larger ones, the pixels that weigh much (docs/mathematics.md, section 11).
+Up to four sweeps compute statistics of each pixel, count errors in tables, list the pixels to be sorted, and write the
+gradients. Sorted are all pixels of small groups and, in larger groups, pixels that weigh much (docs/mathematics.md,
+section 11). Logits that are on the device are read in place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, WeightedSum
 
 KEPT_PROGRAMS = 64
-"""Programs of the latest kinds; each takes some hundred kilobytes of the device's memory."""
+"""The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
 
 Tensors = Sequence[tuple[Tensor, Tensor]]
 """Logits and labels of each request, on the device."""
@@ -38,15 +38,15 @@ Grads = tuple[Tensor, ...] | None
 _programs: OrderedDict[Kind, Program] = OrderedDict()
 _programs_lock = threading.Lock()
 _replays: dict[tuple[object, ...], Program] = {}
-"""Programs of single requests on the device that have been recorded, by all that has to agree."""
+"""The programs with recordings for single requests on the device, by ``_key``."""
 
 
 def compute(
     plan: Plan, batch: Batch, *, want_grad: bool, want_total: bool = False, stop: Stop | None = None
 ) -> Computed:
-    """Queues the computation of a batch (not of float64); does not listen to ``stop``.
+    """Queues the computation of a batch of any element type except float64; ignores ``stop``.
 
-    With ``want_total``, ``Computed.values`` copies the results to the host when it is called; else the copy is queued.
+    Queues a copy of the results to the host, too; with ``want_total``, ``Computed.values`` copies them instead.
     """
     device = plan.device
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -70,7 +70,7 @@ def compute(
                 recording.finish()
             if total is None:
                 results = _to_host(workspace.results)
-            else:  # Another thread may take the recording, and so the workspace, next.
+            else:  # Cloned, since another thread may take the recording, and with it the workspace, next.
                 results = _copied_when_asked(workspace.results.clone())
         finally:
             if recording is not None:
@@ -88,14 +88,17 @@ def compute(
 
 
 def _key(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[object, ...]:
-    """What has to agree for a request to be like another."""
+    """What two requests must have in common for one recording to serve both."""
     return loss, logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device
 
 
 def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:
-    """The loss and the gradient of a request whose like came before; None if none did, or if it has a fault.
+    """Replays the recording of earlier requests like this one, for its loss and gradient.
 
-    Skips the steps that a batch needs: they take most of the time of a call that a graph computes.
+    Skips the host's work on plan and batch, which takes most of the time of a call that replays a recording.
+
+    Returns:
+        (loss, gradient); None if there is no recording that can be used, or if the request has a fault.
     """
     program = _replays.get(_key(logits, labels, loss))
     if program is None or not (logits.is_contiguous() and labels.is_contiguous()):
@@ -131,7 +134,7 @@ def _copied_when_asked(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
 
 
 def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
-    """Queues a copy; what it returns waits for it."""
+    """Queues a copy to the host; returns a function that waits for it."""
     on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     on_host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
@@ -145,7 +148,7 @@ def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
 
 
 def prepare(plan: Plan, batch: Batch, *, want_grad: bool) -> tuple[Program, Tensors, Grads]:
-    """The program of a batch, its tensors on the device, and memory for its gradients."""
+    """The program of a batch, its tensors on the device, and memory for its gradients, if they are wanted."""
     tensors = [_on_device(request, plan.device) for request in batch.requests]
     if len({labels.dtype for _, labels in tensors}) > 1:
         tensors = [(logits, labels.to(torch.int64)) for logits, labels in tensors]
@@ -157,7 +160,7 @@ def prepare(plan: Plan, batch: Batch, *, want_grad: bool) -> tuple[Program, Tens
 
 
 def program_of(kind: Kind) -> Program:
-    """The program of all batches of a kind; made if it is not kept."""
+    """The program of a kind of batch; made if it is not kept."""
     with _programs_lock:
         program = _programs.get(kind)
         if program is not None:
@@ -172,7 +175,7 @@ def program_of(kind: Kind) -> Program:
 
 
 def forget() -> None:
-    """Gives up all programs and graphs, and their memory."""
+    """Frees all programs and recordings, and their memory."""
     GRAPHS.clear()
     _replays.clear()
     with _programs_lock:
@@ -180,7 +183,7 @@ def forget() -> None:
 
 
 def _on_device(request: Request, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits and labels on the device; what is there already and contiguous stays where it is."""
+    """Logits and labels on the device, contiguous; copied only if they are not yet."""
     logits = request.logits.detach().to(device, non_blocking=True).contiguous()
     labels = request.labels.to(device, non_blocking=True).contiguous()
     return logits, labels.view(torch.uint8) if labels.dtype == torch.bool else labels
@@ -189,7 +192,7 @@ def _on_device(request: Request, device: torch.device) -> tuple[Tensor, Tensor]:
 def addresses_of(
     program: Program, tensors: Tensors, grads: Grads, total: Tensor | None = None
 ) -> npt.NDArray[np.int64]:
-    """The rows of ``columns.Address``, one a plane, flat; at the end the address of the loss, or 0."""
+    """The addresses for a batch: one row of ``columns.Address`` per plane, flat, then the address of the loss, or 0."""
     (logits, labels), *_ = tensors
     origin = program.layout.origin
     firsts = np.array([(logits.data_ptr(), labels.data_ptr(), 0) for logits, labels in tensors], np.int64)
@@ -206,7 +209,7 @@ def addresses_of(
 
 
 def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
-    """The values of a batch, from the bytes of its results."""
+    """Reads the values of a batch from the bytes of its results."""
     plan, layout = program.kind.plan, program.layout
     channels, joints, is_hinge = layout.channels, layout.joints, plan.is_hinge
     segments = program.result("segments", results, len(layout.groups), channels, len(Segment))
@@ -229,7 +232,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
             mean = np.ascontiguousarray(row[:, Cross.MEAN]).view(np.float64)
             values = (np.ldexp(row[:, Cross.SUM].astype(np.float64), row[:, Cross.UNIT]) * mean)[None]
             terms.append(TermValues(values, np.ones_like(values, np.bool_)))
-    # The first grouping is that of the joints, over all rules.
+    # The first grouping has the joints as groups, and counts pixels that are valid for any rule.
     fields = len(HingeCounter) if is_hinge else len(SoftmaxCounter)
     counters = program.result("counters", results, -1)[: joints * fields * channels].reshape(joints, fields, channels)
     outcomes = (

@@ -1,8 +1,8 @@
-"""CUDA graphs of batches that come again: trainers send the same shapes for days.
+"""CUDA graphs of programs that are used again and again, since trainers send batches of the same kind for days.
 
-A graph is recorded when a kind comes for the third time, over a workspace of its own; the addresses of the tensors
-are an input of it. Replaying takes the host two calls in place of a dozen. There is a bound on the number of graphs and
-on their memory, and the one that was used least recently goes first.
+A program is recorded when it is used for the third time, over a workspace of its own; the addresses of the tensors are
+an input of the graphs. To replay a recording takes the host two calls instead of a dozen. The number of recordings and
+their memory are limited; the least recently used one is dropped first.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from lovasz.core.backends.triton.program import Program, Workspace
 _log = logging.getLogger(__name__)
 
 RECORDED_AT = 3
-"""A kind is recorded when it comes for this time: the first two compile and try."""
+"""The use at which a program is recorded: the first uses compile the kernels and try them."""
 KEPT_GRAPHS = 8
 KEPT_SHARE = 1 / 16
-"""Of the device's memory."""
+"""The most memory of all recordings, as a share of the device's memory."""
 PAUSE = 32
-"""A kind whose graph had to go has to come so many times more: recording costs more than a few launches."""
+"""The further uses that a program needs after its recording was dropped: recording costs more than a few launches."""
 
 
 class Recording:
-    """A program's work as two graphs: until the faults of a batch are known, and the rest."""
+    """A program's launches as two graphs: those after which the faults of a batch are known, and the remaining ones."""
 
     def __init__(self, program: Program) -> None:
         device = program.device
         self.nbytes = program.workspace_bytes
         self._addresses = torch.empty(program.address_bytes, dtype=torch.uint8, device=device)
-        # For ``replay``, which has waited for the device when it returns, so that they can be used again.
+        # Only for ``replay``: it waits for the device before it returns, so the memory can be reused.
         self._pinned = torch.empty(program.address_bytes, dtype=torch.uint8, pin_memory=True)
         self._host_addresses = self._pinned.numpy().view(np.int64)
         self._known = torch.cuda.Event()
@@ -45,7 +45,7 @@ class Recording:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # Other threads may go on using the device in the meantime.
+            # "thread_local" lets other threads use the device in the meantime.
             self._begin.capture_begin(capture_error_mode="thread_local")
             try:
                 self.workspace = program.begin(self._addresses)
@@ -61,14 +61,14 @@ class Recording:
         self._faults = self._host_faults.numpy()
 
     def is_free(self, stream: int) -> bool:
-        """Whether nothing is left to run on another stream than this one."""
+        """Whether no work on the workspace is pending, except on this stream."""
         return self._stream in (None, stream) or self._done.query()
 
     def begin(self, addresses: Tensor, stream: int) -> Workspace:
-        """Queues the part after which a batch's faults are known; the caller copies these, and then calls ``finish``.
+        """Queues the launches after which a batch's faults are known; the caller may copy these, then calls ``finish``.
 
         Args:
-            addresses: as bytes, in pinned memory.
+            addresses: the addresses of the batch as bytes, in pinned memory.
         """
         self._stream = stream
         self._addresses.copy_(addresses, non_blocking=True)
@@ -76,17 +76,17 @@ class Recording:
         return self.workspace
 
     def finish(self) -> None:
-        """Queues the rest."""
+        """Queues the remaining launches."""
         self._finish.replay()
 
     def replay(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:
-        """Queues the work of a request of one plane, and waits until it is known whether it has a fault.
+        """Queues all launches for a request of one plane, and waits until it is known whether the request has a fault.
 
         Args:
-            logits: an address, as ``labels``, ``grad`` and ``total``.
+            logits, labels, grad, total: addresses on the device.
 
         Returns:
-            Whether it has none. Else what is queued has no meaning.
+            True if it has no fault. If false, the results are undefined.
         """
         self._host_addresses[:] = logits, labels, grad, total
         self.begin(self._pinned, stream)
@@ -97,15 +97,16 @@ class Recording:
         return not self._faults.any()
 
     def used(self) -> None:
-        """The work that reads its results is queued."""
+        """Marks the point in the stream after which the workspace is no longer read."""
         self._done.record()
 
     def wait(self) -> None:
+        """Waits until the point that ``used`` has marked."""
         self._done.synchronize()
 
 
 class Graphs:
-    """The recordings of the latest kinds."""
+    """The recordings of the programs that were used last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -114,9 +115,10 @@ class Graphs:
         self._works = True
 
     def take(self, program: Program, stream: int) -> Recording | None:
-        """The recording of a program; None where there is none, or where another thread or stream still works on it.
+        """Lends the recording of a program to the caller, until ``put_back``; records it first if it is time.
 
-        It is the caller's until ``put_back``.
+        Returns:
+            None if there is no recording, or if another thread or stream still uses it.
         """
         with self._lock:
             if program in self._taken:
@@ -136,6 +138,7 @@ class Graphs:
             return recording
 
     def put_back(self, program: Program, recording: Recording) -> None:
+        """Returns a recording, after all work that reads its workspace is queued."""
         recording.used()
         with self._lock:
             self._taken.discard(program)
@@ -162,7 +165,7 @@ class Graphs:
         return None
 
     def clear(self) -> None:
-        """Gives the memory of all graphs back."""
+        """Drops all recordings and frees their memory."""
         with self._lock:
             for program, recording in self._recordings.items():
                 recording.wait()

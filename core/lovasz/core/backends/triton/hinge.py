@@ -1,8 +1,10 @@
-"""The sweeps over the hinge's logits on a GPU: one logit a pixel, each binary label in planes of its own.
+"""The first sweep of the hinge on a GPU, and from its counts how each segment is scored and the map of its table.
 
-The errors m = max(0, 1 - s x), s = +-1, have any scale, and each weighs alike. So the first sweep counts them in coarse
-cells, among which ``share_out`` divides the bins of the segment's table. They have a smallest one, though: 1 - s x is 0
-or at least 2^-24.
+Each binary label has planes of its own.
+
+The errors m = max(0, 1 - s x), s = +-1, have any scale, and all weigh the same. So the first sweep counts them in
+cells, among which ``share_out`` divides the bins of the segment's table. There is a smallest positive error: 1 - s x is
+0 or at least 2^-24.
 """
 
 import triton
@@ -74,7 +76,7 @@ CELLS_AT_ONCE = tl.constexpr(1024)
 
 @triton.jit
 def load_errors(address, plane, pixels, inside, channels, rules, LOGIT: tl.constexpr, LABEL, RULES: tl.constexpr):
-    """(errors, logits, whether each pixel is foreground, a bit a rule that counts it, whether its label is invalid)."""
+    """(errors, logits, whether each pixel is foreground; one bit per rule for which it is valid; whether it is bad)."""
     elements = first_elements(plane, pixels, channels)
     logits = tl.load(first_logits(address, elements, LOGIT), mask=inside, other=0.0).to(tl.float32)
     labels, counting, is_bad = read_labels(address, elements, inside, rules, 2, LABEL, RULES)
@@ -115,8 +117,8 @@ def hinge_statistics(
 
     Args:
         counters: int32, shape (HINGE_COUNTERS, channels) for each group of each grouping, 0 before.
-        predictions: int32, shape (joints, 2, channels), 0 before: pixels that are predicted foreground, and those
-            among them that are.
+        predictions: int32, shape (joints, 2, channels), 0 before: the pixels that are predicted as foreground, and how
+            many of them are foreground.
         faults: int32, shape (joints, faults), 0 before.
         cells: int32, CELLS for each segment that has a table, 0 before.
     """
@@ -160,8 +162,11 @@ def hinge_statistics(
 
 @triton.jit
 def bins_of_cells(counts, total, bin_count, SHIFT: tl.constexpr):
-    """log2 of the bins of each cell: in proportion to its pixels, so that all take at most half of ``bin_count``, and
-    at least one; no more than a cell has floats."""
+    """log2 of the number of bins of each cell.
+
+    Half of ``bin_count`` is shared out in proportion to the pixels of each cell and rounded down to a power of two, but
+    a cell has at least one bin, and at most one per float.
+    """
     shares = counts.to(tl.int64) * (bin_count // 2) // tl.maximum(total, 1)
     logs = (tl.maximum(shares, 1).to(tl.float32).to(tl.int32, bitcast=True) >> MANTISSA_BITS) - EXPONENT_BIAS
     return tl.minimum(logs, SHIFT)
@@ -179,13 +184,14 @@ def plan_hinge(
     ranked_rows,
     channels,
 ):
-    """One program a segment: what becomes of it, and which bins its table has.
+    """Decides how each segment is scored, and which bins its table has. One instance per segment.
 
     Args:
-        term_weights: float64, one a term.
-        cells: counts before, the map after.
-        least: int32, one a segment, a result: the bits of the smallest error that takes part.
-        ranked: int32, one a segment, a result: how many of its buckets are sorted; ``ranked_rows`` is not 0 where any.
+        term_weights: float64, one per term.
+        cells: int32: before, the counts of errors; after, the map of the segment's table.
+        least: int32, one per segment, written: the bits of the smallest error that is ranked, by counting or sorting.
+        ranked: int32, one per segment, written: the number of its buckets that are sorted.
+        ranked_rows: int32, one per group, 0 before: the largest ``ranked`` of its segments.
     """
     number = tl.program_id(0)
     row = number // channels
@@ -208,7 +214,7 @@ def plan_hinge(
     tl.store(segment + SEGMENT_WEIGHT, weight.to(tl.int64, bitcast=True))
     bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
     counts_errors = (state == SCORED) & (bin_count > 0)
-    # Errors of 0 take part in nothing; what is sorted whole has no least error.
+    # In tables errors of 0 are not counted. In small groups all errors are sorted.
     is_sorted = (state != PASSED_OVER) & (bin_count == 0)
     tl.store(least + number, tl.where(counts_errors, tl.maximum(smallest, 1), tl.where(is_sorted, 0, NO_SIGN)))
     buckets = tl.where(counts_errors, buckets_to_rank(group, foreground), 0)
@@ -221,7 +227,7 @@ def plan_hinge(
 
 @triton.jit
 def share_out(cells, bin_count, smallest, largest):
-    """Turns a segment's counts into its map: the cells from its largest error to its smallest of foreground."""
+    """Turns a segment's counts into its map. Cells from the largest error to the smallest foreground error get bins."""
     first = tl.maximum(TOP - (largest >> SHIFT), 0)
     last = tl.minimum(TOP - (smallest >> SHIFT), CELLS - 1)
     total = tl.zeros([CELLS_AT_ONCE], tl.int32)
@@ -238,7 +244,7 @@ def share_out(cells, bin_count, smallest, largest):
         stops = stop + tl.cumsum(widths, 0)
         tl.store(cells + cell, (stops << STOP_BITS) | (SHIFT - bits), mask=cell < CELLS)
         stop += tl.sum(widths)
-    # Behind the last cell no error is counted; the search for a bin's cell wants them in order all the same.
+    # No error in the cells after the last is counted, but the binary search for a bin's cell needs ascending ends.
     for start in range(last + 1, CELLS, CELLS_AT_ONCE):
         cell = start + tl.arange(0, CELLS_AT_ONCE)
         tl.store(cells + cell, tl.zeros_like(cell) + (stop << STOP_BITS), mask=cell < CELLS)

@@ -1,4 +1,4 @@
-"""The way back of the hinge: from the gradient in the errors to that in the logits."""
+"""The last sweep of the hinge on a GPU: the gradient with respect to the logits."""
 
 import triton
 import triton.language as tl
@@ -55,11 +55,12 @@ def hinge_backward(
     ANY_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last sweep: each pixel's g.
+    """The last sweep: looks up each pixel's g, adds up the terms, and writes the gradient.
 
     Args:
-        words: scanned, entries in their place.
-        more_grads: float32, shape (terms - 1, element_count): the g of what was sorted, of the terms after the first.
+        words: int64: the entries that the scan has written.
+        more_grads: float32, shape (terms - 1, element_count): the g of sorted pixels, for the terms after the first.
+            Those of the first term are in the gradient's memory.
     """
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     errors, logits, is_foreground, counting, is_bad = load_errors(
@@ -94,6 +95,6 @@ def hinge_backward(
             g += tl.load(grads, mask=is_sorted, other=0.0)
         else:
             g += tl.load(more_grads + (t - 1) * tl.cast(element_count, tl.int64) + place, mask=is_sorted, other=0.0)
-    # Where relu cuts off, and on void pixels, the gradient is exactly 0.
+    # The gradient is exactly 0 on void pixels, and where relu is 0.
     grad = tl.where(errors > 0, tl.where(is_foreground, -g, g), 0.0)
     tl.store(grads, grad, mask=inside)

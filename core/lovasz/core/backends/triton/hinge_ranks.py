@@ -1,4 +1,4 @@
-"""The ranks of the hinge's errors: counted in tables, or listed in buckets that are sorted next."""
+"""The sweeps that rank the hinge's errors on a GPU: they count errors in tables, or list pixels to be sorted next."""
 
 import triton
 import triton.language as tl
@@ -111,7 +111,7 @@ def hinge_collect(
     ANY_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The third sweep, where pixels are ranked: lists those of each bucket, in any order; of small groups, all."""
+    """The third sweep: lists the pixels of each bucket, in any order; in small groups, all pixels of each segment."""
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     channel = tl.load(plane + PLANE_CHANNEL)
     for t in tl.static_range(TERMS):

@@ -1,6 +1,6 @@
-"""The arrays that host and kernels share for a batch: their rows, and where each stands in its buffer.
+"""The layout of a batch's buffers: the arrays that host and kernels share, and the place of each in its buffer.
 
-All of it depends on the plan and the element types alone; only the addresses of the tensors differ from call to call.
+The layout depends on the plan and the element types alone; only the addresses of the tensors differ from call to call.
 """
 
 from __future__ import annotations
@@ -33,26 +33,29 @@ from lovasz.core.computed import Fault
 from lovasz.core.plan import FUSE_ALL, Plan
 
 SORTED_PIXELS = 4096
-"""Groups of at most so many pixels are sorted, each segment by one program. Larger groups have tables."""
+"""The most pixels of a group without tables, each of whose segments is sorted by one kernel instance."""
 
 RANKED_PIXELS = 1 << 18
+"""In a group with tables and fewer pixels than this, all buckets are sorted. The same holds for every group of the
+hinge, whose small errors weigh as much as its large ones."""
 RANKED_ELEMENTS = 1 << 21
-"""In groups of fewer pixels than the one, or at most as many logits as the other, all pixels are ranked in buckets; and
-so they are for the hinge, whose small errors weigh as much as its large ones."""
+"""In a group with tables and at most this many logits, all buckets are sorted."""
 
 RANKED_FOREGROUND = 4096
+"""In other groups, buckets are sorted only for classes with fewer pixels than this."""
 RANKED_BUCKETS = 5
-"""In other groups, classes of fewer pixels than the one are ranked, in as many buckets as the other."""
+"""The number of buckets that are sorted for such a class."""
 
 BLOCK_PIXELS = {"softmax": 128, "hinge": 1024}
-"""Pixels that a program of a sweep works on."""
+"""The pixels of a block, on which one kernel instance of a sweep works."""
 
 INTERPRETED_BLOCK_PIXELS = 4096
+"""The pixels of a block under the interpreter, which takes tens of milliseconds per kernel instance of any size."""
 INTERPRETED_CHUNK = 1 << 15
-"""The interpreter takes tens of milliseconds for each program, whatever its size."""
+"""The bins of a chunk under the interpreter."""
 
 CHUNK = 512
-"""Bins that a program of a scan works on."""
+"""The bins of a chunk, on which one kernel instance of a scan works."""
 
 _ALIGNMENT = 64
 
@@ -60,7 +63,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class Room(NamedTuple):
-    """A part of a buffer."""
+    """The place of an array in a buffer."""
 
     buffer: str
     offset: int
@@ -74,20 +77,20 @@ class Room(NamedTuple):
 
 @dataclass
 class Rooms:
-    """Lays arrays out in one buffer."""
+    """The places of the arrays in one buffer."""
 
     buffer: str
     rooms: dict[str, Room] = field(default_factory=dict)
     nbytes: int = 0
 
     def add(self, name: str, dtype: torch.dtype, count: int) -> None:
-        """Adds an array of ``count`` elements."""
+        """Adds an array of ``count`` elements after the others."""
         self.rooms[name] = Room(self.buffer, self.nbytes, dtype, count)
         self.nbytes += -(-max(count, 1) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 class Kind(NamedTuple):
-    """Batches that agree in this share a layout and a program."""
+    """A kind of batch: batches with equal kinds use one layout and one program."""
 
     plan: Plan
     logits: torch.dtype
@@ -97,7 +100,13 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where each plane's tensors are: its request, and its first elements after those of the request."""
+    """Where the tensors of each plane are.
+
+    Attributes:
+        request: the plane's request.
+        logits: the offset of its first logit from the first logit of the request, in elements.
+        labels: the offset of its first label from the first label of the request, in elements.
+    """
 
     request: Integers
     logits: Integers
@@ -105,16 +114,16 @@ class Origin:
 
 
 class Layout:
-    """See the module.
+    """The arrays of a kind of batch, and their places.
 
     Attributes:
-        static: arrays that never change, by the names that kernels give them.
-        zeroed: the buffer that each call needs zeroed; it begins with the results.
-        results_bytes: how many of its bytes hold the results.
-        scratch: the buffer whose contents are undefined at first.
+        static: the arrays that never change, by the names of the kernels' arguments.
+        zeroed: the buffer that has to be 0 at the start of each call; it begins with the results.
+        results_bytes: the number of bytes of ``zeroed`` that hold the results.
+        scratch: the buffer whose contents are undefined at the start of each call.
         groups: shape (rows, columns of ``Group``): the groups of each Lovász term.
-        first_rows: the row of each Lovász term's first group.
-        counters_of: where the counters of a rule (-1: of all rules) and a kind of group (per image or not) begin.
+        first_rows: the row of the first group of each Lovász term.
+        counters_of: where the counters of each grouping (rule or -1, ``per_image``) begin.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -132,7 +141,7 @@ class Layout:
         self._add_terms()
 
     def _add_planes(self) -> None:
-        """The planes by joint, then by binary label (hinge), in the order of their requests."""
+        """Adds the planes, ordered by joint, then by binary label (hinge), then by request."""
         planes, label_maps = self._planes, self._label_maps
         plane, channel = np.tile(np.arange(len(planes)), label_maps), np.repeat(np.arange(label_maps), len(planes))
         order = np.lexsort((plane, channel, planes.joint[plane]))
@@ -168,7 +177,7 @@ class Layout:
         return self.channels if self.plan.is_hinge else 1
 
     def _add_groups(self) -> None:
-        """The groups of each Lovász term, and the groupings, each with its counters."""
+        """Adds the groups of each Lovász term, and the groupings with their counters."""
         plan, rules = self.plan, self.plan.rules
         fields = len(HingeCounter) if plan.is_hinge else len(SoftmaxCounter)
         wanted = dict.fromkeys(
@@ -195,7 +204,7 @@ class Layout:
             own[:, Group.TERM] = t
             own[:, Group.COUNTERS] = self.counters_of[term.rule, term.per_image]
             own[:, Group.COUNTERS] += np.arange(len(joint)) * fields * self.channels
-            # For the hinge, the planes of a joint's other labels come between this joint and the next.
+            # For the hinge, the planes of a joint's other labels come after those of its first label.
             own[:, Group.FIRST_PLANE] = first_plane * self._label_maps + groups.first_plane - first_plane
             own[:, Group.PLANE_STEP], own[:, Group.PIXEL_STEP] = joints.planes[joint], joints.pixels[joint]
             own[:, Group.PLANES] = groups.planes
@@ -221,7 +230,7 @@ class Layout:
         self.results_bytes = zeroed.nbytes
 
     def _add_tables(self) -> None:
-        """Which groups have tables; where these, their maps, and the lists and buckets of all groups are."""
+        """Decides which groups have tables; adds tables, their maps, and the lists and buckets of all groups."""
         groups, channels, is_hinge = self.groups, self.channels, self.plan.is_hinge
         pixels = groups[:, Group.PIXELS]
         large = pixels > SORTED_PIXELS
@@ -270,7 +279,7 @@ class Layout:
         scratch.add("lists", torch.int64, int(listed.sum()) * channels)
 
     def _add_pixels(self) -> None:
-        """What is kept of each pixel between the sweeps."""
+        """Adds the values that are kept for each pixel between the sweeps."""
         statistics = 0 if self.plan.is_hinge else self.pixels
         exponentials = 0 if self.plan.loss.probabilities else statistics
         for name in ("maxima", "reciprocals"):
@@ -280,7 +289,7 @@ class Layout:
         self.scratch.add("more_grads", torch.float32, more * self.elements)
 
     def _add_terms(self) -> None:
-        """The weights of the terms and of their classes."""
+        """Adds the weights of the terms and of their classes."""
         plan, entropies = self.plan, self.plan.cross_entropies
         self.static["cross_weights"] = np.array([term.weight for term in entropies], np.float64)
         if plan.is_hinge:

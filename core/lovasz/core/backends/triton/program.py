@@ -1,7 +1,7 @@
-"""The kernels that compute a batch, in their order, and the buffers that they work in.
+"""Programs: the launches that compute a kind of batch, in order, and the buffers that they use.
 
-A program is made once for all batches of a kind. Its launches depend on shapes, element types and the loss alone, so a
-batch of a kind that came before takes one fill, one copy to the device, the launches, and one copy back.
+A program is made once for all batches of a kind. Its launches depend on shapes, element types and the loss alone. So a
+further batch of the kind needs one fill, one copy to the device, the launches, and one copy back.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from lovasz.core.backends.triton.layout import Kind, Layout, Room, Rooms
 from lovasz.core.computed import PROBABILITY_TOLERANCE
 
 UNROLLED_CLASSES = 32
-"""Up to so many classes stay in registers in the first sweep. More are read again, in rounds of ``ROUND_CLASSES``."""
+"""The most classes whose logits the first sweep keeps in registers; with more, it reads logits several times."""
 ROUND_CLASSES = 4
+"""The number of classes per round if there are more than ``UNROLLED_CLASSES``."""
 
 _SWEEP_WARPS = 4
 _PADDED_CLASSES = 4
-"""Numbers of classes are rounded up to a multiple of this, so that few kernels are compiled."""
+"""The number of classes is rounded up to a multiple of this, so that fewer kernels are compiled."""
 
 _SCAN_WARPS = 4
 _SORT_WARPS = 8
 _SORT_REGISTERS = 128
-"""So that two programs share a multiprocessor: sorting waits for other warps more than it computes."""
+"""Few enough registers per thread for two sorts on one multiprocessor: a sort mostly waits for its other warps."""
 
 _LAUNCHES_FOR_FAULTS = 1
-"""After so many launches the faults of a batch are known."""
+"""The number of launches after which the faults of a batch are known."""
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -63,7 +64,12 @@ _NUMPY_TYPES = {torch.int64: np.int64, torch.int32: np.int32}
 
 
 class Workspace(NamedTuple):
-    """The buffers of a batch, and the bytes of its results: all of them, and the faults alone."""
+    """The buffers of a batch.
+
+    Attributes:
+        results: the bytes of all results.
+        faults: the bytes of the faults, a part of the results.
+    """
 
     buffers: dict[str, Tensor]
     results: Tensor
@@ -71,14 +77,14 @@ class Workspace(NamedTuple):
 
 
 class Program:
-    """See the module.
+    """The launches and buffers for a kind of batch.
 
     Attributes:
-        rooms: where each array is, by the name that kernels give it.
-        numbers: the arguments of kernels that are no arrays.
-        address_bytes: size of the addresses of a batch.
-        workspace_bytes: memory of the device that a batch takes beyond its tensors.
-        times_seen: how often it was used before its work was recorded as a graph.
+        rooms: the place of each array, by the names of the kernels' arguments.
+        numbers: the kernels' arguments that are not arrays, by name.
+        address_bytes: the size of the addresses of a batch.
+        workspace_bytes: the device memory that a batch takes in addition to its tensors.
+        times_seen: the number of uses before the program is recorded; negative after its recording was dropped.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -180,7 +186,7 @@ class Program:
         return launches
 
     def _sweep(self, kernel: Any, constants: dict[str, Any]) -> Launch:
-        """A kernel whose programs each work on a block of pixels."""
+        """The launch of a sweep: one instance per block of pixels."""
         return Launch(kernel, self.layout.blocks, _SWEEP_WARPS, **constants)
 
     def _scans(self, shift: int, top: int, cells: int) -> list[Launch]:
@@ -199,7 +205,7 @@ class Program:
         ]
 
     def _add_up(self) -> list[Launch]:
-        """The loss of a single request also comes as a tensor, for autograd."""
+        """The launch that writes the loss of a single joint to a tensor, for autograd."""
         return [] if self.layout.joints > 1 or not self.kind.want_grad else [Launch(segments.add_up, 1, 4)]
 
     def _sort_buckets(self) -> Launch:
@@ -220,11 +226,11 @@ class Program:
     # --- Running --------------------------------------------------------------------------------------------------
 
     def begin(self, addresses: Tensor) -> Workspace:
-        """Queues the first part of a batch's work on the current stream, after which its faults are known.
+        """Queues the launches after which a batch's faults are known, on the current stream.
 
         Args:
-            addresses: int64, shape (planes, 3) and one more, as bytes, on the device: ``columns.Address``, and where
-                the loss goes (0: nowhere).
+            addresses: int64 as bytes, on the device: one row of ``columns.Address`` per plane, then the address of the
+                loss, or 0.
         """
         zeroed = torch.zeros(self.layout.zeroed.nbytes, dtype=torch.uint8, device=self.device)
         buffers = {
@@ -238,19 +244,19 @@ class Program:
         return Workspace(buffers, zeroed[: self.layout.results_bytes], zeroed[faults.offset : faults.stop])
 
     def finish(self, workspace: Workspace) -> None:
-        """Queues the rest."""
+        """Queues the remaining launches."""
         self._launch(self.launches[_LAUNCHES_FOR_FAULTS:], workspace.buffers)
 
     @property
     def is_ready(self) -> bool:
-        """Whether all kernels are compiled, and the static arrays have come to the device."""
+        """Whether all kernels are compiled, and the static arrays are on the device."""
         if self._upload is not None and self._upload.query():
             self._upload = None
         is_there = self._static_bytes is not None and self._upload is None
         return is_there and all(launch.is_compiled for launch in self.launches)
 
     def _uploaded(self) -> Tensor:
-        """The static arrays, for the current stream: the first one queues the copy, others wait for it."""
+        """The static arrays, for the current stream. The first call queues their copy; other streams wait for it."""
         device = self.device
         if device.type != "cuda":
             return self._host
@@ -278,14 +284,14 @@ class Program:
                 launch.compile(self.rooms, self.numbers, buffers)
 
     def result(self, name: str, results: npt.NDArray[np.uint8], *shape: int) -> npt.NDArray[Any]:
-        """An array of the results."""
+        """The array of this name in the results."""
         room: Room = self.rooms[name]
         array: npt.NDArray[Any] = results[room.offset : room.stop].view(_NUMPY_TYPES[room.dtype])
         return array.reshape(shape)
 
 
 def _packed(arrays: dict[str, npt.NDArray[Any]], rooms: Rooms) -> Tensor:
-    """The arrays in one buffer on the host, as bytes."""
+    """Copies arrays to their places in one buffer on the host, as bytes."""
     host = np.zeros(max(rooms.nbytes, 1), np.uint8)
     for name, array in arrays.items():
         at = rooms.rooms[name].offset
@@ -294,5 +300,5 @@ def _packed(arrays: dict[str, npt.NDArray[Any]], rooms: Rooms) -> Tensor:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Copies to a device; to a GPU from pinned memory, as the host would wait for any other copy."""
+    """Copies a tensor to the device; to a GPU from pinned memory, since the host would wait for any other copy."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -1,4 +1,4 @@
-"""The last sweep over softmax logits on a GPU: each pixel's share of the gradient, and the way back."""
+"""The last sweep of softmax on a GPU: looks up the gradients of errors, and runs the backward pass through softmax."""
 
 import triton
 import triton.language as tl
@@ -75,12 +75,15 @@ def gradients_of_classes(
     ANY_ABSENT: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """(probabilities, weight x g summed over the terms) of CLASSES classes from ``start`` on, each a tuple.
+    """Looks up the gradients of CLASSES classes from ``start`` on.
 
-    Loads of all classes come first, then all look-ups of a kind, so that each waits for the first one only.
+    First come the loads of all classes, then all lookups of each kind, so that the latencies of each kind overlap.
 
     Args:
-        sorted_of_terms: where the g of what was sorted stand, for class 0.
+        sorted_of_terms: for each term, where the g of sorted pixels are, for class 0.
+
+    Returns:
+        (probabilities, weight x g summed over the terms), each a tuple with one element per class.
     """
     values = ()
     for i in tl.static_range(CLASSES):
@@ -173,14 +176,16 @@ def softmax_backward(
     ANY_ABSENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last sweep: each pixel's g of each class, and the way back through softmax.
+    """The last sweep: looks up each pixel's g for each class, and runs the backward pass through softmax.
 
-    With h_k = dloss/dp_k = g_k, and -g_y on the label's class y: dloss/dz_k = p_k (h_k - sum_j p_j h_j). On the label's
-    class, 1 - p_y is the sum of the others, so nothing cancels (docs/mathematics.md).
+    Let h_k = dloss/dp_k, which is -g_y for the label's class y and g_k for the others; then
+    dloss/dz_k = p_k (h_k - sum_j p_j h_j). For the label's class, 1 - p_y was computed as the sum of the other
+    probabilities, so nothing cancels (docs/mathematics.md, section 8).
 
     Args:
-        words: scanned, entries in their place.
-        more_grads: float32, shape (terms - 1, element_count).
+        words: int64: the entries that the scan has written.
+        more_grads: float32, shape (terms - 1, element_count): the g of sorted pixels, for the terms after the first.
+            Those of the first term are in the gradient's memory.
     """
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     elements = first_elements(plane, pixels, classes)
@@ -244,7 +249,7 @@ def softmax_backward(
             label_g += tl.where(is_label, some_g[i], 0.0)
             label_p += tl.where(is_label, some_p[i], 0.0)
             others_pg_64 += tl.where(is_label, 0.0, some_p[i] * some_g[i]).to(tl.float64)
-            # Kept in the gradient's place, by the thread that comes for it below.
+            # Kept in the gradient's memory, from which the same thread reads it below.
             places = grads + (start + i) * stride
             tl.store(places, some_g[i], mask=if_class(start + i, classes, inside))
     others_pg = others_pg_64.to(tl.float32)
