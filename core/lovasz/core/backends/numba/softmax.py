@@ -154,7 +154,7 @@ def _read(
     prediction: npt.NDArray[np.int32],
     not_finite: Floats,
 ) -> None:
-    """Reads logits into ``out``; writes each pixel's largest logit and its first class, and 0 if all are below infinity."""
+    """Reads logits into ``out``; writes each pixel's largest one and its class, and 0 if all are below infinity."""
     row_bytes = np.uint64(planes.pixels[plane] * (4 if logits_kind == FLOAT32 else 2))
     n = len(maximum)
     not_finite[:] = f32(0)

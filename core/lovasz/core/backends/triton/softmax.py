@@ -260,7 +260,7 @@ def softmax_statistics(
 
 @triton.jit
 def see_class(maximum, lowest, prediction, finite, value, k, classes):
-    """Updates (largest value, smallest value, first class with the largest, whether all are below infinity) with class k."""
+    """Updates (largest value, smallest value, first class with the largest, whether all are < inf) with class k."""
     is_class = tl.full(maximum.shape, k, tl.int32) < classes
     is_larger = value > maximum
     prediction = tl.where(is_larger, k, prediction)
