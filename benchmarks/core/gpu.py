@@ -1,10 +1,10 @@
-"""Times the core on a GPU against cross-entropy and the usual implementation, and says where its time goes.
+"""Times the core on a GPU, beside cross-entropy and the usual implementation, and shows where its time goes.
 
-    python benchmarks/gpu.py [--quick] [--json FILE]
+    python -m benchmarks.core.gpu [--quick] [--json FILE]
 
-Forward and backward of one request (or of a batch of requests), as a user calls it, and as a CUDA graph; the usual
-implementation is that of segmentation-models-pytorch where it is installed, else its textbook. Contenders take turns;
-times are medians. Errors are against the textbook in float64; memory is the peak beyond the inputs, gradient included.
+Forward and backward of one request (or of a batch of requests), as a user calls it, and as a CUDA graph. The usual
+implementation is timed where it is installed (benchmarks/requirements.txt). Contenders take turns; times are medians.
+Errors are against the reference implementation in float64; memory is the peak beyond the inputs, gradient included.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import SMP, Contender, bind, version
-from memory import Meter
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
-from workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workload
 
+from benchmarks import setting, usual
+from benchmarks.contenders import Contender, bind
+from benchmarks.core.memory import Meter
+from benchmarks.workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workload
 from lovasz.core import LovaszHinge, LovaszSoftmax, reference
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import submit
@@ -41,7 +42,7 @@ try:
     from lovasz.core.backends.triton.graphs import GRAPHS
     from lovasz.core.backends.triton.plan import Plan
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: gpu.py needs Triton, which comes with PyTorch for CUDA")
+    sys.exit(f"{error}: this needs Triton, which comes with PyTorch for CUDA")
 
 WORKLOADS = (
     *HEADLINE,
@@ -56,9 +57,9 @@ WORKLOADS = (
 QUICK = (Workload((1, 19, 64, 128)), Workload((1, 19, 32, 32), requests=4), Workload((2, 80, 80), Problem.HINGE))
 NEVER_RECORDED = 1 << 30
 PROFILED = 3
-"""Calls that are profiled."""
+"""How many calls are profiled."""
 BLOCK_SECONDS = 0.06
-"""About so long is a contender's turn."""
+"""About how long a contender's turn takes."""
 TURNS = 2
 SLOWEST_CALLS = 1
 
@@ -75,7 +76,7 @@ def one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: 
 def graph_of_ours(
     pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device
 ) -> Callable[[], object]:
-    """The launches of a batch as a CUDA graph, over these very tensors."""
+    """The launches of a batch as a CUDA graph on these tensors."""
     total = weighted_sum(loss)
     batch = Batch.of([Request.checked(*pair, total) for pair in pairs])
     plan, tensors, grads = triton_compute.prepare(batch, total, device, want_grad=True)
@@ -98,7 +99,7 @@ def graph_of_ours(
 def graph_of_cross_entropy(pairs: Sequence[Pair], problem: Problem) -> Callable[[], object]:
     leaves = [(logits.detach().requires_grad_(), labels) for logits, labels in pairs]
 
-    def all_of_them() -> list[Tensor]:
+    def all_grads() -> list[Tensor]:
         grads: list[Tensor] = []
         for leaf, labels in leaves:
             if problem is Problem.SOFTMAX:
@@ -111,11 +112,11 @@ def graph_of_cross_entropy(pairs: Sequence[Pair], problem: Problem) -> Callable[
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
-            all_of_them()
+            all_grads()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        grads = all_of_them()
+        grads = all_grads()
     kept = leaves, grads
 
     def replay() -> object:
@@ -140,7 +141,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The median milliseconds of each."""
+    """The median milliseconds of each call."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -153,7 +154,7 @@ def in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def launch_milliseconds(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device) -> float:
-    """Until the host has queued a batch, on an idle device."""
+    """The time until the host has queued a batch, on an idle device."""
     total = weighted_sum(loss)
     times = []
     for _ in range(30):
@@ -180,7 +181,7 @@ def errors(
 
 
 def profiled(call: Callable[[], object]) -> dict[str, Any]:
-    """Microseconds of the device by kernel, and how many kernels and copies to the host a call has."""
+    """The device's microseconds by kernel, and how many kernels and copies to the host a call has."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -229,9 +230,10 @@ def measured(workload: Workload, regime: Regime, device: torch.device) -> dict[s
         "graph": graph_of_ours(pairs, loss, device),
         "cross_entropy": bind(Contender.CROSS_ENTROPY, workload.problem, pairs),
         "cross_entropy_graph": graph_of_cross_entropy(pairs, workload.problem),
-        "usual": bind(Contender.USUAL, workload.problem, pairs),
     }
-    return row | {f"{name}_ms": value for name, value in in_turns(calls).items()}
+    if usual.installed():
+        calls["usual"] = bind(Contender.USUAL, workload.problem, pairs)
+    return row | {"usual_ms": None} | {f"{name}_ms": value for name, value in in_turns(calls).items()}
 
 
 HEADER = (
@@ -243,10 +245,13 @@ HEADER = (
 def line(row: dict[str, Any]) -> str:
     kernels = sum(count for name, count in row["counts"].items() if "Mem" not in name)
     copies = sum(count for name, count in row["counts"].items() if "DtoH" in name)
+    usual_ms, usual_ratio = "-", "-"
+    if row["usual_ms"] is not None:
+        usual_ms, usual_ratio = f"{row['usual_ms']:.2f}", f"{row['usual_ms'] / row['ours_ms']:.1f}"
     return (
         f"{row['workload']:<26}{row['regime']:<13}{row['ours_ms']:7.3f}{row['graph_ms']:7.3f}"
-        f"{row['cross_entropy_ms']:7.3f}{row['cross_entropy_graph_ms']:7.3f}{row['usual_ms']:8.2f}"
-        f"{row['usual_ms'] / row['ours_ms']:7.1f}{row['ours_ms'] / row['cross_entropy_ms']:6.2f}"
+        f"{row['cross_entropy_ms']:7.3f}{row['cross_entropy_graph_ms']:7.3f}{usual_ms:>8}"
+        f"{usual_ratio:>7}{row['ours_ms'] / row['cross_entropy_ms']:6.2f}"
         f"{row['graph_ms'] / row['cross_entropy_graph_ms']:6.2f}{row['host_ms']:6.2f}{row['host_eager_ms']:6.2f}"
         f"{sum(row['device_us'].values()) / 1e3:6.2f}{row['memory']:6.2f}"
         f"{row['loss_error']:9.0e}{row['grad_error']:9.1e}"
@@ -256,21 +261,21 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to check that it runs")
     parser.add_argument("--only", metavar="PATTERN", default="", help="only workloads whose names match")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements to this file, too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu.py needs an NVIDIA GPU, and torch.cuda.is_available() is False", file=sys.stderr)
+        print("this needs an NVIDIA GPU, but torch.cuda.is_available() is False", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     known = {
         "chip": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "usual implementation": f"{SMP} {version(SMP)}" if version(SMP) else "textbook",
+        "usual implementation": setting.usual_implementation(),
     }
-    print("\n".join(f"{name}: {value}" for name, value in known.items()))
+    print(setting.lines(known))
     print("Milliseconds; gr: as a CUDA graph, host: to queue a batch as a graph, hostE: kernel by kernel,")
     print("dev: of the device; memory in multiples of the logits; krn: kernels, d2h: copies to the host")
     print(HEADER, flush=True)

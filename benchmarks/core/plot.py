@@ -1,6 +1,6 @@
-"""Draws the growth workloads of :mod:`core_loss`: time over pixels, and errors against float64 over pixels.
+"""Draws the results of the CPU benchmark over the number of pixels: time, and errors against float64.
 
-python benchmarks/plots.py benchmarks/results/core_cpu.json docs/figures
+python -m benchmarks.core.plot benchmarks/results/core_cpu.json docs/figures
 """
 
 from __future__ import annotations
@@ -19,22 +19,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-REGIME_OF_TIMES = "half-trained"
+from benchmarks import palette
+from benchmarks.palette import MARKERS
+from benchmarks.truth import GRAD_ERROR_ALLOWED, LOSS_ERROR_ALLOWED
+from benchmarks.workloads import HALF_TRAINED
+
 COLOURS = {
-    "OURS": "#d1602f",
-    "SORTED": "#e6a889",
-    "TORCH": "#e6a889",
-    "USUAL": "#4178a4",
-    "CROSS_ENTROPY": "#8a8a8a",
+    "OURS": palette.OURS,
+    "SORTED": palette.PALE,
+    "USUAL": palette.USUAL,
+    "CROSS_ENTROPY": palette.NEUTRAL,
 }
-MARKERS = {"fresh": "o", "half-trained": "s", "trained": "^"}
-ERRORS = {"loss_error": ("loss, relative", 1e-6), "grad_error": ("gradient, relative to its norm", 2e-5)}
-"""Each error's name, and how large ours may be."""
+ERRORS = {
+    "loss_error": ("loss, relative", LOSS_ERROR_ALLOWED),
+    "grad_error": ("gradient, relative to its norm", GRAD_ERROR_ALLOWED),
+}
+"""The name of each error, and how large ours may be."""
 LEAST_ERROR = 1e-12
-"""Smaller ones are drawn here, as a logarithmic axis has no place for 0."""
+"""Smaller errors are drawn here: a logarithmic axis has no 0."""
 
 Rows = list[dict[str, Any]]
-"""Of :class:`report.Row`, as in the JSON."""
+"""Of :class:`benchmarks.core.report.Row`, as in the JSON."""
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -52,7 +57,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 def _time(growth: Rows, setting: dict[str, Any], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for contender, label in _contenders(growth).items():
-        line = _line(growth, contender, REGIME_OF_TIMES)
+        line = _line(growth, contender, HALF_TRAINED.name)
         pixels, median = [row["pixels"] for row in line], [row["median_ms"] for row in line]
         axes.fill_between(
             pixels,
@@ -63,7 +68,7 @@ def _time(growth: Rows, setting: dict[str, Any], file: Path) -> None:
             linewidth=0,
         )
         axes.plot(pixels, median, "o-", color=COLOURS[contender], markersize=4, label=label)
-    axes.set_title(f"Forward and backward, 3 classes, {REGIME_OF_TIMES}\n{_machine(setting)}", fontsize=10)
+    axes.set_title(f"Forward and backward, 3 classes, {HALF_TRAINED.name}\n{_machine(setting)}", fontsize=10)
     axes.set(ylabel="milliseconds (median; band: middle half)", yscale="log")
     _pixels(axes)
     axes.legend(frameon=False)
@@ -85,7 +90,7 @@ def _error(growth: Rows, setting: dict[str, Any], file: Path) -> None:
         _pixels(axes)
     handles = [Line2D([], [], color=COLOURS[contender], label=label) for contender, label in drawn.items()]
     handles += [Line2D([], [], color="gray", marker=m, markersize=4, label=regime) for regime, m in MARKERS.items()]
-    handles.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label="what ours may have"))
+    handles.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label="allowed for ours"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(_machine(setting), fontsize=10)
     figure.savefig(file, dpi=120)
@@ -93,7 +98,7 @@ def _error(growth: Rows, setting: dict[str, Any], file: Path) -> None:
 
 
 def _contenders(growth: Rows) -> dict[str, str]:
-    """Labels of those that are there, in the order of the legend."""
+    """The labels of the contenders that were measured, in the order of the legend."""
     labels = {row["contender"]: row["label"] for row in growth}
     return {contender: labels[contender] for contender in COLOURS if contender in labels}
 
@@ -115,7 +120,7 @@ def _machine(setting: dict[str, Any]) -> str:
 def _pixels(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("pixels")
-    axes.grid(which="major", color="#dddddd", linewidth=0.6)
+    axes.grid(which="major", color=palette.GRID, linewidth=0.6)
 
 
 def main() -> None:

@@ -1,67 +1,26 @@
-"""What :mod:`data_plane` puts out: tables for the docs, JSON, and a plot."""
+"""Draws ``data_plane.png``: a large request by transport, and small requests by transport and size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REGIME = "half-trained"
-COMPUTED, TRANSPORT, PEER = "#d1602f", "#4178a4", "#8a8a8a"
-CORE = "lovasz.core, float32 logits"
+import matplotlib as mpl
 
+mpl.use("Agg")
 
-@dataclass(frozen=True)
-class Column:
-    """Of a table: the key of its values in the rows, and how they are written."""
+import matplotlib.pyplot as plt
 
-    key: str
-    heading: str
-    format: str
+from benchmarks import palette
+from benchmarks.remote.report import CORE
+from benchmarks.workloads import HALF_TRAINED
 
-    def cell(self, row: Mapping[str, Any]) -> str:
-        value = row[self.key]
-        return "" if value is None else format(value, self.format)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One table.
-
-    Attributes:
-        note: what its numbers are.
-        rows: with more values than there are columns; all of them are in the JSON.
-        more: what else the JSON says.
-    """
-
-    key: str
-    title: str
-    note: str
-    columns: Sequence[Column]
-    rows: Sequence[Mapping[str, Any]]
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"title": self.title, "note": self.note, "rows": list(self.rows), **self.more}
-
-
-def markdown(part: Part) -> str:
-    lines = [
-        "| " + " | ".join(column.heading for column in part.columns) + " |",
-        "|" + "|".join("---:" if column.format else "---" for column in part.columns) + "|",
-        *("| " + " | ".join(column.cell(row) for column in part.columns) + " |" for row in part.rows),
-    ]
-    return "\n".join(["", f"### {part.title}", "", part.note, "", *lines])
+COMPUTED, TRANSPORT, PEER = palette.OURS, palette.USUAL, palette.NEUTRAL
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> Path:
-    """Writes ``data_plane.png`` into the folder: a large request by transport, and the ways of small ones."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Writes ``data_plane.png`` into the folder, with what there is of both."""
     parts, setting = results["parts"], results["setting"]
     crossover = "unary" in parts
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +36,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> Path:
         )
         _bars(axes[0, 0], parts["large"]["rows"])
         if crossover:
-            _ways(axes[0, 1], parts)
+            _small(axes[0, 1], parts)
         figure.suptitle(f"{setting['chip']}, {setting['cores']} cores, loopback", fontsize=10)
         figure.savefig(file, dpi=120)
         plt.close(figure)
@@ -85,7 +44,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    rows = [row for row in rows if row["regime"] == REGIME]
+    rows = [row for row in rows if row["regime"] == HALF_TRAINED.name]
     core = next(row["median_ms"] for row in rows if row["contender"] == CORE)
     usual, *drawn = rows
     names = [row["contender"] for row in drawn]
@@ -118,7 +77,8 @@ def _bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.margins(x=0.1)
     axes.set_xlabel("milliseconds, forward and backward (median; line: middle half)")
     axes.set_title(
-        f"1x19x512x1024, {REGIME}\n{usual['contender']}: {usual['median_ms']:.0f} ms, beyond the axis", fontsize=10
+        f"1x19x512x1024, {HALF_TRAINED.name}\n{usual['contender']}: {usual['median_ms']:.0f} ms, beyond the axis",
+        fontsize=10,
     )
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=3, fontsize=8)
 
@@ -129,7 +89,7 @@ def _computed(row: Mapping[str, Any], core: float) -> float:
     return float(row["median_ms"] if row["transport_ms"] is None else min(core, row["median_ms"]))
 
 
-def _ways(axes: Any, parts: Mapping[str, Any]) -> None:
+def _small(axes: Any, parts: Mapping[str, Any]) -> None:
     lines = (
         ("unary", "message_ms", "TCP, one message", TRANSPORT, "o-"),
         ("unary", "other_ms", "TCP, stream", TRANSPORT, "s--"),
@@ -147,6 +107,6 @@ def _ways(axes: Any, parts: Mapping[str, Any]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    axes.set_title("Ways of small requests, cross-entropy", fontsize=10)
-    axes.grid(which="major", color="#dddddd", linewidth=0.6)
+    axes.set_title("Transports of small requests, cross-entropy", fontsize=10)
+    axes.grid(which="major", color=palette.GRID, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)

@@ -1,10 +1,9 @@
-"""Compiles the GPU's kernels for Hopper (sm_90), which needs no GPU, and prints what each takes.
+"""Compiles the GPU's kernels for Hopper (sm_90), which needs no GPU, and prints what each kernel uses.
 
-    python benchmarks/kernels.py [--classes 2 19 64 150 512]
+    python -m benchmarks.core.kernels [--classes 2 19 64 150 512]
 
-Registers a thread, bytes of its stack (where spilled registers would be), bytes of shared memory, and seconds of
-compiling, for a batch that
-has everything: a large group in tables, a small one that is sorted, cross-entropy beside the loss.
+Registers and bytes of stack (spilled registers) for each thread, bytes of shared memory, and the seconds of compiling.
+The batch has everything: a large group in tables, a small one that is sorted, cross-entropy beside the loss.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ try:
     from lovasz.core.backends.triton.launches import Launch
     from lovasz.core.backends.triton.plan import Plan, Signature
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: kernels.py needs Triton: pip install triton")
+    sys.exit(f"{error}: this needs Triton: pip install triton")
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -53,7 +52,7 @@ def source_of(plan: Plan, launch: Launch) -> ASTSource:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) that a thread of the machine code takes, by cuobjdump."""
+    """(registers, bytes of stack) of a thread of the machine code, as cuobjdump reports them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code beyond what was in use before it."""
+"""The peak memory of a piece of code, beyond what was in use before it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ RESET_PEAK = "5"  # proc(5): "reset the peak resident set size to the process's 
 
 
 class Meter:
-    """On a GPU counts what torch's allocator hands out; on a CPU resident pages, so that what an implementation keeps
-    from call to call counts, too, if it is new."""
+    """Measures from its construction on.
+
+    On a GPU it counts what torch's allocator hands out. On a CPU it counts resident pages, so new memory that an
+    implementation keeps between calls counts, too.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,7 +31,7 @@ class Meter:
             self._before = _start_resident()
 
     def peak_bytes(self) -> int | None:
-        """Since the meter was made; None where the system does not say."""
+        """None where the system does not tell."""
         if self._before is None:
             return None
         if self._device.type == "cuda":
@@ -37,11 +40,11 @@ class Meter:
 
 
 def _start_resident() -> int | None:
-    """Hands freed memory back to the system, or it would hide what is allocated next, and resets the peak."""
+    """Resets the peak. Returns freed memory to the system first, as it would hide what is allocated next."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR_REFS.write_text(RESET_PEAK)
-    except (OSError, AttributeError):  # not Linux, not glibc, or not allowed
+    except (OSError, AttributeError):  # Not Linux, not glibc, or not allowed.
         return None
     return _status_bytes("VmRSS")
 
