@@ -88,8 +88,8 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy proto core client server examples benchmarks docs/figures
-	$(BIN)/mypy docs/reference.py deploy/grafana/dashboards.py
-	MYPYPATH=tests $(BIN)/mypy deploy/image_check.py
+	MYPYPATH=deploy/grafana $(BIN)/mypy docs/reference.py deploy/grafana
+	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
