@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -31,27 +30,29 @@ def share_above_bytes() -> int:
 
 
 @contextmanager
-def one_message() -> Iterator[None]:
+def _changing(stream_above: int, share_above: int) -> Iterator[None]:
+    """Sets both limits meanwhile. (Not by ``mock.patch``, as this is inside of what is timed.)"""
+    saved = remote.UNARY_BYTES, remote.SHARED_BYTES
+    remote.UNARY_BYTES, remote.SHARED_BYTES = stream_above, share_above
+    try:
+        yield
+    finally:
+        remote.UNARY_BYTES, remote.SHARED_BYTES = saved
+
+
+def one_message() -> AbstractContextManager[None]:
     """Requests travel in one message meanwhile."""
-    with (
-        mock.patch.object(remote, "UNARY_BYTES", MAX_MESSAGE_BYTES),
-        mock.patch.object(remote, "SHARED_BYTES", MAX_MESSAGE_BYTES),
-    ):
-        yield
+    return _changing(MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
 
 
-@contextmanager
-def stream() -> Iterator[None]:
+def stream() -> AbstractContextManager[None]:
     """Requests are streamed meanwhile."""
-    with mock.patch.object(remote, "UNARY_BYTES", 0):
-        yield
+    return _changing(0, MAX_MESSAGE_BYTES)
 
 
-@contextmanager
-def shared_memory() -> Iterator[None]:
+def shared_memory() -> AbstractContextManager[None]:
     """Requests go through shared memory meanwhile, if they can."""
-    with mock.patch.object(remote, "SHARED_BYTES", 0):
-        yield
+    return _changing(MAX_MESSAGE_BYTES, 0)
 
 
 def payload(logits: Tensor, labels: Tensor) -> list[memoryview]:
