@@ -30,15 +30,15 @@ def metrics_page() -> str:
     rows = sorted(map(_metric_row, metrics.registry.collect()))
     return f"""# Metrics
 
-`GET /metrics` on the port of `--metrics-listen` serves these metrics, in the formats of Prometheus and OpenMetrics. Each
-label has a bounded number of values at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in seconds, sizes
-in bytes. [operations.md](operations.md) says what to watch, and what to do about an alert. The same port has a page for
-people at `/`, and the numbers of that page at `/status`. `make docs` writes this page from
+`GET /metrics` on the port of `--metrics-listen` serves these metrics, in the formats of Prometheus and OpenMetrics.
+Each label has a bounded number of values at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in
+seconds, sizes in bytes. [operations.md](operations.md) says what to watch, and what to do about an alert. The same port
+has a page for people at `/`, and the numbers of that page at `/status`. `make docs` writes this page from
 [`metrics.py`](../server/lovasz/server/metrics.py).
 
 The phases of a request: `receive`: header and payload; `joint`: waiting for the other ranks of its step; `queue`:
-waiting for the device; `compute`: computing its batch; `copy`: copying the batch's gradients to the host; `send`: sending
-the answer.
+waiting for the device; `compute`: computing its batch; `copy`: copying the batch's gradients to the host; `send`:
+sending the answer.
 
 | metric | type | labels | what |
 |---|---|---|---|
@@ -61,8 +61,8 @@ def configuration_page() -> str:
     return f"""# Configuration
 
 Each setting is an option of `lovasz-server` and an environment variable; the option wins. An invalid value stops the
-server at its start with a message that names it. Unknown variables that begin with `LOVASZ_` are logged. `make docs` writes
-this page from [`config.py`](../server/lovasz/server/config.py).
+server at its start with a message that names it. Unknown variables that begin with `LOVASZ_` are logged. `make docs`
+writes this page from [`config.py`](../server/lovasz/server/config.py).
 
 | option | variable | default | what |
 |---|---|---|---|
