@@ -88,8 +88,8 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy proto core client server examples benchmarks docs/figures
-	$(BIN)/mypy docs/reference.py deploy/grafana/dashboards.py
-	MYPYPATH=tests $(BIN)/mypy deploy/image_check.py
+	MYPYPATH=deploy/grafana $(BIN)/mypy docs/reference.py deploy/grafana
+	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
@@ -118,11 +118,13 @@ proto-check: .venv-proto/.installed
 		echo "import site; site.addsitedir('$$(site "$(CURDIR)/$(VENV)")')" > "$$(site .venv-$*)/newest.pth"
 	@touch $@
 
-# NVIDIA's Triton Inference Server, as a peer for the benchmark: over a gigabyte, and another NumPy.
-.venv-triton/.installed: benchmarks/triton.txt benchmarks/requirements.txt
-	@test -x .venv-triton/bin/pip || $(PYTHON) -m venv .venv-triton
-	PIP_CONSTRAINT= .venv-triton/bin/python -m pip install --quiet --requirement benchmarks/triton.txt
-	PIP_CONSTRAINT= .venv-triton/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+# NVIDIA's Triton Inference Server, a peer in the benchmark of the remote call: over a gigabyte, and another NumPy.
+.venv-inference-server/.installed: benchmarks/remote/inference_server.txt benchmarks/requirements.txt
+	@test -x .venv-inference-server/bin/pip || $(PYTHON) -m venv .venv-inference-server
+	PIP_CONSTRAINT= .venv-inference-server/bin/python -m pip install --quiet \
+		--requirement benchmarks/remote/inference_server.txt
+	PIP_CONSTRAINT= .venv-inference-server/bin/python -m pip install --quiet --no-deps \
+		--requirement benchmarks/requirements.txt
 	@touch $@
 
 # Without the examples and what a server does by itself, which do not depend on these versions.
@@ -135,25 +137,25 @@ gpu: export PYTHONPATH := proto:core:client:server
 gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
 	print('-n auto' if f('xdist') else '', '-p no:benchmark' if f('pytest_benchmark') else '')")
 gpu:
-	$(PYTHON) benchmarks/gpu.py --json benchmarks/results/core_cuda.json
+	$(PYTHON) -m benchmarks.core.gpu --json benchmarks/results/core_cuda.json
 	$(PYTHON) -m pytest -m gpu tests/core $(PARALLEL)
 
-# The peer without what it wants for other losses than this one.
+# --no-deps: the usual implementation of this loss needs only torch, its package much more.
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
-	$(BIN)/python benchmarks/core_loss.py --device cpu --json benchmarks/results/core_cpu.json --plot docs/figures
+	$(BIN)/python -m benchmarks.core.cpu --json benchmarks/results/core_cpu.json --plot docs/figures
 
-bench-remote: $(INSTALLED) .venv-triton/.installed
+bench-remote: $(INSTALLED) .venv-inference-server/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
-	$(BIN)/python benchmarks/data_plane.py --triton .venv-triton/bin/python \
+	$(BIN)/python -m benchmarks.remote --inference-server .venv-inference-server/bin/python \
 		--json benchmarks/results/data_plane_cpu.json --plot docs/figures
 
 bench-joint: $(INSTALLED)
-	$(BIN)/python benchmarks/joint.py --json benchmarks/results/joint_cpu.json
+	$(BIN)/python -m benchmarks.joint --json benchmarks/results/joint_cpu.json
 
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures/draw.py
-	$(BIN)/python benchmarks/bins_error.py
+	$(BIN)/python -m benchmarks.bins
 
 constraints:
 	@test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && PIP_CONSTRAINT= .venv-uv/bin/pip install --quiet uv; }
@@ -161,5 +163,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-triton .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-inference-server .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto core client server -name __pycache__ -type d -exec rm -rf {} +

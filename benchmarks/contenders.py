@@ -1,25 +1,21 @@
-"""Who is timed: our own ways to compute a loss, the usual implementation, and torch's cross-entropy as a yardstick."""
+"""What is timed: our own ways to compute a loss, the usual implementation, and PyTorch's cross-entropy."""
 
 from __future__ import annotations
 
 import enum
-import importlib
-import importlib.metadata
 import importlib.util
-import sys
-import types
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-from textbook import textbook_hinge, textbook_softmax
 from torch import Tensor
 from torch.nn import functional
-from workloads import Pair, Problem, Workload
 
+from benchmarks import usual
+from benchmarks.workloads import Pair, Problem, Workload
 from lovasz.core import LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax
-from lovasz.core.batch import Request
+from lovasz.core.answers import Part, Pending
+from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend, submit
+from lovasz.core.plan import Plan
 from lovasz.spec import Result, weighted_sum
 
 Answers = list[tuple[float, Tensor]]
@@ -28,28 +24,28 @@ Run = Callable[[], Answers]
 """Forward and backward, for all requests of a workload."""
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
-SMP = "segmentation-models-pytorch"
-SMP_MODULE = "segmentation_models_pytorch"
-TORCH_PATH_BYTES = 40 << 20
-"""torch's path is slow on a CPU: it is timed on workloads of at most so many bytes of logits."""
+TORCH_LOGITS_BYTES = 40 << 20
+"""The torch backend is slow on a CPU: it is timed only where the logits take at most this many bytes."""
 
 
 class Truth(enum.Enum):
-    """What a contender's answers are held against, in float64."""
+    """The loss that a contender computes: its answers are compared with this one in float64."""
 
     LOVASZ = "lovasz"
     CROSS_ENTROPY = "cross-entropy"
 
 
 class Contender(enum.Enum):
+    """The values are what the tables call them."""
+
     OURS = "lovasz.core"
-    """As a user calls it, through autograd; requests one after the other."""
+    """As a user calls it, through autograd; one request after the other."""
     BATCHED = "lovasz.core, one batch"
-    """All requests in one call, as the server does it."""
+    """All requests in one call, as the server computes them."""
     SORTED = "lovasz.core, sorted"
     TABLES = "lovasz.core, tables"
     TORCH = "lovasz.core, torch path"
-    USUAL = "the usual implementation"
+    USUAL = usual.NAME
     CROSS_ENTROPY = "torch cross-entropy"
     """For the hinge, binary cross-entropy."""
 
@@ -58,41 +54,27 @@ class Contender(enum.Enum):
         return Truth.CROSS_ENTROPY if self is Contender.CROSS_ENTROPY else Truth.LOVASZ
 
 
-FORCED = {
-    Contender.SORTED: Backend.NUMBA_SORTED,
-    Contender.TABLES: Backend.NUMBA_TABLES,
-    Contender.TORCH: Backend.TORCH,
-}
-
-
-def contenders_of(workload: Workload, device: torch.device) -> list[Contender]:
-    """Who enters: the variants of our own where they tell something that :attr:`Contender.OURS` alone does not."""
+def contenders_on_cpu(workload: Workload) -> list[Contender]:
+    """The contenders of a workload, with those of our own variants that show something which OURS alone does not."""
     entered = [Contender.OURS]
-    compiled = device.type == "cpu" and importlib.util.find_spec("numba") is not None
     if workload.requests > 1:
         entered.append(Contender.BATCHED)
-    elif compiled:
+    elif importlib.util.find_spec("numba") is not None:
         entered += [Contender.SORTED] if workload.growth else [Contender.SORTED, Contender.TABLES]
-    single = workload.requests == 1 and not workload.growth
-    if device.type == "cuda" or (compiled and single and workload.logits_bytes <= TORCH_PATH_BYTES):
-        entered.append(Contender.TORCH)
+        if not workload.growth and workload.logits_bytes <= TORCH_LOGITS_BYTES:
+            entered.append(Contender.TORCH)
     return [*entered, Contender.USUAL, Contender.CROSS_ENTROPY]
 
 
-def label(contender: Contender) -> str:
-    """What the table calls a contender: for the usual implementation, whose it is here."""
-    if contender is Contender.USUAL:
-        return SMP if importlib.util.find_spec(SMP_MODULE) else "textbook (peer is not installed)"
-    return str(contender.value)
-
-
 def bind(contender: Contender, problem: Problem, pairs: Sequence[Pair]) -> Run:
-    """Makes a contender ready to compute these requests, as often as it is called."""
+    """Prepares a contender for these requests. The result can be called any number of times."""
     loss = LovaszSoftmax() if problem is Problem.SOFTMAX else LovaszHinge()
     if contender is Contender.BATCHED:
         return lambda: _in_one_batch(pairs, loss)
-    if contender in FORCED:
-        return lambda: [_on_path(FORCED[contender], logits, labels, loss) for logits, labels in pairs]
+    if contender is Contender.TORCH:
+        return lambda: [_by_torch(logits, labels, loss) for logits, labels in pairs]
+    if contender in (Contender.SORTED, Contender.TABLES):
+        return lambda: [_by_numba(contender, logits, labels, loss) for logits, labels in pairs]
     criterion = _criterion(contender, problem)
     if contender is Contender.CROSS_ENTROPY and problem is Problem.HINGE:
         pairs = [(logits, labels.to(logits.dtype)) for logits, labels in pairs]
@@ -106,31 +88,12 @@ def _criterion(contender: Contender, problem: Problem) -> Criterion:
         return lovasz_softmax if softmax else lovasz_hinge
     if contender is Contender.CROSS_ENTROPY:
         return functional.cross_entropy if softmax else functional.binary_cross_entropy_with_logits
-    losses = _smp_losses()
-    if losses is None:
-        return textbook_softmax if softmax else textbook_hinge
-    criterion: Criterion = losses.LovaszLoss("multiclass" if softmax else "binary", from_logits=True)
+    criterion: Criterion = usual.losses().LovaszLoss("multiclass" if softmax else "binary", from_logits=True)
     return criterion
 
 
-def _smp_losses() -> Any:
-    """The losses of segmentation-models-pytorch, or None without it.
-
-    Its losses need torch alone, its top level torchvision and more. A bare module in its place, which only knows where
-    the package lies, lets the losses be imported without that.
-    """
-    spec = importlib.util.find_spec(SMP_MODULE)
-    if spec is None:
-        return None
-    bare = types.ModuleType(SMP_MODULE)
-    bare.__path__ = list(spec.submodule_search_locations or [])
-    bare.__spec__ = spec
-    sys.modules[SMP_MODULE] = bare
-    return importlib.import_module(f"{SMP_MODULE}.losses")
-
-
 def _through_autograd(criterion: Criterion, leaves: Sequence[Pair]) -> Answers:
-    """One request after the other. Nothing of one call is left for the next: the gradients go to the caller."""
+    """One request after the other. The caller gets the gradients: no call finds those of the call before."""
     answers = []
     for leaf, labels in leaves:
         loss = criterion(leaf, labels)
@@ -141,10 +104,28 @@ def _through_autograd(criterion: Criterion, leaves: Sequence[Pair]) -> Answers:
     return [(loss.item(), grad) for loss, grad in answers]
 
 
-def _on_path(path: Backend, logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> tuple[float, Tensor]:
-    result = compute(logits, labels, loss, backend=path)
+def _by_torch(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> tuple[float, Tensor]:
+    result = compute(logits, labels, loss, backend=Backend.TORCH)
     assert result.grad is not None
     return result.loss, result.grad
+
+
+def _by_numba(
+    contender: Contender, logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge
+) -> tuple[float, Tensor]:
+    """The compiled backend with all segments sorted, or all counted."""
+    from lovasz.core.backends.numba import compute as numba_compute
+    from lovasz.core.backends.numba.extension import COUNT_ALL, SORT_ALL
+
+    total = weighted_sum(loss)
+    batch = Batch.of([Request.checked(logits, labels, total)])
+    plan = Plan.of(batch, total, logits.device)
+    thresholds = SORT_ALL if contender is Contender.SORTED else COUNT_ALL
+    computed = numba_compute.compute(plan, batch, want_grad=True, thresholds=thresholds)
+    (answer,) = Pending(batch.requests, (Part((0,), plan, batch, computed),)).collect()
+    assert isinstance(answer, Result)
+    assert answer.grad is not None
+    return answer.loss, answer.grad
 
 
 def _in_one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge) -> Answers:
@@ -156,11 +137,3 @@ def _in_one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge) -> A
         assert answer.grad is not None
         answers.append((answer.loss, answer.grad))
     return answers
-
-
-def version(package: str) -> str | None:
-    """Of an installed distribution; None if it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,4 +1,7 @@
-"""What is timed: shapes, and logits in three regimes of training. The same inputs in every process, from one seed."""
+"""The inputs of all benchmarks: shapes, and logits in three regimes of training.
+
+Every process that asks for the same inputs gets the same ones: they come from one seed.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 """The logits and the labels of one request."""
 
+CPU = torch.device("cpu")
+CLASSES = 19
+"""As in Cityscapes."""
 REGIONS = 1024
-"""Labels are piecewise constant, in about so many regions an image: few enough to look like one, enough for all
-classes to occur."""
+"""About how many regions of one class an image has: few enough to look like one, enough for all classes to occur."""
 SMALL_PIXELS = 1 << 16
-"""Enough to take the path of large inputs."""
+"""Enough to be computed like large inputs."""
 
 
 class Problem(enum.Enum):
@@ -30,12 +35,12 @@ class Problem(enum.Enum):
 
 @dataclass(frozen=True)
 class Regime:
-    """Logits as they are at some time of a training: noise, and a margin on the class that the network would choose.
+    """Logits as they are at one stage of a training: noise, and a margin on the class that the network predicts.
 
     Attributes:
         noise: standard deviation.
-        margin: added to the chosen class's logit; for the hinge, with the sign of the choice.
-        right: at this share of the pixels the choice is the label, at the others a class at random.
+        margin: added to the logit of the predicted class; for the hinge, with the sign of the prediction.
+        right: the share of pixels whose prediction is the label; the other pixels have a random one.
     """
 
     name: str
@@ -44,14 +49,18 @@ class Regime:
     right: float
 
 
-REGIMES = (Regime("fresh", 0.1, 0.0, 1.0), Regime("half-trained", 1.0, 3.0, 0.8), Regime("trained", 1.0, 10.0, 0.97))
+FRESH = Regime("fresh", 0.1, 0.0, 1.0)
+HALF_TRAINED = Regime("half-trained", 1.0, 3.0, 0.8)
+TRAINED = Regime("trained", 1.0, 10.0, 0.97)
+REGIMES = (FRESH, HALF_TRAINED, TRAINED)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``requests`` requests whose logits have one shape.
+    """One or more requests whose logits have the same shape.
 
     Attributes:
+        logits: the shape of the logits of a request.
         growth: whether it is a point of the plots over the number of pixels.
     """
 
@@ -60,9 +69,18 @@ class Workload:
     requests: int = 1
     growth: bool = False
 
+    @classmethod
+    def of_bytes(cls, nbytes: int) -> Workload:
+        """One request of about ``nbytes`` bytes: float32 logits, and a byte for each label."""
+        return cls((1, CLASSES, 1, nbytes // (4 * CLASSES + 1)))
+
+    @property
+    def shape(self) -> str:
+        return "x".join(map(str, self.logits))
+
     @property
     def name(self) -> str:
-        shape = "x".join(map(str, self.logits))
+        shape = self.shape
         if self.growth:
             return f"growth, 2^{int(math.log2(self.pixels))} pixels: {shape}"
         if self.problem is Problem.HINGE:
@@ -73,7 +91,7 @@ class Workload:
 
     @property
     def classes(self) -> int:
-        """How many values a label takes."""
+        """How many values a label can have."""
         return self.logits[1] if self.problem is Problem.SOFTMAX else 2
 
     @property
@@ -92,35 +110,35 @@ class Workload:
         return 4 * self.requests * math.prod(self.logits)
 
     def small(self) -> Workload:
-        """One of the same kind with two classes and few pixels, to compile code and to start threads with."""
+        """A small workload of the same kind, with two classes: to compile code and start threads with."""
         pixels = min(self.pixels, SMALL_PIXELS)
         if self.problem is Problem.HINGE:
             return replace(self, logits=(1, 1, pixels), requests=1)
         return replace(self, logits=(pixels, 2) if len(self.logits) == 2 else (1, 2, 1, pixels), requests=1)
 
-    def inputs(self, regime: Regime, device: torch.device) -> list[Pair]:
-        """float32 logits and int64 labels, one pair a request."""
+    def inputs(self, regime: Regime, device: torch.device = CPU, *, labels: torch.dtype = torch.int64) -> list[Pair]:
+        """Logits in float32 and labels, one pair for each request."""
         generator = torch.Generator().manual_seed(0)
         pairs = (self._pair(regime, generator) for _ in range(self.requests))
-        return [(logits.to(device), labels.to(device)) for logits, labels in pairs]
+        return [(logits.to(device), targets.to(device, labels)) for logits, targets in pairs]
 
     def _pair(self, regime: Regime, generator: torch.Generator) -> Pair:
         labels = self._regions(generator)
         logits = torch.randn(self.logits, generator=generator).mul_(regime.noise)
         if regime.margin:
             wrong = torch.rand(self.labels, generator=generator) >= regime.right
-            choice = torch.randint(0, self.classes, self.labels, generator=generator)
-            choice = torch.where(wrong, choice, labels)
+            predicted = torch.randint(0, self.classes, self.labels, generator=generator)
+            predicted = torch.where(wrong, predicted, labels)
             if self.problem is Problem.HINGE:
-                logits += torch.where(choice == 1, regime.margin, -regime.margin)
+                logits += torch.where(predicted == 1, regime.margin, -regime.margin)
             else:
-                index = choice.unsqueeze(1)
+                index = predicted.unsqueeze(1)
                 logits.scatter_add_(1, index, torch.full_like(index, regime.margin, dtype=logits.dtype))
         return logits, labels
 
     def _regions(self, generator: torch.Generator) -> Tensor:
-        """Blocks of random classes, all images alike in their grid."""
-        # A point cloud has one axis, and is one image.
+        """Labels in blocks, each of one random class. All images are divided into the same blocks."""
+        # A point cloud is one image with one axis.
         images, *spatial = self.labels if len(self.labels) > 1 else (1, *self.labels)
         blocks = [max(1, size // round(REGIONS ** (1 / len(spatial)))) for size in spatial]
         coarse = [math.ceil(size / block) for size, block in zip(spatial, blocks, strict=True)]
@@ -131,29 +149,4 @@ class Workload:
 
 
 HEADLINE = (Workload((1, 19, 512, 1024)), Workload((4, 21, 512, 512)))
-"""Those that the targets of speed are set for."""
-FULL = (
-    *HEADLINE,
-    Workload((1, 19, 64, 64), requests=64),
-    Workload((1, 19, 1024, 2048)),
-    Workload((1, 150, 512, 512)),
-    Workload((8, 512, 512), Problem.HINGE),
-    Workload((120_000, 20)),
-    *(Workload((1, 3, side, side), growth=True) for side in (256, 512, 1024, 2048, 4096)),
-)
-QUICK = (
-    Workload((1, 19, 64, 128)),
-    Workload((2, 21, 256, 128)),
-    Workload((1, 19, 32, 32), requests=8),
-    Workload((2, 64, 64), Problem.HINGE),
-    Workload((3000, 20)),
-    *(Workload((1, 3, side, side), growth=True) for side in (32, 128)),
-)
-
-
-def workload_named(name: str) -> Workload:
-    return next(workload for workload in FULL + QUICK if workload.name == name)
-
-
-def regime_named(name: str) -> Regime:
-    return next(regime for regime in REGIMES if regime.name == name)
+"""The workloads that the targets of speed are about."""

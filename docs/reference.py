@@ -1,7 +1,7 @@
-"""Writes metrics.md and configuration.md from the code that they describe, so that neither can fall behind.
+"""Writes metrics.md and configuration.md from the code that they describe.
 
 python docs/reference.py            # make docs
-python docs/reference.py --check    # fails if a page is not as it would be written
+python docs/reference.py --check    # fails if a page is not up to date
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def metrics_page() -> str:
     rows = sorted(map(_metric_row, metrics.registry.collect()))
     return f"""# Metrics
 
-What `GET /metrics` on the port of `--metrics-listen` serves, in the formats of Prometheus and OpenMetrics. Written
-from [`metrics.py`](../server/lovasz/server/observe/metrics.py) by `make docs`. A server shows a bounded number of
-values of each label at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in seconds, sizes in bytes.
-What to watch, and what an alert asks for: [operations.md](operations.md). The same port has a page for people at `/`,
-and its numbers at `/status`.
+`GET /metrics` on the port of `--metrics-listen` serves these metrics, in the formats of Prometheus and OpenMetrics.
+Each label has a bounded number of values at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in
+seconds, sizes in bytes. [operations.md](operations.md) says what to watch, and what to do about an alert. The same port
+has a page for people at `/`, and the numbers of that page at `/status`. `make docs` writes this page from
+[`metrics.py`](../server/lovasz/server/observe/metrics.py).
 
 The phases of a request: `receive`: header and payload; `joint`: waiting for the other ranks of its step; `queue`:
-waiting for the device; `compute`: its batch; `copy`: of the batch's gradients to the host; `send`: its answer.
+waiting for the device; `compute`: computing its batch; `copy`: copying the batch's gradients to the host; `send`:
+sending the answer.
 
 | metric | type | labels | what |
 |---|---|---|---|
@@ -47,7 +48,7 @@ waiting for the device; `compute`: its batch; `copy`: of the batch's gradients t
 def _metric_row(metric: Metric) -> str:
     labels = sorted({name for sample in metric.samples for name in sample.labels} - {"le"})
     if metric.name == "lovasz_requests":
-        labels = ["code", "loss", "method"]  # Without samples until the first request.
+        labels = ["code", "loss", "method"]  # It has no samples until the first request.
     if metric.name.startswith("lovasz_joint_step_"):
         labels = ["run"]
     if metric.name.startswith("lovasz_run_"):
@@ -59,9 +60,9 @@ def _metric_row(metric: Metric) -> str:
 def configuration_page() -> str:
     return f"""# Configuration
 
-Each setting of a server is an option of `lovasz-server` or a variable; the option wins. An invalid value ends the
-start with a message that names it; variables that begin with `LOVASZ_` and set nothing are logged. Written from
-[`config.py`](../server/lovasz/server/config.py) by `make docs`.
+Each setting is an option of `lovasz-server` and an environment variable; the option wins. An invalid value stops the
+server at its start with a message that names it. Unknown variables that begin with `LOVASZ_` are logged. `make docs`
+writes this page from [`config.py`](../server/lovasz/server/config.py).
 
 | option | variable | default | what |
 |---|---|---|---|

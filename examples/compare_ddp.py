@@ -1,16 +1,16 @@
-"""Shows that data-parallel training with ``joint`` is the training of one process, and what it is without.
+"""Shows that data-parallel training with ``joint`` equals the training of one process, and what happens without it.
 
 Runs the training of ddp_digits.py on all canvases of each batch in one process, then by torchrun on 2 and on 4 ranks,
-with the joint loss and with each rank's own, from the same weights. Starts a loss server and stops it:
+with the joint loss and with each rank's own loss, from the same weights. Starts a loss server and stops it:
 
     python examples/compare_ddp.py --plot out    # two minutes on two CPU cores
 
-All compute in float64, and with SGD: in float32, two runs that add the same numbers in another order are 1e-4 to 1e-2
-apart after 50 steps, and a difference of the losses could hide in there; Adam, whose steps are as long where the
-gradient is all rounding, turns one last bit into 1e-3. (The logits travel in float32 all the same.)
+All runs compute in float64 and use SGD. In float32, two runs that add the same numbers in a different order differ by
+1e-4 to 1e-2 after 50 steps, which could hide a difference of the losses. With Adam, whose steps are as long where the
+gradient is only rounding, one last bit becomes 1e-3. (The logits travel in float32 in any case.)
 
-Own losses are another loss, and its first 50 steps may well go down faster: a rank's mean is over the few classes that
-it holds. What is shown here is whether ranks train as one process does, not what comes of it.
+The ranks' own losses are a different loss, which may fall faster in its first 50 steps: the mean of a rank is over the
+few classes that it has. The comparison shows whether ranks train as one process does, not which training is better.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from torch.nn import functional
 from lovasz.client.torch import RemoteLoss
 from lovasz.server.launch import ServerProcess
 
-STOP_SECONDS = 45.0  # torchrun itself gives its ranks 30
+STOP_SECONDS = 45.0  # torchrun itself gives its ranks 30.
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train on ranks: with the joint loss, or with each rank's own."""
+    """One way to train on ranks: with the joint loss, or with each rank's own loss."""
 
     joint: bool
     ranks: int
@@ -53,14 +53,16 @@ class Way:
 
 
 def train_alone(target: str, steps: int) -> Run:
-    """All canvases of a batch, in the order of the ranks that would have them, and the loss of them all."""
+    """Trains in one process, on all canvases of a batch in the order of the ranks that would have them."""
     ddp_digits.prepare(float64=True)
     return ddp_digits.train(ddp_digits.new_model(), RemoteLoss(target, LOSS), ddp_digits.loader(0, 1, steps))
 
 
 def train_on_ranks(way: Way, target: str, steps: int, timeout: float) -> Run:
-    """Raises:
-    SystemExit: a rank failed, or they took too long; none is left.
+    """Trains on ranks by torchrun, which has ended with all ranks when this returns.
+
+    Raises:
+        SystemExit: a rank failed, or they took too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "run.pt"
@@ -68,9 +70,9 @@ def train_on_ranks(way: Way, target: str, steps: int, timeout: float) -> Run:
         command += ["--nproc-per-node", str(way.ranks), ddp_digits.__file__, "--target", target]
         command += ["--steps", str(steps), "--float64", "--save", str(saved)]
         command += [] if way.joint else ["--own-loss"]
-        # The loopback interface, also on a machine whose name stands for no address.
+        # The loopback interface, also on a machine whose name has no address.
         environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1"}
-        # A session of its own: Ctrl-C comes to this process alone, which then stops torchrun, once.
+        # A session of its own: Ctrl-C reaches this process alone, which then stops torchrun, once.
         torchrun = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             status = torchrun.wait(timeout)
@@ -98,17 +100,20 @@ def stop(torchrun: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Distance:
-    """From the training of one process: of the first gradient, and of the last weights (a: theirs, b: its own)."""
+    """The difference to the training of one process, in the first gradient and in the last weights.
+
+    a: weights of the ranks; b: weights of the one process.
+    """
 
     one_minus_cosine: float
     largest: float  # max |a-b|
     largest_relative: float  # max |a-b| / max |b|, over all weights
     norm_relative: float  # |a-b| / |b|, over all weights
-    loss: float  # the global batch's, at the last step
+    loss: float  # of the global batch, at the last step
 
 
 def distance(run: Run, alone: Run) -> Distance:
-    # Half the squared chord of the angle: 1 less a cosine that is nearly 1 would be all rounding.
+    # Half the squared chord of the angle: 1 minus a cosine of nearly 1 would be only rounding.
     a, b = (functional.normalize(gradient.double(), dim=0) for gradient in (run.first_gradient, alone.first_gradient))
     chord = (a - b).norm().item()
     apart, weights = run.weights - alone.weights, alone.weights
@@ -128,7 +133,7 @@ def print_table(alone: Run, distances: dict[Way, Distance]) -> None:
 
 
 def draw(alone: Run, runs: dict[Way, Run], folder: Path) -> Path:
-    """The loss of the global batch over the steps, and how far each run is from that of one process."""
+    """Draws the loss of the global batch over the steps, and the difference of each run to the one process."""
     figure = Figure(figsize=(9.5, 4), layout="constrained")
     losses, apart = figure.subplots(1, 2)
     steps = range(1, len(alone.losses) + 1)
@@ -136,7 +141,7 @@ def draw(alone: Run, runs: dict[Way, Run], folder: Path) -> Path:
     for way, run in runs.items():
         colour, style = "#2a6f97" if way.joint else "#d1602f", "--" if way.ranks == 2 else ":"
         losses.plot(steps, run.losses, style, color=colour, linewidth=1.4, label=str(way))
-        # What is equal to the bit has no place on a logarithmic axis, and lies on its lower edge.
+        # A logarithmic axis has no 0: runs that are equal to the bit are drawn on its lower edge.
         gaps = [max(abs(a - b), 1e-12) for a, b in zip(run.losses, alone.losses, strict=True)]
         apart.plot(steps, gaps, style, color=colour, linewidth=1.4)
     losses.set(xlabel="step", ylabel="Lovász-Softmax loss of the global batch")
@@ -158,15 +163,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], choices=[2, 4], help="(2 4)")
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="of a training (%(default)g)")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw joint_digits.png there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for what the table shows")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="for each training (%(default)g)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw joint_digits.png into this folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the table to this file")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # As Ctrl-C: ends what was started.
     started = time.perf_counter()
     ways = [Way(joint, ranks) for joint in (True, False) for ranks in args.ranks]
     with ServerProcess(["--device", "cpu"]) as server:

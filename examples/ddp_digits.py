@@ -1,17 +1,18 @@
-"""Data-parallel training on the Lovász loss of the global batch: what ``joint`` is for.
+"""Data-parallel training with the Lovász loss of the global batch: what ``joint`` is for.
 
-IoU is not a mean over images, and nor is its loss: the mean of what each rank finds for its own images is another loss,
-the more so where the ranks hold other classes. With ``joint`` each rank sends its own logits, and gets its part of the
-gradient of the loss of them all. In a DistributedDataParallel training, that is one more argument:
+IoU is not a mean over images, and neither is its loss: the mean of the losses that the ranks compute for their own
+images is a different loss, even more so if the ranks have different classes. With ``joint`` each rank sends its own
+logits, and gets its part of the gradient of the loss of all logits. In a DistributedDataParallel training, it is one
+more argument:
 
     criterion = RemoteLoss(target, loss, joint=Joint.from_distributed("name of this training"))
 
-With a server that is there (1, 2 or 4 ranks):
+With a running server, on 1, 2 or 4 ranks:
 
     torchrun --nproc-per-node 2 examples/ddp_digits.py --target localhost:50051
 
-The images are those of segment_digits.py, but each quarter of them holds some of the digits only, and each rank has one
-or two quarters. compare_ddp.py shows that this is the training that one process does, and what it is without ``joint``.
+The images are those of segment_digits.py, but each quarter of them has only some of the digits, and each rank has one
+or more quarters. compare_ddp.py shows that this equals the training of one process, and what happens without ``joint``.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from segment_digits import VOID, Digits, Scenes, UNet, batches, compose_scenes, split_digits
+from digit_scenes import VOID, Digits, Scenes, batches, compose_scenes, split_digits
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
+from unet import UNet
 
 from lovasz.client import Joint, LovaszSoftmax, Result
 from lovasz.client.torch import RemoteLoss
 
 LOSS = LovaszSoftmax(ignore_index=VOID)  # or a sum: [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(...))]
-DIGITS_HELD = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))  # by each quarter of the data
-CANVASES = 100  # a quarter
+DIGITS_HELD = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))  # Of each quarter of the data.
+CANVASES = 100  # In each quarter.
 GROUPS = 8
 STEPS = 50
 LEARNING_RATE = 0.2
@@ -51,7 +53,7 @@ def main() -> None:
     run = train_rank(args)
     if distributed.get_rank() == 0 and args.save:
         torch.save(asdict(run), args.save)
-    # The model is gone by now: with PyTorch 2.13 and gloo, one that outlives its process group may hang at the end.
+    # train_rank() has freed the model: with PyTorch 2.13 and gloo, a model that outlives its process group may hang.
     distributed.destroy_process_group()
 
 
@@ -76,7 +78,7 @@ def train(model: nn.Module, criterion: RemoteLoss | OwnLoss, loader: Iterable[tu
 
 
 def prepare(float64: bool) -> None:
-    """One thread and no algorithm that depends on chance, so that runs can be compared; in float64 more closely."""
+    """One thread and only deterministic algorithms, so that runs can be compared; in float64 more closely."""
     torch.set_default_dtype(torch.float64 if float64 else torch.float32)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -89,7 +91,7 @@ def new_model() -> nn.Module:
 
 
 def with_group_norm(module: nn.Module) -> nn.Module:
-    """Each batch norm becomes a group norm: that of a rank would see the images of this rank only."""
+    """Replaces each batch norm by a group norm: a batch norm would see the images of one rank only."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
@@ -99,10 +101,10 @@ def with_group_norm(module: nn.Module) -> nn.Module:
 
 
 class OwnLoss(nn.Module):
-    """What a training has without ``joint``: each rank the loss of its own images, whose gradients are averaged.
+    """A training without ``joint``: each rank has the loss of its own images, and the gradients are averaged.
 
     Attributes:
-        result: that of the loss of the global batch, to compare with; it has no part in the training.
+        result: the loss of the global batch, to compare with; the training does not use it.
     """
 
     def __init__(self, target: str, joint: Joint) -> None:
@@ -121,7 +123,7 @@ class OwnLoss(nn.Module):
 
 @dataclass
 class Run:
-    """What a training leaves: the global batch's loss at each step, the first step's gradient, the last weights."""
+    """What is kept of a training: the loss of the global batch at each step, the first gradient, the last weights."""
 
     losses: list[float] = field(default_factory=list)
     first_gradient: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -138,7 +140,7 @@ class Run:
 
 
 def loader(rank: int, world_size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one rank. Those of all ranks, one after the other, are the same however many ranks there are."""
+    """The batches of one rank. Those of all ranks together are the same for any number of ranks."""
     if len(DIGITS_HELD) % world_size:
         raise ValueError(f"the data come in {len(DIGITS_HELD)} quarters; got {world_size} ranks; expected 1, 2 or 4")
     digits, _ = split_digits(seed=0)
@@ -152,7 +154,7 @@ def loader(rank: int, world_size: int, steps: int) -> Iterator[tuple[Tensor, Ten
 
 
 def compose_quarter(digits: Digits, quarter: int) -> Scenes:
-    """Canvases with some digits only: ``compose_scenes`` draws ten, so it gets those few under ten numbers."""
+    """Canvases with some digits only: ``compose_scenes`` draws ten, so it gets these few under ten numbers."""
     held = DIGITS_HELD[quarter]
     true = np.array([held[number % len(held)] for number in range(10)])
     bitmaps = [digits.bitmaps[digits.values == value] for value in true]
@@ -167,9 +169,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", metavar="HOST:PORT", required=True, help="a running loss server")
     parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
-    parser.add_argument("--own-loss", action="store_true", help="without joint: each rank the loss of its own images")
-    parser.add_argument("--float64", action="store_true", help="what two runs differ in is then not their rounding")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="for losses, first gradient and weights")
+    parser.add_argument(
+        "--own-loss", action="store_true", help="without joint: each rank has the loss of its own images"
+    )
+    parser.add_argument(
+        "--float64", action="store_true", help="compute in float64, so that rounding hides no difference between runs"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="write losses, first gradient and weights to this file"
+    )
     return parser.parse_args()
 
 

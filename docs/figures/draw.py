@@ -1,4 +1,7 @@
-"""Draws ``lovasz_extension.png``, the figure of docs/mathematics.md: ``.venv/bin/python docs/figures/draw.py``."""
+"""Draws ``lovasz_extension.png``, the first figure of docs/mathematics.md.
+
+.venv/bin/python docs/figures/draw.py    # make figures
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lovasz.core.backends.numba import extension, hinge, softmax
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses
-from lovasz.core.backends.numba.extension import score_term
+from lovasz.core.backends.numba.extension import Thresholds, score_term
 from lovasz.core.backends.numba.scratch import SCRATCH
 from lovasz.core.batch import Batch
 from lovasz.core.computed import FIXED_POINT_BITS, PROBABILITY_TOLERANCE, Computed, TermValues, Values
@@ -25,7 +25,13 @@ from lovasz.spec import LovaszSoftmax
 
 
 def compute(
-    plan: Plan, batch: Batch, *, want_grad: bool, want_total: bool = False, stop: Stop | None = None
+    plan: Plan,
+    batch: Batch,
+    *,
+    want_grad: bool,
+    want_total: bool = False,
+    stop: Stop | None = None,
+    thresholds: Thresholds | None = None,
 ) -> Computed:
     """Computes a batch of any element type except float64; offers no ``Computed.total``.
 
@@ -34,13 +40,13 @@ def compute(
     """
     with SCRATCH.borrow() as scratch:
         call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop)
-        terms = _hinge(call) if plan.is_hinge else _softmax(call)
+        terms = (_hinge if plan.is_hinge else _softmax)(call, thresholds or extension.THRESHOLDS)
     labels, predictions, hits = (call.per_joint(counts) for counts in call.counts[:3])
     values = Values(tuple(terms), labels, predictions, hits, call.counts.faults.reshape(-1, len(plan.sizes)))
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)
 
 
-def _softmax(call: Call) -> list[TermValues]:
+def _softmax(call: Call, thresholds: Thresholds) -> list[TermValues]:
     plan, labelling, codes = call.plan, call.labelling, call.codes()
     inputs: dict[str, Any] = {"labelling": labelling, "errors": call.errors, "codes": codes[0]}
     entropies = _cross_entropies(call)
@@ -66,7 +72,7 @@ def _softmax(call: Call) -> list[TermValues]:
             ignored = call.ignored_code(term)
             if ignored != labelling.void:
                 counts[ignored] = 0
-            terms.append(_score(call, term, counts, counts, codes, add, scored_planes))
+            terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
         else:
             terms.append(_cross_entropy(call, term, entropies))
     if call.want_grad and plan.loss.probabilities:
@@ -76,7 +82,7 @@ def _softmax(call: Call) -> list[TermValues]:
     return terms
 
 
-def _hinge(call: Call) -> list[TermValues]:
+def _hinge(call: Call, thresholds: Thresholds) -> list[TermValues]:
     codes, count = call.codes(), len(call.counts.labels)
     valid, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
     call.run_blocks(
@@ -102,7 +108,7 @@ def _hinge(call: Call) -> list[TermValues]:
             counted = foreground
         groups = call.layout.groups(term)
         tops = np.maximum.reduceat(largest.reshape(-1, call.plan.channels), groups.first_plane, axis=0).T
-        terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, tops))
+        terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
     if call.want_grad:
         call.clear_grads(scored_planes)
     return terms
@@ -124,6 +130,7 @@ def _score(
     codes: npt.NDArray[Any],
     add: bool,
     scored_planes: npt.NDArray[np.bool_],
+    thresholds: Thresholds,
     largest: npt.NDArray[np.int64] | None = None,
 ) -> TermValues:
     """Scores a Lovász term, and marks the rows (classes) of each plane that get a gradient.
@@ -135,7 +142,7 @@ def _score(
     """
     groups = call.layout.groups(term)
     scored, weights = select_segments(term, counted, groups.share, term.class_weights, term.listed)
-    losses = score_term(call, term, scored, weights, foreground, codes, add, extension.THRESHOLDS, largest)
+    losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, largest)
     scored_planes |= scored.T[np.repeat(np.arange(len(groups.planes)), groups.planes)]
     return TermValues(losses, scored)
 

@@ -1,0 +1,1 @@
+"""The loss in process, beside the usual implementation and PyTorch's cross-entropy."""

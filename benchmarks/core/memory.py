@@ -1,0 +1,54 @@
+"""The peak memory of a piece of code, beyond what was in use before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # proc(5): "reset the peak resident set size to the process's current resident set size value"
+
+
+class Meter:
+    """Measures from its construction on.
+
+    On a GPU it counts what torch's allocator hands out. On a CPU it counts resident pages, so new memory that an
+    implementation keeps between calls counts, too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before: int | None = torch.cuda.memory_allocated(device)
+        else:
+            self._before = _start_resident()
+
+    def peak_bytes(self) -> int | None:
+        """None where the system does not tell."""
+        if self._before is None:
+            return None
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return _status_bytes("VmHWM") - self._before
+
+
+def _start_resident() -> int | None:
+    """Resets the peak. Returns freed memory to the system first, as it would hide what is allocated next."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR_REFS.write_text(RESET_PEAK)
+    except (OSError, AttributeError):  # Not Linux, not glibc, or not allowed.
+        return None
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,56 @@
+"""One contender on one workload, in a child process."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from benchmarks import truth
+from benchmarks.contenders import Answers, Contender, Run, Truth, bind
+from benchmarks.core.memory import Meter
+from benchmarks.workloads import CPU, FRESH, Pair, Regime, Workload
+
+
+class Worker:
+    def __init__(self, workload: Workload, contender: Contender) -> None:
+        self._workload = workload
+        self._contender = contender
+        self._pairs: list[Pair] = []
+        self._run: Run | None = None
+        self._answers: Answers = []
+
+    def set_inputs(self, regime: Regime) -> None:
+        """Makes the inputs of a regime, in place of those before."""
+        self._run, self._answers, self._pairs = None, [], []
+        self._pairs = self._workload.inputs(regime)
+        self._run = bind(self._contender, self._workload.problem, self._pairs)
+
+    def first(self) -> tuple[float, int | None]:
+        """The seconds of the first call, and its peak memory in bytes; None where the system does not tell.
+
+        A small call of the same kind comes before it, which compiles code and starts threads, so that neither counts.
+        Buffers that the small call keeps are too small to hide those of the first call.
+        """
+        small = self._workload.small()
+        bind(self._contender, small.problem, small.inputs(FRESH))()
+        meter = Meter(CPU)
+        return self._timed(), meter.peak_bytes()
+
+    def block(self, calls: int, untimed: int) -> list[float]:
+        """The seconds of consecutive calls, without those of some untimed calls before them."""
+        return [self._timed() for _ in range(untimed + calls)][untimed:]
+
+    def errors(self, file: Path) -> tuple[float, float]:
+        """The errors of loss and gradient in the last call, against the true answers in a file."""
+        return truth.worst_errors(file, self._answers)
+
+    def save_truth(self, regime: Regime, kind: Truth, file: Path) -> None:
+        """Computes the true answers of a regime and writes them to a file."""
+        truth.save(file, kind, self._workload.problem, self._workload.inputs(regime))
+
+    def _timed(self) -> float:
+        assert self._run is not None
+        self._answers = []  # A training step, too, frees the last gradient before it computes the next.
+        start = time.perf_counter()
+        self._answers = self._run()
+        return time.perf_counter() - start

