@@ -79,24 +79,26 @@ def test_alerts_fire_when_they_should() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@needs_prometheus
-def test_the_metrics_are_well_formed() -> None:
+@pytest.fixture(scope="module")
+def scraped() -> Iterator[ServerProcess]:
+    """A server for the tests of this file alone, as they ask for what is in its metrics and what is not."""
     with ServerProcess(["--device", "cpu"]) as server:
-        load(server.target, rounds=1)
-        with urllib.request.urlopen(server.metrics_url) as page:
-            text = page.read()
+        yield server
+
+
+@needs_prometheus
+def test_the_metrics_are_well_formed(scraped: ServerProcess) -> None:
+    load(scraped.target, rounds=1)
+    with urllib.request.urlopen(scraped.metrics_url) as page:
+        text = page.read()
     # Older rules of style that promtool knows would have no _created and no info metrics: errors alone count.
     run = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert b"error" not in run.stderr.lower(), run.stderr
 
 
 @needs_prometheus
-def test_every_expression_of_dashboards_and_alerts_returns_data(tmp_path: Path) -> None:
-    with (
-        ServerProcess(["--device", "cpu"]) as server,
-        prometheus(tmp_path, server) as ask,
-        LossClient(server.target) as client,
-    ):
+def test_every_expression_of_dashboards_and_alerts_returns_data(scraped: ServerProcess, tmp_path: Path) -> None:
+    with prometheus(tmp_path, scraped) as ask, LossClient(scraped.target) as client:
 
         def samples(expression: str) -> list[dict[str, Any]]:
             found: list[dict[str, Any]] = ask("query", query=expression)["result"]
@@ -107,7 +109,7 @@ def test_every_expression_of_dashboards_and_alerts_returns_data(tmp_path: Path) 
             return [f"{name}: {text}" for name, text in asked.items() if not samples(as_grafana_asks(text))]
 
         def all_have_data() -> bool:
-            load(server.target, rounds=3)
+            load(scraped.target, rounds=3)
             return not without_data()
 
         waits = client.submit(LOGITS, LABELS, LovaszSoftmax(), joint=Joint("waits", 0, 2, 0))
@@ -120,13 +122,13 @@ def test_every_expression_of_dashboards_and_alerts_returns_data(tmp_path: Path) 
 
 
 @needs_prometheus
-def test_traced_requests_are_exemplars(tmp_path: Path) -> None:
+def test_traced_requests_are_exemplars(scraped: ServerProcess, tmp_path: Path) -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
-    with ServerProcess(["--device", "cpu"]) as server, prometheus(tmp_path, server) as ask:
+    with prometheus(tmp_path, scraped) as ask:
         logits, labels = (wire.TensorSpec(wire.dtype_named(a.dtype.name), a.shape) for a in (LOGITS, LABELS))
         header = wire.Request.checked(weighted_sum(LovaszSoftmax()), logits, labels, want_grad=True).to_proto()
         message = pb.ComputeRequest(header=header, logits=LOGITS.tobytes(), labels=LABELS.tobytes())
-        with grpc.insecure_channel(server.target) as channel:
+        with grpc.insecure_channel(scraped.target) as channel:
             stub = loss_pb2_grpc.LossServiceStub(channel)
             stub.Compute(message, metadata=(("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),), timeout=30)
 

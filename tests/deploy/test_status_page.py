@@ -68,35 +68,34 @@ def test_what_is_not_a_number_is_null() -> None:
         assert status_of(server)["samples"]["lovasz_run_loss"] == [[{"run": "diverged", "mode": "train"}, None]]
 
 
-def test_other_paths_are_told_what_there_is() -> None:
-    with ServerProcess(["--device", "cpu"]) as server:
-        with pytest.raises(urllib.error.HTTPError, match="404") as refused:
-            urllib.request.urlopen(server.metrics_url + "x")
-        assert b"/status" in refused.value.read()
-        refused.value.close()
+def test_other_paths_are_told_what_there_is(server: ServerProcess) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404") as refused:
+        urllib.request.urlopen(server.metrics_url + "x")
+    assert b"/status" in refused.value.read()
+    refused.value.close()
 
 
-def test_other_methods_than_get_are_refused_and_head_has_no_body() -> None:
-    with ServerProcess(["--device", "cpu"]) as server:
-        page = urllib.request.Request(server.metrics_url, method="HEAD")
-        with urllib.request.urlopen(page) as answer:
-            assert answer.status == 200
-            assert answer.read() == b""
-        with pytest.raises(urllib.error.HTTPError, match="405") as refused:
-            urllib.request.urlopen(urllib.request.Request(server.metrics_url, method="POST", data=b"x"))
-        refused.value.close()
+def test_other_methods_than_get_are_refused_and_head_has_no_body(server: ServerProcess) -> None:
+    page = urllib.request.Request(server.metrics_url, method="HEAD")
+    with urllib.request.urlopen(page) as answer:
+        assert answer.status == 200
+        assert answer.read() == b""
+    with pytest.raises(urllib.error.HTTPError, match="405") as refused:
+        urllib.request.urlopen(urllib.request.Request(server.metrics_url, method="POST", data=b"x"))
+    refused.value.close()
 
 
-def test_callers_that_say_nothing_or_go_away_hold_up_nobody_and_leave_no_trace_in_the_log() -> None:
-    with ServerProcess(["--device", "cpu"]) as server:
-        lines = len(server.log)
-        address = urllib.parse.urlsplit(server.metrics_url)
-        with ExitStack() as silent:
-            for _ in range(100):
-                connection = silent.enter_context(socket.create_connection((address.hostname, address.port)))
-                connection.sendall(b"GET /met")
-        assert eventually(lambda: metric(server, "lovasz_device_healthy") == 1)
-        assert len(server.log) == lines
+def test_callers_that_say_nothing_or_go_away_hold_up_nobody_and_leave_no_trace_in_the_log(
+    server: ServerProcess,
+) -> None:
+    lines = len(server.log)
+    address = urllib.parse.urlsplit(server.metrics_url)
+    with ExitStack() as silent:
+        for _ in range(100):
+            connection = silent.enter_context(socket.create_connection((address.hostname, address.port)))
+            connection.sendall(b"GET /met")
+    assert eventually(lambda: metric(server, "lovasz_device_healthy") == 1)
+    assert len(server.log) == lines
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser (Debian: apt-get install chromium)")

@@ -17,11 +17,12 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from support.client_to_kill import LARGE
 from support.footprint import Footprint, available_bytes, forget_peak, peak_bytes
+from support.messages import messages_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
 
-from lovasz import wire
 from lovasz.client import (
     CrossEntropy,
     DeadlineExceededError,
@@ -33,31 +34,11 @@ from lovasz.client import (
 from lovasz.client.errors import from_rpc_error
 from lovasz.client.torch import RemoteLoss
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 
 SOFTMAX = LovaszSoftmax()
 GIB = 1 << 30
-
-
-def tensors(side: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.RandomState(side)
-    logits = random.randn(1, classes, side, side).astype(np.float32)
-    return logits, random.randint(0, classes, (1, side, side)).astype(np.uint8)
-
-
-def messages_of(logits: np.ndarray, labels: np.ndarray) -> list[pb.ComputeStreamRequest]:
-    specs = (
-        wire.TensorSpec(wire.dtype_named("float32"), logits.shape),
-        wire.TensorSpec(wire.dtype_named("uint8"), labels.shape),
-    )
-    header = wire.Request.checked(weighted_sum(SOFTMAX), *specs, want_grad=True).to_proto()
-    chunks = wire.chunks([wire.as_bytes(logits), wire.as_bytes(labels)])
-    return [
-        pb.ComputeStreamRequest(header=header),
-        *(pb.ComputeStreamRequest(chunk=bytes(chunk)) for chunk in chunks),
-    ]
 
 
 @contextmanager
@@ -183,43 +164,10 @@ def test_a_deadline_that_passes_ends_the_work_wherever_it_is(server: ServerProce
     assert metric(server, "lovasz_abandoned_total", reason="expired") > before
 
 
-CLIENT = """
-import sys, threading, numpy as np, grpc
-sys.path.insert(0, {tests!r})
-from end_to_end.test_data_plane import messages_of, tensors
-from lovasz.client import LossClient, LovaszSoftmax
-from lovasz.v1 import loss_pb2_grpc
-
-phase, target = sys.argv[1:]
-forever = threading.Event()
-
-def first(count):
-    yield from messages_of(*tensors(1000))[:count]
-    if count:
-        forever.wait(60)
-
-if phase in ("header", "payload", "result"):
-    call = loss_pb2_grpc.LossServiceStub(grpc.insecure_channel(target)).ComputeStream(
-        first(dict(header=1, payload=8, result=None)[phase]))
-    if phase == "result":
-        next(call)
-    print("there", flush=True)
-    forever.wait(60)
-client = LossClient(target, timeout=60)
-large = np.zeros((1, 19, 2000, 2000), np.float32), np.zeros((1, 2000, 2000), np.uint8)
-if phase == "holding":
-    result = client.compute(*tensors(1000), LovaszSoftmax())
-    print("there", flush=True)
-    forever.wait(60)
-print("there", flush=True)
-client.compute(*large, LovaszSoftmax())
-"""
-
-
 def killed(phase: str, target: str, after: float = 0.0) -> None:
     """A client that is killed when it has come to this phase."""
-    script = CLIENT.format(tests=str(Path(__file__).parents[1]))
-    process = subprocess.Popen([sys.executable, "-c", script, phase, target], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "support.client_to_kill", phase, target]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "there\n"
@@ -248,7 +196,7 @@ def test_clients_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
                     killed("compute", target, after)
                     assert eventually(empty), f"{after} s after the call to {target}"
             with LossClient(unix) as client:
-                assert client.compute(*large, SOFTMAX).loss > 0
+                assert client.compute(*LARGE, SOFTMAX).loss > 0
             assert eventually(empty)
             # What is kept for next requests is given back to the system when none come.
             assert eventually(lambda: metric(server, "lovasz_staging_idle_bytes") == 0)
@@ -263,7 +211,6 @@ def test_clients_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
                 and now.shared_files == first.shared_files
             )
 
-        large = np.zeros((1, 19, 2000, 2000), np.float32), np.zeros((1, 2000, 2000), np.uint8)
         first = kill_all()
         kill_all()
         # grpcio 1.63 keeps the sockets and buffers of some killed clients until others come; 1.85 does not.
@@ -285,19 +232,18 @@ def test_clients_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_four_gibibytes_of_logits_go_through() -> None:
-    """Equal logits, so that loss and gradient are known: every error is a half, and all are one tie."""
+    """Equal logits, so that loss and gradient are known."""
     if available_bytes() < 20 * GIB:
         pytest.skip("needs 20 GiB of free memory")
-    side = 1 << 13
-    logits, labels = np.zeros((4, 2, 2 * side, side), np.float32), np.zeros((4, 2 * side, side), np.uint8)
+    classes, side = 16, 1 << 12
+    logits, labels = np.zeros((4, classes, side, side), np.float32), np.zeros((4, side, side), np.uint8)
     assert logits.nbytes == 4 * GIB
     with ServerProcess(["--device", "cpu", "--memory-budget", "12GiB"]) as server, LossClient(server.target) as client:
         result = client.compute(logits, labels, CrossEntropy(), timeout=300)
-        assert result.loss == pytest.approx(np.log(2), rel=1e-6)
+        assert result.loss == pytest.approx(np.log(classes), rel=1e-6)
         assert result.grad.shape == logits.shape
-        expected = 0.5 / labels.size
-        for grad, sign in ((result.grad[:, 0], -1), (result.grad[:, 1], 1)):
-            assert grad.min() == grad.max() == pytest.approx(sign * expected, rel=1e-6)
+        for grad, expected in ((result.grad[:, 0], 1 / classes - 1), (result.grad[:, 1:], 1 / classes)):
+            assert grad.min() == grad.max() == pytest.approx(expected / labels.size, rel=1e-6)
         del result, grad
         assert metric(server, "lovasz_requests_total", method="ComputeStream", code="OK") == 1
         assert metric(server, "lovasz_in_flight_bytes") == 0

@@ -19,7 +19,8 @@ import pytest
 import torch
 from support import many_ranks
 from support.footprint import Footprint
-from support.many_ranks import WORLD, request_of
+from support.many_ranks import WORLD
+from support.messages import request_of
 from support.scrape import metric
 from support.waiting import eventually
 
@@ -261,7 +262,7 @@ def test_a_trainer_that_counts_by_itself_says_which_step_it_is(servers: ServerPr
 def test_a_request_that_is_sent_again_gets_the_same_bytes(servers: ServerProcess) -> None:
     """As where the answer was lost on its way."""
     requests = [
-        request_of(*many_ranks.tensors(0, rank), wire.Joint("again", 0, rank, 2, bytes([rank] * 16)))
+        request_of(*many_ranks.tensors(0, rank), joint=wire.Joint("again", 0, rank, 2, bytes([rank] * 16)))
         for rank in range(2)
     ]
     with grpc.insecure_channel(servers.target) as channel:
@@ -280,7 +281,7 @@ def test_a_request_that_is_sent_again_gets_the_same_bytes(servers: ServerProcess
 def test_a_rank_that_goes_away_while_it_waits_can_be_started_again(servers: ServerProcess) -> None:
     parts = [many_ranks.tensors(0, rank) for rank in range(3)]
     with LossClient(servers.target) as client, grpc.insecure_channel(servers.target) as channel:
-        message = request_of(*parts[0], wire.Joint("restarted rank", 0, 0, 3, b"1"))
+        message = request_of(*parts[0], joint=wire.Joint("restarted rank", 0, 0, 3, b"1"))
         gone = loss_pb2_grpc.LossServiceStub(channel).Compute.future(message)
         others = [client.submit(*parts[rank], SOFTMAX, joint=Joint("restarted rank", rank, 3, step=0)) for rank in (1,)]
         assert eventually(lambda: metric(servers, "lovasz_joint_ranks_waiting") == 2)
@@ -351,7 +352,7 @@ def test_ranks_that_wait_do_not_take_the_threads_that_the_last_ones_need(impatie
 
         def ask(run: int, rank: int, stub: int = 0) -> grpc.Future:
             joint = wire.Joint(f"threads {run}", 0, rank, 2, bytes([run, rank]))
-            return stubs[stub].Compute.future(request_of(*parts[rank], joint), timeout=60)
+            return stubs[stub].Compute.future(request_of(*parts[rank], joint=joint), timeout=60)
 
         for _ in range(3):
             waiting = [ask(run, 0) for run in range(4)]
@@ -403,14 +404,14 @@ def test_sigterm_lets_the_last_ranks_come_and_ends_with_all_answered() -> None:
     parts = [many_ranks.tensors(0, rank) for rank in range(2)]
     with ServerProcess(["--device", "cpu"]) as server, grpc.insecure_channel(server.target) as channel:
         stub = loss_pb2_grpc.LossServiceStub(channel)
-        first = stub.Compute.future(request_of(*parts[0], wire.Joint("drain", 0, 0, 2, b"1")), timeout=60)
+        first = stub.Compute.future(request_of(*parts[0], joint=wire.Joint("drain", 0, 0, 2, b"1")), timeout=60)
         assert eventually(lambda: metric(server, "lovasz_joint_ranks_waiting") == 1)
         with ThreadPoolExecutor(1) as pool:
             status = pool.submit(server.stop)
             assert eventually(lambda: any(line["event"] == "draining" for line in server.log))
-            new = stub.Compute.future(request_of(*parts[0], wire.Joint("drain", 1, 0, 2, b"2")), timeout=60)
+            new = stub.Compute.future(request_of(*parts[0], joint=wire.Joint("drain", 1, 0, 2, b"2")), timeout=60)
             assert new.code() is grpc.StatusCode.UNAVAILABLE
-            second = stub.Compute.future(request_of(*parts[1], wire.Joint("drain", 0, 1, 2, b"3")), timeout=60)
+            second = stub.Compute.future(request_of(*parts[1], joint=wire.Joint("drain", 0, 1, 2, b"3")), timeout=60)
             assert first.result().header.loss == second.result().header.loss
             assert status.result() == 0
 
@@ -421,7 +422,9 @@ def test_ranks_that_still_wait_when_draining_ends_are_told_whom_they_waited_for(
     with ServerProcess(arguments) as server, grpc.insecure_channel(server.target) as channel:
         stub = loss_pb2_grpc.LossServiceStub(channel)
         calls = [
-            stub.Compute.future(request_of(*parts[rank], wire.Joint("drain", 0, rank, 3, bytes([rank]))), timeout=60)
+            stub.Compute.future(
+                request_of(*parts[rank], joint=wire.Joint("drain", 0, rank, 3, bytes([rank]))), timeout=60
+            )
             for rank in range(2)
         ]
         assert eventually(lambda: metric(server, "lovasz_joint_ranks_waiting") == 2)
@@ -443,7 +446,7 @@ SAFE, DOOMED = range(15, 20), range(5)
 def expected_of(run: int) -> tuple[float, list[bytes]]:
     parts = [many_ranks.tensors(run, rank) for rank in range(WORLD)]
     logits, labels = (torch.from_numpy(np.concatenate(tensors)) for tensors in zip(*parts, strict=True))
-    whole = compute(logits, labels, many_ranks.LOSS)
+    whole = compute(logits, labels, SOFTMAX)
     assert whole.grad is not None
     return whole.loss, [grad.numpy().tobytes() for grad in whole.grad]
 
@@ -459,10 +462,10 @@ def many_at_once(target: str, round_number: int, rng: random.Random) -> tuple[li
                 number = rng.randrange(VICTIMS)
             never = run in DOOMED and number < VICTIMS
             places[number].append((run, rank, -1.0 if never else rng.uniform(0, 2)))
-    script = str(Path(many_ranks.__file__))
     processes = [
         subprocess.Popen(
-            [sys.executable, script, target, str(round_number)],
+            [sys.executable, "-m", "support.many_ranks", target, str(round_number)],
+            cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -10,17 +10,16 @@ import urllib.request
 from collections.abc import Iterator
 
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.messages import header_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError, ServerUnavailableError
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 from lovasz.version import VERSION
@@ -28,20 +27,6 @@ from lovasz.version import VERSION
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SOFTMAX = LovaszSoftmax()
-
-
-def tensors(side: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.RandomState(side)
-    logits = random.randn(1, classes, side, side).astype(np.float32)
-    return logits, random.randint(0, classes, (1, side, side)).astype(np.uint8)
-
-
-def header_of(logits: np.ndarray, labels: np.ndarray) -> pb.RequestHeader:
-    spec = (
-        wire.TensorSpec(wire.dtype_named("float32"), logits.shape),
-        wire.TensorSpec(wire.dtype_named("uint8"), labels.shape),
-    )
-    return wire.Request.checked(weighted_sum(SOFTMAX), *spec, want_grad=True).to_proto()
 
 
 def held_open(target: str, header: pb.RequestHeader) -> tuple[grpc.Channel, grpc.Call, threading.Event]:

@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from support.messages import request_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
 
-from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import weighted_sum
-from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 
 CLIENTS = 16
@@ -28,18 +26,7 @@ STOPS = int(os.environ.get("STOPS", "3"))
 SOFTMAX = LovaszSoftmax()
 
 
-def request_of(side: int) -> pb.ComputeRequest:
-    logits = np.random.RandomState(side).randn(1, 4, side, side).astype(np.float32)
-    labels = np.random.RandomState(side).randint(0, 4, (1, side, side)).astype(np.uint8)
-    specs = (
-        wire.TensorSpec(wire.dtype_named("float32"), logits.shape),
-        wire.TensorSpec(wire.dtype_named("uint8"), labels.shape),
-    )
-    header = wire.Request.checked(weighted_sum(SOFTMAX), *specs, want_grad=True).to_proto()
-    return pb.ComputeRequest(header=header, logits=logits.tobytes(), labels=labels.tobytes())
-
-
-REQUESTS = [request_of(side) for side in (16, 64, 150)]
+REQUESTS = [request_of(*tensors(side)) for side in (16, 64, 150)]
 
 
 def test_sigterm_under_load_finishes_what_was_accepted_and_exits_0() -> None:

@@ -1,7 +1,7 @@
 """A process that makes the calls of many ranks of many runs at once; a test starts several, and kills some.
 
-``python many_ranks.py TARGET ROUND`` reads lines ``RUN RANK SECONDS`` (when to send; negative: never). When its input
-ends it says "there", sends each, and writes ``RUN RANK CODE LOSS GRADIENT-IN-HEX TEXT`` as each call ends.
+``python -m support.many_ranks TARGET ROUND`` reads lines ``RUN RANK SECONDS`` (when to send; negative: never). When its
+input ends it says "there", sends each, and writes ``RUN RANK CODE LOSS GRADIENT-IN-HEX TEXT`` as each call ends.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from typing import Any
 
 import grpc
 import numpy as np
+from support.messages import request_of
 
 from lovasz import wire
-from lovasz.spec import LovaszSoftmax, weighted_sum
-from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 
 WORLD = 64
 CLASSES = 3
-LOSS = LovaszSoftmax()
 PATIENCE_SECONDS = 60.0
 
 
@@ -30,20 +28,11 @@ def tensors(run: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return random.randn(1, CLASSES, 5).astype(np.float32), random.randint(0, CLASSES, (1, 5)).astype(np.uint8)
 
 
-def request_of(logits: np.ndarray, labels: np.ndarray, joint: wire.Joint, want_grad: bool = True) -> pb.ComputeRequest:
-    specs = (
-        wire.TensorSpec(wire.dtype_named("float32"), logits.shape),
-        wire.TensorSpec(wire.dtype_named("uint8"), labels.shape),
-    )
-    header = wire.Request.checked(weighted_sum(LOSS), *specs, want_grad, joint=joint).to_proto()
-    return pb.ComputeRequest(header=header, logits=logits.tobytes(), labels=labels.tobytes())
-
-
 def main(target: str, round_number: str) -> None:
     plan = sorted((float(seconds), int(run), int(rank)) for run, rank, seconds in map(str.split, sys.stdin))
     requests = {
         (run, rank): request_of(
-            *tensors(run, rank), wire.Joint(f"{round_number}-{run}", 0, rank, WORLD, f"{run}-{rank}".encode())
+            *tensors(run, rank), joint=wire.Joint(f"{round_number}-{run}", 0, rank, WORLD, f"{run}-{rank}".encode())
         )
         for _, run, rank in plan
     }
