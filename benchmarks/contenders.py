@@ -52,13 +52,6 @@ class Contender(enum.Enum):
         return Truth.CROSS_ENTROPY if self is Contender.CROSS_ENTROPY else Truth.LOVASZ
 
 
-FORCED = {
-    Contender.SORTED: Backend.NUMBA_SORTED,
-    Contender.TABLES: Backend.NUMBA_TABLES,
-    Contender.TORCH: Backend.TORCH,
-}
-
-
 def contenders_on_cpu(workload: Workload) -> list[Contender]:
     """The contenders of a workload, with those of our own variants that show something which OURS alone does not."""
     entered = [Contender.OURS]
@@ -76,8 +69,10 @@ def bind(contender: Contender, problem: Problem, pairs: Sequence[Pair]) -> Run:
     loss = LovaszSoftmax() if problem is Problem.SOFTMAX else LovaszHinge()
     if contender is Contender.BATCHED:
         return lambda: _in_one_batch(pairs, loss)
-    if contender in FORCED:
-        return lambda: [_with_backend(FORCED[contender], logits, labels, loss) for logits, labels in pairs]
+    if contender is Contender.TORCH:
+        return lambda: [_with_backend(Backend.TORCH, logits, labels, loss) for logits, labels in pairs]
+    if contender in (Contender.SORTED, Contender.TABLES):
+        return lambda: _ranked(contender, pairs, loss)
     criterion = _criterion(contender, problem)
     if contender is Contender.CROSS_ENTROPY and problem is Problem.HINGE:
         pairs = [(logits, labels.to(logits.dtype)) for logits, labels in pairs]
@@ -113,6 +108,18 @@ def _with_backend(
     result = compute(logits, labels, loss, backend=backend)
     assert result.grad is not None
     return result.loss, result.grad
+
+
+def _ranked(contender: Contender, pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge) -> Answers:
+    """Computes with the Numba backend, all segments sorted or all counted in tables."""
+    from lovasz.core.backends.numba import extension
+
+    usual_thresholds = extension.THRESHOLDS
+    extension.THRESHOLDS = extension.SORT_ALL if contender is Contender.SORTED else extension.COUNT_ALL
+    try:
+        return [_with_backend(Backend.NUMBA, logits, labels, loss) for logits, labels in pairs]
+    finally:
+        extension.THRESHOLDS = usual_thresholds
 
 
 def _in_one_batch(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge) -> Answers:

@@ -116,7 +116,7 @@ def check_confinement(project: Project) -> None:
 
 def check_answers(target: str) -> None:
     import numpy as np
-    from vector_cases import load
+    from support.vector_cases import load
 
     from lovasz.client import LossClient
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from prometheus_client import Metric
 
 from lovasz.server.config import ServerConfig, format_bytes, variable_of
-from lovasz.server.metrics import GAUGES, Metrics
-from lovasz.server.waiting_steps import WaitingSteps
+from lovasz.server.observe.metrics import GAUGES, Metrics
+from lovasz.server.observe.waiting_steps import WaitingSteps
 
 FOLDER = Path(__file__).parent
 SUFFIX = {"counter": "_total", "info": "_info"}
@@ -34,7 +34,7 @@ def metrics_page() -> str:
 Each label has a bounded number of values at a time. Histograms have `_bucket`, `_sum` and `_count`; times are in
 seconds, sizes in bytes. [operations.md](operations.md) says what to watch, and what to do about an alert. The same port
 has a page for people at `/`, and the numbers of that page at `/status`. `make docs` writes this page from
-[`metrics.py`](../server/lovasz/server/metrics.py).
+[`metrics.py`](../server/lovasz/server/observe/metrics.py).
 
 The phases of a request: `receive`: header and payload; `joint`: waiting for the other ranks of its step; `queue`:
 waiting for the device; `compute`: computing its batch; `copy`: copying the batch's gradients to the host; `send`:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.gpu import require_gpu
 
 from lovasz.server.launch import ServerProcess
 
@@ -23,11 +24,6 @@ def cuda() -> torch.device:
     """For what only a GPU can show; goes with ``@pytest.mark.gpu``."""
     require_gpu()
     return torch.device("cuda")
-
-
-def require_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU, and torch.cuda.is_available() is False")
 
 
 @pytest.fixture

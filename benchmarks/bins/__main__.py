@@ -23,7 +23,7 @@ from benchmarks.bins.counting import Layout, Segment, norm_in_logits
 from benchmarks.palette import MARKERS
 from benchmarks.truth import GRAD_ERROR_ALLOWED, LOSS_ERROR_ALLOWED
 from benchmarks.workloads import REGIMES, Regime, Workload
-from lovasz.core import bins
+from lovasz.core.backends.numba import bins
 
 WORKLOADS = {"19 classes, 512x1024": Workload((1, 19, 512, 1024)), "2 classes, 512x512": Workload((1, 2, 512, 512))}
 QUICK = {"19 classes, 64x128": Workload((1, 19, 64, 128)), "2 classes, 64x64": Workload((1, 2, 64, 64))}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core import bins
+from lovasz.core.backends.numba import bins
+from lovasz.core.tables import REST_BITS
 
 Floats = npt.NDArray[np.float64]
 
@@ -16,7 +17,7 @@ MANTISSA_BITS = 23
 
 
 class Layout:
-    """The bins of :mod:`lovasz.core.bins` with another ``MAX_BITS``.
+    """The bins of :mod:`lovasz.core.backends.numba.bins` with another ``MAX_BITS``.
 
     Attributes:
         upper: for each bin, the mean error of pixels whose rest is 0.
@@ -32,20 +33,20 @@ class Layout:
         self._first, self._shift = first.astype(np.int32), np.append(MANTISSA_BITS - bits, 0).astype(np.int32)
         lower = 2.0 ** (bins.SOFTMAX_TOP - octaves)
         ulp, width = lower / (1 << MANTISSA_BITS), np.repeat(lower / sizes, sizes)
-        floats_in_a_rest = 1 << np.maximum(MANTISSA_BITS - bits - bins.REST_BITS, 0)
+        floats_in_a_rest = 1 << np.maximum(MANTISSA_BITS - bits - REST_BITS, 0)
         largest = np.repeat(2 * lower - ulp - (floats_in_a_rest - 1) / 2 * ulp, sizes)
         self.upper = np.append(largest - (np.arange(first[-1]) - np.repeat(first[:-1], sizes)) * width, 0.0)
-        self.unit = np.append(width / (1 << bins.REST_BITS), 0.0)
+        self.unit = np.append(width / (1 << REST_BITS), 0.0)
 
     def places(self, errors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The bin and the rest of each error."""
         largest = np.int32(((bins.SOFTMAX_TOP + 128) << MANTISSA_BITS) - 1)
-        # Errors below the last octave are moved up to its lower end.
+        # Errors below the last octave share the last bin, with a rest of 0.
         distance = np.minimum(largest - errors.view(np.int32), np.int32(bins.OCTAVES << MANTISSA_BITS))
         octave, inside = distance >> MANTISSA_BITS, distance & ((1 << MANTISSA_BITS) - 1)
         shift = self._shift[octave]
         below = inside & ((np.int32(1) << shift) - np.int32(1))
-        return self._first[octave] + (inside >> shift), (below << bins.REST_BITS) >> shift
+        return self._first[octave] + (inside >> shift), (below << REST_BITS) >> shift
 
 
 class Segment:
@@ -78,7 +79,7 @@ class Segment:
         mean = np.stack([(left - foreground / 2) * x * y, (x + y) / 2])
         drop = np.stack([np.minimum(left * x**2 - (left - foreground) * y**2, 2 * mean[0]), x - y])
         loss = float((mean * (counts * layout.upper - rests * layout.unit)).sum())
-        slope, mean_rest = (drop / (1 << bins.REST_BITS)).ravel(), (rests / np.maximum(counts, 1)).ravel()
+        slope, mean_rest = (drop / (1 << REST_BITS)).ravel(), (rests / np.maximum(counts, 1)).ravel()
         means = mean.ravel()[place]
         return means + slope[place] * (mean_rest[place] - rest), means, loss
 

@@ -33,6 +33,7 @@ from benchmarks.workloads import HEADLINE, REGIMES, Pair, Problem, Regime, Workl
 from lovasz.core import LovaszHinge, LovaszSoftmax, reference
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import submit
+from lovasz.core.plan import Plan
 from lovasz.spec import Result, weighted_sum
 
 try:
@@ -40,7 +41,7 @@ try:
 
     from lovasz.core.backends.triton import compute as triton_compute
     from lovasz.core.backends.triton.graphs import GRAPHS
-    from lovasz.core.backends.triton.plan import Plan
+    from lovasz.core.backends.triton.program import Program
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: this needs Triton, which comes with PyTorch for CUDA")
 
@@ -77,17 +78,15 @@ def graph_of_ours(
     pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device
 ) -> Callable[[], object]:
     """The launches of a batch as a CUDA graph on these tensors."""
-    total = weighted_sum(loss)
-    batch = Batch.of([Request.checked(*pair, total) for pair in pairs])
-    plan, tensors, grads = triton_compute.prepare(batch, total, device, want_grad=True)
-    addresses = torch.from_numpy(triton_compute.addresses_of(plan, tensors, grads)).view(torch.uint8).to(device)
-    plan.finish(plan.begin(addresses))
+    program, tensors, grads = prepared(pairs, loss, device)
+    addresses = torch.from_numpy(triton_compute.addresses_of(program, tensors, grads)).view(torch.uint8).to(device)
+    program.finish(program.begin(addresses))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        workspace = plan.begin(addresses)
-        plan.finish(workspace)
-    kept = batch, tensors, grads, addresses, workspace
+        workspace = program.begin(addresses)
+        program.finish(workspace)
+    kept = tensors, grads, addresses, workspace
 
     def replay() -> object:
         graph.replay()
@@ -126,10 +125,12 @@ def graph_of_cross_entropy(pairs: Sequence[Pair], problem: Problem) -> Callable[
     return replay
 
 
-def plan_of(pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device) -> Plan:
+def prepared(
+    pairs: Sequence[Pair], loss: LovaszSoftmax | LovaszHinge, device: torch.device
+) -> tuple[Program, triton_compute.Tensors, triton_compute.Grads]:
     total = weighted_sum(loss)
     batch = Batch.of([Request.checked(*pair, total) for pair in pairs])
-    return triton_compute.prepare(batch, total, device, want_grad=True)[0]
+    return triton_compute.prepare(Plan.of(batch, total, device), batch, want_grad=True)
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -209,8 +210,8 @@ def measured(workload: Workload, regime: Regime, device: torch.device) -> dict[s
     who = Contender.OURS if workload.requests == 1 else Contender.BATCHED
     ours = bind(who, workload.problem, pairs)
     GRAPHS.clear()
-    plan = plan_of(pairs, loss, device)
-    plan.times_seen = NEVER_RECORDED
+    program, *_ = prepared(pairs, loss, device)
+    program.times_seen = NEVER_RECORDED
     results = one_batch(pairs, loss, device)
     row: dict[str, Any] = {"workload": workload.name, "regime": regime.name, **errors(pairs, results, loss)}
     del results
@@ -223,7 +224,7 @@ def measured(workload: Workload, regime: Regime, device: torch.device) -> dict[s
     del kept
     row["host_eager_ms"] = launch_milliseconds(pairs, loss, device)
     row |= profiled(lambda: one_batch(pairs, loss, device))
-    plan.times_seen = 0
+    program.times_seen = 0
     row["host_ms"] = launch_milliseconds(pairs, loss, device)
     calls: dict[str, Callable[[], object]] = {
         "ours": ours,

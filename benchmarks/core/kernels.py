@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core.plan import Plan
 from lovasz.spec import LossLike, weighted_sum
 
 try:
@@ -27,7 +28,8 @@ try:
     from triton.compiler import ASTSource
 
     from lovasz.core.backends.triton.launches import Launch
-    from lovasz.core.backends.triton.plan import Plan, Signature
+    from lovasz.core.backends.triton.layout import Kind
+    from lovasz.core.backends.triton.program import Program
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: this needs Triton: pip install triton")
 
@@ -36,17 +38,17 @@ POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", to
 HEADER = f"{'classes':>7}  {'kernel':<20}{'registers':>10}{'stack':>9}{'shared':>8}{'seconds':>9}"
 
 
-def source_of(plan: Plan, launch: Launch) -> ASTSource:
+def source_of(program: Program, launch: Launch) -> ASTSource:
     names = launch.kernel.arg_names
     signature, attributes = {}, {}
     for place, name in enumerate(names):
         if name in launch.constants:
             signature[name] = "constexpr"
-        elif name in plan.rooms:
-            signature[name] = POINTERS[plan.rooms[name].dtype]
+        elif name in program.rooms:
+            signature[name] = POINTERS[program.rooms[name].dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if isinstance(plan.numbers[name], float) else "i32"
+            signature[name] = "fp32" if isinstance(program.numbers[name], float) else "i32"
     constants = {(names.index(name),): value for name, value in launch.constants.items()}
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -64,20 +66,20 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1])
 
 
-def row(classes: int, plan: Plan, launch: Launch) -> str:
+def row(classes: int, program: Program, launch: Launch) -> str:
     start = time.perf_counter()
-    compiled = triton.compile(source_of(plan, launch), target=TARGET, options=launch.options)
+    compiled = triton.compile(source_of(program, launch), target=TARGET, options=launch.options)
     seconds = time.perf_counter() - start
     registers, stack = resources(compiled.asm["cubin"])
     name = launch.kernel.fn.__name__
     return f"{classes:7}  {name:<20}{registers:10}{stack:9}{compiled.metadata.shared:8}{seconds:9.1f}"
 
 
-def plan_of(loss: LossLike, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Plan:
+def program_of(loss: LossLike, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Program:
     total = weighted_sum(loss)
     layouts = tuple(total.layout(shape, shape if total.is_hinge else (shape[0], *shape[2:])) for shape in shapes)
-    device = torch.device("cuda")
-    return Plan(Signature(total, layouts, (1,) * len(shapes), dtype, torch.int64, True, device))
+    plan = Plan(total, layouts, (1,) * len(shapes), torch.device("cuda"))
+    return Program(Kind(plan, dtype, torch.int64, want_grad=True))
 
 
 def main() -> int:
@@ -90,12 +92,12 @@ def main() -> int:
     mixed: LossLike = [(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax(ignore_index=255))]
     sizes = ((512, 1024), (64, 64))
     for classes in args.classes:
-        plan = plan_of(mixed, [(1, classes, *size) for size in sizes], dtype)
-        for launch in plan.launches:
-            print(row(classes, plan, launch), flush=True)
-    plan = plan_of(LovaszHinge(ignore_index=255), [(1, *size) for size in sizes], dtype)
-    for launch in plan.launches:
-        print(row(1, plan, launch), flush=True)
+        program = program_of(mixed, [(1, classes, *size) for size in sizes], dtype)
+        for launch in program.launches:
+            print(row(classes, program, launch), flush=True)
+    program = program_of(LovaszHinge(ignore_index=255), [(1, *size) for size in sizes], dtype)
+    for launch in program.launches:
+        print(row(1, program, launch), flush=True)
     return 0
 
 

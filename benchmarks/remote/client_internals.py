@@ -11,9 +11,10 @@ from torch import Tensor
 from benchmarks.workloads import Regime, Workload
 from lovasz import wire
 from lovasz.client import LovaszSoftmax, remote
+from lovasz.client.options import ClientOptions, Transport
 from lovasz.client.tensors import encode_labels
-from lovasz.framing import UnaryRequest
 from lovasz.spec import weighted_sum
+from lovasz.wire.framing import UnaryRequest
 
 MAX_MESSAGE_BYTES = 4 << 20
 """The largest payload of one message that a server takes."""
@@ -63,9 +64,9 @@ def payload(logits: Tensor, labels: Tensor) -> list[memoryview]:
 def encoded(workload: Workload, regime: Regime) -> bytes:
     """A request as our client sends it in one message."""
     ((logits, labels),) = workload.inputs(regime)
-    target = remote.RemoteTarget("127.0.0.1:1", "grpc", None)  # Never connects.
+    target = remote.RemoteTarget("127.0.0.1:1", ClientOptions(transport=Transport.GRPC))  # Never connects.
     try:
-        call = target.encode(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
+        call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
         return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
     finally:
         target.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from panels import Panel, Sections, Table
 from promql import mean, of, quantile, rate, rise
 
-from lovasz.server.metrics import PHASES
+from lovasz.server.observe.metrics import PHASES
 
 REQUESTS = (
     Panel(

@@ -1,4 +1,4 @@
-"""A loss whose gradient comes with its value, as one node of torch's graph. Shared by core and client; needs torch."""
+"""A loss whose gradient was computed with its value, as one node of torch's graph. Core and client use it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from torch import Tensor
 
 
 def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, factor: float = 1.0) -> Tensor:
-    """A 0-dim tensor with the value ``loss``, whose backward hands ``grad`` x factor x grad_output to ``logits``.
+    """A 0-dim tensor with the value ``loss``, whose gradient in ``logits`` is ``grad`` x factor.
 
     Args:
-        loss: a number, or a tensor of no axis on the logits' device.
-        grad: dloss/dlogits in the logits' shape; None where no gradient will be asked for. The product is taken in
-            its dtype (float32 for 16-bit logits, so that a gradient scaler's factor comes in before rounding).
+        logits: the tensor that the gradient flows to.
+        loss: a number, or a 0-dim tensor on the logits' device.
+        grad: dloss/dlogits in the logits' shape; None if no gradient will be requested. It is scaled in its own dtype:
+            float32 for 16-bit logits, so that a gradient scaler's factor is applied before rounding.
+        factor: multiplies the gradient, not the loss.
 
     Returns:
         float64 for float64 logits, else float32.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # Filling does not wait for the device, as a copy would.
+    # torch.full does not wait for the device, as a copy would.
     value = loss if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
     if grad is None:
         return value
@@ -30,10 +32,11 @@ def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, fac
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, grad: Tensor, factor: float) -> Tensor:
-        # The logits go along so that a second derivative with respect to them is asked for, and refused, below.
+        # With the logits saved, a second derivative in them reaches _Scale.backward, which refuses it.
         ctx.save_for_backward(logits, grad)
         ctx.factor = factor
-        return value
+        # Not the input itself: autograd takes that for a view, which must not be modified in place (`loss *= weight`).
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,15 +48,15 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward pass may be followed by another over the same graph (``retain_graph=True``)."""
+    """Whether another backward pass over the same graph may follow (``retain_graph=True``)."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
 
 
 def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient is as large as the logits and is used once: no copy of it is made, and a factor of 1 costs nothing.
+    """Scales without a copy: the gradient is as large as the logits, and is used once.
 
-    (On a GPU, to look at the factor would be to wait for it.)
+    On the CPU a factor of 1 costs nothing. On a GPU, reading the factor would wait for the device.
     """
     if grad_output.device.type == "cpu" and grad_output.item() == 1:
         return grad
@@ -61,7 +64,7 @@ def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
 
 
 class _Scale(torch.autograd.Function):
-    """grad x grad_output; its own backward is the second derivative, which there is none of."""
+    """grad x grad_output. Its backward would be the second derivative, which is not supported."""
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, grad: Tensor, logits: Tensor) -> Tensor:

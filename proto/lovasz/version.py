@@ -1,3 +1,3 @@
-"""The version of all three parts; pyproject reads it from here."""
+"""The version of the distribution; pyproject.toml reads it from here."""
 
 VERSION = "0.1.0"

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
-from client.scripted_server import serving, serving_nothing
+from support.scripted_server import serving, serving_nothing
 
 from lovasz.client import cli
 from lovasz.server.launch import ServerProcess
@@ -140,6 +140,17 @@ def test_what_it_says_of_itself(arguments: list[str], said: list[str], capsys: p
     out, err = capsys.readouterr()
     assert (ended.value.code, err) == (0, "")
     assert all(text in out for text in said)
+
+
+@pytest.mark.parametrize(("command", "loaded"), [("ping", False), ("bench", True)])
+def test_the_load_is_imported_only_for_bench(command: str, loaded: bool) -> None:
+    code = (
+        "import sys\nfrom lovasz.client import cli\n"
+        f"try:\n    cli.main(['{command}', '--help'])\n"
+        "except SystemExit:\n    print('lovasz.client.bench' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.splitlines()[-1] == str(loaded)
 
 
 @pytest.mark.parametrize(

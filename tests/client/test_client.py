@@ -17,9 +17,9 @@ import grpc
 import numpy as np
 import pytest
 import torch
-import vector_cases
-from client.scripted_server import Answer, ScriptedServer, abort, good_answer, serving, serving_nothing, until_gone
-from core.comparison import bits, norm_error, normal, random_labels
+from support import vector_cases
+from support.comparison import bits, norm_error, normal, random_labels
+from support.scripted_server import Answer, ScriptedServer, abort, good_answer, serving, serving_nothing, until_gone
 from torch import Tensor
 
 import lovasz.client
@@ -696,7 +696,7 @@ def test_a_unix_socket_is_one_server_whatever_balances(tmp_path: Path) -> None:
 def failing(
     times: int, code: grpc.StatusCode, pushback_ms: int | None = None
 ) -> Callable[[int, pb.RequestHeader, grpc.ServicerContext], Answer]:
-    """Fails so many times, then answers."""
+    """Fails the first ``times`` calls, then answers."""
 
     def script(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
         if call < times:

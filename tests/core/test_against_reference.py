@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core.comparison import norm_error, normal, noting_near_ties, reference_answer, shared_ties_answer
-from core.conftest import INTERPRETED, Way
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparison import norm_error, normal, noting_near_ties, reference_answer, shared_ties_answer
+from support.ways import INTERPRETED, Way
 from torch import Tensor
 from torch.nn import functional
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from core.comparison import norm_error, normal, random_labels, reference_answer
-from core.conftest import Way
+from support.comparison import norm_error, normal, random_labels, reference_answer
+from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import (
@@ -226,7 +226,7 @@ def test_modules_say_what_they_compute(module: LocalLoss, text: str) -> None:
     [
         (lambda: LovaszSoftmaxLoss(classes=[]), "classes: got an empty list"),
         (lambda: LovaszHingeLoss(ignore_index=1.5), "ignore_index: got 1.5; expected an integer"),
-        (lambda: LocalLoss([(1.0, LovaszHinge()), (1.0, CrossEntropy())]), "loss: LovaszHinge stands beside"),
+        (lambda: LocalLoss([(1.0, LovaszHinge()), (1.0, CrossEntropy())]), "loss: LovaszHinge is combined with"),
     ],
 )
 def test_modules_refuse_bad_options_when_built(build: Callable[[], LocalLoss], text: str) -> None:

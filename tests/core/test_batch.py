@@ -7,8 +7,8 @@ from math import prod
 
 import pytest
 import torch
-from core.comparison import bits, norm_error, normal, random_labels, reference_answer
-from core.conftest import WAYS, Way
+from support.comparison import bits, norm_error, normal, random_labels, reference_answer
+from support.ways import WAYS, Way
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute
@@ -175,7 +175,7 @@ LARGE_LOSSES: list[LossLike] = [
 ]
 each_large_loss = pytest.mark.parametrize("loss", LARGE_LOSSES, ids=lambda loss: weighted_sum(loss).kind)
 
-COMPILED = [way for way in WAYS if way.path not in (Backend.TORCH, Backend.NUMBA_SORTED)]
+COMPILED = [way for way in WAYS if way.backend is not Backend.TORCH and way.ranks != "by sorting"]
 compiled_ways = pytest.mark.parametrize("way", COMPILED, ids=str, indirect=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels
+from support.comparison import bits, normal, random_labels
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, LocalLoss, LovaszHinge, LovaszSoftmax, compute
@@ -90,7 +90,7 @@ def test_launch_does_not_wait_for_the_device(
 
 @each_loss
 def test_memory_comes_back(loss: LossLike, cuda: torch.device, graphs: Any) -> None:
-    """All but what is kept for the next batch of the kind: a plan, and a graph once there is one."""
+    """All but what is kept for the next batch of the kind: a program, and a graph once there is one."""
     members = batch_of(weighted_sum(loss), cuda)
     for logits, labels in members * 4:
         compute(logits, labels, loss)

@@ -6,12 +6,13 @@ import logging
 
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels
+from support.comparison import bits, normal, random_labels
+from support.ways import SORTED_BELOW_PIXELS, rank_on_cpu
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
-from lovasz.core.batch import Request
-from lovasz.core.bins import MAX_PIXELS, SORTED_BELOW_PIXELS
+from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend, choose, submit
+from lovasz.core.tables import MAX_PIXELS
 from lovasz.spec import InvalidInput, LossLike, Result, weighted_sum
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -102,14 +103,16 @@ def test_a_triton_that_cannot_compile_is_tried_once_and_left(
     with caplog.at_level(logging.ERROR):
         for _ in range(2):
             request = a_request(LovaszSoftmax(), 1, SIDE)
-            assert choose([request], weighted_sum(LovaszSoftmax()), CUDA) is Backend.TORCH
+            assert choose([request], weighted_sum(LovaszSoftmax()), CUDA) is Backend.TRITON  # compiles nothing
+            divided = dispatch._divide(Batch.of([request]), weighted_sum(LovaszSoftmax()), CUDA, None)
+            assert [backend for backend, _ in divided] == [Backend.TORCH]
     dispatch.triton_works.cache_clear()
     assert len(tried) == 1
     assert "Failed to find C compiler" in caplog.text
 
 
 def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = [Backend.NUMBA_SORTED, Backend.TORCH, Backend.NUMBA_TABLES, Backend.TORCH]
+    taken = [Backend.NUMBA, Backend.TORCH, Backend.NUMBA, Backend.TORCH]
     total = weighted_sum(LovaszHinge())
     requests = [
         Request.checked(normal(1, 30, seed=i, dtype=torch.float32), random_labels(1, 30, values=2, seed=i), total)
@@ -127,7 +130,7 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
         assert bits(answer) == bits(expected)
 
 
-def test_warm_up_compiles_everything_that_a_request_needs(threads: None) -> None:
+def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")
     from lovasz.core.backends.numba import cross_entropy, hinge, segments, softmax
@@ -155,8 +158,9 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None) -> None
                 logits = normal(2, 2, 5, 6, seed=1, dtype=dtype).abs().clamp(max=1)
                 shape = logits.shape if total.is_hinge else (2, 5, 6)
                 labels = random_labels(*shape, values=2, seed=2).to(label_dtype)
-                for path in (Backend.NUMBA, Backend.NUMBA_TABLES):
-                    (answer,) = submit([Request.checked(logits, labels, total)], total, CPU, backend=path).collect()
+                for ranks in ("by sorting", "in tables"):
+                    rank_on_cpu(ranks, monkeypatch)
+                    (answer,) = submit([Request.checked(logits, labels, total)], total, CPU).collect()
                     assert isinstance(answer, Result)
     assert [len(loop.signatures) for loop in loops] == before  # type: ignore[attr-defined]
 
@@ -166,7 +170,7 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None) -> None
     [
         ("numba", torch.float32, CPU, "got 'numba'; expected None or one of lovasz.core.dispatch.Backend"),
         (Backend.NUMBA, torch.float64, CPU, "got Backend.NUMBA for logits of float64; expected None or Backend.TORCH"),
-        (Backend.NUMBA_TABLES, torch.float32, CUDA, "got Backend.NUMBA_TABLES for logits on cuda; expected"),
+        (Backend.NUMBA, torch.float32, CUDA, "got Backend.NUMBA for logits on cuda; expected"),
         (Backend.TRITON, torch.float32, CPU, "got Backend.TRITON, but triton is not installed; expected"),
     ],
 )

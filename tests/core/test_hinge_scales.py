@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.comparison import norm_error, reference_answer, shared_ties_answer
-from core.conftest import Way
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparison import norm_error, reference_answer, shared_ties_answer
+from support.ways import NUMBA_TABLES, SORTED_BELOW_PIXELS, Way
 from torch import Tensor
 
 from lovasz.core import LovaszHinge, compute
-from lovasz.core.bins import SORTED_BELOW_PIXELS
 from lovasz.core.dispatch import Backend
 
 TOLERANCE = 2e-5
@@ -43,7 +42,7 @@ def assert_right(logits: Tensor, labels: Tensor, way: Way) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 30.0, 100.0, 255.0])
 def test_background_that_is_wrong_by_much(offset: float, way: Way) -> None:
-    if way.path is Backend.NUMBA_TABLES:
+    if way == NUMBA_TABLES:
         pytest.skip("tables alone, which no hinge of mixed scales gets")
     way.require_speed(SIDE * SIDE)
     assert_right(*binary_problem(SIDE * SIDE, 0.3, offset, 1.0, 1.0, seed=41), way)
@@ -63,7 +62,7 @@ scales = st.sampled_from([1e-2, 0.1, 1.0, 30.0, 1e3])
 def test_any_scale_and_mix(
     way: Way, share: float, offset: float, deviation: float, foreground_deviation: float, seed: int
 ) -> None:
-    if way.path in (Backend.NUMBA_TABLES, Backend.TORCH):
+    if way == NUMBA_TABLES or way.backend is Backend.TORCH:
         pytest.skip("tables alone, or a sort")
     way.require_speed(SORTED_BELOW_PIXELS)
     pixels = SORTED_BELOW_PIXELS + 77

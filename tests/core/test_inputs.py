@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from core.comparison import bits, norm_error, normal, random_labels, reference_answer
+from support.comparison import bits, norm_error, normal, random_labels, reference_answer
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax
@@ -118,6 +118,7 @@ def test_non_finite_logit_makes_the_answer_nan(
 ) -> None:
     logits, labels = some_input(loss, device, dtype)
     logits[1, 1, 2, 3] = bad
+    labels[(1, 1, 2, 3) if weighted_sum(loss).is_hinge else (1, 2, 3)] = 1  # where minus infinity is no mask
     result = compute(logits, labels, loss)
     assert math.isnan(result.loss)
     assert result.grad is not None
@@ -154,12 +155,80 @@ def test_logits_of_void_pixels_do_not_matter(
     assert math.isfinite(result.loss)
 
 
+MASKED: list[tuple[LossLike, float, list[list[float]]]] = [
+    (LovaszSoftmax(), 0.6004339163, [[-0.1604322726, 0.0554282180], [0.1604322726, -0.0554282180], [0, 0]]),
+    (CrossEntropy(), 0.7871433530, [[-0.34498722, 0.16590610], [0.34498722, -0.16590610], [0, 0]]),
+]
+
+
+@pytest.mark.parametrize(("loss", "expected", "grad"), MASKED)
+def test_minus_infinity_masks_a_class(
+    loss: LossLike, expected: float, grad: list[list[float]], device: torch.device
+) -> None:
+    logits = torch.tensor([[[0.2, -0.4], [1.0, 0.3], [-math.inf, -math.inf]]], device=device)
+    result = compute(logits, torch.tensor([[0, 1]], device=device), loss)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert result.grad is not None
+    assert result.grad.cpu()[0].numpy() == pytest.approx(np.array(grad), abs=1e-7)
+
+
+MASKABLE: dict[str, LossLike] = {
+    "present": LovaszSoftmax(ignore_index=VOID),
+    "all, per image": LovaszSoftmax(classes="all", per_image=True, ignore_index=VOID),
+    "the masked class": LovaszSoftmax(classes=[3], ignore_index=VOID),
+    "sum": [(1.0, CrossEntropy(class_weights=[1, 2, 1, 3], ignore_index=VOID)), (0.5, LovaszSoftmax(ignore_index=1))],
+    "smoothing elsewhere": [(1.0, CrossEntropy(label_smoothing=0.1, ignore_index=0)), (1.0, LovaszSoftmax())],
+    "hinge": LovaszHinge(multilabel=True, ignore_index=VOID),
+}
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_masked_classes_are_computed_as_the_textbook_has_them(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Class 3 is masked at every third pixel, which has another label; with label smoothing, at its void pixels."""
+    loss, total = MASKABLE[name], weighted_sum(MASKABLE[name])
+    logits, masked = normal(2, 4, 9, 7, seed=3, dtype=dtype), torch.zeros(2, 9, 7, dtype=torch.bool)
+    masked[:, ::3] = True
+    if total.is_hinge:
+        labels = random_labels(2, 4, 9, 7, values=2, seed=4)
+        labels[:, 3][masked] = 0
+        labels[0, 0, 0, 0] = VOID
+    else:
+        labels = random_labels(2, 9, 7, values=4, seed=4)
+        labels[masked] = 0 if name == "smoothing elsewhere" else labels[masked] % 3
+        if name != "smoothing elsewhere":
+            labels[0, 0, 0] = VOID if name != "sum" else 1
+    logits[:, 3][masked] = -math.inf
+    result = compute(logits.to(device), labels.to(device), loss)
+    expected, expected_grad = reference_answer(logits, labels, loss)
+    assert math.isfinite(expected)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert norm_error(result.grad, expected_grad) < (1e-5 if dtype != torch.bfloat16 else 3e-3)  # ties in a bin
+    assert result.grad is not None
+    assert (result.grad[:, 3].cpu()[masked] == 0).all()
+
+
+def test_a_hinge_takes_minus_infinity_on_background_alone(device: torch.device) -> None:
+    logits = torch.tensor([[0.5, -math.inf, -0.2]], device=device)
+    assert compute(logits, torch.tensor([[1, 0, 0]], device=device), LovaszHinge()).loss == pytest.approx(0.65)
+    assert math.isnan(compute(logits, torch.tensor([[1, 1, 0]], device=device), LovaszHinge()).loss)
+    assert math.isnan(compute(-logits, torch.tensor([[1, 1, 0]], device=device), LovaszHinge()).loss)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(label_smoothing=0.1), LovaszSoftmax(input="probabilities")])
+def test_where_each_class_counts_minus_infinity_is_no_mask(loss: LossLike, device: torch.device) -> None:
+    values = torch.tensor([[[0.2, 0.4], [0.8, 0.3], [0.0, -math.inf]]], device=device)
+    assert math.isnan(compute(values, torch.tensor([[0, 1]], device=device), loss).loss)
+
+
 @pytest.mark.parametrize("bad", NOT_FINITE)
 def test_pixel_that_one_term_counts_has_to_be_finite(bad: float, device: torch.device) -> None:
     loss: list[tuple[float, Loss]] = [(1.0, LovaszSoftmax(ignore_index=0)), (1.0, CrossEntropy())]
     logits, labels = some_input(loss, device)
     labels[0, 0, 0] = 0
-    logits[0, 1, 0, 0] = bad
+    logits[0, 0, 0, 0] = bad
     assert math.isnan(compute(logits, labels, loss).loss)
     assert math.isfinite(compute(logits, labels, loss[0][1]).loss)
 
@@ -385,7 +454,7 @@ def test_what_does_not_fit_is_refused(logits: Tensor, labels: Tensor, loss: Loss
 
 def test_labels_on_another_device_are_refused() -> None:
     labels = torch.zeros(2, 4, dtype=torch.int64, device="meta")
-    assert refusal(zeros(2, 3, 4), labels, LovaszSoftmax()) == "labels: got device meta; expected cpu as the logits"
+    assert refusal(zeros(2, 3, 4), labels, LovaszSoftmax()) == "labels: got device meta; expected cpu, like the logits"
 
 
 def test_empty_sum_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.conftest import Way
+from support.ways import Way
 
 from lovasz.core.answers import Answer, JointFault
 from lovasz.core.batch import Request

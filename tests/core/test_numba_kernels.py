@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from core.comparison import bits, normal, random_labels, slow_bin
+from support.comparison import bits, normal, random_labels, slow_bin
+from support.ways import rank_on_cpu
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, bins, compute, reference
-from lovasz.core.backends.numba import elementary, images, scratch, sorting, tables
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute, reference
+from lovasz.core.backends.numba import bins, elementary, planes, scratch, sorting, tables
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.dispatch import Backend
+from lovasz.core.tables import MAX_PIXELS, REST_BITS, REST_SUM_BITS
 from lovasz.spec import LossLike, weighted_sum
 
 Floats = npt.NDArray[np.float32]
@@ -101,13 +106,13 @@ def apply(function: Callable[[Floats, Floats], None], x: Floats) -> Floats:
 # --- 16-bit floats ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(images.FLOAT16, torch.float16), (images.BFLOAT16, torch.bfloat16)])
+@pytest.mark.parametrize(("kind", "dtype"), [(planes.FLOAT16, torch.float16), (planes.BFLOAT16, torch.bfloat16)])
 @pytest.mark.parametrize("first", [0, 3])
 def test_widening_is_exact_for_all_words(kind: int, dtype: torch.dtype, first: int) -> None:
     words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     expected = words.view(dtype).float().numpy()[first:]
     out = np.empty_like(expected)
-    images.widen(kind, np.uint64(words.data_ptr()), first, out)
+    planes.widen(kind, np.uint64(words.data_ptr()), first, out)
     is_nan = np.isnan(expected)
     assert (np.isnan(out) == is_nan).all()
     assert out[~is_nan].tobytes() == expected[~is_nan].tobytes()
@@ -157,7 +162,7 @@ def test_bins_are_those_that_the_docstring_describes(top: int) -> None:
     width = np.array([2.0 ** (top - o - bins.bits_of(o)) for o in octave])
     lower = 2.0 ** (top - octave)
     largest = 2 * lower - (found - np.array(bins.first_bins())[np.minimum(octave, 64)]) * width - lower / 2**23
-    expected = np.floor((largest - exact) / (width / (1 << bins.REST_BITS)))
+    expected = np.floor((largest - exact) / (width / (1 << REST_BITS)))
     assert rests[own].tolist() == expected[own].tolist()
     assert (rests[~own] == 0).all()
 
@@ -172,9 +177,9 @@ def test_zero_and_not_a_number_have_a_bin() -> None:
 
 
 def test_rests_of_the_largest_group_do_not_spill_into_the_count() -> None:
-    largest_sum = ((1 << bins.REST_BITS) - 1) * (bins.MAX_PIXELS - 1)
-    assert largest_sum < 1 << bins.REST_SUM_BITS
-    assert (bins.MAX_PIXELS - 1) << bins.REST_SUM_BITS < 1 << 64
+    largest_sum = ((1 << REST_BITS) - 1) * (MAX_PIXELS - 1)
+    assert largest_sum < 1 << REST_SUM_BITS
+    assert (MAX_PIXELS - 1) << REST_SUM_BITS < 1 << 64
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ def test_table_counts_every_pixel_once(kind: str) -> None:
     errors, codes = segment(kind)
     table = new_table()
     lowest, highest = count(errors, codes, table)
-    counts = table.view(np.uint64) >> np.uint64(bins.REST_SUM_BITS)
+    counts = table.view(np.uint64) >> np.uint64(REST_SUM_BITS)
     for code, first in ((0, 0), (1, bins.BINS)):
         expected = np.bincount(slow_bin(errors[codes == code].astype(np.float64), 0), minlength=bins.BINS)
         assert counts[first : first + bins.BINS].tolist() == expected.tolist()
@@ -271,19 +276,22 @@ CALLS: list[LossLike] = [
 ]
 
 
-def call(loss: LossLike, path: Backend, side: int = 60) -> tuple[object, ...]:
+def call(loss: LossLike, side: int = 60) -> tuple[object, ...]:
     logits = 3 * normal(2, 3, side, side, seed=6, dtype=torch.float32)
     logits[0, 1] = 1.0  # an error of 0 for the hinge
     shape = logits.shape if weighted_sum(loss).is_hinge else (2, side, side)
-    return bits(compute(logits, random_labels(*shape, values=2, seed=7, void=255), loss, backend=path))
+    return bits(compute(logits, random_labels(*shape, values=2, seed=7, void=255), loss, backend=Backend.NUMBA))
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_tables_in_scratch_are_all_zero_between_calls(number: int, threads: None) -> None:
+def test_tables_in_scratch_are_all_zero_between_calls(
+    number: int, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(number)
+    rank_on_cpu("in tables", monkeypatch)
     for loss in (*CALLS, CALLS[0]):
         for side in (20, 90):
-            call(loss, Backend.NUMBA_TABLES, side)
+            call(loss, side)
             assert_tables_are_zero()
 
 
@@ -392,7 +400,7 @@ def test_each_thread_has_its_own(number: int) -> None:
     def loop(tasks: npt.NDArray[np.int64], given: str, own: int) -> None:
         seen.append((given, own))
 
-    workers.run(number, loop, "given", own=lambda thread: (thread,))
+    workers.run(loop, number, given="given", own=lambda thread: {"own": thread})
     assert ("given", 0) in seen
     assert set(seen) <= {("given", thread) for thread in range(number)}
     assert len(seen) == len(set(seen))
@@ -412,19 +420,20 @@ def test_error_in_a_thread_comes_out_and_leaves_the_workers_usable(failing: int)
     for _ in range(3):
         started.clear()
         with pytest.raises(ZeroDivisionError):
-            workers.run(2, loop, own=lambda thread: (thread,))
+            workers.run(loop, 2, own=lambda thread: {"own": thread})
     done: list[int] = []
-    workers.run(2, lambda tasks, own: done.append(own), own=lambda thread: (thread,))
+    workers.run(lambda tasks, own: done.append(own), 2, own=lambda thread: {"own": thread})
     assert 0 in done
 
 
-def test_calls_from_several_threads_at_once(threads: None) -> None:
+@pytest.mark.parametrize("ranks", ["in tables", "by sorting"])
+def test_calls_from_several_threads_at_once(ranks: str, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    jobs = [(loss, path) for loss in CALLS for path in (Backend.NUMBA_TABLES, Backend.NUMBA_SORTED)]
-    expected = [call(*job) for job in jobs]
+    rank_on_cpu(ranks, monkeypatch)
+    expected = [call(loss) for loss in CALLS]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            assert list(pool.map(lambda job: call(*job), jobs)) == expected
+        for _ in range(6):
+            assert list(pool.map(call, CALLS)) == expected
 
 
 AFTER_FORK = """
@@ -436,11 +445,11 @@ from lovasz.core.dispatch import Backend
 
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(1)
-logits, labels = torch.randn(1, 3, 60, 1000, generator=generator), torch.zeros(1, 60, 1000, dtype=torch.uint8)
+logits, labels = torch.randn(1, 3, 600, 1000, generator=generator), torch.zeros(1, 600, 1000, dtype=torch.uint8)
 labels[0, ::2] = 1
 
 def answer():
-    result = compute(logits, labels, LovaszSoftmax(), backend=Backend.NUMBA_TABLES)
+    result = compute(logits, labels, LovaszSoftmax(), backend=Backend.NUMBA)
     return result.loss, result.grad.numpy().tobytes()
 
 before = answer()
@@ -458,3 +467,34 @@ assert answer() == before
 def test_forked_process_computes() -> None:
     done = subprocess.run([sys.executable, "-c", AFTER_FORK], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
+
+
+MOVED = """
+import pickle, sys, types
+module = types.ModuleType("a_module_that_moved")
+class Moved: pass
+Moved.__module__, module.Moved = module.__name__, Moved
+sys.modules[module.__name__] = module
+from lovasz.core.backends.numba import tables
+index = tables.clear._cache._cache_file._index_path
+with open(index, "wb") as file:
+    pickle.dump(sys.argv[1], file)
+    file.write(pickle.dumps(("a stamp", {Moved: "a file"})))
+"""
+
+CLEAR = """
+import numpy as np
+from lovasz.core.backends.numba.tables import BINS, clear
+clear(np.zeros(2 * BINS + 1, np.int64), 0, 1)
+"""
+
+
+def test_an_index_of_the_cache_that_names_a_moved_class_is_passed_over(tmp_path: Path) -> None:
+    """As an older version leaves it behind: compiled code is found by the folder of its source, which stays."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    stale = run([sys.executable, "-c", MOVED, numba.__version__])
+    assert stale.returncode == 0, stale.stderr
+    for _ in range(2):  # the second time from the index that the first one wrote
+        done = run([sys.executable, "-c", CLEAR])
+        assert done.returncode == 0, done.stderr

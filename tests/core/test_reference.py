@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.vector_cases import Case, load
 from torch import Tensor
 from torch.nn import functional
-from vector_cases import Case, load
 
 from lovasz.core import reference
 from lovasz.spec import Classes, CrossEntropy, InvalidInput, Loss, LossLike, LovaszHinge, LovaszSoftmax

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
-from core.comparison import norm_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparison import norm_error
 from torch import Tensor
 
 from lovasz.core import reference
@@ -18,9 +20,13 @@ from lovasz.core.backends.torch.softmax import sum_over_classes
 no_deadline = settings(deadline=None)
 
 
+def groups_of(sizes: Sequence[int], device: torch.device) -> Groups:
+    return Groups.of_sizes(np.array(sizes), np.ones(len(sizes)), device)
+
+
 def one_segment(errors: Tensor, foreground: Tensor) -> tuple[float, Tensor]:
     """Loss and g of a single class, all pixels valid."""
-    groups = Groups.of_sizes([len(errors)], errors.device)
+    groups = groups_of([len(errors)], errors.device)
     grad = torch.zeros(1, len(errors), dtype=errors.dtype, device=errors.device)
     counts = foreground.sum().reshape(1, 1)
     everywhere = torch.ones_like(foreground)
@@ -94,7 +100,7 @@ def test_exact_sum_of_each_group(torch_device: torch.device, sizes: list[int], s
     total = sum(sizes)
     values = torch.randn(2, total, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     values *= 2.0**exponent
-    groups = Groups.of_sizes(sizes, torch_device)
+    groups = groups_of(sizes, torch_device)
     bound = torch.full((len(sizes),), exponent + 7, device=torch_device)  # 9 values of at most 10 standard deviations
     sums = exact_sum(values.to(torch_device), groups, bound).cpu()
     for row in range(2):
@@ -105,7 +111,7 @@ def test_exact_sum_of_each_group(torch_device: torch.device, sizes: list[int], s
 def test_exact_sum_depends_on_no_order(torch_device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     values = torch.rand(1, 100_000, dtype=torch.float64, generator=generator).to(torch_device)
-    groups, exponent = Groups.of_sizes([100_000], torch_device), torch.tensor([17], device=torch_device)
+    groups, exponent = groups_of([100_000], torch_device), torch.tensor([17], device=torch_device)
     expected = exact_sum(values, groups, exponent)
     for _ in range(3):
         order = torch.randperm(100_000, generator=generator).to(torch_device)
@@ -114,7 +120,7 @@ def test_exact_sum_depends_on_no_order(torch_device: torch.device) -> None:
 
 @pytest.mark.parametrize("sizes", [[5], [3, 1, 4]])
 def test_groups(sizes: list[int], torch_device: torch.device) -> None:
-    groups = Groups.of_sizes(sizes, torch_device)
+    groups = groups_of(sizes, torch_device)
     parts = torch.arange(sum(sizes)).split(sizes)
     numbers = [g for g, size in enumerate(sizes) for _ in range(size)]
     assert len(groups) == len(sizes)

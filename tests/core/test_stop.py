@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from support.ways import rank_on_cpu
 
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
@@ -26,9 +27,7 @@ LOSSES: dict[str, LossLike] = {
     "sum": [(0.5, CrossEntropy()), (1.0, LovaszSoftmax(per_image=True)), (1.0, LovaszSoftmax())],
     "probabilities": LovaszSoftmax(input="probabilities"),
 }
-BACKENDS = (Backend.NUMBA_TABLES, Backend.NUMBA_SORTED)
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name.lower())
 
 Answer = tuple[float, bytes]
 
@@ -44,8 +43,13 @@ def request(loss: LossLike, pixels: int = 40_000) -> Request:
     return Request.checked(logits.softmax(1) if total.probabilities else logits, labels, total)
 
 
-def answer(one: Request, loss: LossLike, backend: Backend | None = None, stop: Stop | None = None) -> Answer:
-    (result,) = submit([one], weighted_sum(loss), CPU, backend=backend, stop=stop).collect()
+@pytest.fixture(params=["in tables", "by sorting"])
+def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank_on_cpu(request.param, monkeypatch)
+
+
+def answer(one: Request, loss: LossLike, stop: Stop | None = None) -> Answer:
+    (result,) = submit([one], weighted_sum(loss), CPU, backend=Backend.NUMBA, stop=stop).collect()
     assert not isinstance(result, Exception)
     assert result.grad is not None
     return result.loss, result.grad.numpy().tobytes()
@@ -92,44 +96,42 @@ class StopInTheMiddle(StopAt):
                 thread.join()
 
 
-@each_backend
+@pytest.mark.usefixtures("ranks")
 @each_loss
-def test_who_does_not_ask_gets_the_same_bits(loss: LossLike, backend: Backend, threads: None) -> None:
+def test_who_does_not_ask_gets_the_same_bits(loss: LossLike, threads: None) -> None:
     torch.set_num_threads(2)
     one, stop = request(loss), Stop()
-    expected = answer(one, loss, backend)
-    assert answer(one, loss, backend, stop) == expected
-    assert answer(one, loss, backend, stop) == expected
+    expected = answer(one, loss)
+    assert answer(one, loss, stop) == expected
+    assert answer(one, loss, stop) == expected
 
 
-@each_backend
+@pytest.mark.usefixtures("ranks")
 @each_loss
-def test_asked_before_it_does_not_begin(loss: LossLike, backend: Backend) -> None:
+def test_asked_before_it_does_not_begin(loss: LossLike) -> None:
     one, stop = request(loss), StopAt(0)
-    expected = answer(one, loss, backend)
+    expected = answer(one, loss)
     stop.ask()
     for _ in range(2):
         with pytest.raises(Stopped):
-            answer(one, loss, backend, stop)
+            answer(one, loss, stop)
     assert stop.loops == 0
-    assert answer(one, loss, backend) == expected
+    assert answer(one, loss) == expected
 
 
-@each_backend
+@pytest.mark.usefixtures("ranks")
 @each_loss
-def test_asked_in_any_of_its_loops_it_ends_and_leaves_nothing_behind(
-    loss: LossLike, backend: Backend, threads: None
-) -> None:
+def test_asked_in_any_of_its_loops_it_ends_and_leaves_nothing_behind(loss: LossLike, threads: None) -> None:
     torch.set_num_threads(2)
     one, counting = request(loss), StopAt(0)
-    expected = answer(one, loss, backend, counting)
+    expected = answer(one, loss, counting)
     assert counting.loops >= 2
     for loop in range(1, counting.loops + 1):
         stop = StopAt(loop)
         with pytest.raises(Stopped):
-            answer(one, loss, backend, stop)
+            answer(one, loss, stop)
         assert stop.loops == loop
-        assert answer(one, loss, backend) == expected
+        assert answer(one, loss) == expected
 
 
 @pytest.mark.parametrize("threads_of_torch", [1, 2])

@@ -14,11 +14,11 @@ STREAM, OTHER_STREAM = 1, 2
 BYTES = 100
 
 
-class FakePlan:
-    """What the recordings ask of a plan."""
+class FakeProgram:
+    """What the recordings ask of a program."""
 
     def __init__(self, nbytes: int = BYTES) -> None:
-        self.signature = SimpleNamespace(device=torch.device("cuda"))
+        self.device = torch.device("cuda")
         self.workspace_bytes = nbytes
         self.times_seen = 0
         self.is_ready = True
@@ -29,10 +29,10 @@ class FakeRecording:
 
     error: Exception | None = None
 
-    def __init__(self, plan: FakePlan) -> None:
+    def __init__(self, program: FakeProgram) -> None:
         if FakeRecording.error is not None:
             raise FakeRecording.error
-        self.nbytes, self.done, self.stream, self.waited = plan.workspace_bytes, True, STREAM, False
+        self.nbytes, self.done, self.stream, self.waited = program.workspace_bytes, True, STREAM, False
 
     def is_free(self, stream: int) -> bool:
         return stream == self.stream or self.done
@@ -55,59 +55,59 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
     return graphs.Graphs()
 
 
-def recorded(graphs: Any, plan: FakePlan) -> Any:
-    """Uses a plan until it is recorded."""
+def recorded(graphs: Any, program: FakeProgram) -> Any:
+    """Uses a program until it is recorded."""
     for _ in range(50):
-        recording = graphs.take(plan, STREAM)
+        recording = graphs.take(program, STREAM)
         if recording is not None:
-            graphs.put_back(plan, recording)
+            graphs.put_back(program, recording)
             return recording
     raise AssertionError("never recorded")
 
 
-def test_a_signature_is_recorded_when_it_comes_for_the_third_time(graphs: Any) -> None:
-    plan = FakePlan()
-    assert [graphs.take(plan, STREAM) is None for _ in range(3)] == [True, True, False]
+def test_a_kind_is_recorded_when_it_comes_for_the_third_time(graphs: Any) -> None:
+    program = FakeProgram()
+    assert [graphs.take(program, STREAM) is None for _ in range(3)] == [True, True, False]
 
 
 def test_what_is_not_compiled_yet_is_not_recorded(graphs: Any) -> None:
-    plan = FakePlan()
-    plan.is_ready = False
-    assert all(graphs.take(plan, STREAM) is None for _ in range(5))
-    plan.is_ready = True
-    assert graphs.take(plan, STREAM) is not None
+    program = FakeProgram()
+    program.is_ready = False
+    assert all(graphs.take(program, STREAM) is None for _ in range(5))
+    program.is_ready = True
+    assert graphs.take(program, STREAM) is not None
 
 
 def test_a_recording_belongs_to_one_caller_at_a_time_and_to_one_stream_until_it_is_done(graphs: Any) -> None:
-    plan = FakePlan()
-    recording = recorded(graphs, plan)
-    assert graphs.take(plan, STREAM) is recording
-    assert graphs.take(plan, STREAM) is None
-    graphs.put_back(plan, recording)
+    program = FakeProgram()
+    recording = recorded(graphs, program)
+    assert graphs.take(program, STREAM) is recording
+    assert graphs.take(program, STREAM) is None
+    graphs.put_back(program, recording)
     recording.done = False
-    assert graphs.take(plan, OTHER_STREAM) is None
-    assert graphs.take(plan, STREAM) is recording
+    assert graphs.take(program, OTHER_STREAM) is None
+    assert graphs.take(program, STREAM) is recording
 
 
 def test_memory_is_bounded_and_the_oldest_goes_and_waits_before_it_comes_back(graphs: Any) -> None:
-    plans = [FakePlan() for _ in range(4)]
-    recordings = [recorded(graphs, plan) for plan in plans[:3]]
+    programs = [FakeProgram() for _ in range(4)]
+    recordings = [recorded(graphs, program) for program in programs[:3]]
     assert len(graphs) == 3
-    recorded(graphs, plans[0])  # used again: now the second is the oldest
-    recorded(graphs, plans[3])
+    recorded(graphs, programs[0])  # used again: now the second is the oldest
+    recorded(graphs, programs[3])
     assert len(graphs) == 3
     assert [recording.waited for recording in recordings] == [False, True, False]
-    assert all(graphs.take(plans[1], STREAM) is None for _ in range(20))
+    assert all(graphs.take(programs[1], STREAM) is None for _ in range(20))
     assert len(graphs) == 3
 
 
 def test_what_does_not_fit_is_never_recorded(graphs: Any) -> None:
-    plan = FakePlan(BYTES * 4)
-    assert all(graphs.take(plan, STREAM) is None for _ in range(10))
+    program = FakeProgram(BYTES * 4)
+    assert all(graphs.take(program, STREAM) is None for _ in range(10))
 
 
 def test_full_memory_puts_one_signature_off_and_another_error_all(graphs: Any) -> None:
-    full, fine, broken = FakePlan(), FakePlan(), FakePlan()
+    full, fine, broken = FakeProgram(), FakeProgram(), FakeProgram()
     FakeRecording.error = torch.OutOfMemoryError("full")
     assert all(graphs.take(full, STREAM) is None for _ in range(5))
     FakeRecording.error = None
@@ -119,9 +119,9 @@ def test_full_memory_puts_one_signature_off_and_another_error_all(graphs: Any) -
 
 
 def test_memory_is_given_back(graphs: Any) -> None:
-    plan = FakePlan()
-    recording = recorded(graphs, plan)
+    program = FakeProgram()
+    recording = recorded(graphs, program)
     graphs.clear()
     assert recording.waited
     assert len(graphs) == 0
-    assert graphs.take(plan, STREAM) is None
+    assert graphs.take(program, STREAM) is None

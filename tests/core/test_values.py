@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from core.comparison import norm_error
-from core.conftest import Way
+from support.comparison import norm_error
+from support.vector_cases import Case, load
+from support.ways import Way
 from torch import Tensor
-from vector_cases import Case, load
 
 from lovasz.core import (
     LocalLoss,

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from footprint import eventually
+from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import InvalidInputError, Joint, LossClient, LovaszHinge, LovaszSoftmax

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from footprint import eventually
-from scrape import metric
+from support.scrape import metric
+from support.waiting import eventually
 
 from lovasz.client import CallAbortedError, Joint, LossClient, LovaszSoftmax
 from lovasz.server.launch import ServerProcess

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from scrape import metric
-from vector_cases import Case, load
+from support.scrape import metric
+from support.vector_cases import Case, load
 
 from lovasz import core
 from lovasz.client import CrossEntropy, LossClient, LovaszHinge, LovaszSoftmax, Result

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 import pytest
-from scrape import metric
+from support.scrape import metric
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax
@@ -146,7 +146,7 @@ BAD = [
     Bad(
         "hinge beside softmax",
         lambda r: r.header.loss.terms.add(weight=1).lovasz_hinge.SetInParent(),
-        "loss: LovaszHinge stands beside a softmax loss",
+        "loss: LovaszHinge is combined with a softmax loss",
     ),
     Bad(
         "label smoothing",

@@ -17,8 +17,9 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from footprint import Footprint, available_bytes, eventually, forget_peak, peak_bytes
-from scrape import metric
+from support.footprint import Footprint, available_bytes, forget_peak, peak_bytes
+from support.scrape import metric
+from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import (

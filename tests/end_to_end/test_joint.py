@@ -17,10 +17,11 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from end_to_end import many_ranks
-from end_to_end.many_ranks import WORLD, request_of
-from footprint import Footprint, eventually
-from scrape import metric
+from support import many_ranks
+from support.footprint import Footprint
+from support.many_ranks import WORLD, request_of
+from support.scrape import metric
+from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import (

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
-from footprint import eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from scrape import metric
+from support.scrape import metric
+from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError, ServerUnavailableError

@@ -17,9 +17,10 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from end_to_end.ranks_of_several_servers import LOSS, LOST_STEP, WORLD, batch, model
-from footprint import eventually
-from scrape import metric
+from support import ranks_of_several_servers
+from support.ranks_of_several_servers import LOSS, LOST_STEP, WORLD, batch, model
+from support.scrape import metric
+from support.waiting import eventually
 
 from lovasz.client import CallAbortedError, Joint, LossClient, LovaszSoftmax
 from lovasz.core import LocalLoss
@@ -27,7 +28,7 @@ from lovasz.server.launch import ServerProcess
 from lovasz.version import VERSION
 
 VARIABLE = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
-SCRIPT = Path(__file__).with_name("ranks_of_several_servers.py")
+SCRIPT = Path(ranks_of_several_servers.__file__)
 JOINT_TIMEOUT = 3
 STEPS = 80
 hashing = pytest.mark.skipif(

@@ -12,17 +12,19 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from footprint import Footprint, eventually
-from scrape import metric
-from vector_cases import Case, load
+from support.footprint import Footprint
+from support.scrape import metric
+from support.vector_cases import Case, load
+from support.waiting import eventually
 
-from lovasz import framing, wire
+from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerUnavailableError
 from lovasz.client import remote as client_remote
 from lovasz.client.shared_memory import Region, Session, places
 from lovasz.client.torch import RemoteLoss
 from lovasz.server.launch import ServerProcess
 from lovasz.spec import weighted_sum
+from lovasz.wire import framing
 
 SOFTMAX = LovaszSoftmax()
 

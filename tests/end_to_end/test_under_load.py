@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from footprint import eventually
-from scrape import metric
+from support.scrape import metric
+from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax

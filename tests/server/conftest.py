@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from server.desk import (
-    Desk,
-)
+from support.desk import Desk
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lovasz import wire
-from lovasz.framing import UnaryRequest, UnaryResponse, encode_stream_message, stream_message_decoder
 from lovasz.spec import CrossEntropy, InvalidInput, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire.framing import UnaryRequest, UnaryResponse, encode_stream_message, stream_message_decoder
 
 untimed = settings(deadline=None)
 

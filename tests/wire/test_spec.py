@@ -195,7 +195,7 @@ EXPECTED_LOSS = "expected LovaszSoftmax, LovaszHinge, CrossEntropy or a list of 
         ([("1", CrossEntropy())], "loss[0] weight: got '1'; expected a finite number"),
         (
             [(1.0, LovaszHinge()), (1.0, LovaszSoftmax())],
-            "loss: LovaszHinge stands beside a softmax loss; expected hinge terms alone or softmax terms alone",
+            "loss: LovaszHinge is combined with a softmax loss; expected only hinge terms or only softmax terms",
         ),
         (
             [(1.0, LovaszHinge()), (1.0, LovaszHinge(multilabel=True))],

@@ -1,6 +1,6 @@
-"""The client of the loss service: thin, and free of torch but in ``lovasz.client.torch`` and for in-process use."""
+"""The client of the loss service. Only ``lovasz.client.torch`` and the in-process target need torch."""
 
-from lovasz.client.client import Device, LossClient, ServerInfo
+from lovasz.client.client import LossClient
 from lovasz.client.errors import (
     CallAbortedError,
     CallCancelledError,
@@ -14,6 +14,7 @@ from lovasz.client.errors import (
     ServerUnavailableError,
 )
 from lovasz.client.joint import Joint
+from lovasz.client.target import Device, ServerInfo
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, Result, TermResult, Timing
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The command ``lovasz``: what a person asks a server."""
+"""The command ``lovasz``: its command line, and ``lovasz ping``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from lovasz.client import bench
-from lovasz.client.client import LossClient, ServerInfo
+from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
+from lovasz.client.target import ServerInfo
 from lovasz.version import VERSION
 
 
@@ -18,26 +19,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 if the server answered, 1 if not; 130 if Ctrl-C ended a load."""
     parser = argparse.ArgumentParser(prog="lovasz", description="Talks to a Lovász loss server.")
     parser.add_argument("--version", action="version", version=f"lovasz {VERSION}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    ping = commands.add_parser(
-        "ping", help="see whether a server is there, what it is, and how long it takes to answer"
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
+    commands.add_parser(
+        "ping",
+        help="check that a server answers, and show what it is and how long it takes",
+        add_arguments=_add_ping_arguments,
     )
-    ping.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
-    ping.add_argument("--count", type=int, default=5, metavar="N", help="calls to time (default: 5)")
-    ping.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each call (default: 5)")
-    ping.add_argument(
-        "--wait", type=float, default=0.0, metavar="SECONDS", help="keep trying for so long (default: 0, try once)"
+    commands.add_parser(
+        "bench",
+        help="put a load on a server, and show its throughput and where the time goes",
+        add_arguments=_add_bench_arguments,
     )
-    ping.set_defaults(run=_ping)
-    benching = commands.add_parser("bench", help="put a load on a server, and see what it stands and where time goes")
-    bench.add_arguments(benching)
-    benching.set_defaults(run=bench.run)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
     except (LossError, ValueError, OSError) as error:
         print(f"lovasz: {error}", file=sys.stderr)
         return 1
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Parses one command. Its arguments are added only when that command runs, and with them its modules imported."""
+
+    def __init__(self, *, add_arguments: Callable[[argparse.ArgumentParser], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._add_arguments = add_arguments
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from lovasz.client.bench import command
+
+    command.add_arguments(parser)
+
+
+def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="calls to time (default: 5)")
+    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each call (default: 5)")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="keep trying for this long (default: 0, try once)"
+    )
+    parser.set_defaults(run=_ping)
 
 
 def _ping(options: argparse.Namespace) -> int:

@@ -1,6 +1,9 @@
-"""The client's own errors, and the one place where gRPC's are turned into them."""
+"""The client's own errors, and where the errors of gRPC and of ``lovasz.spec`` are translated into them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 
@@ -11,20 +14,20 @@ class LossError(Exception):
     """A loss could not be computed. ::
 
     LossError
-    ├── InvalidInputError       the request cannot be computed with; also a ValueError
-    ├── ServerOverloadedError   no room, after all retries; or the request can never fit
-    ├── ServerUnavailableError  no server there, or it is stopping, after all retries
+    ├── InvalidInputError       the request is invalid; also a ValueError
+    ├── ServerOverloadedError   the server is full, after all retries; or the request can never fit
+    ├── ServerUnavailableError  no server answers, or it is stopping, after all retries
     ├── DeadlineExceededError   no answer within the timeout; also a TimeoutError
-    ├── CallAbortedError        a rank of its joint step is missing or failed, or the call stalled: try the step again
-    ├── JointMismatchError      the request does not fit those of the other ranks of its step
+    ├── CallAbortedError        a rank of the joint step is missing or failed, or the call stalled: try the step again
+    ├── JointMismatchError      the request does not match those of the other ranks of its step
     ├── CallCancelledError      the call was cancelled, or its client was closed
-    ├── IncompatibleServerError whatever is there does not speak lovasz.v1 as this client does
+    ├── IncompatibleServerError the server does not speak lovasz.v1 as this client does
     └── ServerFaultError        the server failed on the request; its log says why
     """
 
 
 class InvalidInputError(LossError, InvalidInput):
-    """The request cannot be computed with; the text names the field, what came and what was expected.
+    """The request is invalid. The text names the field, the value that it got and what was expected.
 
     Attributes:
         field: the field's name.
@@ -36,24 +39,27 @@ class InvalidInputError(LossError, InvalidInput):
 
 
 class ServerOverloadedError(LossError):
-    """The server had no room, after all retries; or the request can never fit into it."""
+    """The server was full, after all retries; or the request is larger than it can ever take."""
 
 
 class ServerUnavailableError(LossError):
-    """No server answers there, or it is stopping, or its device does not answer, after all retries."""
+    """After all retries, no server answers at the target, or it is stopping, or its device does not answer."""
 
 
 class DeadlineExceededError(LossError, TimeoutError):
-    """The answer did not come within the timeout."""
+    """The answer did not arrive within the timeout."""
 
 
 class CallAbortedError(LossError):
-    """The joint step was given up, as a rank is missing or cannot be computed with, and the text names it; or the call
-    stalled. The step can be tried again, by all ranks."""
+    """The joint step was given up, or the call stalled.
+
+    A step is given up when a rank is missing or cannot be computed; the text names the rank. All ranks can try the step
+    again.
+    """
 
 
 class JointMismatchError(LossError):
-    """The request does not fit those of the other ranks of its step; the text names the difference."""
+    """The request does not match those of the other ranks of its step; the text names the difference."""
 
 
 class CallCancelledError(LossError):
@@ -61,7 +67,7 @@ class CallCancelledError(LossError):
 
 
 class IncompatibleServerError(LossError):
-    """Whatever answers there does not speak lovasz.v1 as this client does."""
+    """The server at the target does not speak lovasz.v1 as this client does."""
 
 
 class ServerFaultError(LossError):
@@ -80,9 +86,18 @@ _BY_CODE: dict[grpc.StatusCode, type[LossError]] = {
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> LossError:
-    """The client's error for one of gRPC's."""
+    """The client's error for an error of gRPC."""
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")
         return InvalidInputError(field, problem)
     return _BY_CODE.get(code, ServerFaultError)(f"{target}: {details or code.name} ({code.name})")
+
+
+@contextmanager
+def invalid_input_translated() -> Iterator[None]:
+    """Turns an InvalidInput that is raised inside into an InvalidInputError."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInputError(error.field, error.problem) from None

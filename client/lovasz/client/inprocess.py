@@ -1,4 +1,4 @@
-"""This process as the target of calls: ``lovasz.core`` computes, on the logits' device. Imported when asked for."""
+"""This process as a target: ``lovasz.core`` computes on the logits' device. Imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lovasz import core, spec, wire
-from lovasz.client.client import Device, ServerInfo
+from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import Array, encode_labels, is_torch
 from lovasz.core.batch import Request
 from lovasz.spec import InvalidInput
@@ -18,20 +18,32 @@ from lovasz.version import VERSION
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """A request, checked, as tensors on the logits' device."""
+
     logits: torch.Tensor
     labels: torch.Tensor
     loss: spec.WeightedSum
     want_grad: bool
-    numpy: bool
+    as_numpy: bool
+
+    def compute(self, timeout: float) -> spec.Result[Any]:
+        """Computes it in this thread; the timeout has no effect."""
+        started = time.monotonic()
+        result = core.compute(self.logits, self.labels, self.loss, want_grad=self.want_grad)
+        timing = spec.Timing(0.0, 0.0, time.monotonic() - started, 1)
+        grad: Any = result.grad
+        if self.as_numpy and grad is not None:
+            grad = grad.numpy()
+        return spec.Result(result.loss, grad, result.terms, result.intersection, result.union, timing)
 
 
 class InProcessTarget:
     """No server: for tests, laptops, and trainers that need none."""
 
-    def encode(
+    def prepare(
         self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
-    ) -> _Call:
+    ) -> Call:
         if joint is not None and joint.world_size > 1:
             raise InvalidInput(
                 "joint",
@@ -39,17 +51,9 @@ class InProcessTarget:
             )
         narrow = labels if is_torch(labels) else encode_labels(labels).array()
         scores, targets = _tensor("logits", logits), _tensor("labels", narrow)
-        Request.checked(scores, targets.to(scores.device), loss)
-        return _Call(scores, targets.to(scores.device), loss, want_grad, numpy=not is_torch(logits))
-
-    def compute(self, call: _Call, timeout: float) -> spec.Result[Any]:
-        started = time.monotonic()
-        result = core.compute(call.logits, call.labels, call.loss, want_grad=call.want_grad)
-        timing = spec.Timing(0.0, 0.0, time.monotonic() - started, 1)
-        grad: Any = result.grad
-        if call.numpy and grad is not None:
-            grad = grad.numpy()
-        return spec.Result(result.loss, grad, result.terms, result.intersection, result.union, timing)
+        targets = targets.to(scores.device)
+        Request.checked(scores, targets, loss)
+        return Call(scores, targets, loss, want_grad, as_numpy=not is_torch(logits))
 
     def server_info(self, timeout: float) -> ServerInfo:
         device = Device("cpu", f"this process, torch {torch.__version__}", healthy=True)
@@ -65,7 +69,7 @@ def _tensor(field: str, value: Array) -> torch.Tensor:
     if not isinstance(value, np.ndarray):
         raise InvalidInput(field, f"got {type(value).__name__}; expected a numpy array or a torch tensor")
     try:
-        # torch takes no negative strides, no foreign byte order, and warns of read-only memory.
+        # torch refuses negative strides and foreign byte orders, and warns about read-only memory.
         return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
     except TypeError as error:
         raise InvalidInput(field, f"got dtype {value.dtype.name}, which torch cannot take: {error}") from None

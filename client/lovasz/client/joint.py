@@ -6,27 +6,27 @@ import os
 from dataclasses import dataclass
 
 from lovasz import wire
-from lovasz.client.errors import InvalidInputError
-from lovasz.spec import InvalidInput
+from lovasz.client.errors import InvalidInputError, invalid_input_translated
 
 
 @dataclass(frozen=True)
 class Joint:
-    """Joins the requests of all ranks of a step: each gets the loss of all their pixels, and its part of the gradient.
+    """Joins the requests of all ranks of a step: each rank gets the loss of all pixels and its part of the gradient.
 
-    The ranks of a step must come to one server with the same loss, number of classes, element type and world_size, in
-    any order; images may differ in number and size. A server that misses a rank waits for it (``--joint-timeout``, 45 s
-    unless it was told otherwise), and then every rank that came gets CallAbortedError, which names the missing ones.
+    The ranks of a step must call one server with the same loss, number of classes, element type and world_size, in any
+    order. The number and size of their images may differ. If a rank is missing, the server waits for it
+    (``--joint-timeout``, 45 s by default); then all ranks that called get CallAbortedError, which names the missing
+    ones.
 
     Args:
-        run: names the training, 1 to 200 characters; two trainings that run at one time need two names.
+        run: names the training, 1 to 200 characters; trainings that run at the same time need different names.
         rank: this process, in [0, world_size).
-        world_size: how many processes there are.
-        step: counts the calls of the training, from 0; those without a gradient (evaluation) are counted apart.
-            ``RemoteLoss`` counts by itself if this is None.
+        world_size: the number of processes.
+        step: the number of the step, from 0. Steps without a gradient (evaluation) are numbered separately. None:
+            ``RemoteLoss`` counts.
 
     Raises:
-        InvalidInputError: a value that cannot be.
+        InvalidInputError: a value is invalid.
     """
 
     run: str
@@ -39,20 +39,21 @@ class Joint:
 
     @classmethod
     def from_distributed(cls, run: str) -> Joint:
-        """Rank and world size of ``torch.distributed``'s default group, which must be there; no collective call."""
+        """Takes rank and world size from ``torch.distributed``'s default group, which must be initialized.
+
+        Makes no collective call.
+        """
         import torch.distributed
 
         return cls(run, torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def at(self, step: int | None) -> wire.Joint:
-        """The place in a step, for one call.
+        """This rank's place in a step, for one call.
 
         Raises:
-            InvalidInputError: a value that cannot be.
+            InvalidInputError: a value is invalid.
         """
         if step is None:
-            raise InvalidInputError("joint.step", "got None; expected a number (RemoteLoss alone counts by itself)")
-        try:
+            raise InvalidInputError("joint.step", "got None; expected a number (only RemoteLoss counts steps itself)")
+        with invalid_input_translated():
             return wire.Joint(self.run, step, self.rank, self.world_size, os.urandom(16))
-        except InvalidInput as error:
-            raise InvalidInputError(error.field, error.problem) from None

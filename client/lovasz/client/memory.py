@@ -1,4 +1,4 @@
-"""Memory for tensors that is used again: fresh memory has to be mapped page by page, which takes longer than a copy."""
+"""Reused memory for tensors. The kernel maps new memory page by page, which takes longer than a copy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 KEPT = 4
-"""Idle pieces of memory that are kept. A step takes up to three: logits and gradient in 16 bits, and the gradient."""
-_ROOM = 2
-"""An idle piece is not used for what is so many times smaller."""
+"""Idle blocks that are kept. A step needs up to three: logits and gradient in 16 bits, and the gradient in 32."""
+_MAX_RATIO = 2
+"""An idle block is not used for a request that is smaller by more than this factor."""
 
 
 class Memory:
-    """A piece of memory of this process."""
+    """A block of memory of this process."""
 
     def __init__(self, nbytes: int) -> None:
-        """
+        """Allocates the block.
+
         Raises:
             OSError: there is no memory left.
         """
@@ -36,38 +37,39 @@ class Memory:
         return len(self.map)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """A part of it, as long as nobody else uses it."""
+        """A part of the block as an array. The caller must know that nothing else uses that part."""
         return np.frombuffer(self.map, dtype, math.prod(shape), offset).reshape(shape)
 
     def close(self) -> None:
-        """Lets it go; the arrays that are left keep their memory."""
+        """Frees the block; arrays in it stay valid."""
 
 
 MemoryT = TypeVar("MemoryT", bound=Memory)
 
 
 class MemoryPool(Generic[MemoryT]):
-    """Pieces of memory, each in use by one call or one gradient, or idle."""
+    """Blocks of memory, each idle or in use by one call or one gradient."""
 
     def __init__(self, make: Callable[[int], MemoryT]) -> None:
-        """
+        """Creates an empty pool.
+
         Args:
-            make: makes a piece of so many bytes.
+            make: allocates a block, given its size in bytes.
         """
         self._make = make
-        # Without a lock: the collector of garbage may give a piece back at any place of any thread.
+        # No lock: the garbage collector may return a block at any point of any thread.
         self._idle: deque[MemoryT] = deque()
 
     def take(self, nbytes: int) -> MemoryT:
-        """A piece of at least so many bytes."""
+        """A block of at least ``nbytes`` bytes."""
         idle = []
         while self._idle:
             try:
                 idle.append(self._idle.popleft())
-            except IndexError:  # Another thread was faster.
+            except IndexError:  # Another thread took the last one.
                 break
         idle.sort(key=lambda memory: memory.nbytes)
-        fitting = next((m for m in idle if nbytes <= m.nbytes <= _ROOM * nbytes), None)
+        fitting = next((m for m in idle if nbytes <= m.nbytes <= _MAX_RATIO * nbytes), None)
         kept = [memory for memory in idle if memory is not fitting]
         dropped = max(0, len(kept) - KEPT)
         for memory in kept[:dropped]:
@@ -76,22 +78,22 @@ class MemoryPool(Generic[MemoryT]):
         return self._make(nbytes) if fitting is None else fitting
 
     def give(self, memory: MemoryT) -> None:
-        """Takes a piece back."""
+        """Returns a block to the pool."""
         self._idle.append(memory)
 
     def lend(self, memory: MemoryT, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """A part of a piece as an array; the piece comes back when the last view of the array is gone."""
-        # What a view of a view keeps is not the view but the object that the memory comes from.
+        """A part of a block as an array; the block returns to the pool when the array's last view is gone."""
+        # A view of a view keeps a reference to the object that owns the memory, not to the first view.
         owner: Any = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_buffer(memory.map, offset)
         weakref.finalize(owner, self._idle.append, memory).atexit = False
         array: npt.NDArray[Any] = np.frombuffer(owner, dtype)
         return array.reshape(shape)
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array in a piece of its own, which comes back like those that are lent."""
+        """An array with a block of its own, which returns to the pool when the array's last view is gone."""
         return self.lend(self.take(math.prod(shape) * dtype.itemsize), 0, shape, dtype)
 
     def close(self) -> None:
-        """Lets go of what is idle."""
+        """Frees the idle blocks."""
         while self._idle:
             self._idle.pop().close()

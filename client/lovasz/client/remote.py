@@ -1,4 +1,4 @@
-"""A server as the target of calls: small requests in one message, large ones in a stream or in shared memory."""
+"""A server as a target: small requests in one message, large ones in a stream or in shared memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from lovasz import framing, spec, wire
-from lovasz.client.client import Device, ServerInfo
+from lovasz import spec, wire
 from lovasz.client.errors import (
     CallCancelledError,
     IncompatibleServerError,
@@ -23,119 +22,127 @@ from lovasz.client.errors import (
     ServerUnavailableError,
     from_rpc_error,
 )
+from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash, service_config
 from lovasz.client.memory import Memory, MemoryPool
-from lovasz.client.retry import RUN_KEY, Retries, service_config
+from lovasz.client.options import ClientOptions, Transport
+from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
+from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire import framing
 
 UNARY_BYTES = 2 << 20
-"""Requests whose payload is larger are streamed: about where that gets faster (measured on loopback, 2 cores)."""
+"""Requests with a larger payload are streamed: about where a stream becomes faster (measured on loopback, 2 cores)."""
 SHARED_BYTES = 64 << 10
-"""Requests whose payload is larger go through shared memory where it can be had; others are as fast in a message."""
+"""Requests with a larger payload go through shared memory if possible; smaller ones are as fast in a message."""
 
 _OPTIONS = (
-    # Connections of its own for each channel; otherwise gRPC lets all clients of a process share one.
+    # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
     ("grpc.use_local_subchannel_pool", 1),
-    # Calls are made again by lovasz.client.retry.
+    # lovasz.client.retry repeats calls instead.
     ("grpc.enable_retries", 0),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Reconnecting to a server that was restarted should not wait for gRPC's default of up to two minutes.
+    # By default a client may take two minutes to reconnect to a server that restarted.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
+"""gRPC's options for every channel."""
 
 _UNIX = "unix:"
-
-_NO_HASH = "hash attribute not present"
-"""The end of every call whose channel has been told to hash, but not by what: gRPC's text, with INTERNAL."""
-_HASH_PROBLEM = (
-    "got 'ring_hash', which gRPC does not carry out here; expected the environment variable "
-    "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY=true, set before the client is opened, and grpcio 1.70 or newer "
-    f"(it is {grpc.__version__})"
-)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request, encoded and checked.
+    """A request to a server, checked and encoded.
 
     Attributes:
+        target: the server.
+        request: all of the request but its payload.
         logits: the bytes that are sent.
         labels: the bytes that are sent.
-        memory: what they lie in, if that is not the caller's own.
-        original: the logits as they came.
+        memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
+        region: the shared memory that they are in; None if the call does not use any.
+        original: the logits as the caller passed them.
     """
 
+    target: RemoteTarget
     request: wire.Request
     logits: memoryview
     labels: memoryview
     memory: tuple[Memory, ...]
+    region: Region | None
     original: Array
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What the call says beside the request: by this, gRPC and proxies know the calls of a run."""
+        """The call's gRPC metadata: gRPC and proxies find the calls of a run by it."""
         joint = self.request.joint
         return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
 
+    def compute(self, timeout: float) -> spec.Result[Any]:
+        """Computes it on the server within ``timeout`` seconds, retries included."""
+        return self.target.compute(self, timeout)
 
-Received = tuple[wire.Response, npt.NDArray[Any]]
-"""An answer, and its gradient (empty if none was wanted)."""
+
+Answer = tuple[wire.Response, npt.NDArray[Any]]
+"""A response, and its gradient as it was sent (empty if none was wanted)."""
 
 
 class RemoteTarget:
-    """A server behind gRPC."""
+    """A server, reached by gRPC."""
 
-    def __init__(
-        self, target: str, transport: str, wire_dtype: str | None, load_balancing: str | None = None, run: str = ""
-    ) -> None:
-        """
+    def __init__(self, target: str, options: ClientOptions) -> None:
+        """Opens the channels, which connect at the first call.
+
         Raises:
-            ValueError: shared memory was asked for, and the target is no Unix socket.
+            ValueError: the options demand shared memory, and the target is not a Unix socket.
         """
         path = target.removeprefix(_UNIX).removeprefix("//") if target.startswith(_UNIX) else None
-        if transport == "shm" and path is None:
+        if options.transport is Transport.SHM and path is None:
             raise ValueError(f"transport: got 'shm' with the target {target}; expected a target unix:/path")
         self._name = target
-        self._transport = transport
-        self._wire_dtype = wire_dtype
-        self._run = run
-        self._load_balancing = load_balancing if path is None else None
+        self._transport = options.transport
+        self._wire_dtype = options.wire_dtype
+        self._run = options.run
+        self._load_balancing = options.load_balancing if path is None else None
         self._closed = False
-        options = (*_OPTIONS, ("grpc.service_config", service_config(self._load_balancing)))
-        self._messages = grpc.insecure_channel(target, options=options)
-        # A connection of their own: what is in transit there delays no small request.
-        self._streams = grpc.insecure_channel(target, options=options)
+        channel_options = (*_OPTIONS, ("grpc.service_config", service_config(self._load_balancing)))
+        self._messages = grpc.insecure_channel(target, options=channel_options)
+        # Large transfers have their own connection, so that they delay no small request.
+        self._streams = grpc.insecure_channel(target, options=channel_options)
         self._retries = Retries()
-        self._compute = _unary(self._messages)
-        self._compute_shared = _unary(self._streams)
-        self._compute_stream = self._streams.stream_stream(
+        self._call_unary = _unary(self._messages)
+        self._call_shared = _unary(self._streams)
+        self._call_stream = self._streams.stream_stream(
             _method("ComputeStream"),
             request_serializer=framing.encode_stream_message,
             response_deserializer=framing.stream_message_decoder(pb.ComputeStreamResponse),
         )
-        self._server_info = self._messages.unary_unary(
+        self._call_info = self._messages.unary_unary(
             _method("GetServerInfo"),
             request_serializer=pb.GetServerInfoRequest.SerializeToString,
             response_deserializer=pb.GetServerInfoResponse.FromString,
         )
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
-        self._memory_path = None if path is None or transport == "grpc" else path + wire.MEMORY_SUFFIX
+        self._memory_path = None if path is None or self._transport is Transport.GRPC else path + wire.MEMORY_SUFFIX
         self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
 
-    def encode(
+    def prepare(
         self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
     ) -> Call:
         scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
         request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run)
-        if self._is_shared(request):
-            return self._in_region(request, scores, targets, logits)
+        if self._shared is not None and self._is_shared(request):
+            place = places(request)
+            region = self._shared.regions.take(place.nbytes)
+            sent = _written(scores, region, place.logits), _written(targets, region, place.labels)
+            return Call(self, request, *sent, memory=(), region=region, original=logits)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
@@ -145,37 +152,22 @@ class RemoteTarget:
             memory.append(self._memory.take(tensor.spec.nbytes))
             return _written(tensor, memory[-1], 0)
 
-        return Call(request, on_host(scores), on_host(targets), tuple(memory), logits)
+        return Call(self, request, on_host(scores), on_host(targets), tuple(memory), region=None, original=logits)
 
     def _is_shared(self, request: wire.Request) -> bool:
         if self._memory_path is None or request.payload_bytes <= SHARED_BYTES:
             return False
-        return self._transport == "shm" or os.path.exists(self._memory_path)
-
-    def _in_region(self, request: wire.Request, logits: Outgoing, labels: Outgoing, original: Array) -> Call:
-        assert self._shared is not None
-        first, second, _, size = places(request)
-        region = self._shared.regions.take(size)
-        written = _written(logits, region, first), _written(labels, region, second)
-        return Call(request, *written, (region,), original)
+        return self._transport is Transport.SHM or os.path.exists(self._memory_path)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
-        region = call.memory[0] if call.memory and isinstance(call.memory[0], Region) else None
-        with self._own_errors():
-            if region is not None:
-                response, grad = self._through_region(call, region, timeout)
+        with self._grpc_errors_translated():
+            if call.region is not None:
+                response, grad = self._through_region(call, call.region, timeout)
             else:
-                try:
-                    if call.request.payload_bytes <= UNARY_BYTES:
-                        response, grad = self._retries.call(lambda left: self._unary(call, left), timeout)
-                    else:
-                        response, grad = self._retries.call(lambda left: self._stream(call, left), timeout)
-                finally:
-                    for memory in call.memory:
-                        self._memory.give(memory)
+                response, grad = self._in_messages(call, timeout)
         return spec.Result(
             loss=response.loss,
-            grad=None if response.grad is None else decode_grad(grad, response, call.original, self._room),
+            grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
             terms=response.terms,
             intersection=response.intersection,
             union=response.union,
@@ -183,8 +175,8 @@ class RemoteTarget:
         )
 
     def server_info(self, timeout: float) -> ServerInfo:
-        with self._own_errors():
-            info = self._server_info(pb.GetServerInfoRequest(), timeout=timeout)
+        with self._grpc_errors_translated():
+            info = self._call_info(pb.GetServerInfoRequest(), timeout=timeout)
         return ServerInfo(
             version=info.version,
             devices=tuple(Device(device.name, device.hardware, device.healthy) for device in info.devices),
@@ -194,19 +186,18 @@ class RemoteTarget:
         )
 
     @contextmanager
-    def _own_errors(self) -> Iterator[None]:
-        """Turns what gRPC raises into the client's errors."""
+    def _grpc_errors_translated(self) -> Iterator[None]:
+        """Turns what gRPC raises inside into the client's errors."""
         try:
             yield
         except grpc.RpcError as error:
             if self._closed:
                 raise CallCancelledError(f"{self._name}: the client was closed") from None
-            hashing = self._load_balancing == "ring_hash" and error.code() is grpc.StatusCode.INTERNAL
-            if hashing and _NO_HASH in (error.details() or ""):
-                raise InvalidInputError("load_balancing", _HASH_PROBLEM) from None
+            if self._load_balancing is LoadBalancing.RING_HASH and cannot_hash(error):
+                raise InvalidInputError("load_balancing", HASH_PROBLEM) from None
             raise from_rpc_error(error, self._name) from None
         except ValueError:
-            if self._closed:  # What gRPC raises for a channel that was closed in the meantime.
+            if self._closed:  # gRPC raises it for a channel that was closed meanwhile.
                 raise CallCancelledError(f"{self._name}: the client was closed") from None
             raise
         except _WrongAnswer as error:
@@ -221,23 +212,31 @@ class RemoteTarget:
         if self._shared is not None:
             self._shared.close()
 
-    def _unary(self, call: Call, timeout: float) -> Received:
+    def _in_messages(self, call: Call, timeout: float) -> Answer:
+        send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream
+        try:
+            return self._retries.call(lambda left: send(call, left), timeout)
+        finally:
+            for memory in call.memory:
+                self._memory.give(memory)
+
+    def _unary(self, call: Call, timeout: float) -> Answer:
         request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._compute(request, timeout=timeout, metadata=call.metadata)
+        answer = self._call_unary(request, timeout=timeout, metadata=call.metadata)
         return self._received(answer.header, iter([answer.grad]), call)
 
-    def _stream(self, call: Call, timeout: float) -> Received:
-        answers = self._compute_stream(_messages(call), timeout=timeout, metadata=call.metadata)
+    def _stream(self, call: Call, timeout: float) -> Answer:
+        answers = self._call_stream(_messages(call), timeout=timeout, metadata=call.metadata)
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
                 raise _WrongAnswer("it does not begin with a header")
             return self._received(first.header, _chunks(answers), call)
         finally:
-            answers.cancel()  # Without effect on a call that ended.
+            answers.cancel()  # No effect on a call that has ended.
 
-    def _received(self, header: pb.ResponseHeader, chunks: Iterable[framing.Bytes], call: Call) -> Received:
-        with _fitting():
+    def _received(self, header: pb.ResponseHeader, chunks: Iterable[framing.Bytes], call: Call) -> Answer:
+        with _misfit_is_wrong_answer():
             response = wire.Response.from_proto(header, call.request)
             grad = np.empty(0, np.float32)
             if response.grad is not None:
@@ -245,14 +244,14 @@ class RemoteTarget:
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
         return response, grad
 
-    def _through_region(self, call: Call, region: Region, timeout: float) -> Received:
-        """The region is used again once the call has ended well; after a failure the server may still be at it."""
+    def _through_region(self, call: Call, region: Region, timeout: float) -> Answer:
+        """The region is reused only after success: after a failure the server may still be writing to it."""
         assert self._shared is not None
         try:
             try:
                 response = self._retries.call(lambda left: self._in_shared_memory(call, region, left), timeout)
             except LossError:  # The server takes no shared memory.
-                if self._transport == "shm":
+                if self._transport is Transport.SHM:
                     raise
                 response, grad = self._retries.call(lambda left: self._stream(call, left), timeout)
                 self._shared.regions.give(region)
@@ -263,40 +262,40 @@ class RemoteTarget:
         if response.grad is None:
             self._shared.regions.give(region)
             return response, np.empty(0, np.float32)
-        _, _, place, _ = places(call.request)
-        return response, self._shared.regions.lend(region, place, response.grad.shape, response.grad.dtype.numpy)
+        offset = places(call.request).grad
+        return response, self._shared.regions.lend(region, offset, response.grad.shape, response.grad.dtype.numpy)
 
     def _in_shared_memory(self, call: Call, region: Region, timeout: float) -> wire.Response:
         assert self._shared is not None
-        first, second, third, _ = places(call.request)
+        place = places(call.request)
         try:
             session = self._shared.share(region, timeout)
         except ServerUnavailableError:
-            self._server_info(pb.GetServerInfoRequest(), timeout=timeout)  # If there is no server, this says so.
+            self._call_info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers, its error is raised.
             raise
-        shared = wire.SharedTensors(session, region.number, first, second, third)
+        shared = wire.SharedTensors(session, region.number, place.logits, place.labels, place.grad)
         header = replace(call.request, shared=shared).to_proto()
         try:
             message = framing.UnaryRequest(header, b"", b"")
-            answer = self._compute_shared(message, timeout=timeout, metadata=call.metadata)
+            answer = self._call_shared(message, timeout=timeout, metadata=call.metadata)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:  # Perhaps it was started anew, and knows no session.
+            if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
                 self._shared.forget()
             raise
-        with _fitting():
+        with _misfit_is_wrong_answer():
             return wire.Response.from_proto(answer.header, call.request)
 
-    def _room(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))
 
 
 class _WrongAnswer(Exception):
-    pass
+    """The answer does not fit the request; the text says why."""
 
 
 @contextmanager
-def _fitting() -> Iterator[None]:
-    """While an answer is read that may not fit the request."""
+def _misfit_is_wrong_answer() -> Iterator[None]:
+    """Turns an InvalidInput, raised inside by reading an answer, into a _WrongAnswer."""
     try:
         yield
     except InvalidInput as error:
@@ -316,17 +315,20 @@ def _unary(channel: grpc.Channel) -> Callable[..., framing.UnaryResponse]:
 
 
 def _written(tensor: Outgoing, memory: Memory, offset: int) -> memoryview:
+    """The tensor's bytes, written to memory."""
     array = memory.array(offset, tensor.spec.shape, tensor.spec.dtype.numpy)
     tensor.write(array)
     return wire.as_bytes(array)
 
 
 def _messages(call: Call) -> Iterator[pb.ComputeStreamRequest | memoryview]:
+    """The messages of a streamed request: its header, then the chunks of its payload."""
     yield pb.ComputeStreamRequest(header=call.request.to_proto())
     yield from wire.chunks([call.logits, call.labels])
 
 
 def _chunks(answers: Iterable[pb.ComputeStreamResponse | memoryview]) -> Iterator[memoryview]:
+    """The chunks of a streamed answer, after its header."""
     for message in answers:
         if not isinstance(message, memoryview):
             raise _WrongAnswer("a message without a chunk came after the header")

@@ -1,14 +1,12 @@
-"""The policy of calls: when one is tried again, and which of several servers it goes to.
+"""Retries: whether and when a call that failed is made again.
 
-The second is carried out by gRPC, the first by this module. gRPC's own retry makes five attempts at most, in ten
-seconds, which a server that is started anew may take longer than; and when it sends a stream's messages again, it now
-and then leaves one out (seen with grpcio 1.63 and 1.85). A loss has no side effects, so a call can be made again at any
-point.
+gRPC's own retry is turned off. It makes at most five attempts within ten seconds, and a server may take longer to
+restart. And when it sends a stream's messages again, it sometimes leaves one out (seen with grpcio 1.63 and 1.85). A
+loss has no side effects, so a call can be repeated at any point.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -18,52 +16,43 @@ from typing import TypeVar, cast
 import grpc
 
 FIRST_ATTEMPTS = 5
-"""Of a client that has had no answer yet, in about ten seconds: its address may be wrong. Later it is patient."""
+"""Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit."""
 INITIAL_BACKOFF_SECONDS = 0.3
 BACKOFF_MULTIPLIER = 3.0
 MAX_BACKOFF_SECONDS = 5.0
 JITTER = 0.2
-"""Backoffs are spread by this share to either side."""
+"""Each backoff is changed by a random share of at most this, up or down."""
 RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
-"""gRPC's server cancels calls that come at the moment when it closes."""
+"""CANCELLED: gRPC's server cancels calls that arrive while it closes."""
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
-"""The server's word on when to try again, in trailing metadata; negative: not at all."""
-
-RUN_KEY = "lovasz-run"
-"""Metadata of joint calls: their run, percent-encoded. The calls of a run must reach one server."""
-_LOAD_BALANCING: dict[str, dict[str, dict[str, str]]] = {
-    "round_robin": {"round_robin": {}},
-    "ring_hash": {"ring_hash_experimental": {"requestHashHeader": RUN_KEY}},
-}
-LOAD_BALANCING = tuple(_LOAD_BALANCING)
+"""Key of the server's trailing metadata: milliseconds until the next attempt; negative: make none."""
 
 AnswerT = TypeVar("AnswerT")
 
 
-def service_config(load_balancing: str | None) -> str:
-    """gRPC's form of one of ``LOAD_BALANCING``; of None: its own choice, the first address that answers."""
-    return json.dumps({} if load_balancing is None else {"loadBalancingConfig": [_LOAD_BALANCING[load_balancing]]})
-
-
 class Retries:
-    """Makes calls again while that can help: before a client has had its first answer, :data:`FIRST_ATTEMPTS` times in
-    all; after that, until their timeout."""
+    """Repeats calls while that can help.
+
+    Until its timeout; before the client's first answer, at most :data:`FIRST_ATTEMPTS` times in all.
+    """
 
     def __init__(self) -> None:
         self._answered = False
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Nothing is made again from now on."""
+        """Stops all further attempts."""
         self._closed.set()
 
     def call(self, attempt: Callable[[float], AnswerT], timeout: float) -> AnswerT:
-        """
+        """Makes a call, and repeats it while it fails and that can help.
+
         Args:
-            attempt: makes the call; gets the seconds that are left.
+            attempt: makes the call once; gets the seconds that are left.
+            timeout: seconds for all attempts.
 
         Raises:
-            grpc.RpcError: what the last attempt ended with.
+            grpc.RpcError: the last attempt's error.
         """
         deadline, number = time.monotonic() + timeout, 1
         while True:
@@ -79,7 +68,7 @@ class Retries:
             number += 1
 
     def _delay(self, error: grpc.RpcError, number: int) -> float | None:
-        """Seconds to wait before the next attempt; None: there should be none."""
+        """Seconds to wait before the next attempt; None: make none."""
         if error.code() not in RETRYABLE or (number >= FIRST_ATTEMPTS and not self._answered):
             return None
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))

@@ -1,6 +1,6 @@
-"""Memory that is shared with a server on this host: a session with it, and the regions that hold tensors.
+"""Memory that is shared with a server on this host: a session with the server, and regions that hold tensors.
 
-The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, handed over on a Unix socket beside gRPC's.
+The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, passed over a Unix socket next to gRPC's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import weakref
+from typing import NamedTuple
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
@@ -23,12 +24,23 @@ _ALIGNMENT = 64
 
 
 class Region(Memory):
-    """Memory that can be shared with another process."""
+    """A block of memory that can be shared with another process.
+
+    Attributes:
+        descriptor: its memfd.
+        session: the session in which the server has it; None if it has not.
+        number: its number in that session.
+    """
 
     def __init__(self, nbytes: int) -> None:
+        """Allocates the region.
+
+        Raises:
+            OSError: there is no memory left.
+        """
         self.descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # All of it at once, which is faster than page by page at the first writes.
+            # Allocating all pages at once is faster than one by one at the first writes.
             os.posix_fallocate(self.descriptor, 0, nbytes)
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self.map = mmap.mmap(self.descriptor, nbytes)
@@ -46,12 +58,21 @@ class Region(Memory):
 
 
 class Session:
-    """A connection on which regions are handed over. The server lets go of them when it ends."""
+    """A connection that regions are shared over. The server unmaps them when it ends.
+
+    Attributes:
+        name: names the session in ``SharedTensors``.
+    """
 
     _numbers = itertools.count(1)
 
     def __init__(self, path: str, timeout: float) -> None:
-        """
+        """Connects.
+
+        Args:
+            path: of the socket on which the server takes regions.
+            timeout: seconds for each packet.
+
         Raises:
             ServerUnavailableError: no server takes shared memory there.
         """
@@ -72,10 +93,10 @@ class Session:
             raise
 
     def share(self, region: Region) -> None:
-        """Hands a region over, unless the server has it.
+        """Shares a region, unless the server already has it.
 
         Raises:
-            LossError: the server does not take it, or is gone.
+            LossError: the server refuses the region, or is gone.
         """
         if region.session is self:
             return
@@ -86,12 +107,12 @@ class Session:
                 socket.send_fds(self._socket, [packet], [region.descriptor])
                 self._reply()
         except OSError as error:
-            self.close()  # A late answer would be taken for that to the next packet.
+            self.close()  # A late reply would be taken for the reply to the next packet.
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
         region.session, region.number = self, number
 
     def release(self, region: Region) -> None:
-        """Takes a region back."""
+        """Stops sharing a region."""
         region.session = None
         try:
             with self._lock:
@@ -99,9 +120,10 @@ class Session:
                 self._socket.send(packet.SerializeToString())
                 self._reply()
         except (OSError, LossError):
-            self.close()  # And with the session goes what was shared.
+            self.close()  # Ends the sharing of all regions.
 
     def close(self) -> None:
+        """Ends the session."""
         self._socket.close()
 
     def _reply(self) -> pb.SharedMemoryReply:
@@ -114,20 +136,31 @@ class Session:
         return reply
 
 
-def places(request: wire.Request) -> tuple[int, int, int, int]:
-    """Where logits, labels and gradient lie in a region, and its size."""
-    place, starts = 0, []
+class Places(NamedTuple):
+    """Where a request's tensors are in its region, as offsets in bytes, and the size that the region needs."""
+
+    logits: int
+    labels: int
+    grad: int
+    nbytes: int
+
+
+def places(request: wire.Request) -> Places:
+    """Lays out a request's region: logits, labels and gradient, each aligned."""
+    offset, offsets = 0, []
     for size in (request.logits.nbytes, request.labels.nbytes, request.grad_bytes):
-        starts.append(place)
-        place = -(-(place + size) // _ALIGNMENT) * _ALIGNMENT
-    return starts[0], starts[1], starts[2], place
+        offsets.append(offset)
+        offset = -(-(offset + size) // _ALIGNMENT) * _ALIGNMENT
+    logits, labels, grad = offsets
+    return Places(logits, labels, grad, nbytes=offset)
 
 
 class SharedMemory:
-    """The regions of one client, and its session with the server, which is begun anew when it has ended."""
+    """The regions of one client, and its session with the server. A session that has ended is replaced."""
 
     def __init__(self, path: str) -> None:
-        """
+        """Connects at the first region that is shared.
+
         Args:
             path: of the socket on which the server takes regions.
         """
@@ -137,18 +170,18 @@ class SharedMemory:
         self.regions: MemoryPool[Region] = MemoryPool(Region)
 
     def share(self, region: Region, timeout: float) -> bytes:
-        """Sees to it that the server has the region; returns the session's name.
+        """Shares the region, unless the server already has it; returns the session's name.
 
         Raises:
             ServerUnavailableError: no server takes shared memory there.
-            LossError: the server does not take this region.
+            LossError: the server refuses the region.
         """
         with self._lock:
             if self._session is not None:
                 try:
                     self._session.share(region)
                     return self._session.name
-                except ServerUnavailableError:  # Of a server that has gone; perhaps there is another by now.
+                except ServerUnavailableError:  # That server is gone; another one may have started.
                     self._end(self._session)
             session = Session(self._path, timeout)
             try:
@@ -160,12 +193,13 @@ class SharedMemory:
             return session.name
 
     def forget(self) -> None:
-        """The server does not know the session any more: the next call begins another."""
+        """Drops the session, which the server no longer knows. The next call begins another."""
         with self._lock:
             if self._session is not None:
                 self._end(self._session)
 
     def close(self) -> None:
+        """Ends the session and frees the idle regions."""
         self.forget()
         self.regions.close()
 

@@ -1,4 +1,4 @@
-"""Arrays of numpy and tensors of torch: what they are on the wire, their way into its memory, and gradients from it."""
+"""Numpy arrays and torch tensors: their form on the wire, writing them there, and reading gradients from there."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK_ELEMENTS = 1 << 15
+"""Elements that torch converts in the calling thread, without waking its other threads."""
 
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 
 def is_torch(value: object) -> bool:
-    """Whether it is a tensor of torch, found out without importing torch."""
+    """Whether the value is a torch tensor. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor on its way to the wire.
+    """A tensor to be sent.
 
     Attributes:
-        spec: what it is there.
-        source: its elements as they came (bfloat16 of numpy as 16-bit words).
-        dtype: the name of the type that these have.
+        spec: its element type and shape on the wire.
+        source: its elements as the caller passed them (numpy's bfloat16 as 16-bit words).
+        dtype: the name of the caller's dtype.
     """
 
     spec: wire.TensorSpec
@@ -42,7 +43,7 @@ class Outgoing:
     dtype: str
 
     def in_place(self) -> npt.NDArray[Any] | None:
-        """Its elements where they are, if they are on the host as the wire wants them."""
+        """The source itself, if it is on the host in the wire's form; None if not."""
         if self.dtype != self.spec.dtype.name:
             return None
         array = self.source if isinstance(self.source, np.ndarray) else _on_host(self.source)
@@ -51,7 +52,7 @@ class Outgoing:
         )
 
     def array(self) -> npt.NDArray[Any]:
-        """Its elements as the wire wants them; a copy only where one is needed."""
+        """The elements in the wire's form; copied only if necessary."""
         array = self.in_place()
         if array is None:
             array = np.empty(self.spec.shape, self.spec.dtype.numpy)
@@ -59,7 +60,7 @@ class Outgoing:
         return array
 
     def write(self, place: npt.NDArray[Any]) -> None:
-        """Copies it to an array of the wire's element type and its shape."""
+        """Copies the elements into an array that has the wire's dtype and the tensor's shape."""
         source: Any = self.source
         if isinstance(source, np.ndarray):
             convert = self.dtype != self.spec.dtype.name and self.spec.dtype.is_float
@@ -71,24 +72,24 @@ class Outgoing:
         _copy(source, _as_torch(place, self.spec.dtype.name))
 
 
-def encode_logits(logits: Array, wire_dtype: str | None = None) -> Outgoing:
-    """float32, float16 and bfloat16 go as they are, float64 as float32, unless another element type is asked for.
+def encode_logits(logits: Array, wire_dtype: wire.DType | None = None) -> Outgoing:
+    """Logits to be sent: as ``wire_dtype``, or by default in their own dtype (float64 as float32).
 
     Raises:
-        InvalidInput: another dtype, or no array.
+        InvalidInput: they have another dtype, or are not an array.
     """
     source, name = _detached("logits", logits)
     if name not in (*wire.FLOATS, "float64"):
         raise InvalidInput("logits", f"got dtype {name}; expected one of {', '.join(wire.FLOATS)}, float64")
-    dtype = wire.dtype_named(wire_dtype or ("float32" if name == "float64" else name))
+    dtype = wire_dtype or wire.dtype_named("float32" if name == "float64" else name)
     return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
 
 
 def encode_labels(labels: Array) -> Outgoing:
-    """Integers of any type, and bool, go in the smallest type of the wire that holds their values.
+    """Labels to be sent: integers or bool, in the smallest type of the wire that holds their values.
 
     Raises:
-        InvalidInput: another dtype, no array, or a value beyond 64 signed bits.
+        InvalidInput: they have another dtype, are not an array, or have a value beyond 64 signed bits.
     """
     source, name = _detached("labels", labels)
     if name == "bool":
@@ -96,7 +97,7 @@ def encode_labels(labels: Array) -> Outgoing:
     elif not name.removeprefix("u").removeprefix("int").isdecimal():
         raise InvalidInput("labels", f"got dtype {name}; expected integers or bool")
     elif name in ("uint16", "uint32", "uint64") and not isinstance(source, np.ndarray):
-        source = source.cpu().numpy()  # torch itself does little with these.
+        source = source.cpu().numpy()  # torch supports few operations on these.
     low, high = (0, 0) if name == "uint8" else _extremes(source)
     dtype = next((d for d in wire.DTYPES if not d.is_float and _holds(d, low, high)), None)
     if dtype is None:
@@ -105,9 +106,9 @@ def encode_labels(labels: Array) -> Outgoing:
 
 
 def _detached(field: str, value: Array) -> tuple[Array, str]:
-    """The elements (numpy: bfloat16 as 16-bit words), and the name of their dtype."""
+    """The elements (numpy's bfloat16 as 16-bit words), and the name of their dtype."""
     if isinstance(value, np.ndarray):
-        name = value.dtype.name  # "bfloat16" is that of the package ml_dtypes.
+        name = value.dtype.name  # "bfloat16" comes from the package ml_dtypes.
         return (value.view(np.uint16) if name == "bfloat16" else value), name
     if is_torch(value):
         if value.layout != sys.modules["torch"].strided:
@@ -117,7 +118,7 @@ def _detached(field: str, value: Array) -> tuple[Array, str]:
 
 
 def _on_host(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
-    """The same memory as an array (bfloat16 as 16-bit words); None if it is elsewhere, or not contiguous."""
+    """The same memory as an array (bfloat16 as 16-bit words); None if it is not on the host, or not contiguous."""
     import torch
 
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -128,7 +129,7 @@ def _on_host(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
 
 
 def _as_torch(array: npt.NDArray[Any], dtype: str) -> Any:
-    """The same memory as a tensor; None where torch is not loaded, or cannot take the array."""
+    """The same memory as a tensor; None if torch is not loaded, or cannot take the array."""
     torch = sys.modules.get("torch")
     if torch is None or not array.flags.writeable or not array.dtype.isnative or min(array.strides, default=0) < 0:
         return None
@@ -138,8 +139,11 @@ def _as_torch(array: npt.NDArray[Any], dtype: str) -> Any:
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, factor: float = 1.0) -> None:
-    """Converts elements to another type, in blocks so small that torch does them in this thread alone: its other
-    threads would go on spinning for a while, on a processor that a server on this machine waits for."""
+    """Copies and converts elements, times ``factor``.
+
+    In small blocks, so that torch uses the calling thread only: its other threads would keep spinning afterwards, on
+    cores that a server on this machine needs.
+    """
     if source.device.type != "cpu" or not source.is_contiguous():
         target.copy_(source)
         return
@@ -156,11 +160,11 @@ def _write_with_numpy(source: npt.NDArray[Any], name: str, place: npt.NDArray[An
         np.copyto(place, source, casting="unsafe")
         return
     values = _widened(source) if name == "bfloat16" else source
-    with np.errstate(over="ignore"):  # What float16 cannot hold becomes infinite, and so the loss NaN.
+    with np.errstate(over="ignore"):  # A value beyond float16 becomes infinite, and so the loss NaN.
         if dtype.name != "bfloat16":
             np.copyto(place, values, casting="same_kind")
             return
-        # To the nearest, ties to even, as torch does it.
+        # Rounds to nearest, ties to even, like torch.
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     np.copyto(place, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16, casting="unsafe")
     place[np.isnan(bits.view(np.float32))] = 0x7FC0
@@ -170,7 +174,7 @@ def _extremes(labels: Array) -> tuple[int, int]:
     if 0 in labels.shape:
         return 0, 0
     if not isinstance(labels, np.ndarray) and labels.device.type == "cpu":
-        labels = labels.numpy()  # In this thread alone; see _copy.
+        labels = labels.numpy()  # Uses this thread only; see _copy.
     if isinstance(labels, np.ndarray):
         return int(labels.min()), int(labels.max())
     low, high = labels.aminmax()
@@ -183,7 +187,7 @@ def _holds(dtype: wire.DType, low: int, high: int) -> bool:
 
 
 def _widened(words: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """bfloat16 to float32: the missing bits are 0."""
+    """bfloat16 words as float32: the lower 16 bits are 0."""
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -191,18 +195,21 @@ def decode_grad(
     sent: npt.NDArray[Any],
     response: wire.Response,
     logits: Array,
-    room: Callable[[tuple[int, ...]], npt.NDArray[np.float32]] = lambda shape: np.empty(shape, np.float32),
+    float32_array: Callable[[tuple[int, ...]], npt.NDArray[np.float32]] = lambda shape: np.empty(shape, np.float32),
 ) -> Any:
-    """The true gradient, as the kind of array that the logits are and on their device.
+    """The true gradient, as the same kind of array as the logits and on their device.
 
-    float32 for 16-bit logits (the values of a true gradient underflow in float16), else of the logits' dtype.
+    In the logits' dtype; float32 for 16-bit logits, as the values of a true gradient underflow in float16.
 
     Args:
-        room: makes room for a gradient that was sent in 16 bits.
+        sent: the gradient as the server sent it.
+        response: the response that came with it.
+        logits: the logits as the caller passed them.
+        float32_array: allocates the array into which a gradient of 16 bits is converted.
     """
     assert response.grad is not None
     if response.grad.dtype.name != "float32":
-        place = room(response.grad.shape)
+        place = float32_array(response.grad.shape)
         _widen_grad(sent, response.grad.dtype.name, 1 / response.grad_scale, place)
         sent = place
     if isinstance(logits, np.ndarray):
@@ -215,7 +222,7 @@ def decode_grad(
 
 def _widen_grad(sent: npt.NDArray[Any], dtype: str, factor: float, place: npt.NDArray[np.float32]) -> None:
     target = _as_torch(place, "float32")
-    if target is not None:  # Its loops are several times as fast as numpy's.
+    if target is not None:  # torch is several times faster at this than numpy.
         _copy(_as_torch(sent, dtype), target, factor)
         return
     np.copyto(place, _widened(sent) if dtype == "bfloat16" else sent)

@@ -1,4 +1,4 @@
-"""``RemoteLoss``: a loss that a server computes, as a module of torch."""
+"""``RemoteLoss``: a loss that a server computes, as a torch module."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lovasz.autograd import with_gradient
-from lovasz.client.client import DEFAULT_TIMEOUT_SECONDS, LossClient
+from lovasz.client.client import LossClient
 from lovasz.client.joint import Joint
+from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
 from lovasz.spec import LossLike, Result, weighted_sum
 
 __all__ = ["RemoteLoss"]
@@ -22,21 +23,22 @@ class RemoteLoss(torch.nn.Module):
         criterion = RemoteLoss("localhost:50051", [(1.0, CrossEntropy()), (1.0, LovaszSoftmax())])
         criterion(logits, labels).backward()
 
-    The forward pass makes the one call, which brings the gradient too; the backward pass only scales it, in float32,
-    and hands it on in the logits' dtype and on their device: it is right under autocast and with a gradient scaler.
-    No gradient is asked for under ``torch.no_grad``, for logits that need none, and in eval mode
-    (``criterion.eval()``). Pickled and copied without its connection.
+    The forward pass makes one call, which returns loss and gradient. The backward pass only scales the gradient, in
+    float32, and returns it in the logits' dtype and on their device, so autocast and gradient scalers work. No gradient
+    is requested under ``torch.no_grad``, for logits that need none, and in eval mode (``criterion.eval()``). A pickled
+    or copied module opens its own connection.
 
-    With ``joint``, all ranks of a data-parallel training get the loss of their pixels together, and each its own part
-    of its one true gradient. ::
+    With ``joint``, all ranks of a data-parallel training get the loss of all their pixels, and each rank gets its part
+    of the one true gradient. ::
 
         criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint=Joint.from_distributed("cityscapes-7"))
 
-    Calls are counted, those with and without a gradient apart, and the calls of all ranks with the same number belong
-    together: each rank makes as many, also where gradients are accumulated. A call that raises is not counted.
+    The module counts its calls, those with a gradient and those without separately, and calls of all ranks with the
+    same number form a step. So every rank must make the same number of calls, also with gradient accumulation. A call
+    that raises is not counted.
 
     Attributes:
-        result: the last answer, with per-class losses, IoU counts and timing, without its gradient; None before.
+        result: the last result, without its gradient: per-class losses, IoU counts and timing. None before the first.
     """
 
     def __init__(
@@ -52,23 +54,25 @@ class RemoteLoss(torch.nn.Module):
         joint: Joint | None = None,
         gradient_reduction: str = "mean",
     ) -> None:
-        """
+        """Checks its arguments. It connects at the first call.
+
         Args:
-            target: as for :class:`LossClient`; or a client, which this module then uses and does not close.
+            target: as for :class:`LossClient`; or a client, which this module uses and does not close. The client's
+                own options then replace the next five.
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
-            timeout: seconds for a call; not used with a client, which has its own, as for the next three.
+            timeout: seconds for a call with all its retries.
             transport: as for :class:`LossClient`.
             wire_dtype: as for :class:`LossClient`.
             load_balancing: as for :class:`LossClient`.
             run: as for :class:`LossClient`.
-            joint: this rank, in a data-parallel training.
-            gradient_reduction: what the trainer does with the gradients of its ranks: ``"mean"``, as
-                DistributedDataParallel does: they are multiplied by world_size, so that the mean is the true gradient;
-                or ``"sum"``: they are left as they are.
+            joint: this rank's place in a data-parallel training.
+            gradient_reduction: how the trainer combines the gradients of its ranks. ``"mean"``, as
+                DistributedDataParallel does: gradients are multiplied by world_size, so that their mean is the true
+                gradient. ``"sum"``: gradients are left as they are.
 
         Raises:
-            InvalidInput: terms that do not go together.
-            ValueError: gradient_reduction is neither; at the first call: another argument that cannot be.
+            InvalidInput: the loss is invalid, or its terms cannot be combined.
+            ValueError: another argument is invalid. (The target is checked at the first call.)
         """
         super().__init__()
         if gradient_reduction not in ("mean", "sum"):
@@ -82,21 +86,19 @@ class RemoteLoss(torch.nn.Module):
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
         self._target = target if isinstance(target, str) else target.target
-        self._options: dict[str, Any] = {
-            "timeout": timeout,
-            "transport": transport,
-            "wire_dtype": wire_dtype,
-            "load_balancing": load_balancing,
-            "run": run,
-        }
-        if not isinstance(target, str):
-            self._options = target.options
+        self._options = (
+            ClientOptions.parsed(
+                timeout=timeout, transport=transport, wire_dtype=wire_dtype, load_balancing=load_balancing, run=run
+            )
+            if isinstance(target, str)
+            else target.options
+        )
 
     @property
     def client(self) -> LossClient:
-        """The client, which is opened when it is first used."""
+        """The client; opened at first use."""
         if self._client is None:
-            self._client = LossClient(self._target, **self._options)
+            self._client = LossClient.with_options(self._target, self._options)
         return self._client
 
     def forward(self, logits: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
@@ -105,11 +107,11 @@ class RemoteLoss(torch.nn.Module):
         Args:
             logits: float32, float16, bfloat16 or float64 (which travels as float32), (N, C, *spatial), on any device.
             labels: integers or bool, (N, *spatial), on any device.
-            step: the number of the joint step, for those who count; None: that of the call, counted from the ``step``
-                of ``joint`` (0 if it has none).
+            step: the number of the joint step; None: the module counts, from the ``step`` of ``joint`` (0 if it has
+                none).
 
         Raises:
-            LossError: or one of its kinds; see :meth:`LossClient.compute`.
+            LossError: one of its subclasses; see :meth:`LossClient.compute`.
         """
         want_grad = self.training and torch.is_grad_enabled() and logits.requires_grad
         joint = self.joint
@@ -123,7 +125,7 @@ class RemoteLoss(torch.nn.Module):
         return with_gradient(logits, result.loss, result.grad, joint.world_size if joint and averaged else 1)
 
     def close(self) -> None:
-        """Closes the connection, if it is this module's own."""
+        """Closes the connection if this module opened it."""
         if self._own and self._client is not None:
             self._client.close()
             self._client = None

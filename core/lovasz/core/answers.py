@@ -1,4 +1,4 @@
-"""Turns what a backend computed for a batch into an answer for each request."""
+"""Turns what a backend computed for a batch into one answer per request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lovasz.core.batch import Batch, Request
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault
+from lovasz.core.plan import Plan
 from lovasz.spec import (
     CrossEntropy,
     InvalidInput,
@@ -24,11 +25,11 @@ from lovasz.spec import (
 
 
 class JointFault(Exception):
-    """A request that is joined with others cannot be computed with, and so neither can these.
+    """A request cannot be computed because another request of its joint has a fault.
 
     Attributes:
-        place: which one, counted from 0 in their joint.
-        fault: what is wrong with it.
+        place: the position of the other request in the joint, from 0.
+        fault: its fault.
     """
 
     def __init__(self, place: int, fault: InvalidInput) -> None:
@@ -41,24 +42,40 @@ Answer = Result[Tensor] | InvalidInput | JointFault
 
 
 @dataclass(frozen=True)
+class Part:
+    """The requests of a batch that one backend computes together.
+
+    Attributes:
+        places: the positions of these requests in the whole batch.
+    """
+
+    places: tuple[int, ...]
+    plan: Plan
+    batch: Batch
+    computed: Computed
+
+
+@dataclass(frozen=True)
 class Pending:
-    """A batch whose computation may still be running on its device, in parts: one a backend."""
+    """A batch whose computation may still be running on its device."""
 
     requests: tuple[Request, ...]
     parts: tuple[Part, ...]
 
     def collect(self) -> list[Answer]:
-        """Waits for the device; one answer a request, in their order. A request that cannot be computed with is
-        answered by the error that says why, those that it is joined with by a ``JointFault``, and the others are not
-        touched by it."""
-        answers = {place: answer for part in self.parts for place, answer in part.collect()}
+        """Waits for the device; returns one answer per request, in the order of the requests.
+
+        The answer to a request with a fault is the error that says why. The answer to the other requests of its joint
+        is a ``JointFault``. Other joints are not affected.
+        """
+        answers = {place: answer for part in self.parts for place, answer in _answers(part)}
         return [answers[place] for place in range(len(self.requests))]
 
     def differentiable(self) -> tuple[Tensor | float, Tensor | None]:
-        """The loss and the gradient of a single request, without waiting for more than its faults if that can be had.
+        """The loss and the gradient of a single request; waits only until its faults are known, if the backend can.
 
         Raises:
-            InvalidInput: it cannot be computed with.
+            InvalidInput: the request cannot be computed.
         """
         (part,) = self.parts
         total = None if part.computed.total is None else part.computed.total()
@@ -71,51 +88,45 @@ class Pending:
         return answer.loss, answer.grad
 
 
-@dataclass(frozen=True)
-class Part:
-    places: tuple[int, ...]
-    batch: Batch
-    loss: WeightedSum
-    computed: Computed
+def _answers(part: Part) -> list[tuple[int, Answer]]:
+    plan, grads_of_all, values = part.plan, part.computed.grads, part.computed.values()
+    union = values.union
+    answers: list[Answer] = []
+    image = 0
+    for j, (joint, count) in enumerate(zip(part.batch.joints, plan.images, strict=True)):
+        images = slice(image, image + count)
+        image = images.stop
+        grads = [None] * len(joint) if grads_of_all is None else grads_of_all[len(answers) :][: len(joint)]
+        if values.faults[Fault.BAD_LABEL, j]:
+            answers += _faults([_label_error(request, plan.loss) for request in joint])
+        elif values.faults[Fault.OUT_OF_RANGE, j]:
+            answers += _faults([_probability_error(request, plan.loss) for request in joint])
+        elif values.faults[Fault.NOT_FINITE, j]:
+            answers += [_not_a_number(plan.loss, request, grad) for request, grad in zip(joint, grads, strict=True)]
+        else:
+            results = []
+            for term, of_term in zip(plan.terms, values.terms, strict=True):
+                groups = images if term.per_image else slice(j, j + 1)
+                results.append(_term_result(term.loss, of_term.losses[:, groups], of_term.scored[:, groups]))
+            total = sum(term.weight * result.loss for term, result in zip(plan.terms, results, strict=True))
+            for grad in grads:
+                counts = values.hits[:, j].copy(), union[:, j].copy()
+                answers.append(Result(total, grad, tuple(results), *counts))
+    return list(zip(part.places, answers, strict=True))
 
-    def collect(self) -> list[tuple[int, Answer]]:
-        computed, values = self.computed, self.computed.values()
-        bad_labels, not_finite, out_of_range = values.faults
-        answers: list[Answer] = []
-        image = 0
-        for j, (joint, count) in enumerate(zip(self.batch.joints, self.batch.images, strict=True)):
-            images = slice(image, image + count)
-            image = images.stop
-            grads = [None] * len(joint) if computed.grads is None else computed.grads[len(answers) :][: len(joint)]
-            if bad_labels[j]:
-                answers += _faults([_label_error(request, self.loss) for request in joint])
-            elif out_of_range[j]:
-                answers += _faults([_probability_error(request, self.loss) for request in joint])
-            elif not_finite[j]:
-                answers += [self._not_a_number(request, grad) for request, grad in zip(joint, grads, strict=True)]
-            else:
-                results = []
-                for (_, loss), term in zip(self.loss.terms, values.terms, strict=True):
-                    groups = images if term.per_image else slice(j, j + 1)
-                    results.append(_term_result(loss, term.losses[:, groups], term.scored[:, groups]))
-                total = sum(weight * term.loss for (weight, _), term in zip(self.loss.terms, results, strict=True))
-                for grad in grads:
-                    counts = values.intersection[:, j].copy(), values.union[:, j].copy()
-                    answers.append(Result(total, grad, tuple(results), *counts))
-        return list(zip(self.places, answers, strict=True))
 
-    def _not_a_number(self, request: Request, grad: Tensor | None) -> Result[Tensor]:
-        nan, channels = float("nan"), request.layout.channels
-        terms = tuple(
-            TermResult(loss.kind, nan, np.full(0 if isinstance(loss, CrossEntropy) else channels, nan))
-            for _, loss in self.loss.terms
-        )
-        counts = np.zeros(channels, np.int64)
-        return Result(nan, None if grad is None else grad.fill_(nan), terms, counts, counts.copy())
+def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> Result[Tensor]:
+    nan, channels = float("nan"), request.layout.channels
+    terms = tuple(
+        TermResult(term.kind, nan, np.full(0 if isinstance(term, CrossEntropy) else channels, nan))
+        for _, term in loss.terms
+    )
+    counts = np.zeros(channels, np.int64)
+    return Result(nan, None if grad is None else grad.fill_(nan), terms, counts, counts.copy())
 
 
 def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
-    """The answers to a joint, of what is wrong with each of its requests."""
+    """The answers to a joint, from the fault of each of its requests."""
     place, first = next((place, fault) for place, fault in enumerate(of_requests) if fault is not None)
     return [JointFault(place, first) if fault is None else fault for fault in of_requests]
 
@@ -123,11 +134,14 @@ def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
 def _term_result(
     loss: LovaszSoftmax | LovaszHinge | CrossEntropy, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]
 ) -> TermResult:
-    """Brings one request's segments together; on arrays of its own, so that the sums do not depend on the batch."""
+    """The result of one term for one joint.
+
+    Works on the arrays of this joint alone, so that the order in which NumPy sums does not depend on the batch.
+    """
     if isinstance(loss, CrossEntropy):
         return TermResult(loss.kind, float(losses[0, 0]), np.empty(0))
     weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
-    if losses.shape[1] == 1:  # A group, as mostly: a few operations less, and a request has dozens of microseconds.
+    if losses.shape[1] == 1:  # One group, the common case: fewer NumPy calls, which matters for small requests.
         is_scored = scored[:, 0]
         own = np.where(is_scored, losses[:, 0], 0.0)
         classes = len(own) if isinstance(loss, LovaszHinge) else max(int(np.count_nonzero(is_scored)), 1)
@@ -163,7 +177,7 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
 
 
 def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
-    values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as they were judged
+    values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as backends compare them
     bad = (values < -PROBABILITY_TOLERANCE) | (values > 1 + PROBABILITY_TOLERANCE)
     labels = request.labels.to(torch.int64)
     counted = torch.zeros_like(labels, dtype=torch.bool)

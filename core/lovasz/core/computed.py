@@ -1,112 +1,87 @@
-"""What every path hands back for a batch, and how segments are scored, which is the same on all of them."""
+"""What a backend returns for a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from lovasz.core.backends.torch.segments import on_device
-from lovasz.spec import LovaszHinge, LovaszSoftmax
-
 PROBABILITY_TOLERANCE = 1e-3
-"""How far a probability may stand outside [0, 1]; what is further out is taken for a mistake."""
+"""How far a probability may lie outside [0, 1] without being a fault."""
+
+FIXED_POINT_BITS = 60
+"""The precision of sums over pixels. Each summand is rounded to a multiple of 2^-60 of a bound on the sum and added as
+an integer, so that the sum does not depend on the order."""
+
+
+class Fault(enum.IntEnum):
+    """Why a joint cannot be computed; also the rows of ``Values.faults``."""
+
+    BAD_LABEL = 0
+    """A label is out of range, and some rule does not ignore it."""
+    NOT_FINITE = 1
+    """A logit is infinite or NaN."""
+    OUT_OF_RANGE = 2
+    """The input is probabilities, and one lies outside [0, 1] by more than ``PROBABILITY_TOLERANCE``."""
 
 
 @dataclass(frozen=True)
 class TermValues:
-    """One term's values; of ``losses`` and ``scored``, the groups of one joint stand side by side.
+    """The values of one term. The groups of a joint are consecutive.
 
     Attributes:
-        losses: float64, shape (K, groups): before weights; cross-entropy: (1, joints).
-        scored: bool, shape (K, groups).
-        per_image: whether a group is an image; if not, it is a joint.
+        losses: float64, shape (K, groups): the loss of each segment before weights; cross-entropy: shape (1, joints).
+        scored: bool, the same shape: whether the term scores the segment; cross-entropy: all true.
     """
 
     losses: npt.NDArray[np.float64]
     scored: npt.NDArray[np.bool_]
-    per_image: bool
 
 
 @dataclass(frozen=True)
 class Values:
-    """All that is known of a batch but its gradients, on the host.
+    """All results of a batch except the gradients, on the host.
+
+    ``labels``, ``predictions`` and ``hits`` count the pixels that are valid for at least one rule.
 
     Attributes:
         terms: one for each term of the loss.
-        intersection: int64, shape (K, joints): pixels of each class that are predicted right.
-        union: int64, shape (K, joints): pixels that are of the class or predicted as it.
-        faults: int64, shape (3, joints): bad labels, pixels with a logit that is not finite, pixels with a
-            probability that is out of range. What else is said of a joint with a fault is meaningless.
+        labels: int64, shape (K, joints): pixels of each class (hinge: pixels whose label is 1).
+        predictions: int64, shape (K, joints): pixels that are predicted as each class.
+        hits: int64, shape (K, joints): pixels that are predicted as each class and belong to it.
+        faults: int64, shape (3, joints): the number of pixels with each ``Fault``. All other values of a joint with a
+            fault are undefined.
     """
 
     terms: tuple[TermValues, ...]
-    intersection: npt.NDArray[np.int64]
-    union: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    predictions: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.int64]
     faults: npt.NDArray[np.int64]
+
+    @property
+    def union(self) -> npt.NDArray[np.int64]:
+        """The pixels with the class as label or as prediction: int64, shape (K, joints)."""
+        return self.labels + self.predictions - self.hits
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What a path has computed, or has queued on its device.
+    """What a backend has computed, or has queued on its device.
 
     Attributes:
-        grads: one contiguous tensor a request, in the shape of its logits; None if no gradient was wanted. float32,
-            or float64 for float64 logits.
+        grads: one contiguous tensor per request, of the shape of its logits, float32 (float64 for float64 logits);
+            None if no gradient was wanted.
         values: waits for the device and reads the values.
-        total: waits only until it is known whether a batch of one request can be computed with; its loss as a tensor
-            of no axis, which may still be computed, or None if there is a fault. None if it was not asked for, or if
-            the path has no such thing.
+        total: for a batch of one request: waits only until its faults are known, and returns its loss as a 0-dim tensor
+            that the device may still be computing, or None if the request has a fault. The attribute is None if the
+            total was not asked for, or if the backend does not offer it.
     """
 
     grads: tuple[Tensor, ...] | None
     values: Callable[[], Values]
     total: Callable[[], Tensor | None] | None = None
-
-
-@dataclass(frozen=True)
-class TermTensors:
-    """:class:`TermValues` that may still be on a device."""
-
-    losses: Tensor
-    scored: Tensor
-    per_image: bool
-
-
-def later(terms: Sequence[TermTensors], intersection: Tensor, union: Tensor, faults: Tensor) -> Callable[[], Values]:
-    """Reads :class:`Values` off tensors."""
-
-    def read() -> Values:
-        on_host = [TermValues(t.losses.cpu().numpy(), t.scored.cpu().numpy(), t.per_image) for t in terms]
-        return Values(tuple(on_host), *(tensor.cpu().numpy() for tensor in (intersection, union, faults)))
-
-    return read
-
-
-def score(term: LovaszSoftmax | LovaszHinge, weight: float, counts: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Which segments a term scores, and what their gradients are multiplied with.
-
-    Args:
-        weight: the term's weight in the sum.
-        counts: int64, shape (K, groups): softmax: valid pixels of each class; hinge: valid pixels of each label.
-        share: float64, shape (groups,): each group's share of its joint's loss.
-
-    Returns:
-        (scored, weights): bool and float64, shape (K, groups).
-    """
-    channels = len(counts)
-    if isinstance(term, LovaszHinge):
-        return counts > 0, (weight / channels * share).expand(counts.shape)
-    if term.classes == "present":
-        scored = counts > 0
-    else:
-        scored = (counts.sum(0) > 0).expand(counts.shape)
-        if term.classes != "all":
-            wanted = frozenset(term.classes)
-            scored = scored & on_device([c in wanted for c in range(channels)], torch.bool, counts.device).unsqueeze(1)
-    class_weights = on_device(term.class_weights or [1.0] * channels, torch.float64, counts.device)
-    return scored, weight * share * class_weights.unsqueeze(1) * scored / scored.sum(0).clamp(min=1)

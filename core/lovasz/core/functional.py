@@ -1,16 +1,15 @@
-"""The losses for use in the process itself: one call each, differentiable, and as modules."""
+"""The losses as functions: tensors in, loss and gradient out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lovasz.autograd import with_gradient
 from lovasz.core.batch import Request
-from lovasz.core.dispatch import Backend, single, submit
+from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.spec import (
     Classes,
     Input,
@@ -25,20 +24,20 @@ from lovasz.spec import (
 def compute(
     logits: Tensor, labels: Tensor, loss: LossLike, *, want_grad: bool = True, backend: Backend | None = None
 ) -> Result[Tensor]:
-    """Loss, gradient, per-class losses and IoU counts, computed on the device of the logits. Not differentiable.
+    """Computes loss, gradient, per-class losses and IoU counts on the device of the logits. Not differentiable.
 
     Args:
         logits: float16, bfloat16, float32 or float64, (N, C, *spatial), or as the loss describes.
         labels: integers or bool, (N, *spatial), or as the loss describes; on the same device.
         loss: one of the losses, or a list of (weight, loss) pairs.
         want_grad: whether to compute the gradient.
-        backend: how to compute it; None for the fastest way here.
+        backend: the backend to use; None for the fastest one that takes the request.
 
     Returns:
-        The result; its ``grad`` is float32 for 16-bit logits, else of the logits' dtype.
+        The result; its ``grad`` is float64 for float64 logits, otherwise float32.
 
     Raises:
-        InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
     parsed = weighted_sum(loss)
     request = Request.checked(logits, labels, parsed)
@@ -48,10 +47,11 @@ def compute(
     return answer
 
 
-def _differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
+def differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
+    """Computes a loss that autograd can differentiate with respect to the logits; takes arguments like ``compute``."""
     want_grad = torch.is_grad_enabled() and logits.requires_grad
     parsed = weighted_sum(loss)
-    known = single(logits, labels, parsed) if want_grad else None
+    known = replay(logits, labels, parsed) if want_grad else None
     if known is not None:
         return with_gradient(logits, *known)
     request = Request.checked(logits, labels, parsed)
@@ -75,15 +75,15 @@ def lovasz_softmax(
     Args:
         logits: float16, bfloat16, float32 or float64, shape (N, C, *spatial).
         labels: integers, shape (N, *spatial).
-        classes: see :class:`lovasz.spec.LovaszSoftmax`, as for the arguments that follow.
+        classes: this and the following arguments are the options of :class:`lovasz.spec.LovaszSoftmax`.
 
     Returns:
-        A 0-dim tensor; float64 for float64 logits, else float32.
+        A 0-dim tensor; float64 for float64 logits, otherwise float32.
 
     Raises:
-        InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
-    return _differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
+    return differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
 
 
 def lovasz_hinge(
@@ -95,54 +95,19 @@ def lovasz_hinge(
 ) -> Tensor:
     """The Lovász hinge, differentiable with respect to the logits (Yu and Blaschko 2015; Berman et al. 2018).
 
-    loss = sum_i relu(m_i) g_i with m_i = 1 - s_i x_i in descending order, s_i = +1 where the label is 1, else -1.
+    loss = sum_i relu(m_i) g_i with m_i = 1 - s_i x_i in descending order; s_i is +1 where the label is 1, and -1
+    elsewhere.
 
     Args:
-        logits: float16, bfloat16, float32 or float64, shape (N, *spatial) or (N, 1, *spatial); multilabel
+        logits: float16, bfloat16, float32 or float64, shape (N, *spatial) or (N, 1, *spatial); with ``multilabel``
             (N, L, *spatial).
-        labels: integers 0 and 1, or bool, shape (N, *spatial); multilabel (N, L, *spatial).
-        per_image: see :class:`lovasz.spec.LovaszHinge`, as for the arguments that follow.
+        labels: integers 0 and 1, or bool, shape (N, *spatial); with ``multilabel`` (N, L, *spatial).
+        per_image: this and the following arguments are the options of :class:`lovasz.spec.LovaszHinge`.
 
     Returns:
-        A 0-dim tensor; float64 for float64 logits, else float32.
+        A 0-dim tensor; float64 for float64 logits, otherwise float32.
 
     Raises:
-        InvalidInput: a shape, a dtype, an option or a label that cannot be; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
-    return _differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
-
-
-class LocalLoss(torch.nn.Module):
-    """A loss, or a weighted sum of losses, computed in this process: ``LocalLoss(LovaszSoftmax(ignore_index=255))``.
-
-    The counterpart of :class:`lovasz.client.torch.RemoteLoss`.
-    """
-
-    def __init__(self, loss: LossLike) -> None:
-        """
-        Raises:
-            InvalidInput: terms that do not go together.
-        """
-        super().__init__()
-        self.loss = weighted_sum(loss)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the loss as a 0-dim tensor, differentiable with respect to the logits."""
-        return _differentiable(logits, labels, self.loss)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{weight} * {loss}" for weight, loss in self.loss.terms)
-
-
-class LovaszSoftmaxLoss(LocalLoss):
-    """The Lovász-Softmax loss as a module; takes the options of :class:`lovasz.spec.LovaszSoftmax`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszSoftmax(**options))
-
-
-class LovaszHingeLoss(LocalLoss):
-    """The Lovász hinge as a module; takes the options of :class:`lovasz.spec.LovaszHinge`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszHinge(**options))
+    return differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))

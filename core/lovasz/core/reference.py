@@ -1,4 +1,4 @@
-"""The Lovász losses as the textbook has them: the slow, readable oracle that the fast implementation is held to.
+"""The Lovász losses as the textbook defines them: the slow, readable reference that the backends are tested against.
 
 Four steps (Berman, Triki and Blaschko, CVPR 2018, algorithm 1), for one class over the pixels of a group:
 
@@ -45,14 +45,14 @@ def hinge_errors(logits: Tensor, foreground: Tensor) -> Tensor:
 def jaccard_along_order(foreground_sorted: Tensor) -> Tensor:
     """The Jaccard loss 1 - I/U after each pixel, if the pixels turn wrong one after the other in the given order.
 
-    A foreground pixel that turns wrong leaves the intersection, a background pixel that turns wrong joins the union.
+    A foreground pixel that turns wrong leaves the intersection; a background pixel that turns wrong joins the union.
 
     Args:
         foreground_sorted: 1 for foreground and 0 for background in descending order of the errors, shape (P,), P >= 1,
             in the floating-point dtype to compute with.
 
     Returns:
-        Shape (P,). The loss before the first pixel is 0 and not part of it.
+        Shape (P,), without the loss before the first pixel, which is 0.
     """
     intersection = foreground_sorted.sum() - foreground_sorted.cumsum(0)
     union = foreground_sorted.sum() + (1 - foreground_sorted).cumsum(0)
@@ -60,7 +60,7 @@ def jaccard_along_order(foreground_sorted: Tensor) -> Tensor:
 
 
 def lovasz_grad(foreground_sorted: Tensor) -> Tensor:
-    """g_i = jaccard_i - jaccard_(i-1): the gradient of the Lovász extension of the Jaccard loss in the sorted errors.
+    """g_i = jaccard_i - jaccard_(i-1): the gradient of the Lovász extension with respect to the sorted errors.
 
     Args:
         foreground_sorted: as for :func:`jaccard_along_order`.
@@ -75,8 +75,8 @@ def lovasz_extension(errors: Tensor, foreground: Tensor) -> Tensor:
     """The Lovász extension of the Jaccard loss: the sum of m_i g_i over the pixels in descending order of the errors.
 
     The order is piecewise constant in the errors, so g is a constant to autograd and the gradient is a subgradient.
-    Where errors are equal, foreground comes first, then the order of the pixels: the loss does not depend on it, the
-    gradient does.
+    Among equal errors, foreground comes first, then the order of the pixels decides. The loss does not depend on this
+    choice, but the gradient does.
 
     Args:
         errors: m, shape (P,), P >= 1; for the hinge after ``relu``.
@@ -92,19 +92,20 @@ def lovasz_extension(errors: Tensor, foreground: Tensor) -> Tensor:
 
 
 def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
-    """The loss of a batch, differentiable in the logits: what the fast implementation has to return.
+    """The loss of a batch, differentiable with respect to the logits: what every backend has to return.
 
     Args:
-        logits: shape (N, C, *spatial) and any floating-point dtype; for the hinge see
-            :class:`~lovasz.spec.LovaszHinge`; probabilities where the loss says so.
+        logits: shape (N, C, *spatial), any floating-point dtype; for the hinge see :class:`~lovasz.spec.LovaszHinge`;
+            probabilities if the loss has ``input="probabilities"``.
         labels: shape (N, *spatial), of an integer or bool dtype.
         loss: one loss, or a list of (weight, loss) pairs.
 
     Returns:
-        A 0-dim tensor in the dtype of the logits; NaN, with a gradient of NaN, if a counted logit is not finite.
+        A 0-dim tensor in the dtype of the logits; NaN, with a NaN gradient, if a logit of a valid pixel is not finite.
+        Minus infinity is allowed at classes other than the label: their probability is 0.
 
     Raises:
-        InvalidInput: shapes, options or labels that do not fit each other.
+        InvalidInput: shapes, options or labels do not fit together.
     """
     total = weighted_sum(loss)
     layout = total.layout(tuple(logits.shape), tuple(labels.shape))
@@ -113,7 +114,7 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
 
     logits = logits.reshape(layout.images, layout.channels, layout.pixels)
     labels = _flat_labels(labels, layout, is_hinge=total.is_hinge)
-    if not all(_all_finite(logits, labels, term) for _, term in total.terms):
+    if not all(_is_finite(logits, labels, term) for _, term in total.terms):
         return (logits * math.nan).sum()
     result = _zero(logits)
     for weight, term in total.terms:
@@ -122,13 +123,13 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
 
 
 def per_class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> Tensor:
-    """The loss of each class (each label, for the hinge) before class weights.
+    """The loss of each class (for the hinge, of each binary label) before class weights.
 
     Takes the arguments of :func:`compute`, with one Lovász loss.
 
     Returns:
-        Shape (C,), in the dtype of the logits: the mean over the groups that score the class, NaN where none does. A
-        group without a counted pixel scores nothing.
+        Shape (C,), in the dtype of the logits: the mean over the groups that score the class, NaN if no group does. A
+        group without a valid pixel scores nothing.
     """
     layout = weighted_sum(loss).layout(tuple(logits.shape), tuple(labels.shape))
     _check_labels(labels, loss.ignore_index, layout.label_values)
@@ -141,8 +142,8 @@ def per_class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | Lovas
     return torch.stack(means)
 
 
-# In the functions below logits are (images, channels, pixels) and labels (images, pixels); for the hinge, where each
-# channel is a binary problem with labels of its own, labels are (images, channels, pixels).
+# In the functions below, logits have the shape (images, channels, pixels), and labels (images, pixels). For the hinge
+# each channel is a binary problem with its own labels, so labels have the shape (images, channels, pixels).
 
 
 def _term(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
@@ -153,7 +154,8 @@ def _term(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     for losses in groups:
         weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
         weighted = [value if weights is None else weights[c] * value for c, value in losses.items()]
-        # A label of the hinge counts as 0 in a group where it is wholly void; a class of the softmax is not scored.
+        # The mean is over all labels of the hinge (one whose pixels are all void adds 0), but only over the classes of
+        # the softmax that the group scores.
         scored = logits.shape[1] if isinstance(loss, LovaszHinge) else len(losses)
         if weighted:
             result = result + torch.stack(weighted).sum() / scored
@@ -161,7 +163,7 @@ def _term(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
 
 
 def _class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> list[dict[int, Tensor]]:
-    """For each group, the loss of each class that it scores."""
+    """The loss of each scored class, by class, for each group."""
     images_per_group = 1 if loss.per_image else len(logits)
     groups = zip(torch.split(logits, images_per_group), torch.split(labels, images_per_group), strict=True)
     if isinstance(loss, LovaszHinge):
@@ -172,7 +174,7 @@ def _class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHi
 def _softmax_group(logits: Tensor, labels: Tensor, loss: LovaszSoftmax) -> dict[int, Tensor]:
     counted = _counted(labels, loss.ignore_index)
     labels = labels[counted]
-    pixels = logits.movedim(1, -1)[counted]  # (P, C), in the order of the images, then raster
+    pixels = logits.movedim(1, -1)[counted]  # (P, C), ordered by image, then by raster
     probabilities = pixels if loss.input == "probabilities" else pixels.softmax(dim=1)
     losses = {}
     for c in _scored_classes(labels, logits.shape[1], loss):
@@ -214,7 +216,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, loss: CrossEntropy) -> Tensor
 
 
 def _zero(logits: Tensor) -> Tensor:
-    """A zero whose gradient is zero, also where a void pixel's logit is not finite: the sum of no logits."""
+    """A zero with a zero gradient, even if a void pixel's logit is not finite: the sum of no logits."""
     return logits[:0].sum()
 
 
@@ -224,11 +226,24 @@ def _counted(labels: Tensor, ignore_index: int | None) -> Tensor:
     return labels != ignore_index
 
 
-def _all_finite(logits: Tensor, labels: Tensor, loss: Loss) -> bool:
+def _is_finite(logits: Tensor, labels: Tensor, loss: Loss) -> bool:
+    """Whether all errors and losses of counted pixels are finite.
+
+    Minus infinity masks a class that is not the pixel's: its probability is 0. (Label smoothing has no such class.)
+    """
     counted = _counted(labels, loss.ignore_index)
-    if not isinstance(loss, LovaszHinge):
-        counted = counted.unsqueeze(1).expand_as(logits)
-    return bool(logits[counted].isfinite().all())
+    if isinstance(loss, LovaszHinge):
+        errors = hinge_errors(logits[counted], labels[counted] == 1).relu()
+        return bool((logits[counted] < math.inf).all() and (errors < math.inf).all())
+    pixels, own = logits.movedim(1, -1)[counted], labels[counted]
+    needed = pixels.gather(1, own.unsqueeze(1))
+    if (isinstance(loss, CrossEntropy) and loss.label_smoothing > 0) or _reads_probabilities(loss):
+        needed = pixels
+    return bool((pixels < math.inf).all() and (needed > -math.inf).all())
+
+
+def _reads_probabilities(loss: Loss) -> bool:
+    return isinstance(loss, LovaszSoftmax) and loss.input == "probabilities"
 
 
 def _flat_labels(labels: Tensor, layout: Layout, *, is_hinge: bool) -> Tensor:

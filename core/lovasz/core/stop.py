@@ -13,11 +13,11 @@ _NO_TASK_IS_LEFT = 1 << 62
 
 
 class Stopped(Exception):
-    """The computation was asked to end early; its results are worthless."""
+    """The computation was asked to end early; its results are undefined."""
 
 
 class Stop:
-    """Asks a computation to end; compiled loops on the CPU see it when they claim their next block of pixels."""
+    """Asks a computation to end; compiled loops on the CPU notice it when they claim their next task."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,10 +32,10 @@ class Stop:
 
     @contextmanager
     def watching(self, tasks: npt.NDArray[np.int64]) -> Iterator[None]:
-        """While a loop claims its tasks from this counter.
+        """Lets ``ask`` end a loop that claims its tasks from this counter, for the length of a ``with`` block.
 
         Raises:
-            Stopped: it has been asked to end.
+            Stopped: the computation has been asked to end.
         """
         with self._lock:
             if self._asked:

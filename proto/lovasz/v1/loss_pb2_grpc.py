@@ -60,7 +60,7 @@ class LossServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Compute(self, request, context):
-        """Computes one loss; request and answer are one message each, so their size is limited
+        """Computes one loss. Request and answer are one message each, which limits their size
         (GetServerInfoResponse.max_message_bytes).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -68,16 +68,17 @@ class LossServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ComputeStream(self, request_iterator, context):
-        """Computes one loss over tensors of any size. The client sends one header, then the payload in chunks: the bytes of
-        the logits followed by the bytes of the labels, cut anywhere, then closes its side. The server refuses what it can
-        from the header alone. It answers with one header, then the bytes of the gradient in chunks.
+        """Computes one loss over tensors of any size. The client sends one header, then the payload in chunks, then closes
+        its side. The payload is the bytes of the logits, followed by the bytes of the labels, cut anywhere. Where
+        possible, the server refuses a request from its header alone. It answers with one header, then the bytes of the
+        gradient in chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Tells what this server is and what it takes.
+        """Tells what this server is, and its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

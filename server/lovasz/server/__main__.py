@@ -9,14 +9,19 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from lovasz.server import logs
-from lovasz.server.allocator import keep_freed_memory
 from lovasz.server.config import ConfigError, ServerConfig, unknown_variables
 from lovasz.server.errors import DeviceError
+from lovasz.server.memory.allocator import keep_freed_memory
+from lovasz.server.observe import logs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after a drain, 1 if requests were cut off, 2 for a setting or an address that cannot be."""
+    """Runs a server until it is told to stop.
+
+    Returns:
+        The exit status: 0 after a complete drain, 1 if requests were cut off, 2 for an invalid setting, or an address
+        or a device that cannot be used.
+    """
     try:
         config = ServerConfig.load(sys.argv[1:] if arguments is None else arguments, os.environ)
     except ConfigError as error:
@@ -29,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stopping.set())
-    # Not earlier: it takes seconds to import torch, and a wrong flag should be told at once.
+    # Not earlier: it takes seconds to import torch, and an invalid flag should be reported at once.
     from lovasz.server.server import Server
 
     try:
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping.wait()
     if server.stop():
         return 0
-    # Threads that are still stuck in cut-off requests would keep the interpreter from ending.
+    # Threads that are stuck in requests that were cut off would keep the interpreter from exiting.
     logging.shutdown()
     os._exit(1)
 

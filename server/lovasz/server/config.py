@@ -30,20 +30,20 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
 UNIX = "unix:"
-"""What the address of a Unix socket begins with."""
+"""The prefix of a Unix socket's address."""
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be; the text names it, what came and what was expected."""
+    """An invalid setting. The text names it, its value and what was expected."""
 
 
 def parse_bytes(text: str) -> int:
     """``"512MiB"``, ``"4GiB"`` or a number of bytes.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", text.strip())
     if match is None:
@@ -52,7 +52,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """The size in the largest unit that makes it at least 1."""
+    """The size in the largest unit in which it is at least 1."""
     unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if count >= _UNITS[u]), "B")
     value = count / _UNITS[unit]
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
@@ -86,14 +86,14 @@ def _setting(default: object, flag: str, metavar: str, text: str, parse: Callabl
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Everything that a server can be told. Raises ConfigError on a value that cannot be."""
+    """All settings of a server. Raises ConfigError for an invalid value."""
 
     listen: str = _setting(
         DEFAULT_LISTEN,
         "--listen",
         "ADDRESSES",
         "where to serve gRPC: HOST:PORT (port 0 takes a free one), unix:/path for callers on this host, or several "
-        "with commas between. There is no authentication: open it to trusted networks only",
+        "addresses with commas between. There is no authentication: open it only to trusted networks",
     )
     metrics_listen: str = _setting(
         DEFAULT_METRICS_LISTEN,
@@ -108,28 +108,26 @@ class ServerConfig:
         DEFAULT_MEMORY_BUDGET_BYTES,
         "--memory-budget",
         "SIZE",
-        "tensor bytes held at most, over all requests in flight (logits, labels and gradient); what is beyond is "
-        "refused with a delay after which to try again. The computation needs memory of its own beside it",
+        "the most tensor bytes of all requests in flight (logits, labels and gradient); further requests are refused, "
+        "with a delay after which to try again. The computation needs additional memory",
         parse_bytes,
     )
-    max_requests: int = _setting(
-        DEFAULT_MAX_REQUESTS, "--max-requests", "N", "requests held at most at one time", _integer
-    )
+    max_requests: int = _setting(DEFAULT_MAX_REQUESTS, "--max-requests", "N", "the most requests in flight", _integer)
     max_batch_elements: int = _setting(
         DEFAULT_MAX_BATCH_ELEMENTS,
         "--max-batch-elements",
         "N",
-        "logits computed in one batch at most; a larger request is a batch of its own",
+        "the most logits in one batch; a larger request is a batch of its own",
         _integer,
     )
     max_batch_requests: int = _setting(
-        DEFAULT_MAX_BATCH_REQUESTS, "--max-batch-requests", "N", "requests computed in one batch at most", _integer
+        DEFAULT_MAX_BATCH_REQUESTS, "--max-batch-requests", "N", "the most requests in one batch", _integer
     )
     max_batch_delay_seconds: float = _setting(
         DEFAULT_MAX_BATCH_DELAY_SECONDS,
         "--max-batch-delay",
         "SECONDS",
-        "how long a batch stays open for more requests while a GPU is busy with the one before; an idle device starts "
+        "how long a batch stays open for more requests while a GPU computes the one before; an idle device starts "
         "at once",
         _number,
     )
@@ -137,29 +135,29 @@ class ServerConfig:
         DEFAULT_STALL_SECONDS,
         "--stall-timeout",
         "SECONDS",
-        "a caller that stops sending its request, or taking its answer, for so long is cut off",
+        "a caller that stops sending its request, or reading its answer, for this long is cut off",
         _number,
     )
     shared_memory: bool = _setting(
         DEFAULT_SHARED_MEMORY,
         "--shared-memory",
         "on|off",
-        "take tensors through memory that callers on this host share, beside each unix: address of --listen (the "
-        "socket's path with .memory behind it); whoever may open that socket may share memory with it",
+        "take tensors through memory that callers on this host share, on a second socket for each unix: address of "
+        "--listen (its path with .memory appended); whoever may open that socket may share memory",
         _switch,
     )
     joint_timeout_seconds: float = _setting(
         DEFAULT_JOINT_TIMEOUT_SECONDS,
         "--joint-timeout",
         "SECONDS",
-        "how long the ranks of a joint step wait for those that are missing; less than the timeout of their calls",
+        "how long the ranks of a joint step wait for missing ranks; must be less than the timeout of their calls",
         _number,
     )
     max_runs: int = _setting(
         DEFAULT_MAX_RUNS,
         "--max-runs",
         "N",
-        "runs whose loss and IoU the metrics show: those last heard of; and those whose waiting joint steps they show",
+        "runs that the metrics show: the loss and IoU of the runs that sent a request last, and waiting joint steps",
         _integer,
     )
     drain_seconds: float = _setting(
@@ -173,18 +171,20 @@ class ServerConfig:
         DEFAULT_HEALTH_INTERVAL_SECONDS,
         "--health-interval",
         "SECONDS",
-        "how often an idle device is asked for a loss that is known",
+        "how often an idle device is checked by letting it compute a known loss",
         _number,
     )
     device_stall_seconds: float = _setting(
         DEFAULT_DEVICE_STALL_SECONDS,
         "--device-stall",
         "SECONDS",
-        "a device that is busy for longer with one batch counts as unhealthy",
+        "a device that takes longer than this for one batch counts as unhealthy",
         _number,
     )
     log_level: str = _setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
-    log_format: str = _setting(DEFAULT_LOG_FORMAT, "--log-format", "FORMAT", "text (for people) or json (a line each)")
+    log_format: str = _setting(
+        DEFAULT_LOG_FORMAT, "--log-format", "FORMAT", "text (for people) or json (one object on each line)"
+    )
 
     def __post_init__(self) -> None:
         for address in self.addresses:
@@ -213,7 +213,7 @@ class ServerConfig:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where to serve gRPC, each."""
+        """The addresses where to serve gRPC."""
         return tuple(address.strip() for address in self.listen.split(","))
 
     @property
@@ -232,11 +232,13 @@ class ServerConfig:
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
-        """Flags win over ``LOVASZ_*`` variables, which win over defaults; an empty variable is none.
+        """Reads flags and ``LOVASZ_*`` variables. Flags win over variables, which win over defaults.
+
+        An empty variable counts as unset.
 
         Raises:
-            ConfigError: a value that cannot be.
-            SystemExit: from argparse: a flag that is none, ``--help``, ``--version``.
+            ConfigError: a value is invalid.
+            SystemExit: from argparse: for an unknown flag, and after ``--help``.
         """
         given = vars(_parser().parse_args(arguments))
         values: dict[str, object] = {}
@@ -260,7 +262,7 @@ def variable_of(flag: str) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """``LOVASZ_*`` variables that set nothing: misspelt, or set by others (Kubernetes names some after services)."""
+    """``LOVASZ_*`` variables that are no setting: misspelt, or set by others (Kubernetes names some after services)."""
     known = {variable_of(f.metadata["flag"]) for f in fields(ServerConfig)}
     return sorted(v for v in environment if v.startswith("LOVASZ_") and v not in known)
 

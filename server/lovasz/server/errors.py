@@ -1,4 +1,8 @@
-"""What can go wrong with a request besides its content; ``service`` holds the table that maps these to gRPC codes."""
+"""What can go wrong with a request, apart from its content.
+
+``InvalidInput`` (``lovasz.spec``) is the error for invalid content. ``transport.status`` says how each error leaves the
+server.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,16 @@ from typing import TypeVar
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
+NEVER = -1.0
+"""As a delay before a retry: the request should not be sent again."""
+
 
 def fresh(error: ErrorT) -> ErrorT:
-    """A copy to raise. One object that is raised in several threads would gather the frames of all of them, and lead in
-    circles where one of these holds what the error came from."""
+    """Copies an error, so that several threads can raise it.
+
+    One object raised in several threads would collect the frames of all of them, and would form a reference cycle where
+    one of these frames holds what the error came from.
+    """
     copied = type(error).__new__(type(error), *error.args)
     copied.args = error.args
     copied.__dict__.update(error.__dict__)
@@ -18,24 +28,37 @@ def fresh(error: ErrorT) -> ErrorT:
 
 
 class ServerError(Exception):
-    """A request that cannot be answered. The text goes to the caller."""
+    """A request that cannot be answered. The text goes to the caller.
+
+    Attributes:
+        retry_after_seconds: the delay after which the caller should try again; None if the server does not say.
+    """
+
+    retry_after_seconds: float | None = None
 
 
 class OverloadedError(ServerError):
-    """The server is full at the moment.
+    """The server is full at the moment. Raised as one of its subclasses, which say what the server lacks."""
 
-    Attributes:
-        lacks: ``"bytes"`` or ``"requests"``.
-    """
+    retry_after_seconds: float
 
-    def __init__(self, text: str, retry_after_seconds: float, lacks: str = "bytes") -> None:
+    def __init__(self, text: str, retry_after_seconds: float) -> None:
         super().__init__(text)
         self.retry_after_seconds = retry_after_seconds
-        self.lacks = lacks
+
+
+class NoBytesLeftError(OverloadedError):
+    """There is no memory left for the request's tensors."""
+
+
+class NoRequestsLeftError(OverloadedError):
+    """As many requests are in flight as the server holds at most."""
 
 
 class TooLargeError(ServerError):
-    """The request cannot fit here, however long its caller waits."""
+    """The request can never fit here, however long its caller waits."""
+
+    retry_after_seconds = NEVER
 
 
 class StoppingError(ServerError):
@@ -47,11 +70,14 @@ class DeviceError(ServerError):
 
 
 class ExpiredError(ServerError):
-    """The caller's deadline passed before the request was computed."""
+    """The caller's deadline passed before the request was answered."""
 
 
 class AbandonedError(ServerError):
-    """The caller went away."""
+    """The caller went away, or the same call came again."""
+
+    def __init__(self, text: str = "the caller went away") -> None:
+        super().__init__(text)
 
 
 class StalledError(ServerError):
@@ -63,8 +89,8 @@ class JointMismatchError(ServerError):
 
 
 class JointBrokenError(ServerError):
-    """The step cannot be completed: a rank is missing, or cannot be computed with. It can be tried again."""
+    """The step cannot be completed: a rank is missing, or its request is invalid. The step can be tried again."""
 
 
 class SessionLostError(ServerError):
-    """The request's shared memory belongs to a session that is not there."""
+    """The request's shared memory belongs to a session that has ended, or to another server."""

@@ -1,4 +1,4 @@
-"""What has to be done every now and then, whatever else happens."""
+"""Runs chores every second, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 1.0
 _PATIENCE_SECONDS = 5.0
-"""How long the end is waited for: the chore may hang. The thread is a daemon."""
+"""How long to wait for the thread to end: a chore may hang. The thread is a daemon."""
 
 
 class Housekeeper:
-    """Calls its chores, one after the other, in a thread of its own."""
+    """Calls its chores one after the other. One that fails is logged, and called again the next time."""
 
     def __init__(self, name: str, chores: Sequence[Callable[[], None]]) -> None:
         self._chores = chores

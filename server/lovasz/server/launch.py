@@ -1,4 +1,4 @@
-"""Starts a server in a process of its own and stops it: for demos, notebooks, tests and benchmarks."""
+"""Starts a server in a process of its own, and stops it. For demos, notebooks, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ STOP_SECONDS = 60.0
 
 
 class ServerProcess:
-    """``with ServerProcess(["--device", "cpu"]) as server: LossClient(server.target)``
+    """A server process: ``with ServerProcess(["--device", "cpu"]) as server: LossClient(server.target)``.
 
-    Listens on free ports of the loopback interface unless the arguments say otherwise.
+    It listens on free ports of the loopback interface unless the arguments say otherwise.
 
     Attributes:
-        target: where it serves gRPC; the first address, if there are several.
-        targets: all of them.
+        target: where it serves gRPC; the first address if there are several.
+        targets: all addresses where it serves gRPC.
         metrics_url: where it serves its metrics.
         pid: its process id.
         log: the lines that it has logged so far, parsed.
     """
 
     def __init__(self, arguments: Sequence[str] = ()) -> None:
-        """
+        """Does not start the process yet.
+
         Args:
             arguments: as for ``lovasz-server``.
         """
@@ -39,10 +40,10 @@ class ServerProcess:
         self.pid = 0
 
     def __enter__(self) -> ServerProcess:
-        """Returns when the server is ready.
+        """Starts the server, and returns when it is ready.
 
         Raises:
-            RuntimeError: it ended before, or was not ready in time; the text holds what it said.
+            RuntimeError: it ended, or was not ready in time; the text has its last log lines.
         """
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
@@ -64,7 +65,7 @@ class ServerProcess:
         self.stop()
 
     def stop(self) -> int:
-        """Asks it to finish (SIGTERM) and waits; kills it if that takes too long. Returns its exit status."""
+        """Asks it to stop (SIGTERM) and waits; kills it if that takes too long. Returns its exit status."""
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
@@ -75,7 +76,7 @@ class ServerProcess:
         return self._process.returncode
 
     def kill(self) -> None:
-        """Ends it at once (SIGKILL)."""
+        """Kills it (SIGKILL)."""
         self._process.kill()
         self._process.wait()
         self._reader.join()

@@ -1,5 +1,5 @@
-"""The ways to compute a batch, one folder each, with the same file names where they do the same thing.
+"""The backends, one folder each. Files that do the same thing have the same name in each folder.
 
-Each folder's ``compute`` module has one function, ``compute(plan, ...) -> Computed``; ``lovasz.core.dispatch`` alone
-decides which of them a batch takes.
+Each folder has a ``compute`` module with a function ``compute(plan, batch, ...) -> Computed``. Only
+``lovasz.core.dispatch`` decides which backend computes a batch.
 """

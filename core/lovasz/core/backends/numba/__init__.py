@@ -1,6 +1,6 @@
-"""The CPU path's loops, compiled by Numba: each runs without the GIL, over tasks that threads claim one by one.
+"""The Numba backend: loops compiled for the CPU. They run without the GIL, over tasks that threads claim one by one.
 
-No result depends on which thread takes which task: what is added up over pixels is integers, and all else is computed
-for each pixel, or each segment, on its own. Floating-point contraction and reordering are off; where a multiplication
-and an addition are to be one operation, :func:`~lovasz.core.backends.numba.intrinsics.fma` says so.
+No result depends on which thread takes which task: sums over pixels are sums of integers, and everything else is
+computed for each pixel, or each segment, separately. Floating-point contraction and reordering are off; a fused
+multiply-add is always an explicit :func:`~lovasz.core.backends.numba.intrinsics.fma`.
 """

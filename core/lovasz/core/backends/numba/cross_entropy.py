@@ -1,4 +1,4 @@
-"""Cross-entropy beside the Lovász losses: what a pixel loses, exact sums of that, and label smoothing's gradient."""
+"""Cross-entropy terms: the loss of each pixel, exact sums of these losses, and the gradient of label smoothing."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import numpy.typing as npt
 from numpy import float32 as f32
 
 from lovasz.core.backends.numba.elementary import log, log1p
-from lovasz.core.backends.numba.images import Blocks, Codes, Floats, Images, Integers, claim
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
+from lovasz.core.backends.numba.planes import Blocks, Codes, Floats, Integers, Planes, claim
 
 
 class CrossEntropies(NamedTuple):
-    """The cross-entropy terms, T of them; T may be 0.
+    """The T cross-entropy terms of a batch; T may be 0.
+
+    The gradient of a term with respect to logit k of a pixel with label y is
+
+        pull x weight_y x (p_k - [k = y]) + spread x (sum of weights x p_k - weight_k).
 
     Attributes:
-        weights: float32, (T, codes): each class's weight; 0 for void.
-        counted: float32, (T, codes): 1 where the term counts the code, else 0.
+        weights: float32, (T, codes): the weight of each class; 0 for void.
+        counted: float32, (T, codes): 0 for codes that are void for the term, 1 for the others.
         smoothing: float32, (T,): label smoothing.
         losses: float32, (T, pixels): written: each pixel's weighted loss.
-        largest: int64, (T x joints): written: the bits of the largest of them.
-        pull: float32, (T, joints): the gradient is pull x weight x (p_k - [k = y]) ...
-        spread: float32, (T, joints): ... + spread x (sum of weights x p_k - weight_k), for label smoothing.
+        largest: int64, (T x joints): written: the bits of the largest loss of a pixel.
+        pull: float32, (T, joints).
+        spread: float32, (T, joints): 0 without label smoothing.
     """
 
     weights: npt.NDArray[np.float32]
@@ -39,7 +43,7 @@ class CrossEntropies(NamedTuple):
 def weighted_logits(
     entropies: CrossEntropies, term: int, logits: npt.NDArray[np.float32], start: int, maximum: Floats
 ) -> None:
-    """The sum over classes of weight x shifted logit, kept where the term's losses will stand."""
+    """Writes the sum over classes of weight x (logit - maximum) to ``losses``, which ``pixel_losses`` overwrites."""
     n = len(maximum)
     sums = entropies.losses[term, start : start + n]
     sums[:] = f32(0)
@@ -62,7 +66,7 @@ def pixel_losses(
     joint: int,
     joints: int,
 ) -> None:
-    """Writes each pixel's loss; with label smoothing, ``losses`` holds the weighted logits before."""
+    """Writes each pixel's loss; with label smoothing, ``losses`` holds the result of ``weighted_logits`` before."""
     weights, counted = entropies.weights[term], entropies.counted[term]
     smoothing = entropies.smoothing[term]
     channels = len(weights) - 1
@@ -90,18 +94,18 @@ def pixel_losses(
 def add_losses(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     losses: Floats,
     scales: npt.NDArray[np.float64],
     sums: Integers,
 ) -> None:
-    """Adds each joint's losses as integers: each rounded to a multiple of 1 / scale."""
+    """Adds up each joint's losses as integers: each loss is rounded to a multiple of 1 / scale."""
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        start, joint = images.start[image], images.joint[image]
+        plane = blocks.plane[task]
+        start, joint = planes.start[plane], planes.joint[plane]
         local = np.int64(0)
         for i in range(start + blocks.first[task], start + blocks.last[task]):
             local += np.int64(np.rint(np.float64(losses[i]) * scales[joint]))
@@ -120,7 +124,7 @@ def add_spread(
     grads: npt.NDArray[np.float32],
     first: int,
 ) -> None:
-    """The gradient of label smoothing's share of the target."""
+    """Adds the part of the gradient with ``spread``, from label smoothing."""
     weights, counted = entropies.weights[term], entropies.counted[term]
     total = f32(0)
     for k in range(len(grads)):

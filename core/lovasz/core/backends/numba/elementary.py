@@ -1,6 +1,7 @@
-"""Exponential and logarithm in float32, of operations that compilers turn into vector code.
+"""Exponential and logarithm in float32, made of operations that compilers can vectorize.
 
-Polynomials and reductions of Moshier's Cephes library (expf, logf). Relative error below 1.3e-7 in the ranges given.
+The polynomials and range reductions are those of Moshier's Cephes library (expf, logf). The relative error is below
+1.3e-7 in the ranges given.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from lovasz.core.backends.numba.intrinsics import bits_float, float_bits, fma, i
 
 _LOWEST = f32(-87.0)
 _LOG2_E = f32(1.4426950408889634)
-_ROUND = f32(12582912.0)  # 1.5 x 2^23: a float of this size has no fraction, so adding it rounds to an integer.
+_ROUND = f32(12582912.0)  # 1.5 x 2^23: floats of this size have no fraction, so adding it rounds to an integer.
 _MINUS_LN2_HIGH = f32(-0.693359375)
 _MINUS_LN2_LOW = f32(2.12194440e-4)
 _E0, _E1, _E2 = f32(1.9875691500e-4), f32(1.3981999507e-3), f32(8.3334519073e-3)
@@ -29,7 +30,7 @@ _L6, _L7, _L8 = f32(2.0000714765e-1), f32(-2.4999993993e-1), f32(3.3333331174e-1
 
 @inlined
 def exp(x: f32) -> f32:
-    """e^x for x <= 0; 0 where that is below the smallest normal number."""
+    """e^x for x <= 0; 0 for x < -87, where e^x is close to the smallest normal number or below."""
     clamped = max(x, _LOWEST)
     shifted = fma(clamped, _LOG2_E, _ROUND)
     n = shifted - _ROUND
@@ -66,6 +67,6 @@ def log(x: f32) -> f32:
 
 @inlined
 def log1p(x: f32) -> f32:
-    """log(1 + x) for x in [0, 1], also where x is small."""
+    """log(1 + x) for x in [0, 1], accurate for small x, too."""
     whole = f32(1.0) + x
     return log(whole) + (x - (whole - f32(1.0))) / whole

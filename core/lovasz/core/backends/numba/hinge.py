@@ -1,4 +1,4 @@
-"""From the logits of binary problems to the errors of the hinge."""
+"""The errors of the hinge, computed from the logits of binary problems."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
 
-from lovasz.core.backends.numba.images import (
+from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
+from lovasz.core.backends.numba.planes import (
     Blocks,
     Codes,
     Floats,
-    Images,
     Integers,
     Labelling,
+    Planes,
     claim,
     read_codes,
     widen,
 )
-from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
 from lovasz.core.backends.numba.softmax import Counts
 
 _BLOCK_PIXELS = 2048
@@ -27,7 +27,7 @@ _BLOCK_PIXELS = 2048
 def prepare(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     logits_kind: int,
     channels: int,
     labelling: Labelling,
@@ -39,41 +39,43 @@ def prepare(
 ) -> None:
     """Writes errors max(0, 1 - s x) and codes, both (K, pixels), and counts pixels.
 
-    Of the counts, ``labels`` are here foreground, ``predictions`` logits above 0, ``hits`` both.
+    In ``counts``, ``labels`` are foreground pixels, ``predictions`` are pixels with logits above 0, ``hits`` are pixels
+    that are both.
 
     Args:
-        valid: (images x K), written: pixels that are counted.
-        largest: (images x K), written: the bits of the largest error.
+        valid: (planes x K), written: the number of pixels that are not void.
+        largest: (planes x K), written: the bits of the largest error.
     """
     joints = len(counts.faults) // 3
-    finite = np.empty(_BLOCK_PIXELS, np.float32)
+    flags = np.empty(_BLOCK_PIXELS, np.float32)
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint, pixels = images.joint[image], images.pixels[image]
-        plane = np.uint64(pixels * (4 if logits_kind == 0 else 2))
-        label_bytes = 1 << max(0, images.label_kind[image] - 1)
+        plane = blocks.plane[task]
+        joint, pixels = planes.joint[plane], planes.pixels[plane]
+        row_bytes = np.uint64(pixels * (4 if logits_kind == 0 else 2))
+        label_bytes = 1 << max(0, planes.label_kind[plane] - 1)
         for k in range(channels):
-            logits = images.logits[image] + plane * np.uint64(k)
-            labels = images.labels[image] + np.uint64(pixels * label_bytes * k)
-            place = image * channels + k
+            logits = planes.logits[plane] + row_bytes * np.uint64(k)
+            labels = planes.labels[plane] + np.uint64(pixels * label_bytes * k)
+            place = plane * channels + k
             for first in range(blocks.first[task], blocks.last[task], _BLOCK_PIXELS):
                 n = min(_BLOCK_PIXELS, blocks.last[task] - first)
-                start = images.start[image] + first
-                row, code, is_finite = errors[k, start : start + n], codes[k, start : start + n], finite[:n]
-                bad = read_codes(images.label_kind[image], labels, first, labelling, code)
+                start = planes.start[plane] + first
+                row, code, not_finite = errors[k, start : start + n], codes[k, start : start + n], flags[:n]
+                bad = read_codes(planes.label_kind[plane], labels, first, labelling, code)
                 widen(logits_kind, logits, first, row)
                 _add_counts(row, code, labelling.void, counts, valid, place)
                 for i in range(n):
-                    is_finite[i] = row[i] * f32(0)
+                    is_below = row[i] < f32(np.inf)
                     row[i] = max(f32(1) - (row[i] if code[i] == 1 else -row[i]), f32(0))
+                    not_finite[i] = f32(0) if is_below and row[i] < f32(np.inf) else f32(1)
                 top, infinite = f32(0), 0
                 for i in range(n):
                     counted = code[i] != labelling.void
-                    infinite += 1 if counted and is_finite[i] != f32(0) else 0
-                    top = max(top, row[i]) if counted and is_finite[i] == f32(0) else top
+                    infinite += 1 if counted and not_finite[i] != f32(0) else 0
+                    top = max(top, row[i]) if counted and not_finite[i] == f32(0) else top
                 atomic_add(counts.faults, joint, bad)
                 atomic_add(counts.faults, joints + joint, infinite)
                 atomic_max(largest, place, np.int64(float_bits(top)))

@@ -1,4 +1,4 @@
-"""What Numba does not offer by itself: fused multiply-add, atomics, floats as bits, and arrays at an address."""
+"""How functions are compiled; operations that Numba lacks: fused multiply-add, atomics, floats as bits, pointers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _digest() -> str:
-    """Changes with any source that compiled functions are made of."""
+    """A digest of all source files that compiled functions are made of."""
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), here.parents[1] / "bins.py"]
+    sources = [*sorted(here.glob("*.py")), here.parents[1] / "tables.py", here.parents[1] / "scoring.py"]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
@@ -27,23 +27,26 @@ _DIGEST = _digest()
 
 
 def compiled(function: F) -> F:
-    """Compiles a function when it is first called, to run without the GIL; kept on disk where that can be written.
+    """Compiles a function when it is first called, to run without the GIL. Caches it on disk, if the disk is writable.
 
-    Numba would take what it finds there for stale by the age of the function's own file alone, and so run what other
-    files had once put into it. Here all of them count.
+    Numba considers cached code stale only if the function's own file has changed, so it would run old code that was
+    inlined from another file. Here a change of any source file makes it stale. The digest is also added to Numba's
+    version in the cache: Numba unpickles the cache's index, which names classes that may have moved, only if the
+    version matches.
     """
     try:
         dispatcher = numba.njit(function, nogil=True, cache=True, error_model="numpy")
-        if not hasattr(dispatcher._cache._cache_file, "_source_stamp"):
+        cache_file = dispatcher._cache._cache_file
+        if not (hasattr(cache_file, "_source_stamp") and hasattr(cache_file, "_version")):
             raise RuntimeError("this Numba keeps its stamp elsewhere")
-        dispatcher._cache._cache_file._source_stamp = _DIGEST
-    except (AttributeError, RuntimeError):  # Or there is no folder that can be written to.
+        cache_file._source_stamp, cache_file._version = _DIGEST, (cache_file._version, _DIGEST)
+    except (AttributeError, RuntimeError):  # RuntimeError: also if no folder is writable.
         dispatcher = numba.njit(function, nogil=True, error_model="numpy")
     return cast(F, dispatcher)
 
 
 def inlined(function: F) -> F:
-    """A part of compiled functions."""
+    """Marks a function that Numba inlines into compiled functions."""
     return cast(F, numba.njit(function, inline="always", error_model="numpy"))
 
 
@@ -89,7 +92,7 @@ def bits_double(typing: Any, bits: Any) -> Any:
 
 @intrinsic
 def pointer(typing: Any, address: Any) -> Any:
-    """An address (uint64) as what ``numba.carray`` takes."""
+    """An address (uint64) as a pointer for ``numba.carray``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -111,6 +114,6 @@ def _atomic(operation: str) -> Any:
 
 
 atomic_add = _atomic("add")
-"""atomic_add(array, i, value): adds to array[i] (int64, one axis) at once; returns what stood there before."""
+"""atomic_add(array, i, value) adds value to array[i] (int64, one axis) atomically and returns its previous value."""
 atomic_max = _atomic("max")
-"""atomic_max(array, i, value): likewise, the larger of the two stays."""
+"""atomic_max(array, i, value) raises array[i] (int64, one axis) to at least value and returns its previous value."""

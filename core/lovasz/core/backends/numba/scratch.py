@@ -1,4 +1,4 @@
-"""Buffers that are used again: memory that the system hands out anew has to be mapped page by page."""
+"""Buffers that calls reuse, since the system has to map new memory page by page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 KEPT_BYTES = 512 << 20
-"""Scratch that is larger than this after a call is given back to the system."""
+"""The most scratch that is kept after a call; if it is larger, all of it is freed."""
 
 
 class Scratch:
-    """Named buffers of one call; what stands in them is left over, but for tables, which are all 0 between calls."""
+    """Named buffers of one call. Their contents are undefined, except tables, which are all 0 between calls."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
@@ -26,10 +26,10 @@ class Scratch:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> npt.NDArray[Any]:
-        """An array in a buffer of its own.
+        """An array in the buffer of this name; the buffer is made or replaced if it is too small.
 
         Args:
-            zero: whether the buffer is to be all 0 when it is new.
+            zero: whether a new buffer is filled with 0.
         """
         size = prod(shape) * np.dtype(dtype).itemsize
         buffer = self._buffers.get(name)
@@ -40,7 +40,7 @@ class Scratch:
 
 
 class ScratchPool:
-    """Keeps the scratch of the last call for the next; calls at the same time have each their own."""
+    """Keeps the scratch of one call for the next; each of several concurrent calls has its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ class ScratchPool:
     def borrow(self) -> Iterator[Scratch]:
         with self._lock:
             scratch, self._idle = self._idle or Scratch(), None
-        yield scratch  # After an error it is not kept: tables may not be all 0.
+        yield scratch  # It is not kept after an error, since its tables may not be all 0.
         if scratch.nbytes <= KEPT_BYTES:
             with self._lock:
                 self._idle = scratch

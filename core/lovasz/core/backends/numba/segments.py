@@ -1,4 +1,4 @@
-"""The segments of a Lovász term: one class (row) over the pixels of one group, each sorted, counted, or a maximum."""
+"""Loops over the segments of a Lovász term: each is sorted, counted in a table, or only its maximum is found."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz.core.backends.numba import sorting, tables
-from lovasz.core.backends.numba.images import Floats, Images, Integers, claim
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
+from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.sorting import Keys
+from lovasz.core.scoring import State
 
-ABSENT, SORTED, COUNTED = range(3)
+ABSENT = int(State.ABSENT)
 
 
 class Segments(NamedTuple):
-    """Tasks, one entry a segment.
+    """Tasks of a loop, one element per segment.
 
     Attributes:
-        how: ABSENT (no foreground: a maximum), SORTED or COUNTED.
-        row: the row of errors, and of gradients.
-        code_row: the row of codes.
+        state: SCORED or ABSENT of ``State``.
+        counted: whether it is counted in a table.
+        row: the row of its errors and gradients.
+        code_row: the row of its codes.
         foreground: the code of its foreground.
-        foreground_count: pixels that have it.
-        first_image, last_image: its images are [first, last).
+        foreground_count: the number of its foreground pixels.
+        first_plane, stop_plane: its planes are [first_plane, stop_plane).
         start, stop: its pixels in the row are [start, stop).
-        top: for COUNTED, the exponent of the largest error (or more).
-        weight: what background's gradients are multiplied with.
-        foreground_weight: likewise foreground's.
+        top: the exponent of the first octave of its table; at least the exponent of its largest error.
+        weight, foreground_weight: the factors of the gradient of background and foreground.
     """
 
-    how: Integers
+    state: Integers
+    counted: npt.NDArray[np.bool_]
     row: Integers
     code_row: Integers
     foreground: Integers
     foreground_count: Integers
-    first_image: Integers
-    last_image: Integers
+    first_plane: Integers
+    stop_plane: Integers
     start: Integers
     stop: Integers
     top: Integers
@@ -47,15 +49,15 @@ class Segments(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What holds for all segments of a term.
+    """The settings for all segments of a term.
 
     Attributes:
-        void: the code of pixels that take no part.
-        ignored: another such code; ``void`` if there is none.
-        cut: whether an error of 0 gets no gradient, as the hinge has it.
-        want_grad: whether gradients are written.
-        add: whether they are added to what stands there.
-        most_order_error: segments whose tables leave more of it (``tables.order_error``) are sorted; infinity: none.
+        void: the code of pixels that are void for all terms.
+        ignored: the code of further pixels that are void for this term; ``void`` if there are none.
+        cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
+        want_grad: whether gradients are wanted.
+        add: whether gradients are added to the memory's contents; otherwise they overwrite them.
+        most_order_error: a counted segment is sorted instead if ``tables.order_error`` of its table exceeds this.
     """
 
     void: int
@@ -71,7 +73,7 @@ def score(
     tasks: Integers,
     segments: Segments,
     rules: Rules,
-    images: Images,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     losses: npt.NDArray[np.float64],
@@ -83,27 +85,28 @@ def score(
     """Writes each segment's loss and gradient.
 
     Args:
-        table: 2 x BINS + 1 words, all 0, and so again at the end; this thread's own, as what follows.
-        keys: as many as the largest segment that may be sorted has pixels, as ``other_keys`` and ``room``.
+        table: 2 x BINS + 1 words for this thread alone, all 0 before and after.
+        keys, other_keys, room: memory for this thread alone, each with as many elements as the largest segment that may
+            be sorted has pixels.
     """
     while True:
         s = claim(tasks, len(segments.row))
         if s >= len(segments.row):
             break
-        if segments.how[s] == COUNTED:
+        if segments.counted[s]:
             lowest, highest = count_range(segments, s, rules, errors, codes, segments.start[s], segments.stop[s], table)
             is_fine = keeps_order(segments, s, rules, lowest, highest, table)
             if is_fine:
                 losses[s] = scan(segments, s, lowest, highest, table)
                 if rules.want_grad:
-                    look_up_range(segments, s, rules, images, errors, codes, segments.start[s], segments.stop[s], table)
+                    look_up_range(segments, s, rules, planes, errors, codes, segments.start[s], segments.stop[s], table)
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
         error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
         code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         g = room[: len(error)] if rules.want_grad else room[:0]
-        if segments.how[s] == ABSENT:
+        if segments.state[s] == ABSENT:
             losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
         else:
             losses[s] = sorting.extension(
@@ -120,7 +123,7 @@ def score(
                 g,
             )
         if rules.want_grad:
-            _hand_out(segments, s, rules, images, g)
+            _hand_out(segments, s, rules, planes, g)
 
 
 @compiled
@@ -134,14 +137,14 @@ def count_range(
     stop: int,
     table: Integers,
 ) -> tuple[int, int]:
-    """Counts a part of a segment; returns the lowest and the highest bin in use."""
+    """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use."""
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
     return tables.count(error, code, segments.foreground[s], rules.void, rules.ignored, segments.top[s], table)
 
 
 @compiled
 def keeps_order(segments: Segments, s: int, rules: Rules, lowest: int, highest: int, table: Integers) -> bool:
-    """Whether a segment's bins, counted, tell enough of the order of its pixels."""
+    """Whether a segment's table, after counting, leaves little enough uncertainty about the order of its pixels."""
     if rules.most_order_error == np.inf:
         return True
     return tables.order_error(table, lowest, highest, segments.foreground_count[s]) <= rules.most_order_error
@@ -149,7 +152,7 @@ def keeps_order(segments: Segments, s: int, rules: Rules, lowest: int, highest: 
 
 @compiled
 def scan(segments: Segments, s: int, lowest: int, highest: int, table: Integers) -> float:
-    """Turns a segment's table into one to look up in; returns the loss."""
+    """Scans a segment's table, which writes its entries; returns the loss."""
     return tables.scan(
         table,
         lowest,
@@ -166,14 +169,14 @@ def look_up_range(
     segments: Segments,
     s: int,
     rules: Rules,
-    images: Images,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
     table: Integers,
 ) -> None:
-    """Writes the gradient of a part of a segment."""
+    """Writes the gradient of the pixels [start, stop) of a segment."""
     tables.look_up(
         errors,
         codes[segments.code_row[s]],
@@ -184,9 +187,9 @@ def look_up_range(
         rules.cut,
         segments.top[s],
         table,
-        images,
-        segments.first_image[s],
-        segments.last_image[s],
+        planes,
+        segments.first_plane[s],
+        segments.stop_plane[s],
         start,
         stop,
         rules.add,
@@ -194,13 +197,13 @@ def look_up_range(
 
 
 @compiled
-def _hand_out(segments: Segments, s: int, rules: Rules, images: Images, g: Floats) -> None:
-    """Copies a segment's gradients to those of its images."""
-    for image in range(segments.first_image[s], segments.last_image[s]):
-        pixels = images.pixels[image]
-        address = images.grads[image] + np.uint64(4 * pixels * segments.row[s])
+def _hand_out(segments: Segments, s: int, rules: Rules, planes: Planes, g: Floats) -> None:
+    """Writes a segment's gradient ``g`` to the gradients of its planes."""
+    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+        pixels = planes.pixels[plane]
+        address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
         grads = numba.carray(pointer(address), (pixels,), np.float32)
-        own = g[images.start[image] - segments.start[s] :][:pixels]
+        own = g[planes.start[plane] - segments.start[s] :][:pixels]
         if rules.add:
             for i in range(pixels):
                 grads[i] += own[i]
@@ -209,16 +212,16 @@ def _hand_out(segments: Segments, s: int, rules: Rules, images: Images, g: Float
                 grads[i] = own[i]
 
 
-# A segment that would keep one thread busy while others idle is counted in parts, each in a table of its own.
+# A segment that is so large that other threads would be idle is counted in parts, each in a table of its own.
 
 
 class Parts(NamedTuple):
-    """Tasks, one entry a part of a segment; parts of a segment stand side by side.
+    """Tasks of a loop, one element per part of a segment; the parts of a segment are consecutive.
 
     Attributes:
-        segment: whose part it is.
-        start, stop: its pixels in the row.
-        lowest, highest: written: the bins in use.
+        segment: the segment of the part.
+        start, stop: its pixels in the row are [start, stop).
+        lowest, highest: written: the lowest and the highest bin in use.
     """
 
     segment: Integers
@@ -259,11 +262,11 @@ def scan_parts(
     is_fine: npt.NDArray[np.bool_],
     part_tables: npt.NDArray[np.int64],
 ) -> None:
-    """Adds the tables of each segment's parts into that of its first part, and scans it.
+    """Adds the tables of each segment's parts to the table of its first part, and scans that.
 
     Args:
         firsts: the first part of each segment.
-        is_fine: one a segment, written: whether its table will do; if not, it is not scanned.
+        is_fine: one per segment, written: the result of ``keeps_order``; if false, the table is not scanned.
     """
     while True:
         task = claim(tasks, len(firsts))
@@ -293,13 +296,13 @@ def look_up_parts(
     parts: Parts,
     segments: Segments,
     rules: Rules,
-    images: Images,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     is_fine: npt.NDArray[np.bool_],
     part_tables: npt.NDArray[np.int64],
 ) -> None:
-    """Writes the gradients of each part of the segments whose tables will do."""
+    """Writes the gradient of each part of the segments for which ``is_fine`` is true."""
     while True:
         p = claim(tasks, len(parts.segment))
         if p >= len(parts.segment):
@@ -307,4 +310,4 @@ def look_up_parts(
         if not is_fine[parts.segment[p]]:
             continue
         table = part_tables[table_of_part[p]]
-        look_up_range(segments, parts.segment[p], rules, images, errors, codes, parts.start[p], parts.stop[p], table)
+        look_up_range(segments, parts.segment[p], rules, planes, errors, codes, parts.start[p], parts.stop[p], table)

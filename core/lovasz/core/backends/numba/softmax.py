@@ -1,7 +1,7 @@
-"""From logits to errors, and from the gradient in the errors back to the gradient in the logits.
+"""Softmax: errors from logits, and the backward pass from gradients of errors to gradients of logits.
 
-Both go through the pixels in blocks that stay in cache, a class after the other, so that the loops over pixels become
-vector code and each pixel's sums run over the classes in the same order wherever it stands.
+Both sweeps process the pixels in blocks that stay in cache, one class after the other. So the loops over pixels
+vectorize, and the sums over classes are in the same order for every pixel.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.images import (
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
+from lovasz.core.backends.numba.planes import (
     FLOAT32,
     Blocks,
     Codes,
     Floats,
-    Images,
     Integers,
     Labelling,
+    Planes,
     claim,
     read_codes,
     widen,
 )
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
 
 BLOCK_ELEMENTS = 1 << 15
-"""Classes x pixels that are worked on together: 128 KiB of float32, a part of a core's second-level cache."""
+"""Classes x pixels of a block: 128 KiB of float32, a part of a core's second-level cache."""
 
 
 class Counts(NamedTuple):
-    """Pixels counted, int64, each flat.
+    """Numbers of pixels, int64, each array flat.
 
     Attributes:
-        labels: (images x K): pixels of each class.
-        predictions: (images x K): pixels predicted as each class.
-        hits: (images x K): pixels predicted right.
-        faults: (3 x joints): bad labels, pixels that are not finite, pixels with probabilities out of range.
+        labels: (planes x K): pixels of each class.
+        predictions: (planes x K): pixels predicted as each class.
+        hits: (planes x K): pixels predicted as each class that belong to it.
+        faults: (3 x joints): pixels with each :class:`~lovasz.core.computed.Fault`.
     """
 
     labels: Integers
@@ -58,7 +58,7 @@ def block_pixels(channels: int) -> int:
 def prepare(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     logits_kind: int,
     labelling: Labelling,
     errors: npt.NDArray[np.float32],
@@ -69,7 +69,8 @@ def prepare(
 ) -> None:
     """Writes errors (K, pixels), codes and the probability of the label's class, and counts pixels.
 
-    A class's error is its probability; on the label's class it is one minus it, taken as the sum of the others'.
+    The error of a class is its probability p; for the label's class it is 1 - p, computed as the sum of the other
+    classes' probabilities.
     """
     channels, joints = labelling.values, len(counts.faults) // 3
     size = block_pixels(channels)
@@ -78,26 +79,30 @@ def prepare(
     label_exponential, label_shifted = np.empty(size, f32), np.empty(size, f32)
     local = np.empty((3, channels), np.int64)
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint = images.joint[image]
+        plane = blocks.plane[task]
+        joint = planes.joint[plane]
         local[:] = 0
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
-            start = images.start[image] + first
+            start = planes.start[plane] + first
             code = codes[start : start + n]
             m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
             t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
-            bad = read_codes(images.label_kind[image], images.labels[image], first, labelling, code)
-            _read(images, image, logits_kind, first, errors, start, m, p, nf)
+            bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
+            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     weighted_logits(entropies, term, errors, start, m)
+                    sums, counted = entropies.losses[term, start : start + n], entropies.counted[term]
+                    for i in range(n):  # A masked class has a part of the target, and an infinite loss.
+                        nf[i] += f32(0) if sums[i] > f32(-np.inf) else counted[code[i]]
             _gather(errors, start, code, xy)
             for i in range(n):
                 xy[i] -= m[i]
+                nf[i] += f32(0) if xy[i] > f32(-np.inf) else f32(1)
             t[:] = f32(0)
             o[:] = f32(0)
             for k in range(channels):
@@ -106,7 +111,7 @@ def prepare(
                     row[i] = exp(row[i] - m[i])
                 for i in range(n):
                     t[i] += row[i]
-            # Not others + label's, whose last bit depends on the label: equal logits have to give equal errors.
+            # Not others + label's: its last bit depends on the label, but equal logits must give equal errors.
             _gather(errors, start, code, ey)
             for i in range(n):
                 errors[min(np.int64(code[i]), channels - 1), start + i] = f32(0)
@@ -131,16 +136,16 @@ def prepare(
             infinite = _count(code, p, nf, labelling, local)
             atomic_add(counts.faults, joint, bad)
             atomic_add(counts.faults, joints + joint, infinite)
-        _add_counts(counts, local, image)
+        _add_counts(counts, local, plane)
 
 
-# Loops over pixels touch few arrays each: of more, the compiler does not prove that they do not overlap.
+# Each loop over pixels uses few arrays: with more, the compiler cannot prove that they do not overlap.
 
 
 @compiled
 def _read(
-    images: Images,
-    image: int,
+    planes: Planes,
+    plane: int,
     logits_kind: int,
     first: int,
     out: npt.NDArray[np.float32],
@@ -149,15 +154,15 @@ def _read(
     prediction: npt.NDArray[np.int32],
     not_finite: Floats,
 ) -> None:
-    """Reads logits into rows; writes each pixel's largest, the first class that has it, and 0 if all are finite."""
-    plane = np.uint64(images.pixels[image] * (4 if logits_kind == FLOAT32 else 2))
+    """Reads logits into ``out``; writes each pixel's largest logit and its first class, and 0 if all are below infinity."""
+    row_bytes = np.uint64(planes.pixels[plane] * (4 if logits_kind == FLOAT32 else 2))
     n = len(maximum)
     not_finite[:] = f32(0)
     for k in range(len(out)):
         row = out[k, start : start + n]
-        widen(logits_kind, images.logits[image] + plane * np.uint64(k), first, row)
+        widen(logits_kind, planes.logits[plane] + row_bytes * np.uint64(k), first, row)
         for i in range(n):
-            not_finite[i] += row[i] * f32(0)  # NaN where it is not finite
+            not_finite[i] += f32(0) if row[i] < f32(np.inf) else f32(1)
         if k == 0:
             maximum[:] = row
             prediction[:] = 0
@@ -169,7 +174,7 @@ def _read(
 
 @compiled
 def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats) -> None:
-    """Of each pixel the value in the row of its label; of void pixels some value."""
+    """Copies each pixel's value from the row of its label; void pixels get an arbitrary value."""
     last = len(rows) - 1
     for i in range(len(code)):
         out[i] = rows[min(np.int64(code[i]), last), start + i]
@@ -179,7 +184,7 @@ def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats)
 def prepare_probabilities(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     logits_kind: int,
     labelling: Labelling,
     tolerance: f32,
@@ -187,34 +192,36 @@ def prepare_probabilities(
     codes: Codes,
     counts: Counts,
 ) -> None:
-    """The same for probabilities that are the input; they need not add up to 1, so the label's error is 1 - p."""
+    """Like ``prepare``, for probabilities as input. They need not sum to exactly 1, so the label's error is 1 - p."""
     channels, joints = labelling.values, len(counts.faults) // 3
     size = block_pixels(channels)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     smallest = np.empty(size, f32)
     local = np.empty((3, channels), np.int64)
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint = images.joint[image]
+        plane = blocks.plane[task]
+        joint = planes.joint[plane]
         local[:] = 0
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
-            start = images.start[image] + first
+            start = planes.start[plane] + first
             code = codes[start : start + n]
             m, p, nf, low = maximum[:n], prediction[:n], not_finite[:n], smallest[:n]
-            bad = read_codes(images.label_kind[image], images.labels[image], first, labelling, code)
-            _read(images, image, logits_kind, first, errors, start, m, p, nf)
+            bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
+            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
             low[:] = errors[0, start : start + n]
             for k in range(channels):
                 row = errors[k, start : start + n]
                 for i in range(n):
                     low[i] = min(low[i], row[i])
-                # An error is not negative: -0.0, and what is below 0 within the tolerance, becomes 0.
+                # Errors are not negative: -0.0, and values below 0 within the tolerance, become 0.
                 for i in range(n):
                     row[i] = max(f32(1) - row[i] if code[i] == k else row[i], f32(0))
+            for i in range(n):
+                nf[i] += f32(0) if low[i] > f32(-np.inf) else f32(1)
             infinite = _count(code, p, nf, labelling, local)
             out_of_range = 0
             for i in range(n):
@@ -223,14 +230,14 @@ def prepare_probabilities(
             atomic_add(counts.faults, joint, bad)
             atomic_add(counts.faults, joints + joint, infinite)
             atomic_add(counts.faults, 2 * joints + joint, out_of_range)
-        _add_counts(counts, local, image)
+        _add_counts(counts, local, plane)
 
 
 @compiled
 def _count(
     code: Codes, prediction: npt.NDArray[np.int32], not_finite: Floats, labelling: Labelling, local: Integers
 ) -> int:
-    """Adds to (labels, predictions, hits) of each class; returns how many counted pixels are not finite."""
+    """Adds to (labels, predictions, hits) of each class; returns how many valid pixels are not finite."""
     infinite = 0
     for i in range(len(code)):
         c = np.int64(code[i])
@@ -244,19 +251,19 @@ def _count(
 
 
 @compiled
-def _add_counts(counts: Counts, local: Integers, image: int) -> None:
+def _add_counts(counts: Counts, local: Integers, plane: int) -> None:
     channels = local.shape[1]
     for k in range(channels):
-        atomic_add(counts.labels, image * channels + k, local[0, k])
-        atomic_add(counts.predictions, image * channels + k, local[1, k])
-        atomic_add(counts.hits, image * channels + k, local[2, k])
+        atomic_add(counts.labels, plane * channels + k, local[0, k])
+        atomic_add(counts.predictions, plane * channels + k, local[1, k])
+        atomic_add(counts.hits, plane * channels + k, local[2, k])
 
 
 @compiled
 def finish(
     tasks: Integers,
     blocks: Blocks,
-    images: Images,
+    planes: Planes,
     labelling: Labelling,
     errors: npt.NDArray[np.float32],
     codes: Codes,
@@ -264,13 +271,14 @@ def finish(
     entropies: CrossEntropies,
     scored: npt.NDArray[np.bool_],
 ) -> None:
-    """Turns the gradient g in the errors, which stands in the images' gradients, into that in the logits.
+    """Overwrites the gradients g with respect to the errors by the gradients with respect to the logits.
 
-    With h_k = dloss/dp_k = g_k, and -g_y on the label's class y: dloss/dz_k = p_k (h_k - sum_j p_j h_j). On the label's
-    class, 1 - p_y is the sum of the others, so nothing cancels (docs/mathematics.md, section 8).
+    Let h_k = dloss/dp_k, which is -g_y for the label's class y and g_k for the others; then
+    dloss/dz_k = p_k (h_k - sum_j p_j h_j). For the label's class, 1 - p_y is computed as the sum of the other
+    probabilities, so nothing cancels (docs/mathematics.md, section 8).
 
     Args:
-        scored: (images, K): where g has been written; it is 0 elsewhere.
+        scored: (planes, K): the rows in which g has been written; g is 0 in the others.
     """
     channels = labelling.values
     size = block_pixels(channels)
@@ -282,20 +290,20 @@ def finish(
         np.empty(size, f32),
     )
     while True:
-        task = claim(tasks, len(blocks.image))
-        if task >= len(blocks.image):
+        task = claim(tasks, len(blocks.plane))
+        if task >= len(blocks.plane):
             break
-        image = blocks.image[task]
-        joint, pixels = images.joint[image], images.pixels[image]
-        grads = numba.carray(pointer(images.grads[image]), (channels, pixels), np.float32)
+        plane = blocks.plane[task]
+        joint, pixels = planes.joint[plane], planes.pixels[plane]
+        grads = numba.carray(pointer(planes.grads[plane]), (channels, pixels), np.float32)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
-            start = images.start[image] + first
+            start = planes.start[plane] + first
             code, py = codes[start : start + n], label_probability[start : start + n]
             o, gy, ey, pulled = others[:n], label_g[:n], label_error[:n], pull[:n]
             for k in range(channels):
                 g = copied[k, :n]
-                if scored[image, k]:
+                if scored[plane, k]:
                     g[:] = grads[k, first : first + n]
                 else:
                     g[:] = f32(0)

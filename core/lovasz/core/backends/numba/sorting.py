@@ -1,4 +1,4 @@
-"""The Lovász extension of one segment by sorting, exact: for groups so small that a table would cost more."""
+"""The exact Lovász extension of one segment, by sorting: for groups so small that a table would cost more."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 from numpy import int32 as i32
 from numpy import uint64 as u64
 
-from lovasz.core.backends.numba.images import Codes, Floats
 from lovasz.core.backends.numba.intrinsics import bits_float, compiled, float_bits
+from lovasz.core.backends.numba.planes import Codes, Floats
 
 Keys = npt.NDArray[np.uint64]
 
@@ -16,11 +16,12 @@ _DIGIT_BITS = 11
 _DIGITS = 1 << _DIGIT_BITS
 _PASSES = 3
 _POSITION_BITS = 31
-"""A key is the error, descending (32 bits), then 0 for foreground (1 bit), then the position (31 bits): three digits
-above the position, which stable passes keep in order."""
+"""The low bits of a key. A key is, from the top: the error, inverted for descending order (32 bits); 0 for foreground,
+1 for background (1 bit); the position (31 bits). The bits above the position are three digits. Each pass sorts by one
+digit and is stable, so keys with equal digits keep their order."""
 
 _FEW = 48
-"""So few keys are sorted by insertion."""
+"""The most keys that are sorted by insertion."""
 
 
 @compiled
@@ -37,17 +38,18 @@ def extension(
     other_keys: Keys,
     g: Floats,
 ) -> float:
-    """Writes the gradients of a segment, times their weight, to ``g`` and returns its loss.
+    """Writes the gradient of a segment, times the weights, to ``g`` and returns its loss.
 
-    Sorted are the foreground and the background above the smallest foreground error: behind that, g is 0. Ties put
-    foreground first, then the order of the pixels.
+    Sorts the foreground and the background above the smallest foreground error; for other background g is 0. Among
+    equal errors foreground comes first, then the order of the pixels decides.
 
     Args:
         errors: float32, shape (P,), at least 0.
         foreground, void, ignored: as for :func:`lovasz.core.backends.numba.tables.count`.
-        cut: whether an error of 0 gets no gradient, as the hinge has it.
-        keys: room for P keys, as ``other_keys``.
-        g: float32, shape (P,); may be of shape (0,) where no gradient is wanted.
+        weight, foreground_weight: the factors of the gradient of background and foreground.
+        cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
+        keys, other_keys: memory for P keys each.
+        g: float32, shape (P,); shape (0,) if no gradient is wanted.
     """
     pixels = len(errors)
     wanted = len(g) > 0
@@ -91,7 +93,7 @@ def extension(
 
 @compiled
 def largest(errors: Floats, codes: Codes, void: int, ignored: int, weight: float, cut: bool, g: Floats) -> float:
-    """The same for a class without foreground: g is 1 at the first of the largest errors, and 0 elsewhere."""
+    """Like ``extension``, for a segment without foreground: g is 1 at the first largest error and 0 elsewhere."""
     place, value = -1, np.float32(-1)
     for i in range(len(errors)):
         if len(g) > 0:
@@ -115,7 +117,11 @@ def _insert(keys: Keys) -> None:
 
 @compiled
 def _radix(keys: Keys, other: Keys) -> Keys:
-    """Sorts by the bits above the position, a stable pass a digit; returns the one of both that holds the result."""
+    """Sorts by the bits above the position, with one stable pass per digit.
+
+    Returns:
+        The array that holds the result: ``keys`` or ``other``.
+    """
     counts = np.zeros((_PASSES, _DIGITS), np.int64)
     for i in range(len(keys)):
         for digit in range(_PASSES):

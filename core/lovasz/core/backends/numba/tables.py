@@ -1,6 +1,6 @@
-"""The Lovász extension by counting: errors fall into bins, and each pixel's gradient is looked up in its bin.
+"""The Lovász extension by counting: errors are counted in bins, and each pixel's gradient is looked up in its bin.
 
-The bins are those of :mod:`lovasz.core.bins`; docs/mathematics.md, section 11, derives what stands in them.
+``bins`` defines the bins; docs/mathematics.md, section 11, derives the entries that the scan writes.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import numpy.typing as npt
 from numpy import float32 as f32
 from numpy import int32 as i32
 
-from lovasz.core import bins
-from lovasz.core.backends.numba.images import Codes, Floats, Images, Integers
+from lovasz.core.backends.numba import bins
 from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
+from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
+from lovasz.core.tables import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
-_OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, bins.REST_BITS, bins.REST_SUM_BITS
-_ONE = np.int64(1 << bins.REST_SUM_BITS)
+_OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, REST_BITS, REST_SUM_BITS
+_ONE = np.int64(1 << REST_SUM_BITS)
 _FIRST_BINS = np.array([*bins.first_bins(), BINS], np.int64)
 
 _BLOCK_PIXELS = 1024
 _BLOCK_BINS = 256
 
 
-# Numba computes with 64-bit integers unless each result is cast; vectors hold twice as many of 32 bits.
+# Each result is cast to 32 bits, of which a vector holds twice as many; Numba's integers have 64 bits otherwise.
 
 
 @inlined
 def _distance(error: f32, top_bits: i32) -> i32:
-    """How many floats the error lies below the largest one of the top octave; some number >= 0 if it is not finite."""
+    """The number of floats from the error up to the largest of the top octave; any number >= 0 if it is not finite."""
     return max(i32(top_bits - float_bits(error)), i32(0))
 
 
@@ -42,8 +43,8 @@ def _top_bits(top: int) -> i32:
 
 @inlined
 def _coarser(octave: i32) -> i32:
-    """How many bits coarser than the top octave this one is."""
-    # octave // 3, as a division is no vector operation; from 3 x 10 on, where it may be off by one, it is cut.
+    """How many fewer bits the bins of this octave have than those of the top octave."""
+    # octave // 3, without a division, which does not vectorize. It is off by one only where the minimum applies.
     return min(i32(i32(octave * i32(43)) >> i32(7)), i32(_MAX_BITS - _MIN_BITS))
 
 
@@ -70,16 +71,17 @@ def _rest(distance: i32) -> i32:
 def count(
     errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, top: int, table: Integers
 ) -> tuple[int, int]:
-    """Counts pixels in a segment's table: background in its first BINS words, foreground in the next.
+    """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
 
     Args:
         foreground: the code of the class.
-        void: the code of pixels that take no part.
-        ignored: another such code; ``void`` if there is none.
-        table: 2 x BINS + 1 words, of which the last takes what is void.
+        void: the code of pixels that are void for all terms.
+        ignored: the code of further pixels that are void for this term; ``void`` if there are none.
+        top: the exponent of the first octave.
+        table: 2 x BINS + 1 words; the last one counts void pixels.
 
     Returns:
-        (lowest, highest) bin that is not empty.
+        (lowest, highest) bin that any pixel falls in.
     """
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     lowest, highest = i32(BINS), i32(-1)
@@ -103,16 +105,17 @@ def count(
 
 @inlined
 def _double(integer: np.int64) -> float:
-    """An integer in [0, 2^52) as float64; the processor's own conversion is no vector operation."""
+    """An integer in [0, 2^52) as float64; the processor's own conversion does not vectorize."""
     return bits_double(integer | np.int64(0x4330000000000000)) - 4503599627370496.0
 
 
 @compiled
 def order_error(table: Integers, lowest: int, highest: int, foreground_count: int) -> float:
-    """Estimates the gradient's error from the unknown order inside bins, relative to its norm.
+    """Estimates the error of the gradient, relative to its norm, that the unknown order inside bins causes.
 
-    The table is counted and not yet scanned. In a bin with k background pixels, the number of those before another
-    pixel of the bin is uncertain by sqrt(k / 6), as if they stood at random; the same holds for foreground.
+    The table has been counted, but not scanned. Pixels of a bin are taken to be in random order: if k of them are
+    background, the number of background pixels before another pixel of the bin is uncertain by sqrt(k / 6). The same
+    holds for foreground.
     """
     left, union = np.float64(foreground_count), np.float64(foreground_count)
     over_union = 1.0 / union
@@ -140,15 +143,14 @@ def order_error(table: Integers, lowest: int, highest: int, foreground_count: in
 def scan(
     table: Integers, lowest: int, highest: int, foreground_count: int, top: int, weight: float, foreground_weight: float
 ) -> float:
-    """Puts into each word, as two float32 (a, s), how to look a gradient up: g = a - s x rest.
+    """Overwrites each word with an entry, two float32 (a, s), from which a pixel's gradient is a - s x rest.
 
     Args:
         foreground_count: G.
-        weight: what background's gradients are multiplied with.
-        foreground_weight: likewise foreground's.
+        weight, foreground_weight: the factors of the gradient of background and foreground.
 
     Returns:
-        The loss of the segment: the sum over bins of mean gradient x sum of errors.
+        The loss of the segment: the sum over bins of mean g x sum of errors.
     """
     loss = 0.0
     walked, room = np.empty((2, _BLOCK_BINS + 1), np.int64), np.empty((2, _BLOCK_BINS + 1))
@@ -157,10 +159,10 @@ def scan(
     for octave in range(_OCTAVES + 1):
         largest, width, lost = _scale(octave, top)
         start, stop = _FIRST_BINS[octave], min(highest + 1, _FIRST_BINS[octave + 1])
-        # Blocks begin where they always do, so that the sum does not depend on which bins are in use.
+        # Blocks always begin at the same bins, so that the sum does not depend on which bins are in use.
         skipped = max(lowest - start, 0) // _BLOCK_BINS * _BLOCK_BINS
         for first in range(start + skipped, stop, _BLOCK_BINS):
-            if left == 0:  # Behind the last foreground pixel g is 0.
+            if left == 0:  # After the last foreground pixel g is 0.
                 table[first : highest + 1] = 0
                 return loss
             last = min(first + _BLOCK_BINS, _FIRST_BINS[octave + 1])
@@ -174,7 +176,7 @@ def scan(
 
 @compiled
 def _walk(background: Integers, foreground: Integers, left: int, union: int, walked: npt.NDArray[np.int64]) -> None:
-    """Writes G - n and G + b at the upper end of each bin, and behind the last."""
+    """Writes G - n and G + b at the upper end of each bin, and at the lower end of the last bin."""
     lefts, unions = walked[0], walked[1]
     for i in range(len(background)):
         lefts[i], unions[i] = left, union
@@ -194,11 +196,13 @@ def _fill_in(
     walked: npt.NDArray[np.int64],
     room: npt.NDArray[np.float64],
 ) -> float:
-    """Writes the entries of some bins of one octave; returns their share of the loss.
+    """Writes the entries of some bins of one octave; returns their part of the loss.
 
     Args:
-        upper: the error of a pixel in the first of the bins whose rest is 0.
-        walked: as ``_walk`` has left it.
+        upper: the error at rest 0 in the first of these bins.
+        width: the width of a bin.
+        walked: the result of ``_walk``.
+        room: memory, float64, two rows of at least one element more than bins.
     """
     n = len(background)
     lefts, unions, losses, over_union = walked[0], walked[1], room[0], room[1]
@@ -215,7 +219,7 @@ def _fill_in(
         mean_rest = np.float64(f32(rest) / f32(max(k, 1.0)))
         background[i] = _pack(weight * (mean + slope * mean_rest), weight * slope)
     for i in range(n):
-        if foreground[i] != 0:  # Few are, mostly.
+        if foreground[i] != 0:  # Rare in most tables.
             x, y = over_union[i], over_union[i + 1]
             j, rest = _unpack(foreground[i])
             mean, slope = 0.5 * (x + y), (x - y) * to_slope
@@ -226,20 +230,20 @@ def _fill_in(
 
 @inlined
 def _unpack(word: int) -> tuple[float, float]:
-    """(pixels, sum of their rests)."""
+    """The two parts of a word: (pixels, sum of their rests)."""
     return _double(np.int64(np.uint64(word) >> np.uint64(_REST_SUM_BITS))), _double(word & (_ONE - 1))
 
 
 @inlined
 def _pack(a: float, s: float) -> int:
-    """Both as float32 in a word."""
+    """An entry: both numbers as float32 in 64 bits."""
     low = np.int64(float_bits(f32(a))) & np.int64(0xFFFFFFFF)
     return low | (np.int64(float_bits(f32(s))) << np.int64(32))
 
 
 @inlined
 def _sum(values: npt.NDArray[np.float64]) -> float:
-    """In a fixed order: four sums side by side, which do not wait for each other."""
+    """Sums in a fixed order, as four independent partial sums."""
     sums = np.zeros(4)
     whole = len(values) // 4 * 4
     for i in range(0, whole, 4):
@@ -252,7 +256,7 @@ def _sum(values: npt.NDArray[np.float64]) -> float:
 
 @inlined
 def _scale(octave: int, top: int) -> tuple[float, float, float]:
-    """The octave's largest float, the width of its bins, and what an error's rest loses by rounding, in the mean."""
+    """(largest float of the octave, width of its bins, mean distance by which rests are rounded down)."""
     if octave == _OCTAVES:
         return 0.0, 0.0, 0.0
     bits = max(_MIN_BITS, _MAX_BITS - octave // _PER_BIT)
@@ -265,7 +269,7 @@ def _scale(octave: int, top: int) -> tuple[float, float, float]:
 
 @compiled
 def clear(table: Integers, lowest: int, highest: int) -> None:
-    """Sets what ``count`` and ``scan``, which fills whole blocks of bins in, have used to 0 again."""
+    """Sets the words that ``count`` and ``scan`` have used back to 0; ``scan`` writes whole blocks of bins."""
     first, last = max(lowest - _BLOCK_BINS, 0), min(highest + _BLOCK_BINS, BINS)
     table[first:last] = 0
     table[BINS + first : BINS + last] = 0
@@ -283,26 +287,26 @@ def look_up(
     cut: bool,
     top: int,
     table: Integers,
-    images: Images,
-    first_image: int,
-    last_image: int,
+    planes: Planes,
+    first_plane: int,
+    stop_plane: int,
     start: int,
     stop: int,
     add: bool,
 ) -> None:
-    """Writes (or adds) the gradient of the row's pixels in [start, stop), which stand in these images."""
+    """Writes (or adds, if ``add``) the gradient of the row's pixels [start, stop), which lie in the given planes."""
     entries = table.view(np.float32)
     entries[4 * BINS : 4 * BINS + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
-    nothing = top_bits if cut else i32(-1)  # how far an error of 0 lies below the top
+    nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
-    for image in range(first_image, last_image):
-        begin = images.start[image]
-        low, high = max(start, begin), min(stop, begin + images.pixels[image])
+    for plane in range(first_plane, stop_plane):
+        begin = planes.start[plane]
+        low, high = max(start, begin), min(stop, begin + planes.pixels[plane])
         if low >= high:
             continue
-        address = images.grads[image] + np.uint64(4 * images.pixels[image] * row)
-        grads = numba.carray(pointer(address), (images.pixels[image],), np.float32)
+        address = planes.grads[plane] + np.uint64(4 * planes.pixels[plane] * row)
+        grads = numba.carray(pointer(address), (planes.pixels[plane],), np.float32)
         for first in range(low, high, _BLOCK_PIXELS):
             n = min(_BLOCK_PIXELS, high - first)
             error, code = errors[row, first : first + n], codes[first : first + n]

@@ -1,4 +1,4 @@
-"""Threads for compiled loops. The thread that asks works along, so that it never waits for a busy pool."""
+"""Threads for compiled loops. The calling thread takes tasks, too, so it never waits for a busy pool."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ class Workers:
 
     def run(
         self,
-        threads: int,
         loop: Callable[..., None],
-        *arguments: Any,
-        own: Callable[[int], tuple[Any, ...]] = lambda thread: (),
+        threads: int,
+        *,
+        own: Callable[[int], dict[str, Any]] = lambda thread: {},
         stop: Stop | None = None,
+        **arguments: Any,
     ) -> None:
-        """Calls ``loop(tasks, *arguments, *own(thread))`` in each thread; returns when all tasks are done.
+        """Calls ``loop(tasks=..., **arguments, **own(thread))`` in each thread; returns when all tasks are done.
 
         Args:
-            threads: how many, at least 1.
-            own: what a thread has for itself.
+            threads: the number of threads including the calling one, at least 1.
+            own: returns the arguments that only this thread gets.
 
         Raises:
             Stopped: the loop was asked to end early.
@@ -45,12 +46,12 @@ class Workers:
         with nullcontext() if stop is None else stop.watching(tasks):
             helpers = range(1, threads)
             pool = self._helpers(threads - 1) if helpers else None
-            futures = [pool.submit(loop, tasks, *arguments, *own(thread)) for thread in helpers] if pool else []
+            futures = [pool.submit(loop, tasks=tasks, **arguments, **own(thread)) for thread in helpers] if pool else []
             try:
-                loop(tasks, *arguments, *own(0))
+                loop(tasks=tasks, **arguments, **own(0))
             finally:
                 for future in futures:
-                    if not future.cancel():  # One that has not started would find nothing left to do.
+                    if not future.cancel():  # A thread that has not started would find no task left.
                         future.result()
 
     def _helpers(self, size: int) -> ThreadPoolExecutor:
@@ -60,7 +61,7 @@ class Workers:
             return self._pool
 
     def _forget(self) -> None:
-        """In a forked process there are no threads but the one that forked."""
+        """Drops the pool in a forked process, in which its threads do not exist."""
         self._lock, self._pool = threading.Lock(), None
 
 

@@ -1,1 +1,1 @@
-"""Torch alone: any device and element type, float64 too. Segments are sorted."""
+"""The torch backend: any device and element type, including float64. Sorts all segments."""

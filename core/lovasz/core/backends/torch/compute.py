@@ -1,96 +1,138 @@
-"""The path of torch alone: any device, float64 too. Segments are sorted; no step waits for the device."""
+"""The torch backend's entry point: sorts all segments; no step waits for a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lovasz.core.backends.torch.cross_entropy import Part, cross_entropy
+from lovasz.core.backends.torch.flat import Flat
 from lovasz.core.backends.torch.segments import Groups, lovasz_extension, on_device
 from lovasz.core.backends.torch.softmax import Softmax, backward, given_probabilities, softmax, sum_over_classes
-from lovasz.core.batch import Batch, Ragged, flatten, unflatten
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermTensors, later, score
-from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, WeightedSum
+from lovasz.core.batch import Batch
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, TermValues, Values
+from lovasz.core.plan import Plan, Term
+from lovasz.core.scoring import select_segments
+from lovasz.core.stop import Stop
+from lovasz.spec import LovaszSoftmax
 
 
-def compute(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> Computed:
-    """Queues the computation of a batch."""
+def compute(
+    plan: Plan, batch: Batch, *, want_grad: bool, want_total: bool = False, stop: Stop | None = None
+) -> Computed:
+    """Queues the computation of a batch; offers no ``Computed.total`` and ignores ``stop``."""
     with torch.no_grad():
-        flat = flatten(batch, loss, device)
-        terms, grad, intersection, union, faults = (_hinge if loss.is_hinge else _softmax)(flat, loss, want_grad)
-        grads = None if grad is None else unflatten(grad, batch)
-    return Computed(grads, later(terms, intersection, union, faults))
+        flat = Flat.of(plan, batch)
+        results = (_hinge if plan.is_hinge else _softmax)(flat, want_grad)
+        grads = None if results.grad is None else flat.split(results.grad, batch)
+    return Computed(grads, results.read)
 
 
-_Computed = tuple[tuple[TermTensors, ...], Tensor | None, Tensor, Tensor, Tensor]
+@dataclass(frozen=True)
+class _Results:
+    """``Values`` that may still be on the device, and the gradient.
+
+    Attributes:
+        losses, scored: one per term.
+        grad: shape (K, P); None if it is not wanted.
+        counts: int64, shape (3, K, joints): labels, predictions, hits.
+        faults: int64, shape (3, joints).
+    """
+
+    losses: Sequence[Tensor]
+    scored: Sequence[Tensor]
+    grad: Tensor | None
+    counts: Tensor
+    faults: Tensor
+
+    def read(self) -> Values:
+        terms = [
+            TermValues(losses.cpu().numpy(), scored.cpu().numpy())
+            for losses, scored in zip(self.losses, self.scored, strict=True)
+        ]
+        labels, predictions, hits = self.counts.cpu().numpy()
+        return Values(tuple(terms), labels, predictions, hits, self.faults.cpu().numpy())
 
 
 class _Validity:
-    """Which pixels each term counts."""
+    """Which pixels are valid, for each rule.
 
-    def __init__(self, batch: Ragged, loss: WeightedSum) -> None:
-        labels = batch.labels
-        in_range = (labels >= 0) & (labels < batch.source.requests[0].layout.label_values)
+    Attributes:
+        safe_labels: the labels, 0 where they are out of range.
+        bad: bool: pixels whose label is out of range, and that some rule does not ignore.
+        of_rule: bool, one per rule: its valid pixels.
+        counted: bool: pixels that are valid for some rule.
+        all_counted: whether the only rule ignores no label.
+    """
+
+    def __init__(self, flat: Flat) -> None:
+        labels, plan = flat.labels, flat.plan
+        in_range = (labels >= 0) & (labels < plan.label_values)
         self.safe_labels = torch.where(in_range, labels, 0)
-        self.any_ignored = any(term.ignore_index is not None for _, term in loss.terms)
-        self._of: dict[int | None, Tensor] = {}
         self.bad = torch.zeros_like(in_range)
-        for _, term in loss.terms:
-            ignored = labels == term.ignore_index if term.ignore_index is not None else torch.zeros_like(in_range)
-            self._of[term.ignore_index] = in_range & ~ignored
+        self.of_rule: list[Tensor] = []
+        for rule in plan.rules:
+            ignored = labels == rule if rule is not None else torch.zeros_like(in_range)
+            self.of_rule.append(in_range & ~ignored)
             self.bad |= ~in_range & ~ignored
-        self.counted = torch.stack(list(self._of.values())).any(0)
-
-    def of(self, loss: LovaszSoftmax | LovaszHinge | CrossEntropy) -> Tensor:
-        return self._of[loss.ignore_index]
+        self.counted = torch.stack(self.of_rule).any(0)
+        self.all_counted = plan.rules == (None,)
 
 
-def _softmax(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
-    validity = _Validity(batch, loss)
-    labels = validity.safe_labels
-    soft = given_probabilities(batch.logits, labels) if loss.probabilities else softmax(batch.logits, labels)
-    g = torch.zeros_like(batch.logits) if want_grad else None
-    terms: list[TermTensors] = []
+def _softmax(flat: Flat, want_grad: bool) -> _Results:
+    validity, plan = _Validity(flat), flat.plan
+    labels, channels = validity.safe_labels, plan.channels
+    given = plan.loss.probabilities
+    soft = given_probabilities(flat.logits, labels) if given else softmax(flat.logits, labels)
+    g = torch.zeros_like(flat.logits) if want_grad else None
+    losses: list[Tensor] = []
+    scored: list[Tensor] = []
     parts: list[Part] = []
-    for weight, term in loss.terms:
-        if isinstance(term, LovaszSoftmax):
-            terms.append(_lovasz_softmax(term, weight, batch, soft, validity, g))
-        elif isinstance(term, CrossEntropy):
-            valid = validity.of(term)
-            counts = _class_counts(labels, valid, batch.joints, len(batch.logits))
-            parts.append(cross_entropy(term, weight, batch, soft, labels, valid, counts))
-            values = parts[-1].loss.unsqueeze(0)
-            terms.append(TermTensors(values, torch.ones_like(values, dtype=torch.bool), per_image=False))
+    for term in plan.terms:
+        valid = validity.of_rule[term.rule]
+        counts = _class_counts(labels, valid, flat.groups(term), channels)
+        if isinstance(term.loss, LovaszSoftmax):
+            of_term, is_scored = _lovasz_softmax(term, flat, soft, labels, valid, counts, g)
+        else:
+            parts.append(cross_entropy(term, flat, soft, labels, valid, counts))
+            of_term = parts[-1].loss.unsqueeze(0)
+            is_scored = torch.ones_like(of_term, dtype=torch.bool)
+        losses.append(of_term)
+        scored.append(is_scored)
     grad = None
     if g is not None:
-        if loss.probabilities:
+        if given:
             grad = g.scatter_(0, labels.unsqueeze(0), -g.gather(0, labels.unsqueeze(0)))
         else:
             pull = torch.stack([part.pull for part in parts]) if parts else None
             grad = backward(soft, labels, g, None if pull is None else sum_over_classes(pull))
             for part in parts:
                 part.add_spread(grad, soft, labels)
-        if validity.any_ignored:
+        if not validity.all_counted:
             grad.masked_fill_(~validity.counted, 0)
     hit = validity.counted & (soft.prediction == labels)
-    channels = len(batch.logits)
-    intersection = _class_counts(labels, hit, batch.joints, channels)
-    union = _class_counts(labels, validity.counted, batch.joints, channels)
-    union += _class_counts(soft.prediction, validity.counted, batch.joints, channels)
-    union -= intersection
-    return tuple(terms), grad, intersection, union, _faults(batch, loss, validity, soft)
+    classes_and_masks = (labels, validity.counted), (soft.prediction, validity.counted), (labels, hit)
+    counts = torch.stack([_class_counts(classes, mask, flat.joints, channels) for classes, mask in classes_and_masks])
+    finite = soft.finite
+    for term in plan.cross_entropies:
+        if term.label_smoothing > 0:  # A masked class has a part of the target, and an infinite loss.
+            finite = finite & ~(soft.masked & validity.of_rule[term.rule])
+    return _Results(losses, scored, grad, counts, _faults(flat, validity, finite))
 
 
 def _lovasz_softmax(
-    term: LovaszSoftmax, weight: float, batch: Ragged, soft: Softmax, validity: _Validity, g: Tensor | None
-) -> TermTensors:
-    labels, valid = validity.safe_labels, validity.of(term)
-    groups, share = _groups(batch, term.per_image)
-    channels = len(batch.logits)
-    counts = _class_counts(labels, valid, groups, channels)
-    scored, weights = score(term, weight, counts, share)
-    class_numbers = torch.arange(channels, device=labels.device).unsqueeze(1)
-    # Knowing which classes are present spares the CPU the sorting of the others; a GPU would have to be waited for.
+    term: Term, flat: Flat, soft: Softmax, labels: Tensor, valid: Tensor, counts: Tensor, g: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Adds a term's gradients to ``g``; returns the losses of its segments, and which are scored."""
+    groups, device = flat.groups(term), labels.device
+    class_weights = on_device(term.class_weights, device)
+    listed = None if term.listed is None else on_device(term.listed, device)
+    scored, weights = select_segments(term, counts, groups.share, class_weights, listed)
+    class_numbers = torch.arange(len(counts), device=device).unsqueeze(1)
+    # On the CPU, only scored classes are sorted. On a GPU the host would have to wait to know them.
     rows = None if labels.is_cuda else scored.any(1).nonzero()[:, 0].tolist()
     losses = lovasz_extension(
         soft.errors,
@@ -103,57 +145,47 @@ def _lovasz_softmax(
         rows=rows,
         largest_error=1.0 + PROBABILITY_TOLERANCE,
     )
-    return TermTensors(losses, scored, term.per_image)
+    return losses, scored
 
 
-def _hinge(batch: Ragged, loss: WeightedSum, want_grad: bool) -> _Computed:
-    validity = _Validity(batch, loss)
-    logits, foreground = batch.logits, validity.safe_labels == 1
+def _hinge(flat: Flat, want_grad: bool) -> _Results:
+    validity = _Validity(flat)
+    logits, foreground = flat.logits, validity.safe_labels == 1
     errors = torch.where(foreground, 1 - logits, 1 + logits).clamp_(min=0)
     g = torch.zeros_like(logits) if want_grad else None
-    terms: list[TermTensors] = []
-    for weight, term in loss.terms:
-        valid = validity.of(term)
-        groups, share = _groups(batch, _per_image(term))
+    losses: list[Tensor] = []
+    scored: list[Tensor] = []
+    for term in flat.plan.terms:
+        valid, groups = validity.of_rule[term.rule], flat.groups(term)
+        class_weights = on_device(term.class_weights, logits.device)
+        is_scored, weights = select_segments(term, groups.sum(valid), groups.share, class_weights, None)
         counts = groups.sum(foreground & valid)
-        assert isinstance(term, LovaszHinge)
-        scored, weights = score(term, weight, groups.sum(valid), share)
-        losses = lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights.to(logits.dtype), g)
-        terms.append(TermTensors(losses, scored, _per_image(term)))
+        weights = weights.to(logits.dtype)
+        losses.append(lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights, g))
+        scored.append(is_scored)
     grad = None if g is None else torch.where(foreground, -g, g).mul_(errors > 0)
-    if grad is not None and validity.any_ignored:
+    if grad is not None and not validity.all_counted:
         grad.masked_fill_(~validity.counted, 0)
     predicted = logits > 0
-    intersection = batch.joints.sum(predicted & foreground & validity.counted)
-    union = batch.joints.sum((predicted | foreground) & validity.counted)
-    return tuple(terms), grad, intersection, union, _faults(batch, loss, validity, None)
-
-
-def _per_image(loss: LovaszSoftmax | LovaszHinge | CrossEntropy) -> bool:
-    return not isinstance(loss, CrossEntropy) and loss.per_image
-
-
-def _groups(batch: Ragged, per_image: bool) -> tuple[Groups, Tensor]:
-    """The groups that are scored, and each one's share of its joint's loss (float64, one a group)."""
-    if not per_image:
-        return batch.joints, torch.ones(len(batch.joints), dtype=torch.float64, device=batch.logits.device)
-    shares = [1 / images for images in batch.source.images for _ in range(images)]
-    return batch.images, on_device(shares, torch.float64, batch.logits.device)
+    masks = foreground, predicted, predicted & foreground
+    counts = torch.stack([flat.joints.sum(mask & validity.counted) for mask in masks])
+    return _Results(losses, scored, grad, counts, _faults(flat, validity, (logits < torch.inf) & (errors < torch.inf)))
 
 
 def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: int) -> Tensor:
-    """int64, shape (K, groups): pixels of each class among those counted."""
+    """Counts the pixels of each class where ``counted`` is true: int64, shape (K, groups)."""
     counts = torch.zeros(channels * len(groups), dtype=torch.int64, device=classes.device)
     index = classes if len(groups) == 1 else classes * len(groups) + groups.of_pixel
     return counts.scatter_add_(0, index, counted.to(torch.int64)).view(channels, len(groups))
 
 
-def _faults(batch: Ragged, loss: WeightedSum, validity: _Validity, soft: Softmax | None) -> Tensor:
-    finite = torch.isfinite(batch.logits) if soft is None else soft.finite
-    faults = [validity.bad, ~finite & validity.counted]
-    if loss.probabilities:
+def _faults(flat: Flat, validity: _Validity, finite: Tensor) -> Tensor:
+    """Counts pixels with each fault: int64, shape (3, joints)."""
+    faults = {Fault.BAD_LABEL: validity.bad, Fault.NOT_FINITE: ~finite & validity.counted}
+    faults[Fault.OUT_OF_RANGE] = torch.zeros_like(validity.bad)
+    if flat.plan.loss.probabilities:
         low, high = -PROBABILITY_TOLERANCE, 1 + PROBABILITY_TOLERANCE
-        faults.append(((batch.logits < low) | (batch.logits > high)).any(0) & finite & validity.counted)
-    else:
-        faults.append(torch.zeros_like(validity.bad))
-    return torch.stack([batch.joints.sum(fault.reshape(-1, fault.shape[-1])).sum(0) for fault in faults])
+        outside = ((flat.logits < low) | (flat.logits > high)).any(0)
+        faults[Fault.OUT_OF_RANGE] = outside & finite & validity.counted
+    masks = (faults[fault] for fault in Fault)
+    return torch.stack([flat.joints.sum(mask.reshape(-1, mask.shape[-1])).sum(0) for mask in masks])

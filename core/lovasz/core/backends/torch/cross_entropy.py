@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over a ragged batch, with torch's class weights, ignore_index and label smoothing."""
+"""Softmax cross-entropy with class weights, ``ignore_index`` and label smoothing, defined as in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lovasz.core.backends.torch.flat import Flat
 from lovasz.core.backends.torch.segments import exact_sum, on_device
 from lovasz.core.backends.torch.softmax import Softmax, sum_over_classes
-from lovasz.core.batch import Ragged
-from lovasz.spec import CrossEntropy
+from lovasz.core.plan import Term
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a cross-entropy term adds.
+    """The loss of a cross-entropy term, and the factors of its gradient.
+
+    The gradient with respect to logit k is
+
+        pull x (p_k - [k = y]) + spread x (sum of class weights x p_k - weight_k).
 
     Attributes:
         loss: float64, shape (joints,).
-        pull: shape (P,): the gradient is pull x (p_k - [k = y]), plus, with label smoothing, the next two.
-        spread: shape (P,) or None: adds spread x (sum of weights x p_k - weight_k).
+        pull: shape (P,).
+        spread: shape (P,); None without label smoothing.
         class_weights: shape (K,).
     """
 
@@ -30,7 +34,7 @@ class Part:
     class_weights: Tensor
 
     def add_spread(self, grad: Tensor, softmax: Softmax, labels: Tensor) -> None:
-        """Adds the gradient of the smoothed part of the target to ``grad``, shape (K, P)."""
+        """Adds the summand with ``spread``, from label smoothing, to ``grad``, shape (K, P)."""
         if self.spread is None:
             return
         total = sum_over_classes(self.class_weights.unsqueeze(1))
@@ -38,32 +42,30 @@ class Part:
         grad += probabilities.mul_(total).sub_(self.class_weights.unsqueeze(1)).mul_(self.spread)
 
 
-def cross_entropy(
-    loss: CrossEntropy, weight: float, batch: Ragged, softmax: Softmax, labels: Tensor, valid: Tensor, counts: Tensor
-) -> Part:
-    """Args:
-    weight: the term's weight, which goes into the gradient and not into the loss.
-    labels: int64, shape (P,), in [0, K).
-    valid: bool, shape (P,): pixels that this term counts.
-    counts: int64, shape (K, joints): valid pixels of each class.
+def cross_entropy(term: Term, flat: Flat, softmax: Softmax, labels: Tensor, valid: Tensor, counts: Tensor) -> Part:
+    """Computes the loss of a term and the factors of its gradient.
+
+    Args:
+        labels: int64, shape (P,), in [0, K).
+        valid: bool, shape (P,): pixels that are not void for this term.
+        counts: int64, shape (K, joints): valid pixels of each class.
     """
-    joints, dtype, classes = batch.joints, batch.logits.dtype, len(batch.logits)
-    class_weights = on_device(loss.class_weights or [1.0] * classes, torch.float64, labels.device)
+    joints, dtype, smoothing = flat.joints, flat.logits.dtype, term.label_smoothing
+    class_weights = on_device(term.class_weights, labels.device)
     total_weight = sum_over_classes(counts.to(torch.float64) * class_weights.unsqueeze(1))
     scale = torch.where(total_weight > 0, 1 / total_weight, 0)
     class_weights = class_weights.to(dtype)
     pixel_weight = torch.where(valid, class_weights[labels], 0)
     pixel_loss = torch.where(valid, softmax.negative_log, 0) * pixel_weight
     spread = None
-    if loss.label_smoothing > 0:
-        shifted = (batch.logits - softmax.maximum).mul_(class_weights.unsqueeze(1))
+    if smoothing > 0:
+        shifted = (flat.logits - softmax.maximum).mul_(class_weights.unsqueeze(1))
         all_classes = sum_over_classes(class_weights.unsqueeze(1)) * softmax.log_total - sum_over_classes(shifted)
-        share = loss.label_smoothing / classes
-        pixel_loss = (1 - loss.label_smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
-        spread = torch.where(valid, joints.at_pixels((weight * share * scale).to(dtype)), 0)
-    # A joint's sum is at most its largest term times the number of its pixels.
-    sizes = on_device(joints.sizes, torch.float64, labels.device)
-    exponent = torch.frexp(joints.max(pixel_loss).to(torch.float64) * sizes).exponent
+        share = smoothing / len(class_weights)
+        pixel_loss = (1 - smoothing) * pixel_loss + share * torch.where(valid, all_classes, 0)
+        spread = torch.where(valid, joints.at_pixels((term.spread_factor * scale).to(dtype)), 0)
+    # A joint's sum is at most its largest pixel loss times the number of its pixels.
+    exponent = torch.frexp(joints.max(pixel_loss).to(torch.float64) * joints.sizes).exponent
     value = exact_sum(pixel_loss.to(torch.float64).unsqueeze(0), joints, exponent)[0] * scale
-    pull = pixel_weight * joints.at_pixels((weight * (1 - loss.label_smoothing) * scale).to(dtype))
+    pull = pixel_weight * joints.at_pixels((term.label_factor * scale).to(dtype))
     return Part(value, pull, spread, class_weights)

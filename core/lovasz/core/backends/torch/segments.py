@@ -1,8 +1,8 @@
 """The Lovász extension of the Jaccard loss for many segments at once: one class (row) over the pixels of one group.
 
-A closed form gives the gradient g from two counts a pixel, so there is no loop over pixels, classes or groups; see
-docs/mathematics.md. Sums are taken over integers: no result depends on the order of pixels in memory, on the number
-of threads or on what else is in the batch.
+A closed form gives the gradient g of a pixel from two counts, so there is no loop over pixels, classes or groups; see
+docs/mathematics.md, section 7. Sums over pixels are sums of integers: no result depends on the order of pixels in
+memory, on the number of threads or on the other requests of the batch.
 """
 
 from __future__ import annotations
@@ -10,45 +10,56 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lovasz.core import plan
+from lovasz.core.computed import FIXED_POINT_BITS
+
 _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 27
-"""Rows are worked on in blocks of about this many elements, which bounds the memory for sorting."""
-
-_FIXED_POINT_BITS = 60
-"""A segment's sum is at most its largest error (the g add up to at most 1): terms are multiples of that x 2^-60."""
+"""About how many elements a block of rows has. Rows are processed block by block, to limit the memory for sorting."""
 
 
-def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A short tensor on the device. To a GPU it goes from pinned memory: the host would wait for any other copy."""
-    tensor = torch.tensor(values, dtype=dtype)
+def on_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """Copies a short array to the device; to a GPU from pinned memory, since the host would wait for any other copy."""
+    tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Consecutive runs of pixels; each is scored on its own.
+    """The groups of a term, as tensors on the device.
 
     Attributes:
-        sizes: pixels of each group, each at least 1.
+        sizes: int64, shape (groups,): the number of pixels of each group, at least 1.
+        share: float64, shape (groups,): each group's share of its joint's loss.
         of_pixel: int64, shape (P,): the group of each pixel.
         starts: int64, shape (groups,): the first pixel of each group.
     """
 
-    sizes: tuple[int, ...]
+    sizes: Tensor
+    share: Tensor
     of_pixel: Tensor
     starts: Tensor
 
     @classmethod
-    def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Groups:
-        if len(sizes) == 1:
+    def of(cls, planned: plan.Groups, device: torch.device) -> Groups:
+        """Copies the groups of a plan to the device."""
+        return cls.of_sizes(planned.pixels, planned.share, device)
+
+    @classmethod
+    def of_sizes(cls, pixels: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], device: torch.device) -> Groups:
+        """Makes consecutive groups with these numbers of pixels and shares."""
+        sizes, share = on_device(pixels, device), on_device(shares, device)
+        total = int(pixels.sum())
+        if len(pixels) == 1:
             starts = torch.zeros(1, dtype=torch.int64, device=device)
-            return cls(tuple(sizes), starts.expand(sizes[0]), starts)
-        counts = on_device(sizes, torch.int64, device)
-        numbers = torch.arange(len(sizes), device=device).repeat_interleave(counts, output_size=sum(sizes))
-        return cls(tuple(sizes), numbers, counts.cumsum(0) - counts)
+            return cls(sizes, share, starts.expand(total), starts)
+        numbers = torch.arange(len(pixels), device=device).repeat_interleave(sizes, output_size=total)
+        return cls(sizes, share, numbers, sizes.cumsum(0) - sizes)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -61,7 +72,7 @@ class Groups:
         return sums.scatter_add_(1, self.of_pixel.expand(values.shape), values.to(torch.int64))
 
     def max(self, values: Tensor) -> Tensor:
-        """The largest of each group: (P,) to (groups,); at least 0."""
+        """The largest value in each group, at least 0: (P,) to (groups,)."""
         if len(self) == 1:
             return values.amax(0, keepdim=True).clamp(min=0)
         return torch.zeros(len(self), dtype=values.dtype, device=values.device).scatter_reduce_(
@@ -69,17 +80,17 @@ class Groups:
         )
 
     def at_pixels(self, values: Tensor) -> Tensor:
-        """Hands each pixel its group's value: (..., groups) to (..., P), or a view that broadcasts to it."""
+        """The group's value at each pixel: (..., groups) to (..., P), or to a view that broadcasts to it."""
         return values if len(self) == 1 else values[..., self.of_pixel]
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent as float64, exactly, for integers in [-1022, 1023]."""
+    """2^exponent as float64, exact; integer exponents outside [-1022, 1023] are clamped to that range."""
     return (exponent.to(torch.int64).clamp(-1022, 1023) + 1023).bitwise_left_shift(52).view(torch.float64)
 
 
 def exact_sum(values: Tensor, groups: Groups, exponent: Tensor) -> Tensor:
-    """Sums values over each group through integers, so that the sum depends on no order.
+    """Sums values over each group as integers, so that the sum does not depend on the order.
 
     Args:
         values: float64, shape (rows, P).
@@ -89,7 +100,7 @@ def exact_sum(values: Tensor, groups: Groups, exponent: Tensor) -> Tensor:
     Returns:
         float64, shape (rows, groups): the sum of the values, each rounded to a multiple of 2^(exponent - 60).
     """
-    scale = power_of_two(_FIXED_POINT_BITS - exponent)
+    scale = power_of_two(FIXED_POINT_BITS - exponent)
     terms = (values * groups.at_pixels(scale)).round_().to(torch.int64)
     return groups.sum(terms).to(torch.float64) / scale
 
@@ -105,20 +116,20 @@ def lovasz_extension(
     rows: Sequence[int] | None = None,
     largest_error: float | None = None,
 ) -> Tensor:
-    """The Lovász extension of every segment, and its gradient with respect to the errors.
+    """Computes the Lovász extension of every segment, and its gradient with respect to the errors.
 
     Args:
-        errors: float32 or float64, shape (K, P): m, one row a class.
-        foreground: called with a slice of rows; bool, shape (rows, P): the pixels labelled with the row's class.
-        valid: bool, broadcasts to (K, P): pixels that take part.
-        foreground_counts: int64, shape (K, groups): valid foreground pixels of each segment.
-        weights: the errors' dtype, shape (K, groups): what each segment's gradient is multiplied with.
-        grad: the errors' dtype, shape (K, P): weights x g is added here; None if no gradient is wanted.
-        rows: the rows to score, others are passed over; None for all.
-        largest_error: a bound on the errors if one is known.
+        errors: float32 or float64, shape (K, P): m, one row per class.
+        foreground: takes a slice of rows and returns bool, shape (rows, P): the pixels whose label is the row's class.
+        valid: bool, broadcasts to (K, P): pixels that are not void.
+        foreground_counts: int64, shape (K, groups): the valid foreground pixels of each segment.
+        weights: the errors' dtype, shape (K, groups): the factor of each segment's gradient.
+        grad: the errors' dtype, shape (K, P): weights x g is added to it; None if no gradient is wanted.
+        rows: the rows to score; None for all.
+        largest_error: an upper bound of the errors; None if none is known.
 
     Returns:
-        float64, shape (K, groups): sum of m x g, before weights; 0 for rows that were passed over.
+        float64, shape (K, groups): the sum of m x g, before weights; 0 for rows that are not scored.
     """
     pixels = errors.shape[1]
     limit = _CUDA_BLOCK_ELEMENTS if errors.is_cuda else _CPU_BLOCK_ELEMENTS
@@ -144,7 +155,7 @@ def lovasz_extension(
 
 
 def _blocks(rows: Sequence[int], at_most: int) -> list[slice]:
-    """Runs of consecutive rows, each of at most so many."""
+    """Splits ``rows`` into runs of consecutive rows, each of at most ``at_most`` rows."""
     blocks: list[slice] = []
     for row in rows:
         if blocks and blocks[-1].stop == row and row - blocks[-1].start < at_most:
@@ -155,7 +166,7 @@ def _blocks(rows: Sequence[int], at_most: int) -> list[slice]:
 
 
 def _descending(errors: Tensor, foreground: Tensor, valid: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Sorts each segment by descending error; ties put foreground first, then the order of the pixels; void last.
+    """Sorts each segment by descending error. Among equal errors foreground comes first; void pixels come last.
 
     One stable sort of 64-bit keys: group (30 bits), error (33 bits), background (1 bit).
 
@@ -178,11 +189,12 @@ def _descending(errors: Tensor, foreground: Tensor, valid: Tensor, groups: Group
 def _gradient_along(foreground: Tensor, foreground_counts: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
     """The gradient g of the Lovász extension along the descending order, in closed form.
 
-    With G foreground pixels in the segment, and n foreground and b background pixels up to and with this one:
-    1 / (G + b) on foreground, (G - n) / ((G + b) (G + b - 1)) on background. Where G = 0: 1 at the first, 0 elsewhere.
+    Let G be the foreground pixels of the segment, n its foreground and b its background pixels up to and including
+    this one. On foreground g = 1 / (G + b); on background g = (G - n) / ((G + b) (G + b - 1)). If G = 0, g is 1 at the
+    first pixel and 0 elsewhere.
 
     Args:
-        foreground: bool, shape (rows, P), in sorted order; groups stand where they stood before.
+        foreground: bool, shape (rows, P), in sorted order; each group keeps its range of positions.
         foreground_counts: int64, shape (rows, groups): G.
     """
     position = torch.arange(foreground.shape[1], device=foreground.device)

@@ -1,1 +1,1 @@
-"""The kernels of the GPU's path, in Triton. ``batch`` places the tensors of a batch for them."""
+"""The Triton backend: kernels for a GPU, and the host code that lays out their buffers and launches them."""

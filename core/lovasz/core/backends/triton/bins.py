@@ -1,12 +1,13 @@
-"""Which bins the tables of a GPU have.
+"""The bins of the GPU's tables.
 
-A bin is a run of floats. A *map* says which: errors are cut by the leading bits of their float into coarse cells of
-2^SHIFT floats, and the cell's entry says how many bins it has, all equally wide, and where they end. Bins stand in
-descending order of the error. What lies in no cell shares the last bin.
+A bin is a run of consecutive floats. The leading bits of an error, as a float32, give its *cell*, a run of 2^SHIFT
+floats. A *map* holds one integer per cell, which says how many bins the cell is divided into, all equally wide, and
+where in the table they end. Bins are in descending order of the error. Errors outside all cells share the last bin.
 
-Softmax has fixed cells, the octaves (SHIFT 23): errors are at most 1, and smaller ones weigh less in the gradient. The
-hinge's errors have any scale and all weigh alike, so its cells (SHIFT 15: 256 an octave) get bins in proportion to the
-pixels that a first sweep has counted in them (``hinge.share_out``). Why so many: docs/mathematics.md, section 11.
+For softmax the cells are the octaves (SHIFT 23) and the map is fixed: errors are at most 1, and smaller ones weigh less
+in the gradient. Errors of the hinge have any scale and all weigh the same, so its cells (SHIFT 15, 256 per octave) get
+bins in proportion to the pixels that the first sweep has counted in them (``hinge.share_out``). Section 11 of
+docs/mathematics.md explains the numbers of bins.
 """
 
 from __future__ import annotations
@@ -18,35 +19,36 @@ import numpy.typing as npt
 
 SOFTMAX_SHIFT = 23
 SOFTMAX_TOP = 127
-"""The leading bits of the largest errors, and so the first cell: of [1, 2)."""
+"""The leading bits of the errors in the first cell, [1, 2)."""
 _CELL_BITS = (11, *[14] * 2, *[13] * 2, *[11] * 16, *[8] * 8, *[6] * 14, *[5] * 22, *[4] * 62)
-"""log2 of the bins of each octave, in groups of 2^18 pixels and more."""
+"""log2 of the number of bins of each octave, in groups of at least 2^18 pixels."""
 SOFTMAX_CELLS = len(_CELL_BITS)
 
 HINGE_SHIFT = 15
 HINGE_TOP = 0x7F7FFFFF >> HINGE_SHIFT
-"""Of the largest finite error."""
+"""The leading bits of the errors in the first cell, which holds the largest finite error."""
 HINGE_CELLS = HINGE_TOP + 1 - ((127 - 24) << (23 - HINGE_SHIFT))
-"""Down to 2^-24: 1 - s x is 0 or no smaller."""
+"""The number of cells, down to errors of 2^-24: 1 - s x is 0 or not smaller than that."""
 HINGE_BINS = 1 << 17
 
 STOP_BITS = 5
-"""A map's entry is where the cell's bins end, times 2^STOP_BITS, plus the bits of a float that its bins leave out."""
+"""The low bits of a map's integers. An integer is (the end of the cell's bins) x 2^STOP_BITS + (the number of low bits
+of a float that do not influence its bin)."""
 
 FULL_PIXELS = 1 << 18
-"""Smaller groups have coarser bins, in proportion; their pixels are ranked one by one in the end."""
+"""Smaller groups have proportionally fewer bins, as their pixels are sorted after all, bucket by bucket."""
 SMALLEST_BITS = 3
 NEAR_1_BITS = 13
-"""At least so many of the octave below 1, where the errors of a trained network crowd, and where the loss is made."""
+"""log2 of the least number of bins of [1/2, 1), where a trained network has many errors that make most of the loss."""
 
 
 def coarser_by(pixels: int) -> int:
-    """By how many bits the bins of a group of so many pixels are coarser."""
+    """log2 of the factor by which a group of this many pixels has fewer bins than a large group."""
     return max(0, math.ceil(math.log2(FULL_PIXELS / pixels)))
 
 
 def softmax_map(coarser: int) -> npt.NDArray[np.int32]:
-    """The map of softmax errors, int32, one entry an octave; the last of its bins, for all others, comes on top."""
+    """The map of softmax errors: int32, one element per octave. It does not include the last bin of the table."""
     bits = np.maximum(np.array(_CELL_BITS) - coarser, SMALLEST_BITS)
     bits[0], bits[1] = _CELL_BITS[0], max(bits[1], NEAR_1_BITS)
     stops = np.cumsum(1 << bits)
@@ -58,5 +60,8 @@ def softmax_bins(coarser: int) -> int:
 
 
 def hinge_bins(coarser: int) -> int:
-    """Half of them are shared out in proportion; one for each cell with a pixel has to be left."""
+    """The number of bins of a hinge segment's table.
+
+    Half of the bins are shared out in proportion to pixels; the other half suffices for one bin per cell with a pixel.
+    """
     return HINGE_BINS >> max(0, coarser - 3)

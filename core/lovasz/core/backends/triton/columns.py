@@ -1,150 +1,195 @@
-"""The columns of the arrays that host and kernels share. All are int64 unless said otherwise.
+"""The columns of the arrays that host and kernels share: int64, unless noted otherwise.
 
-A batch is seen at four levels. A *plane* is a run of pixels that share a label map: all pixels of a request, or of one
-image if a term scores images apart (for the hinge: of one binary label). A *group* is what a term scores at once: a
-joint or an image. A *segment* is one class (one binary label) over the pixels of a group: segment = group's row x
-channels + channel. A *table* belongs to a segment of a group that is not sorted.
+:mod:`lovasz.core.plan` defines planes and groups; for the hinge, each binary label has planes of its own. Segments are
+numbered (row of the group) x channels + channel. Groups with few pixels have no tables; their segments are sorted.
 """
 
 import enum
 
 import triton.language as tl
 
+from lovasz.core.computed import Fault
+from lovasz.core.scoring import State
+
 
 class Address(enum.IntEnum):
-    """Of each plane: the only numbers that change from one call to the next."""
+    """One row per plane: addresses, the only numbers that change from one call to the next."""
 
     LOGITS = 0
-    """Its first logit."""
+    """The plane's first logit."""
     LABELS = 1
-    """Its first label."""
+    """The plane's first label."""
     GRAD = 2
-    """Its first derivative: float32, laid out as the logits."""
+    """The gradient of the first logit; float32, in the layout of the logits."""
 
 
 class Plane(enum.IntEnum):
-    """Of each plane. The planes of a group are consecutive, and so are their pixels."""
+    """One row per plane. The planes of a group are consecutive, and so are their pixels."""
 
     PIXELS = 0
     IMAGE_PIXELS = 1
-    """Pixels of an image: the distance from one class to the next."""
+    """The pixels of one image: the distance from one class to the next."""
     FIRST_BLOCK = 2
-    """The first program of a sweep that works on it."""
+    """The number of the first kernel instance that works on the plane in a sweep."""
     FIRST_PIXEL = 3
-    """Where its pixels begin among those of all planes."""
+    """The number of the plane's first pixel among the pixels of all planes."""
     JOINT = 4
     IMAGE = 5
-    """Among the images of all joints; of the first one, if the plane holds several."""
+    """The number of the plane in the plan; it is the number of an image if a term has ``per_image``."""
     CHANNEL = 6
-    """Which binary label it is; 0 for softmax."""
+    """The binary label of the plane; 0 for softmax."""
 
 
 class Rule(enum.IntEnum):
-    """What is void."""
+    """One row per rule."""
 
     VALUE = 0
-    """The label value to ignore, ..."""
+    """The label that the rule ignores; 0 if there is none."""
     IN_USE = 1
-    """... and whether there is one."""
+    """Whether the rule ignores a label, 0 or 1."""
 
 
 class Grouping(enum.IntEnum):
-    """Counters are kept for each pair of a rule and a kind of group that some term needs."""
+    """One row per grouping: a rule and a kind of group (image or joint) for which some term needs counters."""
 
     RULE = 0
-    """Its number; -1: the pixels that any rule counts."""
+    """The number of the rule; -1 to count the pixels that are valid for any rule."""
     PER_IMAGE = 1
+    """Whether the groups are images, 0 or 1."""
     COUNTERS = 2
-    """Where the counters of its first group begin."""
+    """Where the counters of the first group begin."""
 
 
 class Term(enum.IntEnum):
-    """Of each Lovász term."""
+    """One row per Lovász term."""
 
     RULE = 0
     PER_IMAGE = 1
     FIRST_ROW = 2
-    """The row of its first group."""
+    """The row of the term's first group."""
     LISTS_CLASSES = 3
-    """Whether the classes that are flagged are scored, present or not; else those that are present."""
+    """1 if the flagged classes are scored, present or not; 0 if the present classes are scored."""
 
 
 class Group(enum.IntEnum):
-    """Of each group of each Lovász term: a row."""
+    """One row per group of each Lovász term. For the hinge, planes and pixels are those of the first channel."""
 
     TERM = 0
     COUNTERS = 1
+    """Where the counters of the group begin."""
     FIRST_PLANE = 2
-    """For the hinge of its first channel, as are PLANES, FIRST_PIXEL and PIXELS; the next channel's first is ..."""
     PLANE_STEP = 3
-    """... so many planes ..."""
+    """For the hinge, the number of planes from one channel of the group to the next."""
     PIXEL_STEP = 4
-    """... and so many pixels further on."""
+    """For the hinge, the number of pixels from one channel of the group to the next."""
     PLANES = 5
     FIRST_PIXEL = 6
     PIXELS = 7
     SHARE = 8
-    """float64: its share of its joint's loss."""
+    """The group's share of its joint's loss, the bits of a float64."""
     BINS = 9
-    """Of each of its tables; 0 if its segments are sorted."""
+    """The number of bins of each of the group's tables; 0 if all of its segments are sorted."""
     WORDS = 10
-    """Where its first table begins among the words."""
+    """Where the group's first table begins among the words."""
     MAP = 11
-    """Where the map of its tables' bins begins; for the hinge, of its first table's."""
+    """Where the map of the group's tables begins; for the hinge, the map of its first table."""
     LIST = 12
-    """Where the list of its first segment begins."""
+    """Where the list of the group's first segment begins."""
     LIST_ROOM = 13
-    """Elements of each segment's list."""
+    """The number of elements of each segment's list."""
     FIRST_BUCKET = 14
     BUCKETS = 15
-    """Of each segment."""
+    """The number of buckets of each segment."""
     RANKED_BELOW = 16
-    """Segments of fewer foreground pixels than these have the pixels of their buckets ranked."""
+    """Segments with fewer foreground pixels than this have the pixels of their buckets sorted."""
 
 
 class Segment(enum.IntEnum):
-    """Of each segment; the host reads it."""
+    """One row per segment; the host reads it."""
 
     STATE = 0
     LOSS = 1
-    """In units of 2^(UNIT)."""
+    """The loss before weights, in units of 2^UNIT."""
     UNIT = 2
     LARGEST = 3
-    """If it is scored without foreground, in a table's stead: the greatest ``largest_error_key``."""
+    """The maximum of ``largest_error_key``, for a segment without foreground in a group with tables."""
     FOREGROUND = 4
+    """The number of foreground pixels."""
     VALID = 5
-    """Foreground and background pixels."""
+    """The number of foreground and background pixels."""
     WEIGHT = 6
-    """float64: what the gradient is multiplied with."""
+    """The factor of the gradient, the bits of a float64."""
 
 
 class Cross(enum.IntEnum):
-    """Of each cross-entropy term and joint; the host reads it."""
+    """One row per cross-entropy term and joint; the host reads it."""
 
     SUM = 0
-    """Of the pixels' losses, in units of 2^(UNIT)."""
+    """The sum of the pixels' losses, in units of 2^UNIT."""
     UNIT = 1
     LARGEST = 2
-    """The largest of them: the bits of a float32."""
+    """The largest loss of a pixel, the bits of a float32."""
     MEAN = 3
-    """float64: 1 / the sum of the class weights of its pixels; 0 where nothing has weight."""
+    """1 / (sum of the class weights of the pixels), the bits of a float64; 0 if the sum is 0."""
 
 
-class State(enum.IntEnum):
-    """What becomes of a segment."""
+class SoftmaxCounter(enum.IntEnum):
+    """The counters of each group, K of each; int32."""
 
-    PASSED_OVER = 0
-    SCORED = 1
-    ABSENT = 2
-    """It is scored without foreground: its largest error is all that counts."""
+    PIXELS = 0
+    """The pixels of each class."""
+    INVERTED_LEAST = 1
+    """The bits of the smallest foreground error, inverted so that a maximum finds it."""
 
 
-class Fault(enum.IntEnum):
-    """Counters of each joint."""
+class HingeCounter(enum.IntEnum):
+    """The counters of each group, K of each; int32."""
 
-    BAD_LABELS = 0
-    NOT_FINITE = 1
-    OUT_OF_RANGE = 2
+    FOREGROUND = 0
+    """The number of foreground pixels."""
+    VALID = 1
+    """The number of foreground and background pixels."""
+    INVERTED_LEAST = 2
+    """The bits of the smallest foreground error, inverted so that a maximum finds it."""
+    LARGEST = 3
+    """The bits of the largest error."""
+
+
+class Outcome(enum.IntEnum):
+    """The counters of predictions of each joint, K of each; int32."""
+
+    PREDICTED = 0
+    """The pixels predicted as each class."""
+    HIT = 1
+    """The pixels predicted as each class that belong to it."""
+
+
+class Half(enum.IntEnum):
+    """The halves of a table; each has one word per bin."""
+
+    BACKGROUND = 0
+    FOREGROUND = 1
+
+
+class Factor(enum.IntEnum):
+    """One row per cross-entropy term; float64."""
+
+    LABEL = 0
+    """``label_factor`` of :class:`lovasz.core.plan.Term`."""
+    SPREAD = 1
+    """``spread_factor`` of :class:`lovasz.core.plan.Term`."""
+
+
+class Scale(enum.IntEnum):
+    """One row per joint and cross-entropy term: factors of cross-entropy's gradient; float32.
+
+    The gradient with respect to logit k of a pixel with label y is
+
+        PULL x weight_y x (p_k - [k = y]) + SPREAD x (sum of class weights x p_k - weight_k).
+    """
+
+    PULL = 0
+    SPREAD = 1
 
 
 ADDRESS_LOGITS = tl.constexpr(Address.LOGITS.value)
@@ -210,11 +255,33 @@ CROSS_LARGEST = tl.constexpr(Cross.LARGEST.value)
 CROSS_MEAN = tl.constexpr(Cross.MEAN.value)
 CROSS_COLUMNS = tl.constexpr(len(Cross))
 
+SOFTMAX_LEAST = tl.constexpr(SoftmaxCounter.INVERTED_LEAST.value)
+SOFTMAX_COUNTERS = tl.constexpr(len(SoftmaxCounter))
+
+HINGE_FOREGROUND = tl.constexpr(HingeCounter.FOREGROUND.value)
+HINGE_VALID = tl.constexpr(HingeCounter.VALID.value)
+HINGE_LEAST = tl.constexpr(HingeCounter.INVERTED_LEAST.value)
+HINGE_LARGEST = tl.constexpr(HingeCounter.LARGEST.value)
+HINGE_COUNTERS = tl.constexpr(len(HingeCounter))
+
+OUTCOME_HIT = tl.constexpr(Outcome.HIT.value)
+OUTCOMES = tl.constexpr(len(Outcome))
+
+HALVES_OF_TABLE = tl.constexpr(len(Half))
+
+FACTOR_LABEL = tl.constexpr(Factor.LABEL.value)
+FACTOR_SPREAD = tl.constexpr(Factor.SPREAD.value)
+FACTORS = tl.constexpr(len(Factor))
+
+SCALE_PULL = tl.constexpr(Scale.PULL.value)
+SCALE_SPREAD = tl.constexpr(Scale.SPREAD.value)
+SCALES = tl.constexpr(len(Scale))
+
 PASSED_OVER = tl.constexpr(State.PASSED_OVER.value)
 SCORED = tl.constexpr(State.SCORED.value)
 ABSENT = tl.constexpr(State.ABSENT.value)
 
-BAD_LABELS = tl.constexpr(Fault.BAD_LABELS.value)
+BAD_LABEL = tl.constexpr(Fault.BAD_LABEL.value)
 NOT_FINITE = tl.constexpr(Fault.NOT_FINITE.value)
 OUT_OF_RANGE = tl.constexpr(Fault.OUT_OF_RANGE.value)
 FAULTS = tl.constexpr(len(Fault))

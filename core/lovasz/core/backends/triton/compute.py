@@ -1,8 +1,8 @@
-"""The path of Triton: compiled for the GPU, a handful of launches for any batch, no step waits for the device.
+"""The Triton backend's entry point: a handful of launches for any batch, and no step waits for the device.
 
-Three sweeps over the pixels: statistics of each, counts of their errors in tables, and the way back. Logits are read
-where they are, and the gradient is written once, straight to its place. Small groups are sorted instead of counted,
-and so are, in larger ones, the pixels that weigh much (docs/mathematics.md, section 11).
+Up to four sweeps compute statistics of each pixel, count errors in tables, list the pixels to be sorted, and write the
+gradients. Sorted are all pixels of small groups and, in larger groups, pixels that weigh much (docs/mathematics.md,
+section 11). Logits that are on the device are read in place.
 """
 
 from __future__ import annotations
@@ -17,107 +17,116 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.triton.columns import Address, Cross, Fault, Group, Segment, State
+from lovasz.core.backends.triton.columns import Address, Cross, Group, HingeCounter, Outcome, Segment, SoftmaxCounter
 from lovasz.core.backends.triton.graphs import GRAPHS
-from lovasz.core.backends.triton.plan import Plan, Signature, to_device
+from lovasz.core.backends.triton.layout import Kind
+from lovasz.core.backends.triton.program import Program, to_device
 from lovasz.core.batch import Batch, Request
-from lovasz.core.computed import Computed, TermValues, Values
+from lovasz.core.computed import Computed, Fault, TermValues, Values
+from lovasz.core.plan import Plan
+from lovasz.core.scoring import State
+from lovasz.core.stop import Stop
 from lovasz.spec import CrossEntropy, WeightedSum
 
-KEPT_PLANS = 64
-"""Plans of the latest signatures; each takes some hundred kilobytes of the device's memory."""
+KEPT_PROGRAMS = 64
+"""The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
 
 Tensors = Sequence[tuple[Tensor, Tensor]]
 """Logits and labels of each request, on the device."""
 Grads = tuple[Tensor, ...] | None
 
-_plans: OrderedDict[Signature, Plan] = OrderedDict()
-_plans_lock = threading.Lock()
-_singles: dict[tuple[object, ...], Plan] = {}
-"""Plans of single requests on the device that have been recorded, by all that has to agree."""
+_programs: OrderedDict[Kind, Program] = OrderedDict()
+_programs_lock = threading.Lock()
+_replays: dict[tuple[object, ...], Program] = {}
+"""The programs with recordings for single requests on the device, by ``_key``."""
 
 
 def compute(
-    batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool, want_total: bool = False
+    plan: Plan, batch: Batch, *, want_grad: bool, want_total: bool = False, stop: Stop | None = None
 ) -> Computed:
-    """Queues the computation of a batch (not of float64).
+    """Queues the computation of a batch of any element type except float64; ignores ``stop``.
 
-    Args:
-        want_total: of a batch of one request with its gradient: ``Computed.total`` in place of the copy to the host,
-            which ``Computed.values`` makes then.
+    Queues a copy of the results to the host, too; with ``want_total``, ``Computed.values`` copies them instead.
     """
+    device = plan.device
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), current:  # Triton launches on the current device.
-        plan, tensors, grads = prepare(batch, loss, device, want_grad=want_grad)
+        program, tensors, grads = prepare(plan, batch, want_grad=want_grad)
         total = torch.empty((), dtype=torch.float32, device=device) if want_total else None
-        addresses = torch.from_numpy(addresses_of(plan, tensors, grads, total)).view(torch.uint8)
+        addresses = torch.from_numpy(addresses_of(program, tensors, grads, total)).view(torch.uint8)
         if device.type != "cuda":
-            return _interpreted(plan, addresses, grads, total)
+            return _interpreted(program, addresses, grads, total)
         stream = torch.cuda.current_stream(device).cuda_stream
-        recording = GRAPHS.take(plan, stream)
+        recording = GRAPHS.take(program, stream)
         try:
             if recording is None:
-                workspace = plan.begin(to_device(addresses, device))
+                workspace = program.begin(to_device(addresses, device))
             else:
                 workspace = recording.begin(addresses.pin_memory(), stream)
             faults = _to_host(workspace.faults) if total is not None else None
             if recording is None:
-                plan.finish(workspace)
+                program.finish(workspace)
             else:
                 recording.finish()
-            # Another thread may take the recording, and so the workspace, next: what is not copied now gets a place.
-            small = _to_host(workspace.small) if total is None else _copied_when_asked(workspace.small.clone())
+            if total is None:
+                results = _to_host(workspace.results)
+            else:  # Cloned, since another thread may take the recording, and with it the workspace, next.
+                results = _copied_when_asked(workspace.results.clone())
         finally:
             if recording is not None:
-                GRAPHS.put_back(plan, recording)
-        if recording is not None and total is not None and len(plan.origin.request) == 1:
+                GRAPHS.put_back(program, recording)
+        if recording is not None and total is not None and len(program.layout.origin.request) == 1:
             (request,) = batch.requests
-            if len(_singles) >= KEPT_PLANS:
-                _singles.clear()
-            _singles[_key(request.logits, request.labels, loss)] = plan
+            if len(_replays) >= KEPT_PROGRAMS:
+                _replays.clear()
+            _replays[_key(request.logits, request.labels, plan.loss)] = program
         return Computed(
             grads,
-            values=lambda: read(plan, small()),
+            values=lambda: read(program, results()),
             total=None if faults is None else lambda: None if faults().any() else total,
         )
 
 
 def _key(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[object, ...]:
-    """What has to agree for a request to be like another."""
+    """What two requests must have in common for one recording to serve both."""
     return loss, logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device
 
 
-def single(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:
-    """The loss and the gradient of a request whose like came before; None if none did, or if it has a fault.
+def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:
+    """Replays the recording of earlier requests like this one, for its loss and gradient.
 
-    Takes none of the steps that a batch needs: they are most of the time of a call that a graph computes.
+    Skips the host's work on plan and batch, which takes most of the time of a call that replays a recording.
+
+    Returns:
+        (loss, gradient); None if there is no recording that can be used, or if the request has a fault.
     """
-    plan = _singles.get(_key(logits, labels, loss))
-    if plan is None or not (logits.is_contiguous() and labels.is_contiguous()):
+    program = _replays.get(_key(logits, labels, loss))
+    if program is None or not (logits.is_contiguous() and labels.is_contiguous()):
         return None
     if logits.device.index != torch.cuda.current_device():
         return None
     stream = torch.cuda.current_stream().cuda_stream
-    recording = GRAPHS.take(plan, stream)
+    recording = GRAPHS.take(program, stream)
     if recording is None:
         return None
     grad = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     total = torch.empty((), dtype=torch.float32, device=logits.device)
     try:
-        is_good = recording.single(logits.data_ptr(), labels.data_ptr(), grad.data_ptr(), total.data_ptr(), stream)
+        is_good = recording.replay(logits.data_ptr(), labels.data_ptr(), grad.data_ptr(), total.data_ptr(), stream)
     finally:
-        GRAPHS.put_back(plan, recording)
+        GRAPHS.put_back(program, recording)
     return (total, grad) if is_good else None
 
 
-def _interpreted(plan: Plan, addresses: Tensor, grads: Grads, total: Tensor | None) -> Computed:
-    workspace = plan.begin(addresses)
-    plan.finish(workspace)
-    small = workspace.small.numpy()
-    is_faulty = bool(workspace.faults.any())
-    if total is None:
-        return Computed(grads, values=lambda: read(plan, small))
-    return Computed(grads, values=lambda: read(plan, small), total=lambda: None if is_faulty else total)
+def _interpreted(program: Program, addresses: Tensor, grads: Grads, total: Tensor | None) -> Computed:
+    workspace = program.begin(addresses)
+    program.finish(workspace)
+    results, is_faulty = workspace.results.numpy(), bool(workspace.faults.any())
+    return Computed(
+        grads,
+        values=lambda: read(program, results),
+        total=None if total is None else lambda: None if is_faulty else total,
+    )
 
 
 def _copied_when_asked(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
@@ -125,7 +134,7 @@ def _copied_when_asked(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
 
 
 def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
-    """Queues a copy; what it returns waits for it."""
+    """Queues a copy to the host; returns a function that waits for it."""
     on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     on_host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
@@ -138,58 +147,58 @@ def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
     return wait
 
 
-def prepare(batch: Batch, loss: WeightedSum, device: torch.device, *, want_grad: bool) -> tuple[Plan, Tensors, Grads]:
-    """The plan of a batch, its tensors on the device, and room for its gradients."""
-    tensors = [_on_device(request, device) for request in batch.requests]
+def prepare(plan: Plan, batch: Batch, *, want_grad: bool) -> tuple[Program, Tensors, Grads]:
+    """The program of a batch, its tensors on the device, and memory for its gradients, if they are wanted."""
+    tensors = [_on_device(request, plan.device) for request in batch.requests]
     if len({labels.dtype for _, labels in tensors}) > 1:
         tensors = [(logits, labels.to(torch.int64)) for logits, labels in tensors]
     grads = None
     if want_grad:
-        grads = tuple(torch.empty(logits.shape, dtype=torch.float32, device=device) for logits, _ in tensors)
+        grads = tuple(torch.empty(logits.shape, dtype=torch.float32, device=plan.device) for logits, _ in tensors)
     (logits, labels), *_ = tensors
-    layouts = tuple(request.layout for request in batch.requests)
-    plan = plan_of(Signature(loss, layouts, batch.sizes, logits.dtype, labels.dtype, want_grad, logits.device))
-    return plan, tensors, grads
+    return program_of(Kind(plan, logits.dtype, labels.dtype, want_grad)), tensors, grads
 
 
-def plan_of(signature: Signature) -> Plan:
-    """The plan of all batches of a signature; made if it is not known."""
-    with _plans_lock:
-        plan = _plans.get(signature)
-        if plan is not None:
-            _plans.move_to_end(signature)
-            return plan
-    plan = Plan(signature)
-    with _plans_lock:
-        _plans[signature] = plan
-        while len(_plans) > KEPT_PLANS:
-            _plans.popitem(last=False)
-    return plan
+def program_of(kind: Kind) -> Program:
+    """The program of a kind of batch; made if it is not kept."""
+    with _programs_lock:
+        program = _programs.get(kind)
+        if program is not None:
+            _programs.move_to_end(kind)
+            return program
+    program = Program(kind)
+    with _programs_lock:
+        _programs[kind] = program
+        while len(_programs) > KEPT_PROGRAMS:
+            _programs.popitem(last=False)
+    return program
 
 
 def forget() -> None:
-    """Gives up all plans and graphs, and their memory."""
+    """Frees all programs and recordings, and their memory."""
     GRAPHS.clear()
-    _singles.clear()
-    with _plans_lock:
-        _plans.clear()
+    _replays.clear()
+    with _programs_lock:
+        _programs.clear()
 
 
 def _on_device(request: Request, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits and labels on the device; what is there already and contiguous stays where it is."""
+    """Logits and labels on the device, contiguous; copied only if they are not yet."""
     logits = request.logits.detach().to(device, non_blocking=True).contiguous()
     labels = request.labels.to(device, non_blocking=True).contiguous()
     return logits, labels.view(torch.uint8) if labels.dtype == torch.bool else labels
 
 
-def addresses_of(plan: Plan, tensors: Tensors, grads: Grads, total: Tensor | None = None) -> npt.NDArray[np.int64]:
-    """Of each plane: :class:`Address`, one after the other; at the end that of the loss, or 0."""
+def addresses_of(
+    program: Program, tensors: Tensors, grads: Grads, total: Tensor | None = None
+) -> npt.NDArray[np.int64]:
+    """The addresses for a batch: one row of ``columns.Address`` per plane, flat, then the address of the loss, or 0."""
     (logits, labels), *_ = tensors
+    origin = program.layout.origin
     firsts = np.array([(logits.data_ptr(), labels.data_ptr(), 0) for logits, labels in tensors], np.int64)
     if grads is not None:
         firsts[:, Address.GRAD] = [grad.data_ptr() for grad in grads]
-    origin = plan.origin
-    everything = np.zeros(plan.address_bytes // 8, np.int64)
+    everything = np.zeros(program.address_bytes // 8, np.int64)
     addresses = everything[:-1].reshape(-1, len(Address))
     addresses[:] = firsts[origin.request]
     addresses[:, Address.LOGITS] += origin.logits * logits.element_size()
@@ -199,32 +208,40 @@ def addresses_of(plan: Plan, tensors: Tensors, grads: Grads, total: Tensor | Non
     return everything
 
 
-def read(plan: Plan, small: npt.NDArray[np.uint8]) -> Values:
-    """The values of a batch, from its results."""
-    channels, joints, is_hinge = plan.channels, plan.joints, plan.signature.loss.is_hinge
-    segments = plan.result("segments", small, len(plan.groups), channels, len(Segment))
-    sums = plan.result("cross_sums", small, len(plan.entropies), joints, len(Cross))
+def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
+    """Reads the values of a batch from the bytes of its results."""
+    plan, layout = program.kind.plan, program.layout
+    channels, joints, is_hinge = layout.channels, layout.joints, plan.is_hinge
+    segments = program.result("segments", results, len(layout.groups), channels, len(Segment))
+    sums = program.result("cross_sums", results, len(plan.cross_entropies), joints, len(Cross))
     losses = np.ldexp(segments[..., Segment.LOSS].astype(np.float64), segments[..., Segment.UNIT])
     states = segments[..., Segment.STATE]
     largest = (segments[..., Segment.LARGEST] >> 32).astype(np.int32).view(np.float32)
-    in_table = plan.groups[:, Group.BINS] > 0
-    losses = np.where((states == State.ABSENT) & in_table[:, None], largest, losses)
+    has_table = layout.groups[:, Group.BINS] > 0
+    losses = np.where((states == State.ABSENT) & has_table[:, None], largest, losses)
+    scored = states != State.PASSED_OVER
     terms: list[TermValues] = []
-    rows, entropies = iter([*plan.first_rows, len(plan.groups)]), iter(sums)
-    stop = next(rows)
-    for _, term in plan.signature.loss.terms:
-        if isinstance(term, CrossEntropy):
-            own = next(entropies)
-            mean = np.ascontiguousarray(own[:, Cross.MEAN]).view(np.float64)
-            values = np.ldexp(own[:, Cross.SUM].astype(np.float64), own[:, Cross.UNIT])[None] * mean
-            terms.append(TermValues(values, np.ones_like(values, np.bool_), per_image=False))
+    rows = iter(zip(layout.first_rows, [*layout.first_rows[1:], len(layout.groups)], strict=True))
+    entropies = iter(sums)
+    for term in plan.terms:
+        if not isinstance(term.loss, CrossEntropy):
+            own = slice(*next(rows))
+            terms.append(TermValues(losses[own].T, scored[own].T))
         else:
-            start, stop = stop, next(rows)
-            scored = states[start:stop].T != State.PASSED_OVER
-            terms.append(TermValues(losses[start:stop].T, scored, term.per_image))
-    fields = 4 if is_hinge else 2
-    counters = plan.result("counters", small, -1)[: joints * fields * channels].reshape(joints, fields, channels)
-    predicted, hits = plan.result("predictions", small, joints, 2, channels).astype(np.int64).transpose(1, 2, 0)
-    foreground = counters[:, 0].T.astype(np.int64)
-    faults = plan.result("faults", small, joints, len(Fault)).T.astype(np.int64)
-    return Values(tuple(terms), hits, foreground + predicted - hits, faults)
+            row = next(entropies)
+            mean = np.ascontiguousarray(row[:, Cross.MEAN]).view(np.float64)
+            values = (np.ldexp(row[:, Cross.SUM].astype(np.float64), row[:, Cross.UNIT]) * mean)[None]
+            terms.append(TermValues(values, np.ones_like(values, np.bool_)))
+    # The first grouping has the joints as groups, and counts pixels that are valid for any rule.
+    fields = len(HingeCounter) if is_hinge else len(SoftmaxCounter)
+    counters = program.result("counters", results, -1)[: joints * fields * channels].reshape(joints, fields, channels)
+    outcomes = (
+        program.result("predictions", results, joints, len(Outcome), channels).astype(np.int64).transpose(1, 2, 0)
+    )
+    return Values(
+        tuple(terms),
+        labels=counters[:, 0].T.astype(np.int64),
+        predictions=outcomes[Outcome.PREDICTED],
+        hits=outcomes[Outcome.HIT],
+        faults=program.result("faults", results, joints, len(Fault)).T.astype(np.int64),
+    )

@@ -1,8 +1,8 @@
-"""CUDA graphs of batches that come again: trainers send the same shapes for days.
+"""CUDA graphs of programs that are used again and again, since trainers send batches of the same kind for days.
 
-A graph is recorded when a signature comes for the third time, over a workspace of its own; the addresses of the tensors
-are an input of it. Replaying takes the host two calls in place of a dozen. There is a bound on the number of graphs and
-on their memory, and the one that was used least recently goes first.
+A program is recorded when it is used for the third time, over a workspace of its own; the addresses of the tensors are
+an input of the graphs. To replay a recording takes the host two calls instead of a dozen. The number of recordings and
+their memory are limited; the least recently used one is dropped first.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.triton.plan import Plan, Workspace
+from lovasz.core.backends.triton.program import Program, Workspace
 
 _log = logging.getLogger(__name__)
 
 RECORDED_AT = 3
-"""A signature is recorded when it comes for this time: the first two compile and try."""
+"""The use at which a program is recorded: the first uses compile the kernels and try them."""
 KEPT_GRAPHS = 8
 KEPT_SHARE = 1 / 16
-"""Of the device's memory."""
+"""The most memory of all recordings, as a share of the device's memory."""
 PAUSE = 32
-"""A signature whose graph had to go has to come so many times more: recording costs more than a few launches."""
+"""The further uses that a program needs after its recording was dropped: recording costs more than a few launches."""
 
 
 class Recording:
-    """A plan's work as two graphs: until the faults of a batch are known, and the rest."""
+    """A program's launches as two graphs: those after which the faults of a batch are known, and the remaining ones."""
 
-    def __init__(self, plan: Plan) -> None:
-        device = plan.signature.device
-        self.nbytes = plan.workspace_bytes
-        self._addresses = torch.empty(plan.address_bytes, dtype=torch.uint8, device=device)
-        # For ``single``, which has waited for the device when it returns, so that they can be used again.
-        self._pinned = torch.empty(plan.address_bytes, dtype=torch.uint8, pin_memory=True)
+    def __init__(self, program: Program) -> None:
+        device = program.device
+        self.nbytes = program.workspace_bytes
+        self._addresses = torch.empty(program.address_bytes, dtype=torch.uint8, device=device)
+        # Only for ``replay``: it waits for the device before it returns, so the memory can be reused.
+        self._pinned = torch.empty(program.address_bytes, dtype=torch.uint8, pin_memory=True)
         self._host_addresses = self._pinned.numpy().view(np.int64)
         self._known = torch.cuda.Event()
         self._done = torch.cuda.Event()
@@ -45,15 +45,15 @@ class Recording:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # Other threads may go on using the device in the meantime.
+            # "thread_local" lets other threads use the device in the meantime.
             self._begin.capture_begin(capture_error_mode="thread_local")
             try:
-                self.workspace = plan.begin(self._addresses)
+                self.workspace = program.begin(self._addresses)
             finally:
                 self._begin.capture_end()
             self._finish.capture_begin(pool=self._begin.pool(), capture_error_mode="thread_local")
             try:
-                plan.finish(self.workspace)
+                program.finish(self.workspace)
             finally:
                 self._finish.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -61,14 +61,14 @@ class Recording:
         self._faults = self._host_faults.numpy()
 
     def is_free(self, stream: int) -> bool:
-        """Whether nothing is left to run on another stream than this one."""
+        """Whether no work on the workspace is pending, except on this stream."""
         return self._stream in (None, stream) or self._done.query()
 
     def begin(self, addresses: Tensor, stream: int) -> Workspace:
-        """Queues the part after which a batch's faults are known; the caller copies these, and then calls ``finish``.
+        """Queues the launches after which a batch's faults are known; the caller may copy these, then calls ``finish``.
 
         Args:
-            addresses: as bytes, in pinned memory.
+            addresses: the addresses of the batch as bytes, in pinned memory.
         """
         self._stream = stream
         self._addresses.copy_(addresses, non_blocking=True)
@@ -76,17 +76,17 @@ class Recording:
         return self.workspace
 
     def finish(self) -> None:
-        """Queues the rest."""
+        """Queues the remaining launches."""
         self._finish.replay()
 
-    def single(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:
-        """Queues the work of a request of one plane, and waits until it is known whether it has a fault.
+    def replay(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:
+        """Queues all launches for a request of one plane, and waits until it is known whether the request has a fault.
 
         Args:
-            logits: an address, as ``labels``, ``grad`` and ``total``.
+            logits, labels, grad, total: addresses on the device.
 
         Returns:
-            Whether it has none. Else what is queued has no meaning.
+            True if it has no fault. If false, the results are undefined.
         """
         self._host_addresses[:] = logits, labels, grad, total
         self.begin(self._pinned, stream)
@@ -97,76 +97,79 @@ class Recording:
         return not self._faults.any()
 
     def used(self) -> None:
-        """The work that reads its results is queued."""
+        """Marks the point in the stream after which the workspace is no longer read."""
         self._done.record()
 
     def wait(self) -> None:
+        """Waits until the point that ``used`` has marked."""
         self._done.synchronize()
 
 
 class Graphs:
-    """The recordings of the latest signatures."""
+    """The recordings of the programs that were used last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recordings: OrderedDict[Plan, Recording] = OrderedDict()
-        self._taken: set[Plan] = set()
+        self._recordings: OrderedDict[Program, Recording] = OrderedDict()
+        self._taken: set[Program] = set()
         self._works = True
 
-    def take(self, plan: Plan, stream: int) -> Recording | None:
-        """The recording of a plan; None where there is none, or where another thread or stream still works on it.
+    def take(self, program: Program, stream: int) -> Recording | None:
+        """Lends the recording of a program to the caller, until ``put_back``; records it first if it is time.
 
-        It is the caller's until ``put_back``.
+        Returns:
+            None if there is no recording, or if another thread or stream still uses it.
         """
         with self._lock:
-            if plan in self._taken:
+            if program in self._taken:
                 return None
-            recording = self._recordings.get(plan)
+            recording = self._recordings.get(program)
             if recording is None:
-                plan.times_seen += 1
-                if plan.times_seen < RECORDED_AT or not self._works or not plan.is_ready:
+                program.times_seen += 1
+                if program.times_seen < RECORDED_AT or not self._works or not program.is_ready:
                     return None
-                recording = self._record(plan)
+                recording = self._record(program)
                 if recording is None:
                     return None
             elif not recording.is_free(stream):
                 return None
-            self._recordings.pop(plan, None)
-            self._taken.add(plan)
+            self._recordings.pop(program, None)
+            self._taken.add(program)
             return recording
 
-    def put_back(self, plan: Plan, recording: Recording) -> None:
+    def put_back(self, program: Program, recording: Recording) -> None:
+        """Returns a recording, after all work that reads its workspace is queued."""
         recording.used()
         with self._lock:
-            self._taken.discard(plan)
-            self._recordings[plan] = recording
+            self._taken.discard(program)
+            self._recordings[program] = recording
 
-    def _record(self, plan: Plan) -> Recording | None:
-        room = KEPT_SHARE * torch.cuda.get_device_properties(plan.signature.device).total_memory
-        if plan.workspace_bytes > room:
+    def _record(self, program: Program) -> Recording | None:
+        room = KEPT_SHARE * torch.cuda.get_device_properties(program.device).total_memory
+        if program.workspace_bytes > room:
             return None
         while self._recordings and (
             len(self._recordings) >= KEPT_GRAPHS
-            or sum(known.nbytes for known in self._recordings.values()) + plan.workspace_bytes > room
+            or sum(known.nbytes for known in self._recordings.values()) + program.workspace_bytes > room
         ):
             evicted, recording = self._recordings.popitem(last=False)
             recording.wait()
             evicted.times_seen = -PAUSE
         try:
-            return Recording(plan)
+            return Recording(program)
         except torch.OutOfMemoryError:
-            plan.times_seen = -PAUSE
+            program.times_seen = -PAUSE
         except Exception:
             self._works = False
             _log.exception("CUDA graphs cannot be recorded here; batches are launched kernel by kernel")
         return None
 
     def clear(self) -> None:
-        """Gives the memory of all graphs back."""
+        """Drops all recordings and frees their memory."""
         with self._lock:
-            for plan, recording in self._recordings.items():
+            for program, recording in self._recordings.items():
                 recording.wait()
-                plan.times_seen = 0
+                program.times_seen = 0
             self._recordings.clear()
 
     def __len__(self) -> int:

@@ -1,55 +1,31 @@
-"""Launches of kernels, and the buffers that their arguments are parts of."""
+"""Launches of kernels, whose arguments are found by name in the buffers of a batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
-
-
-class Room(NamedTuple):
-    """A part of a buffer that a plan lays out."""
-
-    buffer: str
-    offset: int
-    dtype: torch.dtype
-    size: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.size * self.dtype.itemsize
-
-
-@dataclass
-class Rooms:
-    """Lays arrays out in one buffer."""
-
-    buffer: str
-    rooms: dict[str, Room] = field(default_factory=dict)
-    nbytes: int = 0
-
-    def add(self, name: str, dtype: torch.dtype, count: int) -> None:
-        self.rooms[name] = Room(self.buffer, self.nbytes, dtype, count)
-        self.nbytes += -(-max(count, 1) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+from lovasz.core.backends.triton.layout import Room
 
 
 class Launch:
-    """A kernel, its grid and its constants. The first call compiles it; later ones only fill addresses in and launch:
-    a tenth of the time that finding the compiled kernel by its arguments would take."""
+    """A launch of a kernel: its grid, its constants, and where its arguments are.
+
+    ``compile`` compiles the kernel, once; later calls only fill in addresses and launch. That takes a tenth of the time
+    in which Triton finds the compiled kernel by its arguments.
+    """
 
     def __init__(self, kernel: Any, grid: int, warps: int, registers: int | None = None, **constants: Any) -> None:
-        """Nothing is compiled yet.
+        """Describes a launch; compiles nothing yet.
 
         Args:
-            registers: the most that a thread may take; None for no limit.
+            grid: the number of instances.
+            registers: the most registers per thread; None for no limit.
         """
         self.kernel = kernel
         self.grid = (grid, 1, 1)
-        # Without the fusion of operations all kernels compute the same errors.
+        # Without fused operations, all kernels compute the same errors.
         self.options = {"num_warps": warps, "enable_fp_fusion": False}
         if registers is not None:
             self.options["maxnreg"] = registers
@@ -59,7 +35,7 @@ class Launch:
         self._places: list[tuple[int, str, int]] = []
 
     def compile(self, rooms: dict[str, Room], numbers: dict[str, int | float], buffers: dict[str, Tensor]) -> None:
-        """Launches it, too."""
+        """Compiles the kernel for these arguments, and launches it once."""
         names = self.kernel.arg_names
         named: dict[str, Any] = {
             name: _view(rooms[name], buffers) if name in rooms else numbers[name]
@@ -67,7 +43,7 @@ class Launch:
             if name not in self.constants
         }
         compiled = self.kernel[self.grid](**named, **self.constants, **self.options)
-        if compiled is not None:  # as it is under the interpreter
+        if compiled is not None:  # It is None under the interpreter.
             self._arguments = [self.constants.get(name, numbers.get(name)) for name in names]
             self._places = [(i, rooms[n].buffer, rooms[n].offset) for i, n in enumerate(names) if n in rooms]
             self._compiled = compiled
@@ -77,10 +53,10 @@ class Launch:
         return self._compiled is not None
 
     def __call__(self, bases: dict[str, int], stream: int) -> None:
-        """Launches it on a stream.
+        """Launches the compiled kernel on a stream.
 
         Args:
-            bases: the address of each buffer.
+            bases: the address of each buffer, by name.
         """
         arguments = self._arguments.copy()
         for place, buffer, offset in self._places:

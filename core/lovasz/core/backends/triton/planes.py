@@ -1,10 +1,12 @@
-"""Pixels on a GPU: the plane and the pixels that a program works on, and what their labels say.
+"""Pixels on a GPU: the plane and the pixels that a kernel instance works on, and their labels.
 
-Pixels of a plane are numbered through its images (pixel = image x pixels an image + place), so that a program takes a
-block of them whatever their layout: images, volumes, or the points of a cloud, each an image of one pixel.
+An *instance* of a kernel is what Triton calls a program: one element of the grid, which runs on one multiprocessor. An
+instance of a sweep works on a *block* of consecutive pixels of one plane. The pixels of a plane are numbered through
+its images (image x pixels per image + position), so that a block is the same for images, volumes, and the points of a
+cloud, each of which is an image of one pixel.
 
-What is computed for a pixel depends on its logits and its label alone, and what is added up over pixels is integers:
-no result depends on the batch or on the order in which blocks run.
+The values of a pixel depend on its logits and its label alone, and sums over pixels are sums of integers: no result
+depends on the batch or on the order in which blocks run.
 """
 
 import triton
@@ -34,7 +36,7 @@ from lovasz.core.backends.triton.columns import (
 
 @triton.jit
 def locate(addresses, planes, block_planes, BLOCK: tl.constexpr):
-    """This program's plane: its addresses and its row; the pixels of the block, and whether they lie in the plane."""
+    """(the plane's row of addresses, the plane's row, the pixels of this block, whether each lies in the plane)."""
     program = tl.program_id(0)
     number = tl.load(block_planes + program)
     plane = planes + number * PLANE_COLUMNS
@@ -44,7 +46,7 @@ def locate(addresses, planes, block_planes, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_elements(plane, pixels, channels):
-    """Where the pixels' first class (their binary label) stands, counted from the plane's first logit."""
+    """The offset of each pixel's first class (hinge: of its binary label) from the plane's first logit."""
     image_pixels = tl.load(plane + PLANE_IMAGE_PIXELS).to(tl.int32)
     return pixels + (pixels // image_pixels).to(tl.int64) * (channels - 1) * image_pixels
 
@@ -56,7 +58,7 @@ def first_logits(address, elements, LOGIT: tl.constexpr):
 
 @triton.jit
 def read_labels(address, places, inside, rules, values, LABEL: tl.constexpr, RULES: tl.constexpr):
-    """(label, 0 where it is none; a bit a rule, whether that counts the pixel; whether the label is invalid)."""
+    """(labels, 0 where out of range; one bit per rule, 1 if the pixel is valid for it; whether each label is bad)."""
     labels = tl.load(tl.load(address + ADDRESS_LABELS).to(tl.pointer_type(LABEL)) + places, mask=inside, other=0)
     labels = labels.to(tl.int64)
     in_range = inside & (labels >= 0) & (labels < values)
@@ -72,19 +74,19 @@ def read_labels(address, places, inside, rules, values, LABEL: tl.constexpr, RUL
 
 @triton.jit
 def is_counted(counting, rule):
-    """Whether a rule (any, if it is -1) counts each pixel."""
+    """Whether each pixel is valid for a rule; for rule -1, whether it is valid for any rule."""
     return tl.where(rule < 0, counting != 0, ((counting >> tl.maximum(rule, 0).to(tl.int32)) & 1) != 0)
 
 
 @triton.jit
 def of_plane(plane, per_image):
-    """The number of the plane's group: its image, or its joint."""
+    """The number of the plane's image or, if not ``per_image``, of its joint."""
     return tl.where(per_image != 0, tl.load(plane + PLANE_IMAGE), tl.load(plane + PLANE_JOINT))
 
 
 @triton.jit
 def group_on(plane, term, groups):
-    """A term's group on this plane: the number of its row, the row, and the bins of its tables (0: it is sorted)."""
+    """A term's group on this plane: (number of its row, its row, number of bins of its tables, 0 if it has none)."""
     row = tl.load(term + TERM_FIRST_ROW) + of_plane(plane, tl.load(term + TERM_PER_IMAGE))
     group = groups + row * GROUP_COLUMNS
     return row, group, tl.load(group + GROUP_BINS).to(tl.int32)
@@ -92,12 +94,12 @@ def group_on(plane, term, groups):
 
 @triton.jit
 def is_counted_by(term, counting):
-    """Whether a term counts each pixel."""
+    """Whether each pixel is valid for a term."""
     return is_counted(counting, tl.load(term + TERM_RULE))
 
 
 @triton.jit
 def add_fault(faults, plane, kind, flags):
-    """Adds the number of true flags to a counter of the plane's joint; most blocks have none."""
+    """Adds the number of true flags to the count of a fault in the plane's joint; most blocks have none."""
     count = tl.sum(flags.to(tl.int32))
     tl.atomic_add(faults + tl.load(plane + PLANE_JOINT) * FAULTS + kind, count, mask=count > 0, sem="relaxed")

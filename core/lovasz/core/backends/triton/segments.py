@@ -1,8 +1,9 @@
-"""What becomes of each segment, worked out on the GPU from the counts of the first sweep."""
+"""Kernels that decide from the counts of the first sweep how softmax segments are scored, and that add up the loss."""
 
 import triton
 import triton.language as tl
 
+from lovasz.core import computed
 from lovasz.core.backends.triton.columns import (
     ABSENT,
     CROSS_COLUMNS,
@@ -10,6 +11,9 @@ from lovasz.core.backends.triton.columns import (
     CROSS_MEAN,
     CROSS_SUM,
     CROSS_UNIT,
+    FACTOR_LABEL,
+    FACTOR_SPREAD,
+    FACTORS,
     GROUP_BINS,
     GROUP_BUCKETS,
     GROUP_COLUMNS,
@@ -18,6 +22,9 @@ from lovasz.core.backends.triton.columns import (
     GROUP_SHARE,
     GROUP_TERM,
     PASSED_OVER,
+    SCALE_PULL,
+    SCALE_SPREAD,
+    SCALES,
     SCORED,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
@@ -27,21 +34,23 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_UNIT,
     SEGMENT_VALID,
     SEGMENT_WEIGHT,
+    SOFTMAX_COUNTERS,
+    SOFTMAX_LEAST,
     TERM_COLUMNS,
     TERM_LISTS_CLASSES,
 )
 from lovasz.core.backends.triton.tables import NO_SIGN, power_of_two
 
-FIXED_POINT_BITS = tl.constexpr(60)
-"""A segment's loss is at most its largest error (the g add up to at most 1): in units of 2^-60 of that."""
-
+FIXED_POINT_BITS = tl.constexpr(computed.FIXED_POINT_BITS)
+"""The precision of a segment's loss: its unit is 2^-60 of a bound. The largest error is a bound, as the sum of all g is
+at most 1."""
 
 SEGMENTS_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
 def buckets_to_rank(group, foreground):
-    """How many buckets of a segment's pixels are sorted."""
+    """The number of a segment's buckets that are sorted."""
     buckets = tl.load(group + GROUP_BUCKETS).to(tl.int32)
     return tl.where(foreground < tl.load(group + GROUP_RANKED_BELOW), buckets, 0)
 
@@ -68,21 +77,22 @@ def plan_softmax(
     joints,
     CHANNELS_PADDED: tl.constexpr,
 ):
-    """One program a group of each Lovász term, and one a joint of each cross-entropy term.
+    """Decides how each segment is scored, and computes the factors of cross-entropy's gradient.
+
+    Runs one instance per group of each Lovász term, and one per joint of each cross-entropy term.
 
     Args:
-        counters: int32: of each group its pixels of each class, and the inverted bits of their smallest errors.
-        class_weights: float64, shape (terms, channels): with the terms' own weights.
-        class_flags: int64, shape (terms, channels): which classes are listed.
-        least: int32, one a segment, a result: the bits of the smallest error that takes part.
-        ranked: int32, one a segment, a result: how many of its buckets are sorted; ``ranked_rows`` is not 0 where any.
-        cross_counters: int64, one a cross-entropy term: where its first joint's counters begin.
+        counters: int32, shape (SOFTMAX_COUNTERS, channels) for each group of each grouping.
+        class_weights: float64, shape (terms, channels): class weight x weight of the term.
+        class_flags: int64, shape (terms, channels): whether the term lists the class.
+        least: int32, one per segment, written: the bits of the smallest error that is ranked, by counting or sorting.
+        ranked: int32, one per segment, written: the number of its buckets that are sorted.
+        ranked_rows: int32, one per group, written: the largest ``ranked`` of its segments.
+        cross_counters: int64, one per cross-entropy term: where its first joint's counters begin.
         cross_class_weights: float64, shape (cross-entropy terms, channels).
-        cross_factors: float64, shape (cross-entropy terms, 2): the term's weight times what the label's part of the
-            target is multiplied with, and times what is spread over each class.
-        cross_scales: float32, shape (joints, cross-entropy terms, 2), a result: what a pixel's class weight is
-            multiplied with to be its pull, and the spread of the smoothed part.
-        cross_sizes: float64, one a joint: its pixels.
+        cross_factors: float64, shape (cross-entropy terms, 2): the columns of ``Factor``.
+        cross_scales: float32, shape (joints, cross-entropy terms, 2), written: the columns of ``Scale``.
+        cross_sizes: float64, one per joint: the number of its pixels.
     """
     program = tl.program_id(0)
     k = tl.arange(0, CHANNELS_PADDED)
@@ -108,8 +118,8 @@ def plan_softmax(
         tl.store(segment + SEGMENT_FOREGROUND, foreground.to(tl.int64), mask=inside)
         tl.store(segment + SEGMENT_VALID, tl.zeros_like(state) + valid, mask=inside)
         tl.store(segment + SEGMENT_WEIGHT, weights.to(tl.int64, bitcast=True), mask=inside)
-        inverted = tl.load(own + channels + k, mask=inside, other=0)
-        # What is sorted whole has no least error; what is not scored, and an absent class's table, counts none.
+        inverted = tl.load(own + SOFTMAX_LEAST * channels + k, mask=inside, other=0)
+        # In small groups all errors are sorted. Segments that are not scored, and tables of absent classes, count none.
         is_sorted = is_scored & (tl.zeros_like(foreground) + tl.load(group + GROUP_BINS) == 0)
         smallest = tl.where(counts_errors, NO_SIGN - inverted, tl.where(is_sorted, 0, NO_SIGN))
         tl.store(least + number, smallest, mask=inside)
@@ -119,20 +129,22 @@ def plan_softmax(
     else:
         entropy = (program - rows) // joints
         joint = (program - rows) - entropy * joints
-        own = counters + tl.load(cross_counters + entropy) + joint * 2 * channels
+        own = counters + tl.load(cross_counters + entropy) + joint * SOFTMAX_COUNTERS * channels
         counts = tl.load(own + k, mask=inside, other=0).to(tl.float64)
         total = tl.sum(counts * tl.load(cross_class_weights + entropy * channels + k, mask=inside, other=0.0))
         mean = tl.where(total > 0, 1.0 / total, 0.0)
         row = cross_sums + (program - rows) * CROSS_COLUMNS
-        # A joint's sum is at most its largest term times the number of its pixels.
+        # A joint's sum is at most its largest pixel loss times the number of its pixels.
         largest = tl.load(row + CROSS_LARGEST).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
         bound = (largest * tl.load(cross_sizes + joint)).to(tl.int64, bitcast=True)
         unit = ((bound >> 52) & 0x7FF) - 1022 - FIXED_POINT_BITS
         tl.store(row + CROSS_UNIT, tl.where(largest > 0, unit, 0))
         tl.store(row + CROSS_MEAN, mean.to(tl.int64, bitcast=True))
-        scales = cross_scales + 2 * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
-        tl.store(scales, (mean * tl.load(cross_factors + 2 * entropy)).to(tl.float32))
-        tl.store(scales + 1, (mean * tl.load(cross_factors + 2 * entropy + 1)).to(tl.float32))
+        scales = cross_scales + SCALES * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
+        tl.store(scales + SCALE_PULL, (mean * tl.load(cross_factors + FACTORS * entropy + FACTOR_LABEL)).to(tl.float32))
+        tl.store(
+            scales + SCALE_SPREAD, (mean * tl.load(cross_factors + FACTORS * entropy + FACTOR_SPREAD)).to(tl.float32)
+        )
 
 
 @triton.jit(do_not_specialize=["channels", "segment_count", "cross_count"])
@@ -146,11 +158,11 @@ def add_up(
     segment_count,
     cross_count,
 ):
-    """The loss of a batch of one joint, to where it is wanted. One program.
+    """Adds up the loss of a batch of one joint, and writes it to an address. Runs as one instance.
 
     Args:
-        cross_weights: float64, one a cross-entropy term.
-        loss_address: int64: the address of a float32, or 0.
+        cross_weights: float64, one per cross-entropy term.
+        loss_address: int64: the address of a float32, or 0 if the loss is not wanted.
     """
     address = tl.load(loss_address)
     if address != 0:

@@ -1,12 +1,12 @@
-"""The first sweep over softmax logits on a GPU: the statistics of each pixel, and what all sweeps share.
+"""The first sweep of softmax on a GPU, the statistics of each pixel, and functions that all sweeps share.
 
-A thread has a pixel (a few, with few classes) and goes over its classes, CLASSES of them unrolled: all of them where
-they fit into registers (ALL_CLASSES), else in several rounds, which read the logits again from the caches. The first
-sweep keeps the maximum, the reciprocal of the sum and the label's error of each pixel, 12 bytes, so that the others
-find a probability with one exponential. No result leaves its thread but as an integer.
+A thread has a pixel and loops over its classes, CLASSES of them unrolled: all, if they fit in registers (ALL_CLASSES);
+otherwise in several rounds, which read the logits again from the caches. The first sweep stores the maximum, the
+reciprocal of the sum and the label's error of each pixel, 12 bytes, so that the other sweeps compute a probability with
+one exponential. Threads combine results only as integers.
 
-Launches switch the fusion of multiplications and additions off, so that all sweeps round alike, and each finds an error
-in the bin in which another one counted it.
+Launches turn the fusion of multiplications and additions off. So all sweeps round in the same way, and each finds an
+error in the bin in which another sweep has counted it.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
-    BAD_LABELS,
+    BAD_LABEL,
     CROSS_COLUMNS,
     CROSS_LARGEST,
     GROUPING_COLUMNS,
@@ -23,9 +23,13 @@ from lovasz.core.backends.triton.columns import (
     GROUPING_RULE,
     NOT_FINITE,
     OUT_OF_RANGE,
+    OUTCOME_HIT,
+    OUTCOMES,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
     PLANE_JOINT,
+    SOFTMAX_COUNTERS,
+    SOFTMAX_LEAST,
 )
 from lovasz.core.backends.triton.elementary import exponential, log1p
 from lovasz.core.backends.triton.planes import (
@@ -44,27 +48,27 @@ TOP = tl.constexpr(bins.SOFTMAX_TOP)
 CELLS = tl.constexpr(bins.SOFTMAX_CELLS)
 
 SOME = tl.constexpr(4)
-"""Classes whose loads and look-ups are under way at once. More would take registers from other warps."""
+"""The number of classes whose loads and lookups are in flight at once. More would take registers from other warps."""
 UNUSED = tl.constexpr(-2.0)
-"""The label's error of a pixel that has no part in anything: others' are at least -1, of probabilities above 1."""
+"""The label's error of pixels that no sweep uses. Others are at least -1, also for probabilities above 1."""
 
 
 @triton.jit
 def if_class(k, classes, mask):
-    """The mask, false behind the last class."""
+    """The mask if class k exists; false after the last class."""
     return mask & (tl.full(mask.shape, k, tl.int32) < classes)
 
 
 @triton.jit
 def load_class(first, stride, k, classes, inside):
-    """The pixels' logits of class k as float32; minus infinity behind the last class."""
+    """The pixels' logits of class k as float32; minus infinity after the last class."""
     values = tl.load(first + k * stride, mask=if_class(k, classes, inside), other=0.0).to(tl.float32)
     return tl.where(tl.full(inside.shape, k, tl.int32) < classes, values, -float("inf"))
 
 
 @triton.jit
 def add_counts(counters, numbers, flags, CLASSES_PADDED: tl.constexpr):
-    """Adds to the counter of each class how many of the pixels with true flags have its number."""
+    """Adds to the counter of each class the number of pixels with that class number and a true flag."""
     counts = tl.histogram(tl.where(flags, numbers, 0), CLASSES_PADDED, mask=flags)
     places = counters + tl.arange(0, CLASSES_PADDED)
     tl.atomic_add(places, counts, mask=counts > 0, sem="relaxed")
@@ -72,7 +76,10 @@ def add_counts(counters, numbers, flags, CLASSES_PADDED: tl.constexpr):
 
 @triton.jit
 def keep_least(counters, bits, labels, flags):
-    """Raises the inverted bits of the smallest error of each pixel's class. Most pixels find a smaller one there."""
+    """Updates the smallest error of each class, stored as inverted bits, which the atomic operation can only raise.
+
+    Reads it first, as most pixels find a smaller error there and need no atomic operation.
+    """
     inverted = NO_SIGN - bits
     known = tl.load(counters + labels, mask=flags, other=0)
     tl.atomic_max(counters + labels, inverted, mask=flags & (inverted > known), sem="relaxed")
@@ -82,7 +89,7 @@ def keep_least(counters, bits, labels, flags):
 def pixel_cross_entropy(
     total, others, maximum, label_logits, label_weights, smoothing, weights_sum, weighted_logits, classes
 ):
-    """A cross-entropy term's loss at each pixel, before the mean.
+    """The loss of a cross-entropy term at each pixel, before the mean.
 
     Args:
         weighted_logits: the sum over the classes of class weight x (logit - maximum).
@@ -131,18 +138,18 @@ def softmax_statistics(
     CLASSES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first sweep: keeps each pixel's statistics, and counts.
+    """The first sweep: stores each pixel's statistics, and counts pixels.
 
     Args:
-        counters: int32, 0 before: of each group of each grouping, its pixels of each class, then the inverted bits of
-            their smallest errors.
-        predictions: int32, shape (joints, 2, classes), 0 before: pixels of each prediction, and how many are right.
+        counters: int32, shape (SOFTMAX_COUNTERS, classes) for each group of each grouping, 0 before.
+        predictions: int32, shape (joints, 2, classes), 0 before: the pixels predicted as each class, and how many of
+            them belong to it.
         faults: int32, shape (joints, faults), 0 before.
-        maxima: float32, one a pixel, a result, as ``reciprocals`` and ``label_errors`` (UNUSED for void pixels).
+        maxima, reciprocals, label_errors: float32, one per pixel, written; the label's error of void pixels is UNUSED.
         cross_class_weights: float64, shape (cross-entropy terms, classes).
-        cross_smoothings: float64, one a cross-entropy term.
-        pixel_losses: float32, shape (cross-entropy terms, pixel_count), a result.
-        tolerance: by how much a probability may lie outside [0, 1].
+        cross_smoothings: float64, one per cross-entropy term.
+        pixel_losses: float32, shape (cross-entropy terms, pixel_count), written.
+        tolerance: how far a probability may lie outside [0, 1].
     """
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     first = first_logits(address, first_elements(plane, pixels, classes), LOGIT)
@@ -172,7 +179,7 @@ def softmax_statistics(
                 k = start + i
                 value = load_class(first, stride, k, classes, inside)
                 maximum, lowest, prediction, finite = see_class(maximum, lowest, prediction, finite, value, k, classes)
-        # Over hundreds of classes float32 would lose digits.
+        # Sums over hundreds of classes would lose digits in float32.
         total_64 = tl.zeros_like(maximum).to(tl.float64)
         others_64 = tl.zeros_like(total_64)
         if not PROBABILITIES:
@@ -189,7 +196,16 @@ def softmax_statistics(
     else:
         reciprocal = tl.div_rn(1.0, total)
         label_error = others * reciprocal
-    # A pixel that is not finite is in no table: what is said of its joint has no meaning.
+    if PROBABILITIES:
+        finite &= lowest > -float("inf")
+    elif tl.min(lowest, axis=0) == -float("inf"):
+        # Minus infinity masks a class, but not the label's, and none that label smoothing gives a part of the target.
+        finite &= tl.load(first + labels * stride, mask=inside, other=0.0).to(tl.float32) > -float("inf")
+        for e in tl.static_range(CROSS_TERMS):
+            smooths = tl.load(cross_smoothings + e) > 0
+            is_masked = (lowest == -float("inf")) & is_counted(counting, tl.load(cross_rules + e))
+            finite &= ~(is_masked & (tl.zeros_like(labels) + smooths.to(tl.int32) > 0))
+    # Pixels that are not finite are not used: the values of a joint with a fault are undefined.
     used = (counting != 0) & finite
     place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
     tl.store(label_errors + place, tl.where(used, label_error, UNUSED), mask=inside)
@@ -197,22 +213,22 @@ def softmax_statistics(
         tl.store(maxima + place, maximum, mask=inside)
         tl.store(reciprocals + place, reciprocal, mask=inside)
 
-    add_fault(faults, plane, BAD_LABELS, is_bad)
+    add_fault(faults, plane, BAD_LABEL, is_bad)
     add_fault(faults, plane, NOT_FINITE, (counting != 0) & ~finite)
     if PROBABILITIES:
         add_fault(faults, plane, OUT_OF_RANGE, used & ((lowest < -tolerance) | (maximum > 1.0 + tolerance)))
     joint = tl.load(plane + PLANE_JOINT)
-    predicted = predictions + joint * 2 * classes
+    predicted = predictions + joint * OUTCOMES * classes
     add_counts(predicted, prediction, used, CLASSES_PADDED)
-    add_counts(predicted + classes, prediction, used & (prediction == labels), CLASSES_PADDED)
+    add_counts(predicted + OUTCOME_HIT * classes, prediction, used & (prediction == labels), CLASSES_PADDED)
     label_bits = bits_of(label_error)
     for g in tl.static_range(GROUPINGS):
         grouping = groupings + g * GROUPING_COLUMNS
         own = counters + tl.load(grouping + GROUPING_COUNTERS)
-        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * 2 * classes
+        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * SOFTMAX_COUNTERS * classes
         counted = used & is_counted(counting, tl.load(grouping + GROUPING_RULE))
         add_counts(own, labels, counted, CLASSES_PADDED)
-        keep_least(own + classes, label_bits, labels, counted)
+        keep_least(own + SOFTMAX_LEAST * classes, label_bits, labels, counted)
 
     for e in tl.static_range(CROSS_TERMS):
         label_logits = tl.load(first + labels * stride, mask=inside, other=0.0).to(tl.float32)
@@ -244,18 +260,18 @@ def softmax_statistics(
 
 @triton.jit
 def see_class(maximum, lowest, prediction, finite, value, k, classes):
-    """(largest value, smallest, the first of the largest, whether all are finite), now with those of class k."""
+    """Updates (largest value, smallest value, first class with the largest, whether all are below infinity) with class k."""
     is_class = tl.full(maximum.shape, k, tl.int32) < classes
     is_larger = value > maximum
     prediction = tl.where(is_larger, k, prediction)
     maximum = tl.where(is_larger, value, maximum)
     lowest = tl.where(is_class, tl.minimum(lowest, value), lowest)
-    return maximum, lowest, prediction, finite & ((tl.abs(value) < float("inf")) | ~is_class)
+    return maximum, lowest, prediction, finite & (value < float("inf"))
 
 
 @triton.jit
 def load_statistics(plane, pixels, inside, maxima, reciprocals, label_errors, PROBABILITIES: tl.constexpr):
-    """(maximum, reciprocal of the sum, label's error, whether the pixel is used, its number in the batch)."""
+    """Per pixel: (maximum, reciprocal of the sum, label's error, whether it is used, its number in the batch)."""
     place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
     label_error = tl.load(label_errors + place, mask=inside, other=UNUSED)
     maximum = label_error
@@ -268,7 +284,7 @@ def load_statistics(plane, pixels, inside, maxima, reciprocals, label_errors, PR
 
 @triton.jit
 def probabilities_of(logits, maximum, reciprocal, PROBABILITIES: tl.constexpr):
-    """The probabilities of a class."""
+    """The pixels' probabilities of a class, from its logits and the statistics."""
     if PROBABILITIES:
         return logits
     else:

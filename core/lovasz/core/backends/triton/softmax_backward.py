@@ -1,4 +1,4 @@
-"""The last sweep over softmax logits on a GPU: each pixel's share of the gradient, and the way back."""
+"""The last sweep of softmax on a GPU: looks up the gradients of errors, and runs the backward pass through softmax."""
 
 import triton
 import triton.language as tl
@@ -7,9 +7,13 @@ from lovasz.core.backends.triton.columns import (
     ADDRESS_GRAD,
     GROUP_MAP,
     GROUP_WORDS,
+    HALVES_OF_TABLE,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
     PLANE_JOINT,
+    SCALE_PULL,
+    SCALE_SPREAD,
+    SCALES,
     SEGMENT_COLUMNS,
     SEGMENT_LARGEST,
     SEGMENT_WEIGHT,
@@ -71,12 +75,15 @@ def gradients_of_classes(
     ANY_ABSENT: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """(probabilities, weight x g summed over the terms) of CLASSES classes from ``start`` on, each a tuple.
+    """Looks up the gradients of CLASSES classes from ``start`` on.
 
-    Loads of all classes come first, then all look-ups of a kind, so that each waits for the first one only.
+    First come the loads of all classes, then all lookups of each kind, so that the latencies of each kind overlap.
 
     Args:
-        sorted_of_terms: where the g of what was sorted stand, for class 0.
+        sorted_of_terms: for each term, where the g of sorted pixels are, for class 0.
+
+    Returns:
+        (probabilities, weight x g summed over the terms), each a tuple with one element per class.
     """
     values = ()
     for i in tl.static_range(CLASSES):
@@ -108,7 +115,7 @@ def gradients_of_classes(
                 bits = bits_of_classes[i]
                 found, rests = bins_and_rests(bits, cells_of_classes[i], bin_count, SHIFT, TOP, CELLS)
                 in_table = counts_of_classes[i] & (tl.zeros_like(labels) + bin_count > 0)
-                table = tables_of_terms[t] + k * 2 * bin_count
+                table = tables_of_terms[t] + k * HALVES_OF_TABLE * bin_count
                 entries_of_classes = entries_of_classes + (
                     load_entries(table, found, bin_count, labels == k, in_table),
                 )
@@ -169,14 +176,16 @@ def softmax_backward(
     ANY_ABSENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last sweep: each pixel's g of each class, and the way back through softmax.
+    """The last sweep: looks up each pixel's g for each class, and runs the backward pass through softmax.
 
-    With h_k = dloss/dp_k = g_k, and -g_y on the label's class y: dloss/dz_k = p_k (h_k - sum_j p_j h_j). On the label's
-    class, 1 - p_y is the sum of the others, so nothing cancels (docs/mathematics.md).
+    Let h_k = dloss/dp_k, which is -g_y for the label's class y and g_k for the others; then
+    dloss/dz_k = p_k (h_k - sum_j p_j h_j). For the label's class, 1 - p_y was computed as the sum of the other
+    probabilities, so nothing cancels (docs/mathematics.md, section 8).
 
     Args:
-        words: scanned, entries in their place.
-        more_grads: float32, shape (terms - 1, element_count).
+        words: int64: the entries that the scan has written.
+        more_grads: float32, shape (terms - 1, element_count): the g of sorted pixels, for the terms after the first.
+            Those of the first term are in the gradient's memory.
     """
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     elements = first_elements(plane, pixels, classes)
@@ -240,16 +249,18 @@ def softmax_backward(
             label_g += tl.where(is_label, some_g[i], 0.0)
             label_p += tl.where(is_label, some_p[i], 0.0)
             others_pg_64 += tl.where(is_label, 0.0, some_p[i] * some_g[i]).to(tl.float64)
-            # Kept in the gradient's place, by the thread that comes for it below.
+            # Kept in the gradient's memory, from which the same thread reads it below.
             places = grads + (start + i) * stride
             tl.store(places, some_g[i], mask=if_class(start + i, classes, inside))
     others_pg = others_pg_64.to(tl.float32)
 
     shift = label_p * label_g - others_pg
     label_grad = -label_p * (label_g * label_error + others_pg)
-    scales = cross_scales + tl.load(plane + PLANE_JOINT) * (2 * CROSS_TERMS)
+    scales = cross_scales + tl.load(plane + PLANE_JOINT) * (SCALES * CROSS_TERMS)
     for e in tl.static_range(CROSS_TERMS):
-        pull = tl.load(scales + 2 * e) * tl.load(cross_class_weights + e * classes + labels).to(tl.float32)
+        pull = tl.load(scales + SCALES * e + SCALE_PULL) * tl.load(cross_class_weights + e * classes + labels).to(
+            tl.float32
+        )
         pull = tl.where(is_counted(counting, tl.load(cross_rules + e)), pull, 0.0)
         shift += pull
         label_grad -= pull * label_error
@@ -269,7 +280,7 @@ def softmax_backward(
                 grad = tl.where(labels == k, -g, g)
             tl.store(grads + k * stride, tl.where(used, grad, 0.0), mask=if_class(k, classes, inside))
     for e in tl.static_range(CROSS_TERMS):
-        spread = tl.load(scales + 2 * e + 1)
+        spread = tl.load(scales + SCALES * e + SCALE_SPREAD)
         if spread != 0:
             own_weights = cross_class_weights + e * classes
             weights_sum = 0.0

@@ -1,4 +1,4 @@
-"""The sweeps that rank softmax errors on a GPU: counting them in tables, and listing those that are sorted."""
+"""The sweeps that rank softmax errors on a GPU: they count errors in tables, or list pixels to be sorted next."""
 
 import triton
 import triton.language as tl
@@ -15,6 +15,7 @@ from lovasz.core.backends.triton.columns import (
     GROUP_LIST_ROOM,
     GROUP_MAP,
     GROUP_WORDS,
+    HALVES_OF_TABLE,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
     PLANE_JOINT,
@@ -84,7 +85,7 @@ def softmax_count(
     ANY_ABSENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The second sweep: fills the tables, finds the largest errors of absent classes, adds cross-entropies up."""
+    """The second sweep: fills the tables, finds the largest errors of absent classes, and adds up cross-entropies."""
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     if ANY_TABLE:
         first = first_logits(address, first_elements(plane, pixels, classes), LOGIT)
@@ -101,7 +102,7 @@ def softmax_count(
                 tables = words + tl.load(group + GROUP_WORDS)
                 cells = maps + tl.load(group + GROUP_MAP)
                 for start in range(0, classes, SOME):
-                    # Loads of all classes first, then all look-ups, so that each waits for the first one only.
+                    # First the loads of all classes, then all lookups, so that the latencies of each kind overlap.
                     values = ()
                     for i in tl.static_range(SOME):
                         values = values + (load_class(first, stride, start + i, classes, inside),)
@@ -110,18 +111,20 @@ def softmax_count(
                         number = row * classes + tl.minimum(start + i, classes - 1)
                         smallest_of_classes = smallest_of_classes + (tl.load(least + number),)
                     bits_of_classes = ()
-                    entries_of_classes = ()
+                    cells_of_classes = ()
                     for i in tl.static_range(SOME):
                         probabilities = probabilities_of(values[i], maximum, reciprocal, PROBABILITIES)
                         bits = bits_of(tl.where(labels == start + i, label_error, probabilities))
                         bits_of_classes = bits_of_classes + (bits,)
-                        entries_of_classes = entries_of_classes + (load_cells(bits, cells, SHIFT, TOP, CELLS),)
+                        cells_of_classes = cells_of_classes + (load_cells(bits, cells, SHIFT, TOP, CELLS),)
                     for i in tl.static_range(SOME):
                         k = start + i
                         bits = bits_of_classes[i]
-                        found, rests = bins_and_rests(bits, entries_of_classes[i], bin_count, SHIFT, TOP, CELLS)
+                        found, rests = bins_and_rests(bits, cells_of_classes[i], bin_count, SHIFT, TOP, CELLS)
                         counts = if_class(k, classes, valid) & (bits >= smallest_of_classes[i])
-                        count_errors(tables + k * 2 * bin_count, found, rests, bin_count, labels == k, counts)
+                        count_errors(
+                            tables + k * HALVES_OF_TABLE * bin_count, found, rests, bin_count, labels == k, counts
+                        )
                 if ANY_ABSENT:
                     for c in range(classes):
                         segment = segments + (row * classes + c) * SEGMENT_COLUMNS
@@ -164,7 +167,7 @@ def softmax_collect(
     ANY_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The third sweep, where pixels are ranked: lists those of each bucket, in any order; of small groups, all."""
+    """The third sweep: lists the pixels of each bucket, in any order; in small groups, all pixels of each segment."""
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
@@ -201,9 +204,9 @@ def softmax_collect(
                         bits = bits_of_classes[i]
                         cell = load_cells(bits, maps + tl.load(group + GROUP_MAP), SHIFT, TOP, CELLS)
                         found, rests = bins_and_rests(bits, cell, bin_count, SHIFT, TOP, CELLS)
-                        table = words + tl.load(group + GROUP_WORDS) + k * 2 * bin_count
+                        table = words + tl.load(group + GROUP_WORDS) + k * HALVES_OF_TABLE * bin_count
                         number = row * classes + tl.minimum(k, classes - 1)
-                        # No segment that is not ranked has an entry that names a bucket.
+                        # Entries name buckets only in segments whose buckets are sorted.
                         counts = if_class(k, classes, valid) & (bits >= tl.load(least + number))
                         entries = load_entries(table, found, bin_count, labels == k, counts)
                         entries_of_classes = entries_of_classes + (entries,)

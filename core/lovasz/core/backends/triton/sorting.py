@@ -1,7 +1,7 @@
-"""Pixels that are ranked one by one: small groups whole, and the buckets of tables. One program sorts at most 4096.
+"""Sorts pixels: whole segments of small groups, and the buckets of tables. A kernel instance sorts at most 4096 pixels.
 
-A key is an integer that orders pixels as docs/mathematics.md has it: by error, foreground before background, and then
-by place.
+The keys are integers that order pixels by descending error, then foreground before background, then by position in the
+batch (docs/mathematics.md, section 7).
 """
 
 import triton
@@ -40,7 +40,7 @@ FOREGROUND_BIT = tl.constexpr(31)
 
 @triton.jit
 def sort_keys(bits, is_foreground, pixel):
-    """Descending keys: the error's bits, foreground, and backwards the pixel's number in the batch."""
+    """Keys for a descending sort: the bits of the error, whether it is foreground, and the inverted pixel number."""
     return (
         (bits.to(tl.int64) << 32) | (is_foreground.to(tl.int64) << FOREGROUND_BIT) | (pixel ^ PIXEL_MASK).to(tl.int64)
     )
@@ -48,7 +48,13 @@ def sort_keys(bits, is_foreground, pixel):
 
 @triton.jit
 def list_keys(entries, bits, is_foreground, pixel, bucket_befores, bucket_counts, own_list, mask):
-    """Puts pixels into the lists of their buckets."""
+    """Adds the keys of pixels to the lists of their buckets.
+
+    Args:
+        entries: the entries of the pixels' bins, each naming a bucket where the mask is true.
+        bucket_befores, bucket_counts: those of the segment's first bucket.
+        own_list: the segment's list.
+    """
     bucket = tl.where(mask, -1 - entries, 0)
     place = tl.atomic_add(bucket_counts + bucket, 1, mask=mask, sem="relaxed")
     before = -tl.load(bucket_befores + bucket, mask=mask, other=0) + BEFORE_NONE
@@ -58,11 +64,14 @@ def list_keys(entries, bits, is_foreground, pixel, bucket_befores, bucket_counts
 
 @triton.jit
 def rank(keys, foreground_count, foreground_before, background_before):
-    """Sorts keys, of which negative ones are none: (keys, whether each is one, errors, their g).
+    """Sorts keys and computes the gradient g of each pixel; negative keys are padding.
 
     Args:
-        foreground_count: of the segment.
-        foreground_before: pixels that come before all of these, as ``background_before``.
+        foreground_count: the foreground pixels of the segment.
+        foreground_before, background_before: the pixels of the segment that come before all of these.
+
+    Returns:
+        (sorted keys, whether each is a pixel's, errors, g).
     """
     keys = tl.sort(keys, descending=True)
     is_key = keys >= 0
@@ -93,7 +102,7 @@ def hand_out(
     channel,
     HINGE: tl.constexpr,
 ):
-    """Writes each pixel's g to its place in the gradient (of the first term, else in ``more_grads``)."""
+    """Writes each pixel's g to the gradient's memory for the first term, or to ``more_grads`` for the other terms."""
     pixel = (keys & PIXEL_MASK).to(tl.int32) ^ PIXEL_MASK
     for number in range(first_plane, first_plane + plane_count):
         plane = planes + number * PLANE_COLUMNS
@@ -131,9 +140,9 @@ def rank_bucket(
     ROOM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Ranks the pixels of a list: adds their part of the loss, and hands their g out."""
-    # Sorting does not care in which order keys come. In this one those of a thread are consecutive, so that most steps
-    # of the sort compare keys of one thread, and few those of two warps.
+    """Sorts the pixels of a list, adds their part of the loss, and writes their g."""
+    # The keys may be in any order before the sort. In this one, a thread holds consecutive keys, so that most steps of
+    # the sort compare keys of one thread, and few compare keys of two warps.
     places = tl.arange(0, ROOM // THREADS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
     keys = tl.load(own_list + places, mask=places < count, other=-1)
     keys = tl.reshape(tl.trans(keys), [ROOM])
@@ -182,11 +191,16 @@ def sort_buckets(
     ROOM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Ranks the pixels of the buckets. One program a bucket; a small group is a bucket for each of its segments.
+    """Sorts the pixels of the buckets. One instance per bucket; each segment of a small group is one bucket.
 
     Args:
-        bucket_segments: int64: the segment of each bucket.
-        HALVES: whether there are buckets that fill no more than half of ROOM.
+        bucket_segments: int64, one per bucket: its segment.
+        bucket_befores: int64, one per bucket: as ``tables.scan`` writes it.
+        bucket_counts: int32, one per bucket: its pixels.
+        lists: int64: the keys of each segment, those of its buckets one after another.
+        HALVES: whether to compile a second sort, for buckets with at most ROOM / 2 pixels.
+        ROOM: the number of keys that an instance sorts.
+        THREADS: the number of threads of an instance.
     """
     program = tl.program_id(0)
     number = tl.load(bucket_segments + program)

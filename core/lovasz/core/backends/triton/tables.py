@@ -1,20 +1,19 @@
-"""Tables on a GPU: the bin of an error, the scan that turns counts into shares of the gradient, and looking these up.
+"""Tables on a GPU: finds the bin of an error, counts errors, scans tables, and looks gradients up.
 
-``bins`` describes the bins. A table has two words a bin, background and foreground: count x 2^REST_SUM_BITS + sum of
-rests, where the rest of an error is how far it lies below its bin's upper end. The scan overwrites each word with an
-*entry*, two float32 in its place: for a pixel whose error has this rest, the gradient g of the Lovász extension, times
-the segment's weight, is
+``bins`` defines the bins. A table has two words per bin, one for background and one for foreground
+(:mod:`lovasz.core.tables`). The scan overwrites each word with an *entry*, two float32 (a, s): the gradient g of a
+pixel, times the segment's weight, is
 
-    g = a - s x rest,
+    a - s x rest,
 
-whose mean over the pixels of the bin is exactly what the bin as a whole contributes (docs/mathematics.md). Where
-single pixels weigh much, the bin's entry is -1 - its *bucket* instead, whose pixels are sorted.
+so its mean over the pixels of the bin is exactly the mean g of the bin (docs/mathematics.md, section 11). Where single
+pixels weigh much, bins belong to *buckets*, whose pixels are sorted; the entry is then -1 - the bucket's number.
 """
 
 import triton
 import triton.language as tl
 
-from lovasz.core import bins as shared_bins
+from lovasz.core import tables as words
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
     GROUP_BINS,
@@ -23,6 +22,7 @@ from lovasz.core.backends.triton.columns import (
     GROUP_FIRST_BUCKET,
     GROUP_MAP,
     GROUP_WORDS,
+    HALVES_OF_TABLE,
     SCORED,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
@@ -33,11 +33,11 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_WEIGHT,
 )
 
-REST_BITS = tl.constexpr(shared_bins.REST_BITS)
-REST_SUM_BITS = tl.constexpr(shared_bins.REST_SUM_BITS)
-ONE_PIXEL = tl.constexpr(1 << shared_bins.REST_SUM_BITS)
-REST_SUM_MASK = tl.constexpr((1 << shared_bins.REST_SUM_BITS) - 1)
-COUNT_MASK = tl.constexpr(shared_bins.MAX_PIXELS - 1)
+REST_BITS = tl.constexpr(words.REST_BITS)
+REST_SUM_BITS = tl.constexpr(words.REST_SUM_BITS)
+ONE_PIXEL = tl.constexpr(1 << words.REST_SUM_BITS)
+REST_SUM_MASK = tl.constexpr((1 << words.REST_SUM_BITS) - 1)
+COUNT_MASK = tl.constexpr(words.MAX_PIXELS - 1)
 STOP_BITS = tl.constexpr(bins.STOP_BITS)
 LOW_BITS_MASK = tl.constexpr((1 << bins.STOP_BITS) - 1)
 
@@ -48,38 +48,39 @@ ONE = tl.constexpr(1)
 LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
 BUCKET_STEP = tl.constexpr(1920)
-"""A bucket begins with the first bin before which there are at least a multiple of so many pixels, ..."""
+"""A bin belongs to the bucket with the number (pixels in bins before it) // BUCKET_STEP, unless it is a crowd."""
 CROWD = tl.constexpr(2176)
-"""... and bins of more pixels than these are in none. They are more than a step: so behind such a bin another bucket
-begins, and none has a gap. A bucket has at most ..."""
+"""A bin with more pixels than this is a crowd and belongs to no bucket. The next bin is then in a later bucket, as a
+crowd exceeds BUCKET_STEP; so the pixels of a bucket are consecutive ranks."""
 BUCKET_ROOM = tl.constexpr(4096)
-"""... so many pixels, and mostly no more than half of them."""
+"""The most pixels of a bucket: fewer than BUCKET_STEP before its last bin, and at most CROWD in that. Most buckets have
+no more than half as many."""
 BEFORE_NONE = tl.constexpr(1 << 62)
-"""Less the pixels before it, packed, is what a bucket's first bin leaves, so that the greatest is the first."""
+"""A bucket stores the maximum over its bins of BEFORE_NONE - (pixels before the bin, packed): that of its first bin."""
 
 
 @triton.jit
 def bits_of(errors):
-    """Errors as integers in the same order; NaN and negative numbers are mapped to something, too."""
+    """Errors as integers in the same order; NaN and negative numbers become some valid number, too."""
     return tl.maximum(errors, 0.0).to(tl.int32, bitcast=True) & NO_SIGN
 
 
 @triton.jit
 def load_cells(bits, cells, SHIFT: tl.constexpr, TOP: tl.constexpr, CELLS: tl.constexpr):
-    """The map's entry for each error."""
+    """The map's integer for the cell of each error; for errors outside all cells, that of the nearest cell."""
     return tl.load(cells + tl.minimum(tl.maximum(TOP - (bits >> SHIFT), 0), CELLS - 1))
 
 
 @triton.jit
-def bins_and_rests(bits, entry, bin_count, SHIFT: tl.constexpr, TOP: tl.constexpr, CELLS: tl.constexpr):
-    """The bin of each error, and how far below the bin's upper end it lies.
+def bins_and_rests(bits, cell, bin_count, SHIFT: tl.constexpr, TOP: tl.constexpr, CELLS: tl.constexpr):
+    """The bin and the rest of each error.
 
     Args:
-        entry: of ``load_cells``.
-        bin_count: with the last bin, which takes what lies in no cell.
+        cell: the result of ``load_cells``.
+        bin_count: the number of bins, including the last one, for errors outside all cells.
     """
-    low_bits = entry & LOW_BITS_MASK
-    found = (entry >> STOP_BITS) - 1 - ((bits & ((ONE << SHIFT) - 1)) >> low_bits)
+    low_bits = cell & LOW_BITS_MASK
+    found = (cell >> STOP_BITS) - 1 - ((bits & ((ONE << SHIFT) - 1)) >> low_bits)
     rests = (~bits & ((1 << low_bits) - 1)) >> tl.maximum(low_bits - REST_BITS, 0)
     in_cells = TOP - (bits >> SHIFT) < CELLS
     return tl.where(in_cells, found, bin_count - 1), tl.where(in_cells, rests, 0)
@@ -87,10 +88,10 @@ def bins_and_rests(bits, entry, bin_count, SHIFT: tl.constexpr, TOP: tl.constexp
 
 @triton.jit
 def count_errors(table, found, rests, bin_count, is_foreground, mask):
-    """Counts errors in a table.
+    """Counts errors in a table, except those in the last bin.
 
-    The last bin is left alone: it has what the others leave of the segment's pixels. So pixels that are right beyond
-    doubt, which may be most, do not queue for the same word.
+    The scan finds the pixels of the last bin by subtraction. So confidently correct pixels, which may be most, do not
+    all wait for atomic additions to the same word.
     """
     places = table + (tl.where(is_foreground, bin_count, 0) + found)
     tl.atomic_add(places, rests.to(tl.int64) + ONE_PIXEL, mask=mask & (found < bin_count - 1), sem="relaxed")
@@ -98,19 +99,19 @@ def count_errors(table, found, rests, bin_count, is_foreground, mask):
 
 @triton.jit
 def load_entries(table, found, bin_count, is_foreground, mask):
-    """Entries of a table that was scanned; 0 where the mask is false."""
+    """The entries of a scanned table for each error; 0 where the mask is false."""
     return tl.load(table + (tl.where(is_foreground, bin_count, 0) + found), mask=mask, other=0)
 
 
 @triton.jit
 def is_bucket(entries):
-    """Whether an entry names a bucket: its upper word is no number, with a sign that no computed one has."""
+    """Whether an entry names a bucket: its upper 32 bits are -1, a NaN whose bits no computed slope has."""
     return (entries >> 32) == -1
 
 
 @triton.jit
 def gradient_of(entries, rests):
-    """Weight x g of each error; without meaning for buckets."""
+    """Weight x g of each error, from its entry; undefined where the entry names a bucket."""
     levels = (entries & LOW_WORD).to(tl.int32).to(tl.float32, bitcast=True)
     slopes = (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return levels - slopes * rests.to(tl.float32)
@@ -118,13 +119,13 @@ def gradient_of(entries, rests):
 
 @triton.jit
 def largest_error_key(bits, pixel, mask):
-    """A number that orders pixels by error, and those of equal error backwards; -1 where the mask is false."""
+    """A key whose maximum names the first pixel with the largest error; -1 where the mask is false."""
     return tl.where(mask, (bits.to(tl.int64) << 32) | (LOW_WORD - pixel.to(tl.int64)), -1)
 
 
 @triton.jit
 def is_largest(key, pixel):
-    """Whether a pixel is the one that the greatest key names."""
+    """Whether each pixel is the one that ``key`` names, the maximum of ``largest_error_key``."""
     return (key > 0) & (LOW_WORD - (key & LOW_WORD) == pixel)
 
 
@@ -135,7 +136,7 @@ def counts_of(words):
 
 @triton.jit
 def pack_counts(background_words, foreground_words):
-    """Background + foreground x 2^32, to be added up at once."""
+    """The pixel counts of words as background + foreground x 2^32, so that one addition adds both."""
     return counts_of(background_words).to(tl.int64) + (counts_of(foreground_words).to(tl.int64) << 32)
 
 
@@ -146,24 +147,26 @@ def power_of_two(exponents):
 
 @triton.jit
 def in_units(values, unit):
-    """float64 >= 0 as integers, in units of 2^unit: sums of these depend on no order."""
+    """Rounds float64 >= 0 to integers in units of 2^unit, whose sum does not depend on the order."""
     return (values * power_of_two(-unit) + 0.5).to(tl.int64)
 
 
 @triton.jit
 def locate_chunk(groups, words, segments, chunk_segments, chunk_firsts, channels):
-    """(the segment's number, its row, its group's row, its table, the chunk's number)."""
+    """(the segment's number, its row, its group's row, its table, the chunk's number in the table)."""
     program = tl.program_id(0)
     number = tl.load(chunk_segments + program)
     row = number // channels
     group = groups + row * GROUP_COLUMNS
-    table = words + tl.load(group + GROUP_WORDS) + (number - row * channels) * 2 * tl.load(group + GROUP_BINS)
+    table = (
+        words + tl.load(group + GROUP_WORDS) + (number - row * channels) * HALVES_OF_TABLE * tl.load(group + GROUP_BINS)
+    )
     return number, segments + number * SEGMENT_COLUMNS, group, table, program - tl.load(chunk_firsts + program)
 
 
 @triton.jit(do_not_specialize=["channels"])
 def sum_chunks(groups, words, segments, chunk_segments, chunk_firsts, totals, channels, CHUNK: tl.constexpr):
-    """Counts the pixels of each chunk of bins, packed. One program a segment and chunk."""
+    """Counts the pixels of each chunk of bins, packed. One instance per segment and chunk."""
     number, segment, group, table, chunk = locate_chunk(groups, words, segments, chunk_segments, chunk_firsts, channels)
     if tl.load(segment + SEGMENT_STATE) == SCORED:
         bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
@@ -193,16 +196,16 @@ def scan(
     CELLS_LOG2: tl.constexpr,
     WANT_GRAD: tl.constexpr,
 ):
-    """Adds each chunk's part of its segment's loss, and writes entries over its words.
+    """Adds each chunk's part of the loss to its segment, and writes entries over its words. One instance per chunk.
+
+    Means are computed in float64, in which counts are exact; slopes, which move gradient only inside a bin, in float32.
+    A chunk without pixels is skipped, as its entries are never looked up.
 
     Args:
-        ranked: int32, one a segment: how many of its buckets are sorted.
-        totals: int64, one a chunk: of ``sum_chunks``.
-        bucket_befores: int64, one a bucket, 0 before: ``BEFORE_NONE`` less the pixels before it, packed.
-        CHUNKS_PADDED: a power of two from the chunks of any segment up.
-
-    Counts are exact in float64, in which the means are computed; the slopes, which shift gradient only inside a bin,
-    are float32. A chunk without pixels is passed over: its entries are never looked up.
+        ranked: int32, one per segment: the number of its buckets that are sorted.
+        totals: int64, one per chunk: the result of ``sum_chunks``.
+        bucket_befores: int64, one per bucket, 0 before: see ``BEFORE_NONE``.
+        CHUNKS_PADDED: a power of two, at least the number of chunks of any segment.
     """
     number, segment, group, table, chunk = locate_chunk(groups, words, segments, chunk_segments, chunk_firsts, channels)
     bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
@@ -225,7 +228,7 @@ def scan(
         foreground_before = (before >> 32).to(tl.int32)
         foreground_count = tl.load(segment + SEGMENT_FOREGROUND).to(tl.int32)
         background_count = tl.load(segment + SEGMENT_VALID).to(tl.int32) - foreground_count
-        # Of the last bin the words are empty: it has what is left. Its errors are taken for 0.
+        # The words of the last bin are empty: it has the pixels that no other bin has. Its errors are taken as 0.
         k = tl.where(is_last, background_count - background_before, counts_of(background_words))
         j = tl.where(is_last, foreground_count - foreground_before, counts_of(foreground_words))
 
@@ -239,14 +242,14 @@ def scan(
 
         cells = maps + tl.load(group + GROUP_MAP)
         if SHIFT != MANTISSA_BITS:
-            cells += (number % channels) * CELLS  # each segment has its own
+            cells += (number % channels) * CELLS  # Each segment has its own map.
         upper_ends, ulps, rest_bits, dropped_bits = bin_geometry(cells, places, SHIFT, TOP, CELLS, CELLS_LOG2)
         losses = background_mean * sum_of_errors(background_words, upper_ends, ulps, dropped_bits)
         losses += foreground_mean * sum_of_errors(foreground_words, upper_ends, ulps, dropped_bits)
 
         ranked_buckets = tl.load(ranked + number)
         buckets = (foreground_before + background_before) // BUCKET_STEP
-        # Of the last bin some background may be below the least error, if there is no foreground: all.
+        # Background in the last bin may be below the smallest foreground error; if the bin has no foreground, all is.
         any_here = tl.where(is_last, j, j + k) > 0
         is_ranked = (buckets < ranked_buckets) & any_here & (j + k <= CROWD) & (places < bin_count)
         if ranked_buckets > 0:
@@ -258,13 +261,13 @@ def scan(
 
         if WANT_GRAD or ranked_buckets > 0:
             weight = tl.load(segment + SEGMENT_WEIGHT).to(tl.float64, bitcast=True)
-            # Between the bin's ends: g of its first and its last background pixel, with foreground spread over the bin.
+            # The drop of g from the first to the last background pixel of the bin, with foreground spread over the bin.
             first = left.to(tl.float32) * reciprocal_x.to(tl.float32) / (x + 1).to(tl.float32)
             left_below = (left - j.to(tl.float64)).to(tl.float32)
             last = left_below * reciprocal_y.to(tl.float32) / (x + some_k - 1).to(tl.float32)
             background_drop = tl.minimum(first - last, 2.0 * background_mean.to(tl.float32))
             foreground_drop = tl.where((j > 0) & (k > 0), (reciprocal_x - reciprocal_y).to(tl.float32), 0.0)
-            # The last bin's rests are all 0, and so must be its slopes.
+            # In the last bin all rests are 0, so its slopes must be 0, too.
             background_drop = tl.where(is_last, 0.0, background_drop)
             foreground_drop = tl.where(is_last, 0.0, foreground_drop)
             background = entries_of(background_mean, background_drop, background_words, rest_bits, weight)
@@ -277,18 +280,18 @@ def scan(
 
 @triton.jit
 def bin_geometry(cells, places, SHIFT: tl.constexpr, TOP: tl.constexpr, CELLS: tl.constexpr, CELLS_LOG2: tl.constexpr):
-    """Of each bin the largest float, the distance of its floats, the bits of its rests and how many these left out."""
-    # The first cell whose bins end behind this one.
+    """(largest float of each bin, distance of its floats, bits of its rests, low bits that its rests drop)."""
+    # Binary search for the first cell whose bins end after this bin.
     low = tl.zeros_like(places)
     high = tl.full(places.shape, CELLS - 1, tl.int32)
     for _ in tl.static_range(CELLS_LOG2):
         middle = (low + high) // 2
-        ends_behind = (tl.load(cells + middle) >> STOP_BITS) > places
-        high = tl.where(ends_behind, middle, high)
-        low = tl.where(ends_behind, low, tl.minimum(middle + 1, high))
-    entry = tl.load(cells + low)
-    low_bits = entry & LOW_BITS_MASK
-    from_end = tl.maximum((entry >> STOP_BITS) - 1 - places, 0)
+        ends_after = (tl.load(cells + middle) >> STOP_BITS) > places
+        high = tl.where(ends_after, middle, high)
+        low = tl.where(ends_after, low, tl.minimum(middle + 1, high))
+    cell = tl.load(cells + low)
+    low_bits = cell & LOW_BITS_MASK
+    from_end = tl.maximum((cell >> STOP_BITS) - 1 - places, 0)
     bits = ((TOP - low) << SHIFT) | ((from_end << low_bits) & ((ONE << SHIFT) - 1)) | ((1 << low_bits) - 1)
     ulps = power_of_two((bits >> MANTISSA_BITS) - (EXPONENT_BIAS + MANTISSA_BITS))
     rest_bits = tl.minimum(low_bits, REST_BITS)
@@ -297,9 +300,9 @@ def bin_geometry(cells, places, SHIFT: tl.constexpr, TOP: tl.constexpr, CELLS: t
 
 @triton.jit
 def sum_of_errors(words, upper_ends, ulps, dropped_bits):
-    """The sum of the errors that were counted in each bin: exact, but for the bits that the rests left out."""
+    """The sum of the errors counted in each bin; exact, except for the low bits that the rests drop."""
     count = counts_of(words).to(tl.float64)
-    # Rests were rounded down: on average by half of the largest number that the bits left out can hold.
+    # Rests were rounded down, on average by half of the largest number that fits in the dropped bits.
     unit = (1 << dropped_bits).to(tl.float64)
     below = (words & REST_SUM_MASK).to(tl.float64) * unit + count * (0.5 * (unit - 1.0))
     return tl.maximum(count * upper_ends - below * ulps, 0.0)
@@ -307,7 +310,7 @@ def sum_of_errors(words, upper_ends, ulps, dropped_bits):
 
 @triton.jit
 def entries_of(means, drops, words, rest_bits, weight):
-    """Entries that have ``means`` at the mean rest of their bin and fall by ``drops`` over its width."""
+    """Entries whose gradient is ``means`` at the mean rest of the bin and falls by ``drops`` over its width."""
     count = counts_of(words).to(tl.float32)
     width = (1 << rest_bits).to(tl.float32)
     mean_rests = tl.where(count > 0, (words & REST_SUM_MASK).to(tl.float32) / tl.maximum(count, 1.0), 0.5 * width)

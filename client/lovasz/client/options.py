@@ -1,0 +1,97 @@
+"""How a client calls its target: one frozen value, checked when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lovasz import wire
+from lovasz.client.load_balancing import LoadBalancing
+
+DEFAULT_TIMEOUT_SECONDS = 60.0
+_MAX_TIMEOUT_SECONDS = 1e8
+"""Three years: gRPC accepts no infinite timeout."""
+
+
+class Transport(Enum):
+    """How tensors get to a server and back."""
+
+    AUTO = "auto"
+    """Through shared memory where the server takes it, else over gRPC."""
+    GRPC = "grpc"
+    """Over gRPC only."""
+    SHM = "shm"
+    """Through shared memory only."""
+
+
+TRANSPORTS = tuple(transport.value for transport in Transport)
+LOAD_BALANCING = tuple(balancing.value for balancing in LoadBalancing)
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """The options of a client.
+
+    Attributes:
+        timeout: seconds for a call with all its retries; more than 1e8 counts as 1e8.
+        transport: how tensors travel.
+        wire_dtype: the element type in which logits and gradient travel; None: the logits' own.
+        load_balancing: which of several servers a call goes to; None: the first that answers.
+        run: the training's name in the server's metrics; empty: none.
+
+    Raises:
+        ValueError: an option has an invalid value.
+    """
+
+    timeout: float = DEFAULT_TIMEOUT_SECONDS
+    transport: Transport = Transport.AUTO
+    wire_dtype: wire.DType | None = None
+    load_balancing: LoadBalancing | None = None
+    run: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "timeout", checked_timeout(self.timeout))
+        if self.wire_dtype is not None and not self.wire_dtype.is_float:
+            raise ValueError(_wire_dtype_problem(self.wire_dtype.name))
+        if len(self.run) > wire.MAX_RUN_CHARACTERS:
+            raise ValueError(f"run: got {len(self.run)} characters; expected at most {wire.MAX_RUN_CHARACTERS}")
+
+    @classmethod
+    def parsed(
+        cls, *, timeout: float, transport: str, wire_dtype: str | None, load_balancing: str | None, run: str | None
+    ) -> ClientOptions:
+        """The options from the arguments of :class:`LossClient`.
+
+        Raises:
+            ValueError: an argument has an invalid value.
+        """
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport: got {transport!r}; expected one of {', '.join(TRANSPORTS)}")
+        if wire_dtype is not None and wire_dtype not in wire.FLOATS:
+            raise ValueError(_wire_dtype_problem(wire_dtype))
+        if load_balancing is not None and load_balancing not in LOAD_BALANCING:
+            raise ValueError(
+                f"load_balancing: got {load_balancing!r}; expected None or one of {', '.join(LOAD_BALANCING)}"
+            )
+        return cls(
+            timeout=timeout,
+            transport=Transport(transport),
+            wire_dtype=None if wire_dtype is None else wire.dtype_named(wire_dtype),
+            load_balancing=None if load_balancing is None else LoadBalancing(load_balancing),
+            run=run or "",
+        )
+
+
+def checked_timeout(timeout: float) -> float:
+    """The timeout of a call, in seconds.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout: got {timeout}; expected seconds > 0")
+    return min(timeout, _MAX_TIMEOUT_SECONDS)
+
+
+def _wire_dtype_problem(name: str) -> str:
+    return f"wire_dtype: got {name!r}; expected None or one of {', '.join(wire.FLOATS)}"

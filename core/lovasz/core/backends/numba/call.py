@@ -1,0 +1,174 @@
+"""One computation on the CPU: the tensors that compiled loops read and write, the tasks, the threads, the scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lovasz.core.backends.numba.planes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    UINT8,
+    Blocks,
+    Labelling,
+    Planes,
+)
+from lovasz.core.backends.numba.scratch import Scratch
+from lovasz.core.backends.numba.softmax import Counts
+from lovasz.core.backends.numba.workers import WORKERS, thread_count
+from lovasz.core.batch import Batch, Request, classes_first, images_first
+from lovasz.core.computed import Fault
+from lovasz.core.plan import Plan, Term
+from lovasz.core.stop import Stop
+from lovasz.spec import Layout
+
+_FLOAT_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+_LABEL_KINDS = {
+    torch.bool: UINT8,
+    torch.uint8: UINT8,
+    torch.int8: INT8,
+    torch.int16: INT16,
+    torch.int32: INT32,
+    torch.int64: INT64,
+}
+
+_ONE_THREAD_ELEMENTS = 1 << 15
+"""Batches of fewer elements are computed by the calling thread alone: waking another thread would take as long."""
+
+_BLOCK_PIXELS = 1 << 14
+"""Pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
+
+_FUSE_BELOW_PIXELS = 64
+"""Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
+
+_ROW_PADDING = 1040
+"""Elements between two rows of scratch. Rows at a distance of a power of two would compete for the same cache lines."""
+
+
+class Call:
+    """The computation of one batch.
+
+    Attributes:
+        grads: one per request, float32, flat, in the order of the planes; empty if no gradient is wanted.
+        counts: labels, predictions, hits and faults.
+        errors: float32, shape (K, pixels + padding).
+    """
+
+    def __init__(self, plan: Plan, batch: Batch, scratch: Scratch, *, want_grad: bool, stop: Stop | None) -> None:
+        self.plan, self.scratch, self.want_grad, self._stop = plan, scratch, want_grad, stop
+        self.layout = plan.planes(_FUSE_BELOW_PIXELS)
+        self._requests, fused = batch.requests, self.layout.fused
+        # Referenced until the computation ends, since compiled code holds nothing but addresses.
+        pairs = list(zip(batch.requests, fused, strict=True))
+        self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
+        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_hinge) for r, is_fused in pairs]
+        self.grads = [_room(r, is_fused, want_grad) for r, is_fused in pairs]
+        self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
+        self.planes = self._planes()
+        self.blocks = _blocks(self.layout.pixels)
+        self.threads = 1 if plan.pixels * plan.channels < _ONE_THREAD_ELEMENTS else thread_count()
+        values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
+        self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
+        labels, predictions, hits = np.zeros((3, len(self.layout) * plan.channels), np.int64)
+        self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
+        self.errors = self._rows("errors", plan.channels, np.float32)
+
+    def _planes(self) -> Planes:
+        layout = self.layout
+        kinds = np.array([_LABEL_KINDS[labels.dtype] for labels in self._labels])
+        return Planes(
+            logits=layout.addresses(self._logits, layout.logits),
+            labels=layout.addresses(self._labels, layout.labels),
+            label_kind=kinds[layout.request],
+            grads=layout.addresses(self.grads, layout.logits),
+            start=layout.start,
+            pixels=layout.pixels,
+            joint=layout.joint,
+        )
+
+    def grads_of_requests(self) -> tuple[Tensor, ...]:
+        """The gradients in the shapes of the requests' logits."""
+        return tuple(
+            images_first(grad, request) if fused else grad.view(request.logits.shape)
+            for grad, request, fused in zip(self.grads, self._requests, self.layout.fused, strict=True)
+        )
+
+    def clear_grads(self, scored: npt.NDArray[np.bool_] | None = None) -> None:
+        """Sets gradients to 0.
+
+        Args:
+            scored: shape (planes, K): the rows to leave as they are; None to clear all.
+        """
+        first = 0
+        for grad, layout, fused in zip(self.grads, self.plan.layouts, self.layout.fused, strict=True):
+            count = 1 if fused else layout.images
+            rows = grad.numpy().reshape(count, layout.channels, -1)
+            rows[slice(None) if scored is None else ~scored[first : first + count]] = 0
+            first += count
+
+    def ignored_code(self, term: Term) -> int:
+        """The code that is void for this term, but not for all terms; ``labelling.void`` if there is none."""
+        index = term.loss.ignore_index
+        return self.labelling.void if index is None or not 0 <= index < self.labelling.values else index
+
+    def _rows(self, name: str, rows: int, dtype: Any) -> npt.NDArray[Any]:
+        """Rows of scratch with one element per pixel, and padding, so that the array of all rows stays contiguous."""
+        padded = self.plan.pixels + (_ROW_PADDING if rows > 1 else 0)
+        return self.scratch.array(name, (rows, padded), dtype)
+
+    def codes(self) -> npt.NDArray[Any]:
+        """Memory for codes: (1, pixels); for the hinge, one row per binary label."""
+        wide = self.labelling.void > np.iinfo(np.uint8).max
+        name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
+        return self._rows(name, self.plan.channels if self.plan.is_hinge else 1, dtype)
+
+    def run(self, loop: Callable[..., None], *, threads: int | None = None, **arguments: Any) -> None:
+        """Runs a compiled loop over its tasks; see ``Workers.run``."""
+        WORKERS.run(loop, threads or self.threads, stop=self._stop, **arguments)
+
+    def run_blocks(self, loop: Callable[..., None], **arguments: Any) -> None:
+        """Runs a compiled loop over the blocks of all planes."""
+        threads = min(self.threads, len(self.blocks.plane))
+        self.run(loop, threads=threads, blocks=self.blocks, planes=self.planes, **arguments)
+
+    def per_plane(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rearranges flat (planes x K) counts as (K, planes)."""
+        return counts.reshape(-1, self.plan.channels).T.copy()
+
+    def per_joint(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sums flat (planes x K) counts over each joint: (K, joints)."""
+        sums = np.add.reduceat(counts.reshape(-1, self.plan.channels), self.layout.joints.first_plane, axis=0)
+        return sums.T.copy()
+
+    def per_group(self, term: Term, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sums flat (planes x K) counts over each group of a term: (K, groups)."""
+        return self.per_plane(counts) if term.per_image else self.per_joint(counts)
+
+
+def _contiguous(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
+    tensor = tensor.detach()
+    return (classes_first(tensor, layout) if transpose else tensor).contiguous()
+
+
+def _room(request: Request, fused: bool, want_grad: bool) -> Tensor:
+    if want_grad and request.grad is not None and not fused:
+        return request.grad.view(-1)
+    # Allocated by NumPy, since it asks the system for large pages.
+    return torch.from_numpy(np.empty(request.logits.numel() if want_grad else 0, np.float32))
+
+
+def _blocks(pixels: npt.NDArray[np.int64]) -> Blocks:
+    count = -(-pixels // _BLOCK_PIXELS)
+    plane = np.repeat(np.arange(len(pixels)), count)
+    first = (np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)) * _BLOCK_PIXELS
+    return Blocks(plane, first, np.minimum(first + _BLOCK_PIXELS, pixels[plane]))

@@ -1,0 +1,181 @@
+"""Scores the segments of a Lovász term: decides which are sorted and which counted in tables, and runs the loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lovasz.core.backends.numba import segments, tables
+from lovasz.core.backends.numba.bins import LOWEST_TOP, SOFTMAX_TOP
+from lovasz.core.backends.numba.call import Call
+from lovasz.core.backends.numba.segments import Parts, Rules, Segments
+from lovasz.core.plan import Term
+from lovasz.core.scoring import State
+from lovasz.core.tables import MAX_PIXELS
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+
+class Thresholds(NamedTuple):
+    """Limits that decide which segments are counted in tables; the others are sorted.
+
+    Attributes:
+        pixels: a segment with fewer pixels is sorted.
+        foreground: a segment with fewer foreground pixels is sorted.
+        order_error: a hinge segment is sorted if ``tables.order_error`` of its table exceeds this.
+    """
+
+    pixels: int
+    foreground: int
+    order_error: float
+
+
+SORTED_BELOW_PIXELS = 1 << 18
+"""About here sorting and counting take the same time, as measured on a CPU. In smaller groups each pixel weighs more:
+the unknown order inside bins would cause a gradient error of up to 2e-5 of the norm."""
+
+THRESHOLDS = Thresholds(
+    pixels=SORTED_BELOW_PIXELS,
+    # Each foreground pixel of a rare class weighs much in the gradient, and so does background in the same bin.
+    foreground=256,
+    # Estimates up to this value were at least 0.98 of the true error (docs/mathematics.md, section 11).
+    order_error=1.8e-5,
+)
+SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf)
+COUNT_ALL = Thresholds(0, 0, math.inf)
+
+
+def score_term(
+    call: Call,
+    term: Term,
+    scored: Flags,
+    weights: Floats,
+    foreground: npt.NDArray[np.int64],
+    codes: npt.NDArray[Any],
+    add: bool,
+    thresholds: Thresholds,
+    largest: npt.NDArray[np.int64] | None = None,
+) -> Floats:
+    """Computes the losses of a term's scored segments, and their gradients.
+
+    Args:
+        scored, weights: the results of ``select_segments``, shape (K, groups).
+        foreground: the foreground pixels of each segment, shape (K, groups).
+        add: whether gradients are added to those of other terms.
+        largest: the bits of each segment's largest error, shape (K, groups); None for softmax, whose errors are at
+            most 1.
+
+    Returns:
+        The losses: float64, shape (K, groups), 0 for segments that are not scored.
+    """
+    groups = call.layout.groups(term)
+    row, group = np.nonzero(scored)
+    order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
+    row, group = row[order], group[order]
+    pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
+    is_hinge = call.plan.is_hinge
+    # Gradients are with respect to probabilities or hinge logits; for softmax, the backward pass applies the sign.
+    sign = -1.0 if is_hinge or call.plan.loss.probabilities else 1.0
+    enough = (pixels >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
+    found = Segments(
+        state=np.where(foreground_count == 0, State.ABSENT, State.SCORED).astype(np.int64),
+        counted=enough & (foreground_count > 0) & (pixels < MAX_PIXELS),
+        row=row,
+        code_row=row if is_hinge else np.zeros_like(row),
+        foreground=np.ones_like(row) if is_hinge else row,
+        foreground_count=foreground_count,
+        first_plane=groups.first_plane[group],
+        stop_plane=groups.first_plane[group] + groups.planes[group],
+        start=groups.start[group],
+        stop=groups.start[group] + pixels,
+        top=np.full(len(row), SOFTMAX_TOP) if largest is None else _tops(largest[row, group]),
+        weight=weight,
+        foreground_weight=sign * weight,
+    )
+    order_error = thresholds.order_error if is_hinge else math.inf
+    rules = Rules(call.labelling.void, call.ignored_code(term), is_hinge, call.want_grad, add, order_error)
+    losses = np.zeros(len(row))
+    fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
+    divided = found.counted & (pixels > fair) & (call.threads > 1)
+    if divided.any():
+        losses[divided] = _score_in_parts(call, _pick(found, divided), fair, codes, rules)
+    if not divided.all():
+        losses[~divided] = _score_whole(call, _pick(found, ~divided), codes, rules)
+    of_groups = np.zeros(scored.shape)
+    of_groups[row, group] = losses
+    return of_groups
+
+
+def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The top exponents of tables, from the bits of their largest errors."""
+    return np.maximum((bits >> 23) - 127, LOWEST_TOP)
+
+
+def _pick(found: Segments, which: Flags) -> Segments:
+    columns: tuple[Any, ...] = found
+    return Segments(*(column[which] for column in columns))
+
+
+def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Rules) -> Floats:
+    """Scores each segment in one thread."""
+    threads = min(call.threads, len(found.row))
+    words = 2 * tables.BINS + 1 if found.counted.any() else 0
+    may_be_sorted = ~found.counted | (rules.most_order_error < math.inf)
+    largest = int((found.stop - found.start)[may_be_sorted].max(initial=0))
+    table = call.scratch.array("tables", (threads, words), np.int64, zero=True)
+    keys = call.scratch.array("keys", (2, threads, largest), np.uint64)
+    room = call.scratch.array("room", (threads, largest), np.float32)
+    losses = np.zeros(len(found.row))
+    call.run(
+        segments.score,
+        threads=threads,
+        segments=found,
+        rules=rules,
+        planes=call.planes,
+        errors=call.errors,
+        codes=codes,
+        losses=losses,
+        own=lambda thread: {
+            "table": table[thread],
+            "keys": keys[0, thread],
+            "other_keys": keys[1, thread],
+            "room": room[thread],
+        },
+    )
+    return losses
+
+
+def _score_in_parts(call: Call, found: Segments, part_pixels: int, codes: npt.NDArray[Any], rules: Rules) -> Floats:
+    """Counts large segments in parts, one table per part, so that no thread is idle while another scores a segment."""
+    pixels = found.stop - found.start
+    per_segment = np.minimum(-(-pixels // part_pixels), call.threads)
+    segment = np.repeat(np.arange(len(pixels)), per_segment)
+    firsts = np.cumsum(per_segment) - per_segment
+    number = np.arange(len(segment)) - firsts[segment]
+    edges = [found.start[segment] + pixels[segment] * n // per_segment[segment] for n in (number, number + 1)]
+    parts = Parts(segment, *edges, *np.zeros((2, len(segment)), np.int64))
+    part_tables = call.scratch.array("tables", (len(segment), 2 * tables.BINS + 1), np.int64, zero=True)
+    losses, is_fine = np.zeros(len(pixels)), np.ones(len(pixels), np.bool_)
+    tasks: dict[str, Any] = {"parts": parts, "segments": found, "rules": rules, "part_tables": part_tables}
+    call.run(segments.count_parts, errors=call.errors, codes=codes, **tasks)
+    call.run(segments.scan_parts, firsts=firsts, losses=losses, is_fine=is_fine, **tasks)
+    if rules.want_grad:
+        call.run(
+            segments.look_up_parts,
+            table_of_part=firsts[segment],
+            planes=call.planes,
+            errors=call.errors,
+            codes=codes,
+            is_fine=is_fine,
+            **tasks,
+        )
+    for first in firsts:
+        tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
+    if not is_fine.all():
+        others = _pick(found, ~is_fine)
+        losses[~is_fine] = _score_whole(call, others._replace(counted=np.zeros_like(others.counted)), codes, rules)
+    return losses

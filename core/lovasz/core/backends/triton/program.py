@@ -1,0 +1,304 @@
+"""Programs: the launches that compute a kind of batch, in order, and the buffers that they use.
+
+A program is made once for all batches of a kind. Its launches depend on shapes, element types and the loss alone. So a
+further batch of the kind needs one fill, one copy to the device, the launches, and one copy back.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lovasz.core.backends.triton import (
+    bins,
+    hinge,
+    hinge_backward,
+    hinge_ranks,
+    segments,
+    softmax,
+    softmax_backward,
+    softmax_ranks,
+    sorting,
+    tables,
+)
+from lovasz.core.backends.triton.launches import Launch
+from lovasz.core.backends.triton.layout import Kind, Layout, Room, Rooms
+from lovasz.core.computed import PROBABILITY_TOLERANCE
+
+UNROLLED_CLASSES = 32
+"""The most classes whose logits the first sweep keeps in registers; with more, it reads logits several times."""
+ROUND_CLASSES = 4
+"""The number of classes per round if there are more than ``UNROLLED_CLASSES``."""
+
+_SWEEP_WARPS = 4
+_PADDED_CLASSES = 4
+"""The number of classes is rounded up to a multiple of this, so that fewer kernels are compiled."""
+
+_SCAN_WARPS = 4
+_SORT_WARPS = 8
+_SORT_REGISTERS = 128
+"""Few enough registers per thread for two sorts on one multiprocessor: a sort mostly waits for its other warps."""
+
+_LAUNCHES_FOR_FAULTS = 1
+"""The number of launches after which the faults of a batch are known."""
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
+    torch.int16: tl.int16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+_TORCH_TYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float64: torch.float64}
+_NUMPY_TYPES = {torch.int64: np.int64, torch.int32: np.int32}
+
+
+class Workspace(NamedTuple):
+    """The buffers of a batch.
+
+    Attributes:
+        results: the bytes of all results.
+        faults: the bytes of the faults, a part of the results.
+    """
+
+    buffers: dict[str, Tensor]
+    results: Tensor
+    faults: Tensor
+
+
+class Program:
+    """The launches and buffers for a kind of batch.
+
+    Attributes:
+        rooms: the place of each array, by the names of the kernels' arguments.
+        numbers: the kernels' arguments that are not arrays, by name.
+        address_bytes: the size of the addresses of a batch.
+        workspace_bytes: the device memory that a batch takes in addition to its tensors.
+        times_seen: the number of uses before the program is recorded; negative after its recording was dropped.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.layout = kind, Layout(kind)
+        self.device = kind.plan.device
+        self.times_seen = 0
+        self._lock = threading.Lock()
+        self._static_bytes: Tensor | None = None
+        self._upload: torch.cuda.Event | None = None
+        self._upload_stream: torch.cuda.Stream | None = None
+        layout = self.layout
+        static = Rooms("static")
+        for name, array in layout.static.items():
+            static.add(name, _TORCH_TYPES[array.dtype.type], array.size)
+        self._host = _packed(layout.static, static)
+        self.rooms = layout.addresses | static.rooms | layout.zeroed.rooms | layout.scratch.rooms
+        if kind.plan.is_hinge:
+            self.rooms["maps"] = self.rooms["cells"]
+        self.address_bytes = self.rooms["addresses"].stop
+        self.workspace_bytes = layout.zeroed.nbytes + layout.scratch.nbytes
+        self.numbers: dict[str, int | float] = {
+            "channels": layout.channels,
+            "classes": layout.channels,
+            "joints": layout.joints,
+            "values": kind.plan.label_values,
+            "element_count": layout.elements,
+            "pixel_count": layout.pixels,
+            "rows": len(layout.groups),
+            "segment_count": layout.segments,
+            "cross_count": len(kind.plan.cross_entropies),
+            "tolerance": PROBABILITY_TOLERANCE,
+        }
+        self.launches = self._hinge() if kind.plan.is_hinge else self._softmax()
+
+    # --- Launches -------------------------------------------------------------------------------------------------
+
+    def _softmax(self) -> list[Launch]:
+        kind, plan, layout = self.kind, self.kind.plan, self.layout
+        padded = -(-layout.channels // _PADDED_CLASSES) * _PADDED_CLASSES
+        all_classes = padded <= UNROLLED_CLASSES
+        classes_padded = max(32, triton.next_power_of_2(layout.channels))
+        of_pixels = {
+            "LOGIT": _TYPES[kind.logits],
+            "LABEL": _TYPES[kind.labels],
+            "PROBABILITIES": plan.loss.probabilities,
+            "RULES": len(plan.rules),
+            "BLOCK": layout.block,
+        }
+        cross_terms = {"CROSS_TERMS": len(plan.cross_entropies)}
+        of_terms = of_pixels | {"TERMS": len(plan.lovasz), "ANY_TABLE": layout.any_table}
+        of_losses = of_terms | cross_terms | {"ANY_ABSENT": layout.any_table and layout.lists_classes}
+        of_statistics = (
+            of_pixels
+            | cross_terms
+            | {
+                "CLASSES": padded if all_classes else ROUND_CLASSES,
+                "ALL_CLASSES": all_classes,
+                "GROUPINGS": len(layout.counters_of),
+                "CLASSES_PADDED": classes_padded,
+            }
+        )
+        rows = len(layout.groups) + len(plan.cross_entropies) * layout.joints
+        launches = [
+            self._sweep(softmax.softmax_statistics, of_statistics),
+            Launch(segments.plan_softmax, rows, 4, CHANNELS_PADDED=classes_padded),
+        ]
+        if layout.any_table or plan.cross_entropies:
+            launches.append(self._sweep(softmax_ranks.softmax_count, of_losses))
+        if layout.any_table:
+            launches += self._scans(bins.SOFTMAX_SHIFT, bins.SOFTMAX_TOP, bins.SOFTMAX_CELLS)
+        if layout.buckets:
+            launches += [self._sweep(softmax_ranks.softmax_collect, of_terms), self._sort_buckets()]
+        launches += self._add_up()
+        if kind.want_grad:
+            launches.append(self._sweep(softmax_backward.softmax_backward, of_losses))
+        return launches
+
+    def _hinge(self) -> list[Launch]:
+        kind, plan, layout = self.kind, self.kind.plan, self.layout
+        of_pixels = {
+            "LOGIT": _TYPES[kind.logits],
+            "LABEL": _TYPES[kind.labels],
+            "RULES": len(plan.rules),
+            "TERMS": len(plan.lovasz),
+            "BLOCK": layout.block,
+        }
+        any_table = {"ANY_TABLE": layout.any_table}
+        launches = [
+            self._sweep(hinge.hinge_statistics, of_pixels | any_table | {"GROUPINGS": len(layout.counters_of)}),
+            Launch(hinge.plan_hinge, layout.segments, 4),
+        ]
+        if layout.any_table:
+            launches.append(self._sweep(hinge_ranks.hinge_count, of_pixels))
+            launches += self._scans(bins.HINGE_SHIFT, bins.HINGE_TOP, bins.HINGE_CELLS)
+        launches += [self._sweep(hinge_ranks.hinge_collect, of_pixels | any_table), self._sort_buckets()]
+        launches += self._add_up()
+        if kind.want_grad:
+            launches.append(self._sweep(hinge_backward.hinge_backward, of_pixels | any_table))
+        return launches
+
+    def _sweep(self, kernel: Any, constants: dict[str, Any]) -> Launch:
+        """The launch of a sweep: one instance per block of pixels."""
+        return Launch(kernel, self.layout.blocks, _SWEEP_WARPS, **constants)
+
+    def _scans(self, shift: int, top: int, cells: int) -> list[Launch]:
+        layout = self.layout
+        constants = {
+            "CHUNKS_PADDED": triton.next_power_of_2(layout.most_chunks),
+            "SHIFT": shift,
+            "TOP": top,
+            "CELLS": cells,
+            "CELLS_LOG2": (cells - 1).bit_length(),
+            "WANT_GRAD": self.kind.want_grad,
+        }
+        return [
+            Launch(tables.sum_chunks, layout.chunks, _SCAN_WARPS, CHUNK=layout.chunk),
+            Launch(tables.scan, layout.chunks, _SCAN_WARPS, CHUNK=layout.chunk, **constants),
+        ]
+
+    def _add_up(self) -> list[Launch]:
+        """The launch that writes the loss of a single joint to a tensor, for autograd."""
+        return [] if self.layout.joints > 1 or not self.kind.want_grad else [Launch(segments.add_up, 1, 4)]
+
+    def _sort_buckets(self) -> Launch:
+        room = max(32, triton.next_power_of_2(self.layout.largest_bucket))
+        warps = max(1, min(_SORT_WARPS, room // 512))
+        return Launch(
+            sorting.sort_buckets,
+            self.layout.buckets,
+            warps,
+            _SORT_REGISTERS,
+            HINGE=self.kind.plan.is_hinge,
+            WANT_GRAD=self.kind.want_grad,
+            HALVES=room == tables.BUCKET_ROOM.value and self.layout.any_table,
+            ROOM=room,
+            THREADS=min(room, 32 * warps),
+        )
+
+    # --- Running --------------------------------------------------------------------------------------------------
+
+    def begin(self, addresses: Tensor) -> Workspace:
+        """Queues the launches after which a batch's faults are known, on the current stream.
+
+        Args:
+            addresses: int64 as bytes, on the device: one row of ``columns.Address`` per plane, then the address of the
+                loss, or 0.
+        """
+        zeroed = torch.zeros(self.layout.zeroed.nbytes, dtype=torch.uint8, device=self.device)
+        buffers = {
+            "static": self._uploaded(),
+            "addresses": addresses,
+            "zeroed": zeroed,
+            "scratch": torch.empty(self.layout.scratch.nbytes, dtype=torch.uint8, device=self.device),
+        }
+        self._launch(self.launches[:_LAUNCHES_FOR_FAULTS], buffers)
+        faults = self.rooms["faults"]
+        return Workspace(buffers, zeroed[: self.layout.results_bytes], zeroed[faults.offset : faults.stop])
+
+    def finish(self, workspace: Workspace) -> None:
+        """Queues the remaining launches."""
+        self._launch(self.launches[_LAUNCHES_FOR_FAULTS:], workspace.buffers)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all kernels are compiled, and the static arrays are on the device."""
+        if self._upload is not None and self._upload.query():
+            self._upload = None
+        is_there = self._static_bytes is not None and self._upload is None
+        return is_there and all(launch.is_compiled for launch in self.launches)
+
+    def _uploaded(self) -> Tensor:
+        """The static arrays, for the current stream. The first call queues their copy; other streams wait for it."""
+        device = self.device
+        if device.type != "cuda":
+            return self._host
+        stream = torch.cuda.current_stream(device)
+        with self._lock:
+            if self._static_bytes is None:
+                static = to_device(self._host, device)
+                self._upload, self._upload_stream = torch.cuda.Event(), stream
+                self._upload.record(stream)
+                self._static_bytes = static
+            elif stream != self._upload_stream and not torch.cuda.is_current_stream_capturing():
+                if self._upload is not None:
+                    stream.wait_event(self._upload)
+                self._static_bytes.record_stream(stream)
+        return self._static_bytes
+
+    def _launch(self, launches: list[Launch], buffers: dict[str, Tensor]) -> None:
+        if all(launch.is_compiled for launch in launches):
+            bases = {name: buffer.data_ptr() for name, buffer in buffers.items()}
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            for launch in launches:
+                launch(bases, stream)
+        else:
+            for launch in launches:
+                launch.compile(self.rooms, self.numbers, buffers)
+
+    def result(self, name: str, results: npt.NDArray[np.uint8], *shape: int) -> npt.NDArray[Any]:
+        """The array of this name in the results."""
+        room: Room = self.rooms[name]
+        array: npt.NDArray[Any] = results[room.offset : room.stop].view(_NUMPY_TYPES[room.dtype])
+        return array.reshape(shape)
+
+
+def _packed(arrays: dict[str, npt.NDArray[Any]], rooms: Rooms) -> Tensor:
+    """Copies arrays to their places in one buffer on the host, as bytes."""
+    host = np.zeros(max(rooms.nbytes, 1), np.uint8)
+    for name, array in arrays.items():
+        at = rooms.rooms[name].offset
+        host[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return torch.from_numpy(host)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to the device; to a GPU from pinned memory, since the host would wait for any other copy."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -1,0 +1,45 @@
+"""Which segments a term scores, and with which weight: the same for all backends.
+
+A segment is one class (for the hinge, one binary label) over the pixels of one group.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from lovasz.core.plan import Term
+from lovasz.spec import LovaszHinge
+
+
+class State(enum.IntEnum):
+    """How a term treats a segment."""
+
+    PASSED_OVER = 0
+    """The segment is not scored."""
+    SCORED = 1
+    """The segment is scored and has foreground."""
+    ABSENT = 2
+    """The segment is scored without foreground, so its loss is its largest error."""
+
+
+def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, listed: Any) -> tuple[Any, Any]:
+    """Decides which segments a term scores, and by what their gradients are multiplied.
+
+    The arrays are all NumPy arrays, or all tensors on one device.
+
+    Args:
+        counts: int64, shape (K, groups): valid pixels of each class (softmax), or of each binary label (hinge).
+        share: float64, shape (groups,): ``Groups.share``.
+        class_weights: ``Term.class_weights``.
+        listed: ``Term.listed``.
+
+    Returns:
+        (scored, weights): bool and float64, shape (K, groups).
+    """
+    scored = counts > 0
+    if isinstance(term.loss, LovaszHinge):
+        return scored, term.weight / len(counts) * share * (counts >= 0)
+    if listed is not None:
+        scored = scored.any(0) & listed[:, None]
+    return scored, term.weight * share * class_weights[:, None] * scored / scored.sum(0).clip(1)

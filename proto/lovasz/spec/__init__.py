@@ -1,0 +1,31 @@
+"""What a loss is: frozen descriptions that client, server and core share, the rules on shapes, and the result.
+
+Needs numpy only: no torch, no protobuf.
+"""
+
+from lovasz.spec.errors import InvalidInput
+from lovasz.spec.layout import MAX_AXES, MAX_CLASSES, Layout
+from lovasz.spec.losses import LOSS_KINDS, CrossEntropy, Loss, LovaszHinge, LovaszSoftmax
+from lovasz.spec.losses import Classes as Classes  # For annotations; not in __all__.
+from lovasz.spec.losses import Input as Input
+from lovasz.spec.results import Result, TermResult, Timing
+from lovasz.spec.terms import MAX_TERMS, LossLike, WeightedSum, weighted_sum
+
+__all__ = [
+    "LOSS_KINDS",
+    "MAX_AXES",
+    "MAX_CLASSES",
+    "MAX_TERMS",
+    "CrossEntropy",
+    "InvalidInput",
+    "Layout",
+    "Loss",
+    "LossLike",
+    "LovaszHinge",
+    "LovaszSoftmax",
+    "Result",
+    "TermResult",
+    "Timing",
+    "WeightedSum",
+    "weighted_sum",
+]

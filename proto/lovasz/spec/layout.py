@@ -1,0 +1,116 @@
+"""The rules on shapes: which shapes logits and labels may have, and the sizes that a loss is computed with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lovasz.spec.errors import InvalidInput
+
+MAX_CLASSES = 65_536
+"""Most classes (or labels of a multilabel hinge) in one request: the per-class results must fit in one message."""
+MAX_AXES = 16
+"""Most axes of a tensor."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A request's sizes, for any number of axes: it has ``images`` x ``channels`` x ``pixels`` logits.
+
+    Attributes:
+        images: N, the size of the first axis.
+        channels: the number of classes (softmax) or of binary labels (hinge).
+        pixels: the product of the spatial axes.
+        label_values: how many values a label can take: C for a softmax loss, 2 for a hinge.
+    """
+
+    images: int
+    channels: int
+    pixels: int
+    label_values: int
+
+    @property
+    def elements(self) -> int:
+        """Logits in the request."""
+        return self.images * self.channels * self.pixels
+
+
+def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
+    """The layout of logits (N, C, *spatial) and labels (N, *spatial).
+
+    Raises:
+        InvalidInput: a shape is not one of these, or the two do not fit.
+    """
+    logits, labels = _checked("logits", logits), _checked("labels", labels)
+    if len(logits) < 2:
+        raise InvalidInput("logits", f"got shape {_text(logits)}; expected (N, C, *spatial)")
+    if logits[1] == 0:
+        raise InvalidInput("logits", f"got shape {_text(logits)} with no class; expected (N, C, *spatial), C >= 2")
+    expected = (logits[0], *logits[2:])
+    if labels != expected:
+        raise InvalidInput(
+            "labels", f"got shape {_text(labels)} for logits {_text(logits)}; expected {_text(expected)}"
+        )
+    _check_not_empty(logits)
+    if logits[1] == 1:
+        raise InvalidInput(
+            "logits",
+            f"got shape {_text(logits)} with a single class, whose softmax is 1 everywhere; expected C >= 2 "
+            "(for a binary problem with one channel use LovaszHinge)",
+        )
+    return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=logits[1])
+
+
+def hinge_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool) -> Layout:
+    """The layout of logits (N, *spatial) or (N, 1, *spatial) and labels (N, *spatial).
+
+    With ``multilabel`` both have shape (N, L, *spatial).
+
+    Raises:
+        InvalidInput: a shape is not one of these, or the two do not fit.
+    """
+    logits, labels = _checked("logits", logits), _checked("labels", labels)
+    if multilabel:
+        if len(logits) < 2:
+            raise InvalidInput("logits", f"got shape {_text(logits)}; expected (N, L, *spatial)")
+        if labels != logits:
+            raise InvalidInput(
+                "labels", f"got shape {_text(labels)} for multilabel logits {_text(logits)}; expected the same"
+            )
+        _check_not_empty(logits)
+        return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=2)
+    if len(logits) < 1:
+        raise InvalidInput("logits", "got shape (); expected (N, *spatial) or (N, 1, *spatial)")
+    squeezed = (logits[0], *logits[2:]) if len(logits) > 1 and logits[1] == 1 else logits
+    if labels not in (logits, squeezed):
+        raise InvalidInput(
+            "labels",
+            f"got shape {_text(labels)} for hinge logits {_text(logits)}; expected {_text(squeezed)} "
+            "(for several binary labels a pixel, set multilabel=True)",
+        )
+    _check_not_empty(logits)
+    return Layout(logits[0], 1, math.prod(logits[1:]), label_values=2)
+
+
+def _checked(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) > MAX_AXES:
+        raise InvalidInput(name, f"got {len(shape)} axes; expected at most {MAX_AXES}")
+    if any(size < 0 for size in shape):
+        raise InvalidInput(name, f"got shape {_text(shape)}; expected sizes >= 1")
+    return tuple(shape)
+
+
+def _bounded(channels: int) -> int:
+    if channels > MAX_CLASSES:
+        raise InvalidInput("logits", f"got {channels} channels; expected at most {MAX_CLASSES}")
+    return channels
+
+
+def _text(shape: Sequence[int]) -> str:
+    return str(tuple(shape))
+
+
+def _check_not_empty(logits: tuple[int, ...]) -> None:
+    if math.prod(logits) == 0:
+        raise InvalidInput("logits", f"got shape {_text(logits)}, which holds no element; expected at least one pixel")

@@ -1,0 +1,138 @@
+"""The losses: Lovász-Softmax, Lovász hinge and cross-entropy, each a frozen description that checks its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from lovasz.spec import checks
+from lovasz.spec.errors import InvalidInput
+
+Classes: TypeAlias = Literal["present", "all"] | tuple[int, ...]
+Input: TypeAlias = Literal["logits", "probabilities"]
+
+
+@dataclass(frozen=True)
+class LovaszSoftmax:
+    """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018).
+
+    Logits have shape (N, C, *spatial), labels (N, *spatial), with any number of spatial axes or none.
+
+    Args:
+        classes: which classes are scored. ``"present"``: those with a pixel in the group; ``"all"``: every class; a
+            sequence of class numbers: these, even where absent.
+        class_weights: one number >= 0 per class, length C. The loss is (1/K) sum of w_c L_c over the K scored classes.
+        per_image: False: all pixels of the batch are one group. True: each image is a group, and the loss is the mean
+            over all N images (an image whose pixels are all ignored counts as 0).
+        ignore_index: pixels with this label are ignored; their gradient is exactly 0.
+        input: ``"logits"``, or ``"probabilities"`` if a softmax was already applied.
+
+    Raises:
+        InvalidInput: an option has an invalid value.
+    """
+
+    classes: Classes | Sequence[int] = "present"
+    class_weights: Sequence[float] | None = None
+    per_image: bool = False
+    ignore_index: int | None = None
+    input: Input = "logits"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", self._parsed_classes())
+        object.__setattr__(self, "class_weights", checks.class_weights(self.class_weights))
+        object.__setattr__(self, "per_image", checks.flag("per_image", self.per_image))
+        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
+        if self.input not in get_args(Input):
+            raise InvalidInput("input", f"got {self.input!r}; expected 'logits' or 'probabilities'")
+
+    def _parsed_classes(self) -> Classes:
+        if isinstance(self.classes, str) and self.classes in ("present", "all"):
+            return self.classes
+        if isinstance(self.classes, str) or not isinstance(self.classes, Sequence | np.ndarray):
+            raise InvalidInput(
+                "classes", f"got {self.classes!r}; expected 'present', 'all' or a sequence of class numbers"
+            )
+        listed = tuple(checks.integer(f"classes[{i}]", c) for i, c in enumerate(self.classes))
+        if not listed:
+            raise InvalidInput("classes", "got an empty list; expected at least one class number")
+        if len(set(listed)) != len(listed):
+            raise InvalidInput("classes", f"got {list(listed)}; expected each class once")
+        if min(listed) < 0:
+            raise InvalidInput("classes", f"got {min(listed)}; expected class numbers >= 0")
+        return listed
+
+    @property
+    def kind(self) -> str:
+        """The name of this loss on the wire and in metrics."""
+        return "lovasz_softmax"
+
+
+@dataclass(frozen=True)
+class LovaszHinge:
+    """The Lovász hinge (Yu and Blaschko 2015; Berman, Triki and Blaschko 2018), for one or several binary labels.
+
+    Logits have shape (N, *spatial) or (N, 1, *spatial), labels (N, *spatial) with values 0 and 1. With ``multilabel``
+    both have shape (N, L, *spatial): each of the L labels is a separate binary problem, and the loss is their mean.
+
+    Args:
+        per_image: as for :class:`LovaszSoftmax`.
+        ignore_index: as for :class:`LovaszSoftmax`.
+        multilabel: whether the second axis holds several binary labels.
+
+    Raises:
+        InvalidInput: an option has an invalid value.
+    """
+
+    per_image: bool = False
+    ignore_index: int | None = None
+    multilabel: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per_image", checks.flag("per_image", self.per_image))
+        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
+        object.__setattr__(self, "multilabel", checks.flag("multilabel", self.multilabel))
+
+    @property
+    def kind(self) -> str:
+        """The name of this loss on the wire and in metrics."""
+        return "lovasz_hinge"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Softmax cross-entropy with the semantics of ``torch.nn.functional.cross_entropy(reduction="mean")``.
+
+    One difference: if every pixel is ignored (or has class weight 0), loss and gradient are 0 instead of NaN.
+
+    Args:
+        class_weights: torch's ``weight``: one number >= 0 per class, length C; the mean divides by the sum of weights.
+        ignore_index: pixels with this label are ignored. The default is torch's.
+        label_smoothing: in [0, 1]: the share of the target that is spread evenly over all classes.
+
+    Raises:
+        InvalidInput: an option has an invalid value.
+    """
+
+    class_weights: Sequence[float] | None = None
+    ignore_index: int | None = -100
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_weights", checks.class_weights(self.class_weights))
+        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
+        smoothing = checks.number("label_smoothing", self.label_smoothing)
+        if not 0.0 <= smoothing <= 1.0:
+            raise InvalidInput("label_smoothing", f"got {smoothing}; expected a number in [0, 1]")
+        object.__setattr__(self, "label_smoothing", smoothing)
+
+    @property
+    def kind(self) -> str:
+        """The name of this loss on the wire and in metrics."""
+        return "cross_entropy"
+
+
+Loss: TypeAlias = LovaszSoftmax | LovaszHinge | CrossEntropy
+LOSS_KINDS = ("lovasz_softmax", "lovasz_hinge", "cross_entropy")

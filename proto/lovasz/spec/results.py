@@ -1,0 +1,85 @@
+"""The result of a loss: its value, gradient, per-class losses, IoU counts and timing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+ArrayT = TypeVar("ArrayT")
+
+
+@dataclass(frozen=True)
+class TermResult:
+    """One term of the weighted sum, before its weight.
+
+    Attributes:
+        kind: ``"lovasz_softmax"``, ``"lovasz_hinge"`` or ``"cross_entropy"``.
+        loss: the term's value.
+        per_class_loss: float64, shape (C,): the loss of each class (hinge: of each label) before class weights,
+            averaged over the groups that score it; NaN if none does. Empty for cross-entropy.
+    """
+
+    kind: str
+    loss: float
+    per_class_loss: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the server spent the time of a request.
+
+    Attributes:
+        receive_seconds: from the header to the last byte of the payload.
+        queue_seconds: from there to the start of the computation.
+        compute_seconds: the computation of the request's batch.
+        batch_requests: how many requests shared that batch, this one included.
+        joint_wait_seconds: how long a joint request waited for the other ranks; not in ``queue_seconds``.
+        copy_seconds: from the end of the computation until the batch's gradients were in host memory, in their dtype;
+            not in ``compute_seconds``.
+    """
+
+    receive_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    batch_requests: int
+    joint_wait_seconds: float = 0.0
+    copy_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result(Generic[ArrayT]):
+    """The result of one request.
+
+    Attributes:
+        loss: the weighted sum of the terms; NaN if a logit of a counted pixel is not finite.
+        grad: dloss/dlogits (dloss/dprobabilities for that input), in the logits' shape and dtype; float32 for 16-bit
+            logits, as float16 would underflow. All NaN if ``loss`` is NaN; None if no gradient was wanted.
+        terms: each term's own loss, in the order in which the terms were given.
+        intersection: int64, shape (C,): pixels where arg-max and label are both this class (hinge: logit > 0 and
+            label 1). A pixel counts if at least one term counts it.
+        union: int64, shape (C,): pixels where arg-max or label is this class. The IoU of a test set is the ratio of
+            the two, each summed over the set.
+        timing: where the server spent its time; None without a server.
+    """
+
+    loss: float
+    grad: ArrayT | None
+    terms: tuple[TermResult, ...]
+    intersection: npt.NDArray[np.int64]
+    union: npt.NDArray[np.int64]
+    timing: Timing | None = None
+
+    @property
+    def per_class_loss(self) -> npt.NDArray[np.float64]:
+        """float64, shape (C,): the per-class loss of the first Lovász term; empty if there is none."""
+        return next((t.per_class_loss for t in self.terms if t.per_class_loss.size), np.empty(0))
+
+    @property
+    def class_iou(self) -> npt.NDArray[np.float64]:
+        """float64, shape (C,): intersection over union of arg-max and label; NaN for a class in neither."""
+        iou = np.full(self.union.shape, np.nan)
+        np.divide(self.intersection, self.union, out=iou, where=self.union > 0)
+        return iou

@@ -1,0 +1,45 @@
+"""The wire contract in Python: element types, request and answer headers, and tensors as bytes.
+
+Needs numpy and protobuf only. Client and server use the same code, so each rule is written once. How a message with
+tensors is serialized is in :mod:`lovasz.wire.framing`.
+"""
+
+from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
+from lovasz.wire.losses import loss_from_proto, loss_to_proto
+from lovasz.wire.messages import (
+    MAX_CALL_BYTES,
+    MAX_RUN_CHARACTERS,
+    MAX_WORLD_SIZE,
+    MEMORY_SUFFIX,
+    Joint,
+    Request,
+    Response,
+    SharedTensors,
+    TensorSpec,
+)
+from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
+
+__all__ = [
+    "CHUNK_BYTES",
+    "DTYPES",
+    "FLOATS",
+    "INTEGERS",
+    "MAX_CALL_BYTES",
+    "MAX_FRAME_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "MAX_RUN_CHARACTERS",
+    "MAX_WORLD_SIZE",
+    "MEMORY_SUFFIX",
+    "Assembly",
+    "DType",
+    "Joint",
+    "Request",
+    "Response",
+    "SharedTensors",
+    "TensorSpec",
+    "as_bytes",
+    "chunks",
+    "dtype_named",
+    "loss_from_proto",
+    "loss_to_proto",
+]

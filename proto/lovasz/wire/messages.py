@@ -1,0 +1,307 @@
+"""Headers of requests and responses: all of a message but its tensors' bytes, checked, and its protobuf form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lovasz import spec
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_numbered
+from lovasz.wire.enums import enum_text
+from lovasz.wire.losses import loss_from_proto, loss_to_proto
+
+MAX_RUN_CHARACTERS = 200
+MAX_WORLD_SIZE = 65_536
+MAX_CALL_BYTES = 64
+MEMORY_SUFFIX = ".memory"
+"""The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type and shape of a tensor on the wire."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to_proto(self) -> pb.TensorInfo:
+        return pb.TensorInfo(data_type=self.dtype.number, shape=self.shape)
+
+
+@dataclass(frozen=True)
+class SharedTensors:
+    """Where the tensors of a request are in shared memory.
+
+    Attributes:
+        session: the session's name, as the server gave it.
+        region: the region's number, as the client gave it.
+        logits_offset: in bytes, like the other two.
+        labels_offset: where the labels begin.
+        grad_offset: where the server writes the gradient.
+    """
+
+    session: bytes
+    region: int
+    logits_offset: int
+    labels_offset: int
+    grad_offset: int
+
+    def to_proto(self) -> pb.SharedTensors:
+        return pb.SharedTensors(
+            session=self.session,
+            region=self.region,
+            logits_offset=self.logits_offset,
+            labels_offset=self.labels_offset,
+            grad_offset=self.grad_offset,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.SharedTensors) -> SharedTensors:
+        return cls(message.session, message.region, message.logits_offset, message.labels_offset, message.grad_offset)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One rank's place in a joint step.
+
+    Attributes:
+        run: names the training.
+        step: the number of the step, from 0.
+        rank: in [0, world_size).
+        world_size: the number of ranks.
+        call: names the call; the same when the call is retried.
+
+    Raises:
+        InvalidInput: a value is invalid.
+    """
+
+    run: str
+    step: int
+    rank: int
+    world_size: int
+    call: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, str) or not 1 <= len(self.run) <= MAX_RUN_CHARACTERS:
+            raise spec.InvalidInput("joint.run", f"got {self.run!r}; expected 1 to {MAX_RUN_CHARACTERS} characters")
+        for name, value in (("step", self.step), ("rank", self.rank), ("world_size", self.world_size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise spec.InvalidInput(f"joint.{name}", f"got {value!r}; expected an integer")
+        if not 1 <= self.world_size <= MAX_WORLD_SIZE:
+            raise spec.InvalidInput("joint.world_size", f"got {self.world_size}; expected 1 to {MAX_WORLD_SIZE}")
+        if not 0 <= self.rank < self.world_size:
+            raise spec.InvalidInput("joint.rank", f"got {self.rank}; expected a rank in [0, {self.world_size})")
+        if not 0 <= self.step < 1 << 63:
+            raise spec.InvalidInput("joint.step", f"got {self.step}; expected a 64-bit number >= 0")
+        if len(self.call) > MAX_CALL_BYTES:
+            raise spec.InvalidInput("joint.call", f"got {len(self.call)} bytes; expected at most {MAX_CALL_BYTES}")
+
+    def to_proto(self) -> pb.Joint:
+        return pb.Joint(run=self.run, step=self.step, rank=self.rank, world_size=self.world_size, call=self.call)
+
+    @classmethod
+    def from_proto(cls, message: pb.Joint) -> Joint:
+        """The place that a protobuf message describes.
+
+        Raises:
+            InvalidInput: a value is invalid.
+        """
+        return cls(message.run, message.step, message.rank, message.world_size, message.call)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request without its payload.
+
+    Attributes:
+        loss: the loss to compute.
+        logits: element type and shape of the logits.
+        labels: element type and shape of the labels.
+        want_grad: whether the gradient is wanted, too.
+        layout: the sizes that the loss is computed with.
+        shared: where its tensors are in shared memory; None if they travel.
+        joint: its rank's place in a joint step; None if it is computed alone.
+        run: the training's name in the server's metrics; empty: none, or the run of ``joint``.
+    """
+
+    loss: spec.WeightedSum
+    logits: TensorSpec
+    labels: TensorSpec
+    want_grad: bool
+    layout: spec.Layout
+    shared: SharedTensors | None = None
+    joint: Joint | None = None
+    run: str = ""
+
+    @classmethod
+    def checked(
+        cls,
+        loss: spec.WeightedSum,
+        logits: TensorSpec,
+        labels: TensorSpec,
+        want_grad: bool,
+        shared: SharedTensors | None = None,
+        joint: Joint | None = None,
+        run: str = "",
+    ) -> Request:
+        """A request whose shapes were checked against its loss.
+
+        Raises:
+            InvalidInput: an element type or a shape does not fit the loss, or the run's name is too long.
+        """
+        if len(run) > MAX_RUN_CHARACTERS:
+            raise spec.InvalidInput("run", f"got {len(run)} characters; expected at most {MAX_RUN_CHARACTERS}")
+        if not logits.dtype.is_float:
+            raise spec.InvalidInput(
+                "logits", f"got element type {logits.dtype.name}; expected one of {', '.join(FLOATS)}"
+            )
+        if labels.dtype.is_float:
+            raise spec.InvalidInput(
+                "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
+            )
+        return cls(loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape), shared, joint, run)
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of the gradient; 0 if none is wanted."""
+        return self.logits.nbytes if self.want_grad else 0
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of logits and labels."""
+        return self.logits.nbytes + self.labels.nbytes
+
+    def to_proto(self) -> pb.RequestHeader:
+        return pb.RequestHeader(
+            loss=loss_to_proto(self.loss),
+            logits=self.logits.to_proto(),
+            labels=self.labels.to_proto(),
+            want_grad=self.want_grad,
+            shared_tensors=None if self.shared is None else self.shared.to_proto(),
+            joint=None if self.joint is None else self.joint.to_proto(),
+            run=self.run,
+        )
+
+    @classmethod
+    def from_proto(cls, header: pb.RequestHeader) -> Request:
+        """The request that a protobuf header describes.
+
+        Raises:
+            InvalidInput: a field is missing, unknown or invalid.
+        """
+        return cls.checked(
+            loss_from_proto(header.loss),
+            _tensor_from_proto("logits", header.logits),
+            _tensor_from_proto("labels", header.labels),
+            header.want_grad,
+            SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
+            Joint.from_proto(header.joint) if header.HasField("joint") else None,
+            header.run,
+        )
+
+
+def _tensor_from_proto(name: str, message: pb.TensorInfo) -> TensorSpec:
+    dtype = dtype_numbered(message.data_type)
+    if dtype is None:
+        raise spec.InvalidInput(
+            f"{name}.data_type", f"got {enum_text(pb.DataType, message.data_type)}; expected a type of this server"
+        )
+    return TensorSpec(dtype, tuple(message.shape))
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response without the gradient's bytes.
+
+    Attributes:
+        loss: the weighted sum of the terms.
+        terms: the result of each term.
+        intersection: int64, shape (C,): see :class:`lovasz.spec.Result`.
+        union: int64, shape (C,).
+        grad: element type and shape of the gradient; None if none was wanted.
+        grad_scale: a power of two: the gradient is sent multiplied by it.
+        timing: where the server spent the time.
+    """
+
+    loss: float
+    terms: tuple[spec.TermResult, ...]
+    intersection: npt.NDArray[np.int64]
+    union: npt.NDArray[np.int64]
+    grad: TensorSpec | None
+    grad_scale: float
+    timing: spec.Timing
+
+    def to_proto(self) -> pb.ResponseHeader:
+        timing = self.timing
+        return pb.ResponseHeader(
+            loss=self.loss,
+            terms=[pb.TermResult(loss=term.loss, per_class_loss=term.per_class_loss) for term in self.terms],
+            intersection=self.intersection,
+            union=self.union,
+            grad=None if self.grad is None else self.grad.to_proto(),
+            grad_scale=self.grad_scale,
+            timing=pb.ServerTiming(
+                receive_seconds=timing.receive_seconds,
+                queue_seconds=timing.queue_seconds,
+                compute_seconds=timing.compute_seconds,
+                batch_requests=timing.batch_requests,
+                joint_wait_seconds=timing.joint_wait_seconds,
+                copy_seconds=timing.copy_seconds,
+            ),
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.ResponseHeader, request: Request) -> Response:
+        """The response that a protobuf header describes.
+
+        Raises:
+            InvalidInput: it does not fit the request, so the server does not keep this contract.
+        """
+        kinds = [loss.kind for _, loss in request.loss.terms]
+        if len(message.terms) != len(kinds):
+            raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(kinds)}")
+        channels = request.layout.channels
+        for kind, term in zip(kinds, message.terms, strict=True):
+            expected = 0 if kind == "cross_entropy" else channels
+            if len(term.per_class_loss) != expected:
+                raise spec.InvalidInput(
+                    "response.per_class_loss", f"got {len(term.per_class_loss)} for {kind}; expected {expected}"
+                )
+        for name, counts in (("intersection", message.intersection), ("union", message.union)):
+            if len(counts) != channels:
+                raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
+        grad = _tensor_from_proto("response.grad", message.grad) if message.HasField("grad") else None
+        if grad != (request.logits if request.want_grad else None):
+            raise spec.InvalidInput(
+                "response.grad", f"got {grad}; expected type and shape of the logits if it was wanted, else None"
+            )
+        if grad is not None and math.frexp(message.grad_scale)[0] != 0.5:
+            raise spec.InvalidInput("response.grad_scale", f"got {message.grad_scale}; expected a power of two")
+        timing = message.timing
+        return cls(
+            loss=message.loss,
+            terms=tuple(
+                spec.TermResult(kind, term.loss, np.asarray(term.per_class_loss, np.float64))
+                for kind, term in zip(kinds, message.terms, strict=True)
+            ),
+            intersection=np.asarray(message.intersection, np.int64),
+            union=np.asarray(message.union, np.int64),
+            grad=grad,
+            grad_scale=message.grad_scale,
+            timing=spec.Timing(
+                timing.receive_seconds,
+                timing.queue_seconds,
+                timing.compute_seconds,
+                timing.batch_requests,
+                timing.joint_wait_seconds,
+                timing.copy_seconds,
+            ),
+        )

@@ -1,0 +1,292 @@
+"""The one thread that owns a device: takes batches, computes them, delivers the answers, and checks the device."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from lovasz.core.answers import Answer as CoreAnswer
+from lovasz.core.answers import JointFault, Pending
+from lovasz.core.dispatch import advice, give_memory_back, submit, warm_up
+from lovasz.core.stop import Stop, Stopped
+from lovasz.server.device.gradients import to_host
+from lovasz.server.device.self_test import computes_known_losses
+from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
+from lovasz.server.memory.exhaustion import is_out_of_memory
+from lovasz.server.observe.metrics import Metrics
+from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.job import Answer, Caller, Job
+from lovasz.spec import InvalidInput
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A batch that was started on the device."""
+
+    jobs: list[Job]
+    pending: Pending
+    started: float
+    stream: torch.cuda.Stream | None
+
+    @property
+    def callers(self) -> list[Caller]:
+        return _callers(self.jobs)
+
+
+class Engine:
+    """Computes what its batcher holds, on one device, in one thread.
+
+    On a GPU a batch is started while the one before still runs, never more than one ahead. The two are on streams of
+    their own, so that the answers of the first do not wait for the second.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        batcher: Batcher,
+        metrics: Metrics,
+        *,
+        health_interval_seconds: float,
+        stall_seconds: float,
+    ) -> None:
+        """Does not use the device yet.
+
+        Args:
+            health_interval_seconds: how often an idle device is checked.
+            stall_seconds: how long one batch may take before the device counts as unhealthy.
+        """
+        self.device = device
+        self._batcher = batcher
+        self._metrics = metrics
+        self._health_interval_seconds = health_interval_seconds
+        self._stall_seconds = stall_seconds
+        on_gpu = device.type == "cuda"
+        streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]
+        self._streams = itertools.cycle(streams)
+        self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
+        self._busy_since: float | None = None
+        self._busy_until = -math.inf
+        self._passed_check = False
+        self._last_check = -math.inf
+
+    def start(self) -> None:
+        """Compiles what the device will run, checks the device, and starts the thread.
+
+        Raises:
+            DeviceError: the device fails, or computes wrongly.
+        """
+        hint = advice(self.device)
+        if hint is not None:
+            _log.warning(hint)
+        since = time.monotonic()
+        try:
+            warm_up(self.device)
+        except Exception as error:
+            raise DeviceError(f"{self.device} cannot compute: {error}") from error
+        _log.info("compiled", extra={"device": str(self.device), "seconds": round(time.monotonic() - since, 1)})
+        self._check()
+        if not self._passed_check:
+            raise DeviceError(f"{self.device} did not compute a known loss; the log says why")
+        self._thread.start()
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Computes what is queued, then ends the thread; True if that was done in time."""
+        self._batcher.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the device gave the right answer when it was last checked, and has not been stuck since."""
+        since = self._busy_since
+        return self._passed_check and (since is None or time.monotonic() - since < self._stall_seconds)
+
+    def _run(self) -> None:
+        running: _Running | None = None
+        while running is not None or not self._batcher.finished:
+            batch = self._batcher.take(idle=running is None, timeout_seconds=self._health_interval_seconds)
+            try:
+                running = self._step(batch, running)
+            except Exception as error:
+                _log.exception("a fault of the engine itself")
+                for job in [*batch, *(running.jobs if running else ())]:
+                    job.refuse(error)
+                running = None
+            batch.clear()  # So that no tensors are held while waiting for the next batch.
+            self._busy_since = time.monotonic() if running else None
+
+    def _step(self, batch: list[Job], running: _Running | None) -> _Running | None:
+        """Starts a batch, finishes the one before, and returns the batch that runs then."""
+        if not batch and not running:
+            if time.monotonic() - self._last_check >= self._health_interval_seconds:
+                self._check()
+            return None
+        self._busy_since = time.monotonic()
+        following = None
+        if batch:
+            try:
+                following = self._begin(batch)
+            except Exception as error:
+                if running is None:
+                    self._split(batch, error)
+                else:  # Perhaps only the memory was missing that the running batch holds.
+                    self._finish(running)
+                    running, following = None, self._begin_or_split(batch)
+        if running is not None:
+            self._finish(running)
+        if following is not None and self.device.type == "cpu":
+            self._finish(following)
+            following = None
+        return following
+
+    def _begin(self, jobs: Sequence[Job]) -> _Running:
+        started, stream = time.monotonic(), next(self._streams)
+        for caller in _callers(jobs):
+            caller.started = started
+        with on(stream):
+            return _Running(list(jobs), self._start(jobs, stream), started, stream)
+
+    def _begin_or_split(self, jobs: list[Job]) -> _Running | None:
+        try:
+            return self._begin(jobs)
+        except Exception as error:
+            self._split(jobs, error)
+            return None
+
+    def _start(self, jobs: Sequence[Job], stream: torch.cuda.Stream | None) -> Pending:
+        first, stop, callers = jobs[0], Stop(), _callers(jobs)
+        # Holds no job, as jobs hold it: a reference cycle would keep the tensors alive.
+        departures = [caller.left for caller in callers]
+
+        def stop_if_all_left() -> None:
+            if all(left.is_set() for left in departures):
+                stop.ask()
+
+        for job in jobs:
+            job.when_left = stop_if_all_left
+        for caller in callers:
+            if caller.staging is not None and caller.staging.upload is not None:
+                caller.staging.upload.hand_over(stream)
+        stop_if_all_left()  # Some may have left before when_left was set.
+        requests, joined = [caller.request for caller in callers], [len(job.callers) for job in jobs]
+        return submit(requests, first.loss, self.device, joined=joined, want_grad=first.want_grad, stop=stop)
+
+    def _finish(self, running: _Running) -> None:
+        """Waits for a batch and delivers its answers."""
+        try:
+            with on(running.stream):
+                answers = iter(running.pending.collect())
+                computed = time.monotonic()
+                mark = None if running.stream is None else _mark(running.stream)
+                hosted = list(_to_host(answers, running.jobs))
+                copy_seconds = time.monotonic() - computed
+                if running.stream is not None and mark is not None:
+                    copied = _mark(running.stream)
+                    copied.synchronize()
+                    copy_seconds = mark.elapsed_time(copied) / 1000
+        except Exception as error:
+            self._split(running.jobs, error)
+            return
+        now = time.monotonic()
+        compute_seconds = max(0.0, now - running.started - copy_seconds)
+        # On a GPU a batch may have started before the one before it ended.
+        self._metrics.device_busy_seconds.inc(now - max(running.started, self._busy_until))
+        self._busy_until = now
+        callers = running.callers
+        self._metrics.observe_batch(len(callers), sum(job.elements for job in running.jobs))
+        for caller, (answer, scale) in zip(callers, hosted, strict=True):
+            if isinstance(answer, InvalidInput):
+                caller.refuse(answer)
+            elif isinstance(answer, JointFault):
+                caller.refuse(JointBrokenError(f"rank {answer.place}: {answer.fault}"))
+            else:
+                if math.isnan(answer.loss):
+                    self._metrics.nonfinite_results.inc()
+                timing = running.started, compute_seconds, copy_seconds
+                caller.answer(Answer(answer, scale, *timing, len(callers)))
+
+    def _split(self, jobs: list[Job], error: Exception) -> None:
+        """Computes a batch that failed in halves, so that only a job that cannot be computed is refused."""
+        if isinstance(error, Stopped):
+            _refuse(jobs, AbandonedError())
+            return
+        traceback.clear_frames(error.__traceback__)  # They hold what the failed attempt took of the device's memory.
+        if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
+            give_memory_back()
+            torch.cuda.empty_cache()
+        if len(jobs) > 1:
+            _log.warning("batch failed; computing it in halves", extra={"requests": len(jobs), "error": str(error)})
+            middle = len(jobs) // 2
+            for half in (jobs[:middle], jobs[middle:]):
+                running = self._begin_or_split(half)
+                if running is not None:
+                    self._finish(running)
+            return
+        (job,) = jobs
+        if is_out_of_memory(error):
+            _log.warning("a request does not fit on the device", extra={"elements": job.elements})
+            job.refuse(TooLargeError(f"{_what(job)} do not fit into the free memory of {self.device}"))
+            return
+        _log.error("a request could not be computed", exc_info=error)
+        self._check()
+        fault = error if self._passed_check else DeviceError(f"{self.device} does not answer; try another server")
+        job.refuse(fault)
+
+    def _check(self) -> None:
+        """Lets the device compute losses that are known."""
+        passed_before = self._passed_check
+        try:
+            self._passed_check = computes_known_losses(self.device)
+            if not self._passed_check:
+                _log.error("the device computes wrongly", extra={"device": str(self.device)})
+        except Exception:
+            self._passed_check = False
+            _log.exception("the device does not answer", extra={"device": str(self.device)})
+        if self._passed_check and not passed_before:
+            _log.info("the device answers", extra={"device": str(self.device)})
+        self._last_check = time.monotonic()
+
+
+def _callers(jobs: Sequence[Job]) -> list[Caller]:
+    return [caller for job in jobs for caller in job.callers]
+
+
+def _refuse(jobs: Sequence[Job], error: Exception) -> None:
+    for job in jobs:
+        job.refuse(error)
+
+
+def _to_host(answers: Iterator[CoreAnswer], jobs: Sequence[Job]) -> Iterator[tuple[CoreAnswer, float]]:
+    for job in jobs:
+        yield from to_host(list(itertools.islice(answers, len(job.callers))), job.callers)
+
+
+def _what(job: Job) -> str:
+    """Names the logits of a job, for people."""
+    if len(job.callers) > 1:
+        return f"the logits of {len(job.callers)} ranks, {job.elements} numbers,"
+    return f"logits of shape {tuple(job.callers[0].request.logits.shape)}"
+
+
+def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Work inside goes to this stream; None on a CPU, which has none."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event that is reached once all work queued on the stream so far is done."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event

@@ -1,0 +1,1 @@
+"""What people see of the server: logs, metrics, runs and traces."""

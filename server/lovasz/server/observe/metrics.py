@@ -1,0 +1,264 @@
+"""Every metric of the server, declared here."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+)
+
+from lovasz.server.config import DEFAULT_MAX_RUNS
+from lovasz.server.observe.runs import Runs
+
+_log = logging.getLogger(__name__)
+
+
+class Phase(enum.Enum):
+    """What a request goes through, in this order."""
+
+    RECEIVE = "receive"
+    """Header and payload."""
+    JOINT = "joint"
+    """Waiting for the other ranks of its step."""
+    QUEUE = "queue"
+    """Waiting for the device."""
+    COMPUTE = "compute"
+    """Its batch."""
+    COPY = "copy"
+    """The copy of the batch's gradients to the host."""
+    SEND = "send"
+    """Its answer."""
+
+
+class JointOutcome(enum.Enum):
+    """How a joint step ended."""
+
+    COMPLETED = "completed"
+    TIMEOUT = "timeout"
+    LEFT = "left"
+    OVERLOADED = "overloaded"
+    STOPPING = "stopping"
+
+
+class Rejection(enum.Enum):
+    """Why a request was refused."""
+
+    NO_BYTES = "no_bytes"
+    NO_REQUESTS = "no_requests"
+    TOO_LARGE = "too_large"
+    STOPPING = "stopping"
+    INVALID = "invalid"
+    MISMATCH = "mismatch"
+
+
+class Abandonment(enum.Enum):
+    """Why a request was given up before its answer was sent."""
+
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+PHASES = tuple(phase.value for phase in Phase)
+CLASSES = ("0", "0.01", "0.1", "1", "10")
+"""Classes of requests by how long they take. Each is named by its lower limit in seconds."""
+
+_CLASS_STARTS = tuple(map(float, CLASSES))
+_OUTCOMES = {True: "answered", False: "failed"}
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 60, 120, 300, 1800)
+_REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ELEMENTS = tuple(float(4**k) for k in range(5, 17))
+_BYTES = tuple(float(2**k) for k in range(10, 33))
+"""1 KiB to 4 GiB."""
+
+GAUGES = {
+    "lovasz_queue_requests": "Requests waiting for the device.",
+    "lovasz_in_flight_requests": "Requests in flight.",
+    "lovasz_max_requests": "Most requests in flight at a time.",
+    "lovasz_in_flight_bytes": "Tensor bytes of the requests in flight, with their gradients.",
+    "lovasz_budget_bytes": "Most tensor bytes in flight at a time.",
+    "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
+    "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
+    "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it belongs to them.",
+    "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
+    "lovasz_joint_ranks_waiting": "Ranks that wait for the other ranks of their joint step.",
+    "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that lost theirs and ask again.",
+    "lovasz_device_healthy": "1 if the device gave the right answer when last checked, and is not stuck.",
+    "lovasz_device_utilization_ratio": "Share of the time in which the GPU (for a CPU: the host's processors) had "
+    "work of any process; NaN if unknown (GPUs without nvidia-ml-py).",
+    "lovasz_device_memory_used_bytes": "Memory of the GPU (for a CPU: of the host) that is used by any process; "
+    "NaN if unknown.",
+    "lovasz_device_memory_bytes": "Memory of the GPU (for a CPU: of the host); NaN if unknown.",
+}
+"""The gauges that are read each time that they are scraped, with their help texts."""
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own.
+
+    Attributes:
+        runs: the loss and IoU of trainings, at most ``max_runs`` of them.
+    """
+
+    def __init__(self, max_runs: int = DEFAULT_MAX_RUNS) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.runs = Runs(max_runs)
+        registry.register(self.runs)
+        self.requests = Counter(
+            "lovasz_requests",
+            "Requests answered, by method, kind of loss and gRPC status code.",
+            ["method", "loss", "code"],
+            registry=registry,
+        )
+        self._phase_seconds = Histogram(
+            "lovasz_phase_seconds",
+            "Time that each admitted request spent in each phase, including the phase in which it failed.",
+            ["phase"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._request_seconds = Histogram(
+            "lovasz_request_seconds",
+            "Time of each admitted request, from its header to the end of its answer, or to its failure; the outcome "
+            "is answered or failed.",
+            ["outcome"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._class_seconds = Counter(
+            "lovasz_class_phase_seconds",
+            "Time spent in each phase by the requests of a class: those that took more than `over` seconds in total, "
+            "and no more than the next class.",
+            ["over", "phase"],
+            registry=registry,
+        )
+        self._class_requests = Counter(
+            "lovasz_class_requests", "Requests in each of these classes.", ["over"], registry=registry
+        )
+        self.faults = Counter(
+            "lovasz_faults", "Requests that failed because of a fault in the server.", registry=registry
+        )
+        self.request_bytes = Histogram(
+            "lovasz_request_bytes",
+            "Tensor bytes of the requests that were computed, without their gradients.",
+            buckets=_BYTES,
+            registry=registry,
+        )
+        self.rejections = Counter(
+            "lovasz_rejections",
+            "Requests refused, by reason: no_bytes and no_requests mean that there was no room. All are refused at "
+            "their header, except invalid ones and some that are too_large.",
+            ["reason"],
+            registry=registry,
+        )
+        self.abandoned = Counter(
+            "lovasz_abandoned",
+            "Requests that were given up before their answer was sent, because their caller cancelled them or their "
+            "deadline passed, by the phase that they were in.",
+            ["reason", "phase"],
+            registry=registry,
+        )
+        self.stalled = Counter(
+            "lovasz_stalled",
+            "Calls cut off because their caller stopped sending its request (receive) or reading its answer (send).",
+            ["phase"],
+            registry=registry,
+        )
+        self.joint_groups = Counter(
+            "lovasz_joint_groups",
+            "Joint steps that ended: completed, or not, because ranks were missing at the timeout, all had left, there "
+            "was no room, or the server was stopping.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.device_busy_seconds = Counter(
+            "lovasz_device_busy_seconds", "Time during which the device had a batch to compute.", registry=registry
+        )
+        self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
+        self.nonfinite_results = Counter(
+            "lovasz_nonfinite_results", "Answers that were NaN because the logits were not finite.", registry=registry
+        )
+        self._batch_requests = Histogram(
+            "lovasz_batch_requests", "Requests computed in one batch.", buckets=_REQUESTS, registry=registry
+        )
+        self._batch_elements = Histogram(
+            "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS, registry=registry
+        )
+        self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
+        self._phases = {
+            phase: (
+                self._phase_seconds.labels(phase.value),
+                [self._class_seconds.labels(over, phase.value) for over in CLASSES],
+            )
+            for phase in Phase
+        }
+        self._classes = [self._class_requests.labels(over) for over in CLASSES]
+        self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
+        # Counters begin at 0: Prometheus sees no rise in one that begins at its first event.
+        for outcome in JointOutcome:
+            self.joint_groups.labels(outcome.value)
+        for rejection in Rejection:
+            self.rejections.labels(rejection.value)
+        for phase in Phase:
+            for reason in Abandonment:
+                self.abandoned.labels(reason.value, phase.value)
+        for phase in (Phase.RECEIVE, Phase.SEND):
+            self.stalled.labels(phase.value)
+
+    def observe_request(
+        self, phases: Mapping[Phase, float], seconds: float, answered: bool, trace: dict[str, str] | None
+    ) -> None:
+        """Records an admitted request.
+
+        Args:
+            phases: seconds spent in each phase that the request reached.
+            seconds: in total.
+            answered: whether it was answered, and did not fail.
+            trace: from ``tracing.exemplar``.
+        """
+        self._outcomes[answered].observe(seconds, trace)
+        place = max(0, bisect_left(_CLASS_STARTS, seconds) - 1)
+        self._classes[place].inc()
+        for phase, spent in phases.items():
+            histogram, classes = self._phases[phase]
+            histogram.observe(spent, trace)
+            classes[place].inc(spent)
+
+    def observe_batch(self, requests: int, elements: int) -> None:
+        """Records a batch that was computed."""
+        self._batch_requests.observe(requests)
+        self._batch_elements.observe(elements)
+        self.elements.inc(elements)
+
+    def describe(self, **build: str) -> None:
+        """Sets the labels of ``lovasz_build_info``."""
+        self._build.info(build)
+
+    def watch(self, readers: Mapping[str, Callable[[], float]]) -> None:
+        """Declares :data:`GAUGES`, each with the function that reads it."""
+        assert readers.keys() == GAUGES.keys()
+        for name, text in GAUGES.items():
+            Gauge(name, text, registry=self.registry).set_function(_readable(readers[name]))
+
+
+def _readable(read: Callable[[], float]) -> Callable[[], float]:
+    """Reads NaN if a reader fails, as the other gauges are needed all the more then."""
+
+    def value() -> float:
+        try:
+            return read()
+        except Exception:
+            _log.exception("a gauge cannot be read")
+            return math.nan
+
+    return value

@@ -1,0 +1,1 @@
+"""Which requests are admitted, which wait for each other, and which are computed next."""

@@ -1,0 +1,167 @@
+"""A job: what the batcher queues and the engine computes, and the callers who each wait for a part of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+
+from lovasz.core.batch import Request
+from lovasz.server.errors import AbandonedError, ExpiredError, fresh
+from lovasz.server.memory.staging import Staging
+from lovasz.spec import Result, WeightedSum
+
+_SECONDS_PER_ELEMENT = 5e-9
+"""About what a CPU takes for one logit. Only the order of the queue depends on it."""
+
+Key: TypeAlias = tuple[WeightedSum, bool, torch.dtype, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine returns for one request.
+
+    Attributes:
+        result: its ``grad`` is on the host, contiguous, in the element type of the logits, and multiplied by
+            ``grad_scale``.
+        started: when the batch was started (``time.monotonic``).
+        compute_seconds: from there until the batch was computed.
+        copy_seconds: from there until the batch's gradients were in their places on the host.
+        batch_requests: requests in the batch.
+    """
+
+    result: Result[torch.Tensor]
+    grad_scale: float
+    started: float
+    compute_seconds: float
+    copy_seconds: float
+    batch_requests: int
+
+
+@dataclass(eq=False)
+class Caller:
+    """One call that waits for the answer to its request.
+
+    Attributes:
+        deadline: when the caller stops waiting (``time.monotonic``); None: never.
+        staging: where the tensors are on the host, and where the gradient goes; None: anywhere.
+        started: when the batch with the request was started (``time.monotonic``); None before.
+        left: set once the caller has gone away.
+    """
+
+    request: Request
+    deadline: float | None = None
+    staging: Staging | None = None
+    started: float | None = None
+    left: threading.Event = field(default_factory=threading.Event)
+    _future: Future[Answer] = field(default_factory=Future)
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer or an error, or the request was cancelled."""
+        return self._future.done()
+
+    def answer(self, answer: Answer) -> None:
+        self._future.set_result(answer)
+
+    def refuse(self, error: Exception) -> None:
+        """Answers with an error, unless the caller was answered before."""
+        with suppress(InvalidStateError):
+            self._future.set_exception(error)
+
+    def claim(self) -> bool:
+        """From now on the request cannot be cancelled; False if it has been."""
+        return self._future.set_running_or_notify_cancel()
+
+    def cancel(self) -> None:
+        """Ends the wait with CancelledError, unless the request was claimed or answered before."""
+        self._future.cancel()
+
+    def wait(self, timeout_seconds: float | None = None) -> Answer:
+        """Waits for the answer.
+
+        Raises:
+            concurrent.futures.TimeoutError: there was no answer in time.
+            CancelledError: the job was cancelled.
+            Exception: what the caller was refused with; a copy, so that only this thread adds to its trace.
+        """
+        error = self._future.exception(timeout_seconds)
+        if error is not None:
+            raise fresh(error)
+        return self._future.result()
+
+
+@dataclass(eq=False)
+class Job:
+    """Requests that are computed as one: a single request, or those of all ranks of a joint step, in rank order.
+
+    Attributes:
+        callers: who wait for it, one for each request.
+        queued: since when it waits for the device (``time.monotonic``).
+        when_left: called each time that a caller leaves. Set by the engine when it starts the job.
+    """
+
+    callers: tuple[Caller, ...]
+    loss: WeightedSum
+    want_grad: bool
+    queued: float = field(default_factory=time.monotonic)
+    when_left: Callable[[], None] | None = None
+
+    @cached_property
+    def elements(self) -> int:
+        """Logits of all requests."""
+        return sum(caller.request.layout.elements for caller in self.callers)
+
+    @property
+    def due(self) -> float:
+        """Its place in the queue, as a time.
+
+        A job of N logits lets those pass that arrive within N times a constant after it. So large jobs do not hold up
+        small ones, and do not wait forever.
+        """
+        return self.queued + _SECONDS_PER_ELEMENT * self.elements
+
+    @cached_property
+    def key(self) -> Key:
+        """Jobs with equal keys can share a batch."""
+        first = self.callers[0].request
+        return self.loss, self.want_grad, first.logits.dtype, first.layout.channels
+
+    def leave(self, caller: Caller) -> None:
+        """A caller has gone away. Once all have, the job is cancelled, or ends early if it is being computed and
+        nobody waits for the rest of its batch."""
+        caller.left.set()
+        if all(other.left.is_set() for other in self.callers):
+            for other in self.callers:
+                other.cancel()
+        when_left = self.when_left
+        if when_left is not None:
+            when_left()
+
+    def claim(self) -> bool:
+        """Takes the job out of its callers' hands; False if they have all left, or all their deadlines have passed.
+
+        If only some deadlines have passed, the other callers still need the job.
+        """
+        claimed = [caller for caller in self.callers if caller.claim()]
+        if len(claimed) < len(self.callers):
+            for caller in claimed:  # All callers are leaving at this moment.
+                caller.refuse(AbandonedError())
+            return False
+        now = time.monotonic()
+        if all(caller.deadline is not None and now > caller.deadline for caller in self.callers):
+            self.refuse(ExpiredError("the deadline passed while the request was waiting for the device"))
+            return False
+        return True
+
+    def refuse(self, error: Exception) -> None:
+        """Answers all callers that have no answer yet with an error."""
+        for caller in self.callers:
+            caller.refuse(error)

@@ -1,0 +1,181 @@
+"""The ranks of one joint step, the states that a step and its ranks go through, and the room that they hold.
+
+Nothing here takes a lock: ``JointTable`` does.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lovasz import wire
+from lovasz.server.errors import OverloadedError, ServerError
+from lovasz.server.schedule.admission import Permit
+from lovasz.server.schedule.job import Caller, Job
+
+
+class Step(NamedTuple):
+    """Names a joint step. A training and an evaluation count their steps separately: ``want_grad`` tells them apart."""
+
+    run: str
+    number: int
+    want_grad: bool
+
+
+class GroupState(enum.Enum):
+    """What a group waits for, or how it ended."""
+
+    WAITING = enum.auto()
+    """For ranks."""
+    COMPLETE = enum.auto()
+    """All ranks are here; their job is queued, being computed, or done."""
+    BROKEN = enum.auto()
+    """Its ranks were refused."""
+    DESERTED = enum.auto()
+    """All its ranks left before it was complete."""
+
+
+class SeatState(enum.Enum):
+    """How far the call of one rank has come."""
+
+    RECEIVING = enum.auto()
+    """Its header is here."""
+    ARRIVED = enum.auto()
+    """Its payload is here, too."""
+    LOST = enum.auto()
+    """It left, or was replaced, before its group was complete."""
+    DONE = enum.auto()
+    """Its call needs the seat no more."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """One rank's place in a group, from its header to its answer.
+
+    Attributes:
+        call: the request that names the call: equal when the same call is retried; None if calls have no name.
+        nbytes: bytes of its tensors.
+        permit: room for them; until the group is complete, at least for the group's share, so that there is room for a
+            rank that leaves and comes again.
+        cancel: ends the call.
+        caller: who waits; set while the state is ARRIVED.
+        error: why the seat was lost.
+    """
+
+    group: Group
+    joint: wire.Joint
+    call: wire.Request | None
+    nbytes: int
+    permit: Permit
+    cancel: Callable[[], object]
+    state: SeatState = SeatState.RECEIVING
+    caller: Caller | None = None
+    error: ServerError | None = None
+
+    @property
+    def completed(self) -> float | None:
+        """When the group was complete (``time.monotonic``); None before."""
+        return self.group.completed
+
+
+@dataclass(eq=False, kw_only=True)
+class Group:
+    """The ranks of one step.
+
+    Attributes:
+        first: the request of the rank that came first, which those of the others have to fit.
+        share: bytes that are reserved for each rank that has not come.
+        permit: the room that is reserved for those ranks.
+        deadline: until when the ranks wait for each other (``time.monotonic``).
+        seats: by rank; those that are neither LOST nor DONE.
+        job: what is computed once the group is complete, until the last rank is done.
+        since: when the first rank came (``time.monotonic``).
+        completed: when the group was complete (``time.monotonic``); None before.
+        error: why the group is broken.
+        logged: whether it was logged that it waits.
+    """
+
+    step: Step
+    first: wire.Request
+    world_size: int
+    share: int
+    permit: Permit
+    deadline: float
+    state: GroupState = GroupState.WAITING
+    seats: dict[int, Seat] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+    completed: float | None = None
+    job: Job | None = None
+    error: ServerError | None = None
+    logged: bool = False
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks whose payload is not here."""
+        return [
+            rank
+            for rank in range(self.world_size)
+            if rank not in self.seats or self.seats[rank].state is not SeatState.ARRIVED
+        ]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all ranks have come, with their payloads."""
+        return len(self.seats) == self.world_size and not self.missing
+
+    def take_seat(self, request: wire.Request, call: wire.Request | None, cancel: Callable[[], object]) -> Seat:
+        """Gives a rank its seat.
+
+        Raises:
+            OverloadedError: the rank needs more than its share, and there is no room.
+        """
+        joint = request.joint
+        assert joint is not None
+        nbytes = request.payload_bytes + request.grad_bytes
+        permit = self.permit.split(self.share)
+        try:
+            permit.resize(max(nbytes, self.share))
+        except OverloadedError:
+            self.permit.absorb(permit)
+            raise
+        seat = self.seats[joint.rank] = Seat(self, joint, call, nbytes, permit, cancel)
+        return seat
+
+    def lose(self, seat: Seat, error: ServerError) -> None:
+        """A rank leaves before the group is complete: its share waits for it to come again."""
+        del self.seats[seat.joint.rank]
+        seat.state, seat.error = SeatState.LOST, error
+        if seat.caller is not None:
+            seat.caller.refuse(error)
+        if self.state is GroupState.WAITING:
+            seat.permit.resize(self.share)
+            self.permit.absorb(seat.permit)
+
+    def complete(self) -> Job:
+        """All ranks are here: returns what is to be computed. Each rank now holds no more room than it needs."""
+        seats = [self.seats[rank] for rank in range(self.world_size)]
+        for seat in seats:
+            seat.permit.resize(seat.nbytes)
+        self.state, self.completed = GroupState.COMPLETE, time.monotonic()
+        callers = tuple(seat.caller for seat in seats if seat.caller is not None)
+        self.job = Job(callers, self.first.loss, self.first.want_grad)
+        return self.job
+
+    def refuse(self, error: ServerError) -> None:
+        """Answers all ranks with an error, those that still send as soon as they have sent."""
+        self.state, self.error = GroupState.BROKEN, error
+        for seat in self.seats.values():
+            if seat.caller is not None:
+                seat.caller.refuse(error)
+
+    def vacate(self, seat: Seat) -> None:
+        """A call needs its seat no more; with the last one, the group lets go of the job and its tensors."""
+        if self.seats.get(seat.joint.rank) is seat:
+            del self.seats[seat.joint.rank]
+            seat.state = SeatState.DONE
+        seat.caller = None
+        if not self.seats:
+            self.job = None

@@ -1,0 +1,98 @@
+"""Answers that are kept for a while, for ranks that lost theirs and ask again.
+
+Nothing here takes a lock: ``JointTable`` does.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from lovasz import wire
+from lovasz.server.memory.staging import Staging
+from lovasz.server.schedule.admission import Permit
+from lovasz.server.schedule.job import Answer
+
+KEPT_SECONDS = 15.0
+"""How long an answer is kept after it was sent, unless its rank comes with another call before."""
+
+
+@dataclass(eq=False)
+class Kept:
+    """An answer that its rank may ask for again, with the memory that holds its gradient.
+
+    Attributes:
+        users: calls that are being answered with it.
+        until: when it is dropped (``time.monotonic``), if it has no users.
+        dropped: nobody can ask for it any more; its memory is given back with its last user.
+    """
+
+    joint: wire.Joint
+    answer: Answer
+    staging: Staging
+    permit: Permit
+    users: int = 1
+    until: float = 0.0
+    dropped: bool = False
+
+    def leave(self) -> None:
+        """A call was answered with it."""
+        self.users -= 1
+        self.until = time.monotonic() + KEPT_SECONDS
+        self.permit.release_request()
+        self._release_if_unused()
+
+    def drop(self) -> None:
+        self.dropped = True
+        self._release_if_unused()
+
+    def _release_if_unused(self) -> None:
+        if self.dropped and not self.users:
+            self.staging.release()
+            self.permit.release()
+
+
+class KeptAnswers:
+    """The answers that can be asked for, by the call that they answer."""
+
+    def __init__(self) -> None:
+        self._answers: dict[wire.Request, Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def take(self, call: wire.Request) -> Kept | None:
+        """The answer to a call that comes again, to be given back by :meth:`Kept.leave`; None if there is none."""
+        kept = self._answers.get(call)
+        if kept is not None:
+            kept.users += 1
+        return kept
+
+    def keep(self, call: wire.Request | None, kept: Kept) -> None:
+        """Keeps an answer; that of a call without a name only as long as it is sent, as nobody can ask for it."""
+        if call is None:
+            kept.drop()
+        else:
+            self._answers[call] = kept
+
+    def acknowledge(self, joint: wire.Joint) -> None:
+        """Drops the answers to earlier calls of a rank: as it comes with another call, it has received them."""
+        for call, kept in list(self._answers.items()):
+            if (kept.joint.run, kept.joint.rank) == (joint.run, joint.rank):
+                self._drop(call)
+
+    def drop_old(self) -> None:
+        """Drops the answers that were kept for long enough."""
+        now = time.monotonic()
+        for call in [call for call, kept in self._answers.items() if not kept.users and kept.until < now]:
+            self._drop(call)
+
+    def drop_unused(self) -> bool:
+        """Drops all answers that are not being sent; says whether there were any."""
+        unused = [call for call, kept in self._answers.items() if not kept.users]
+        for call in unused:
+            self._drop(call)
+        return bool(unused)
+
+    def _drop(self, call: wire.Request) -> None:
+        self._answers.pop(call).drop()

@@ -1,0 +1,298 @@
+"""Brings the requests of all ranks of a step together, and keeps their answers for a while; does not compute them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
+
+from lovasz import wire
+from lovasz.server.errors import (
+    AbandonedError,
+    JointBrokenError,
+    JointMismatchError,
+    OverloadedError,
+    ServerError,
+    StoppingError,
+    TooLargeError,
+    fresh,
+)
+from lovasz.server.memory.staging import Staging
+from lovasz.server.observe.metrics import JointOutcome, Metrics
+from lovasz.server.observe.waiting_steps import WaitingStep
+from lovasz.server.schedule.admission import Admission
+from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.job import Answer, Caller
+from lovasz.server.schedule.joint import texts
+from lovasz.server.schedule.joint.group import Group, GroupState, Seat, SeatState, Step
+from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
+
+_log = logging.getLogger(__name__)
+
+STRAGGLER_SECONDS = 5.0
+"""A step that waits for longer is logged, with the ranks that it waits for."""
+
+
+class JointTable:
+    """The groups that wait for ranks.
+
+    The first rank of a step reserves room for all of them, so that no two groups wait for each other's room. A rank
+    that leaves before its group is complete frees its seat; a group that all ranks have left is gone.
+    """
+
+    def __init__(self, admission: Admission, batcher: Batcher, metrics: Metrics, timeout_seconds: float) -> None:
+        self._admission, self._batcher, self._metrics = admission, batcher, metrics
+        self._timeout_seconds = timeout_seconds
+        self._changed = threading.Condition()
+        """Guards all below, and the groups, seats and kept answers; notified when a seat is free or a group ends."""
+        self._waiting: dict[Step, Group] = {}
+        self._seats: dict[wire.Request, Seat] = {}
+        """By call, for calls that have a name."""
+        self._kept = KeptAnswers()
+        admission.reclaim = self._reclaim
+
+    @property
+    def groups(self) -> int:
+        """Groups that wait for ranks."""
+        return len(self._waiting)
+
+    @property
+    def waiting_ranks(self) -> int:
+        """Ranks that wait for others."""
+        with self._changed:
+            return sum(len(group.seats) for group in self._waiting.values())
+
+    @property
+    def kept(self) -> int:
+        """Answers that are kept."""
+        return len(self._kept)
+
+    def waiting_steps(self) -> list[WaitingStep]:
+        """The groups that wait, the longest first."""
+        now = time.monotonic()
+        with self._changed:
+            groups = sorted(self._waiting.values(), key=lambda group: group.since)
+            return [texts.waiting_step(group, now) for group in groups]
+
+    def join(self, request: wire.Request, cancel: Callable[[], object]) -> Seat | Kept:
+        """Takes a seat, or the kept answer if the call was answered before. Either is given back by :meth:`leave`.
+
+        Args:
+            cancel: ends this call. Used if the same call comes again while this one is still receiving.
+
+        Raises:
+            JointMismatchError: the request does not fit the ranks that wait.
+            OverloadedError, TooLargeError, StoppingError: as ``Admission.reserve``, for all ranks together.
+        """
+        joint = request.joint
+        assert joint is not None
+        call = replace(request, shared=None) if joint.call else None
+        with self._changed:
+            if call is not None:
+                self._end_earlier(call)
+                kept = self._kept.take(call)
+                if kept is not None:
+                    return kept
+            group = self._group_of(request, joint)
+            try:
+                seat = group.take_seat(request, call, cancel)
+            except OverloadedError as error:
+                refusal = self._never_fits(group, request) or error
+                self._break(group, refusal, JointOutcome.OVERLOADED)
+                raise refusal from None
+            if call is not None:
+                self._seats[call] = seat
+            self._kept.acknowledge(joint)
+            return seat
+
+    def arrive(self, seat: Seat, caller: Caller) -> None:
+        """The payload of a rank is here. With the last one, the group is queued.
+
+        Raises:
+            JointBrokenError, AbandonedError, StoppingError: the group was broken, or the seat was lost.
+        """
+        with self._changed:
+            group = seat.group
+            error = seat.error or group.error
+            if error is not None:
+                raise fresh(error)
+            seat.caller, seat.state = caller, SeatState.ARRIVED
+            if not group.is_full:
+                return
+            del self._waiting[group.step]
+            job = group.complete()
+            self._metrics.joint_groups.labels(JointOutcome.COMPLETED.value).inc()
+            if time.monotonic() - group.since > STRAGGLER_SECONDS:
+                self._log("a joint step waited", group, last_rank=seat.joint.rank)
+        try:
+            self._batcher.put(job)
+        except StoppingError as stopping:
+            job.refuse(stopping)
+
+    def wait(self, seat: Seat, staging: Staging) -> Kept:
+        """Waits for the other ranks and for the computation, and gives the seat back.
+
+        Args:
+            staging: the tensors. From now on they belong to the answer, unless an error is raised.
+
+        Returns:
+            The answer, to be given back by :meth:`leave` in place of the seat.
+
+        Raises:
+            JointBrokenError: a rank is missing after the timeout, or its request is invalid.
+            AbandonedError: all callers have left.
+        """
+        try:
+            answer = self._answer(seat)
+        except CancelledError:
+            assert seat.group.job is not None
+            self._batcher.discard(seat.group.job)
+            raise AbandonedError from None
+        with self._changed:
+            kept = Kept(seat.joint, answer, staging, seat.permit)
+            self._kept.keep(seat.call, kept)
+            self._vacate(seat)
+        return kept
+
+    def give_up(self, seat: Seat) -> None:
+        """The caller of a seat has gone away."""
+        with self._changed:
+            job, caller = seat.group.job, seat.caller
+            if seat.group.state is not GroupState.COMPLETE:
+                self._lose(seat, AbandonedError())
+        if job is not None and caller is not None:
+            job.leave(caller)
+
+    def leave(self, place: Seat | Kept) -> None:
+        """The call has ended. Nothing uses the tensors of a seat any more."""
+        with self._changed:
+            if isinstance(place, Kept):
+                place.leave()
+                return
+            if place.group.state is not GroupState.COMPLETE:
+                self._lose(place, AbandonedError())
+            self._vacate(place)
+            place.permit.release()
+
+    def stop(self) -> None:
+        """Refuses all ranks that wait: the missing ones will not be admitted any more."""
+        with self._changed:
+            for group in list(self._waiting.values()):
+                text = f"the server is stopping, and {texts.missing_ranks(group)}"
+                self._break(group, StoppingError(text), JointOutcome.STOPPING)
+
+    def check(self) -> None:
+        """A chore: drops answers that were kept for long enough, and logs which ranks steps wait for."""
+        now = time.monotonic()
+        with self._changed:
+            self._kept.drop_old()
+            for group in self._waiting.values():
+                if not group.logged and now - group.since > STRAGGLER_SECONDS:
+                    group.logged = True
+                    self._log("a joint step waits", group, missing=texts.ranks(group.missing))
+
+    def _end_earlier(self, call: wire.Request) -> None:
+        """The same call has come again: ends the earlier one, or waits for it if it is being computed.
+
+        Raises:
+            JointBrokenError: it is still being computed after the timeout.
+        """
+        until = time.monotonic() + self._timeout_seconds
+        while (earlier := self._seats.get(call)) is not None:
+            if earlier.group.state is not GroupState.COMPLETE:
+                receiving = earlier.state is SeatState.RECEIVING
+                # The group stays even if it has no other rank: this call takes the seat.
+                self._lose(earlier, AbandonedError("the same call came again"), may_end=False)
+                if receiving:  # Its payload may have stalled.
+                    earlier.cancel()
+            elif not self._changed.wait(until - time.monotonic()):
+                raise JointBrokenError("the same call is still being computed")
+
+    def _group_of(self, request: wire.Request, joint: wire.Joint) -> Group:
+        """The group that a request belongs to, a new one if none waits."""
+        step = Step(joint.run, joint.step, request.want_grad)
+        group = self._waiting.get(step)
+        if group is None:
+            share, world_size = request.payload_bytes + request.grad_bytes, joint.world_size
+            group = self._waiting[step] = Group(
+                step=step,
+                first=request,
+                world_size=world_size,
+                share=share,
+                permit=self._admission.reserve(world_size * share, world_size),
+                deadline=time.monotonic() + self._timeout_seconds,
+            )
+        elif (difference := texts.mismatch(group, request)) is not None:
+            raise JointMismatchError(difference)
+        return group
+
+    def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
+        """The refusal if the group with one more request is larger than the whole budget."""
+        held = [max(seat.nbytes, group.share) for seat in group.seats.values()]
+        held.append(request.payload_bytes + request.grad_bytes)
+        needed = sum(held) + group.share * (group.world_size - len(held))
+        budget = self._admission.budget_bytes
+        return None if needed <= budget else TooLargeError(texts.too_large(group, needed, budget))
+
+    def _answer(self, seat: Seat) -> Answer:
+        group, caller = seat.group, seat.caller
+        assert caller is not None
+        try:
+            return caller.wait(max(0.0, group.deadline - time.monotonic()))
+        except FutureTimeoutError:
+            pass
+        with self._changed:
+            if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
+                text = texts.timed_out(group, self._timeout_seconds, self._waiting.values())
+                self._break(group, JointBrokenError(text), JointOutcome.TIMEOUT)
+        return caller.wait()
+
+    def _lose(self, seat: Seat, error: ServerError, *, may_end: bool = True) -> None:
+        """Frees the seat of a group that is not complete, unless that was done before.
+
+        Args:
+            may_end: whether the group ends if that was the last seat.
+        """
+        self._forget(seat)
+        if seat.state not in (SeatState.RECEIVING, SeatState.ARRIVED):
+            return
+        group = seat.group
+        group.lose(seat, error)
+        if may_end and group.state is GroupState.WAITING and not group.seats:
+            group.state = GroupState.DESERTED
+            self._end(group, JointOutcome.LEFT)
+
+    def _vacate(self, seat: Seat) -> None:
+        self._forget(seat)
+        seat.group.vacate(seat)
+        self._changed.notify_all()
+
+    def _forget(self, seat: Seat) -> None:
+        if seat.call is not None and self._seats.get(seat.call) is seat:
+            del self._seats[seat.call]
+
+    def _break(self, group: Group, error: ServerError, outcome: JointOutcome) -> None:
+        """Refuses all ranks of a group that waits."""
+        self._log("a joint step is broken", group, level=logging.WARNING, reason=str(error))
+        group.refuse(error)
+        self._end(group, outcome)
+
+    def _end(self, group: Group, outcome: JointOutcome) -> None:
+        """A group that waited is gone, with the room for the ranks that did not come."""
+        del self._waiting[group.step]
+        group.permit.release()
+        self._metrics.joint_groups.labels(outcome.value).inc()
+        self._changed.notify_all()
+
+    def _reclaim(self) -> bool:
+        """For ``Admission.reclaim``."""
+        with self._changed:
+            return self._kept.drop_unused()
+
+    def _log(self, event: str, group: Group, *, level: int = logging.INFO, **fields: object) -> None:
+        waited = round(time.monotonic() - group.since, 1)
+        _log.log(level, event, extra={"run": group.step.run, "step": group.step.number, "seconds": waited, **fields})

@@ -1,0 +1,251 @@
+"""One call of the loss service: what it holds on its way, how long it takes, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import grpc
+
+from lovasz import wire
+from lovasz.server.errors import AbandonedError, ExpiredError, NoBytesLeftError, NoRequestsLeftError, ServerError
+from lovasz.server.memory.exhaustion import is_out_of_memory
+from lovasz.server.memory.pool import StagingPool
+from lovasz.server.memory.staging import Staging
+from lovasz.server.observe.logs import Sparingly
+from lovasz.server.observe.metrics import Metrics, Phase
+from lovasz.server.observe.tracing import exemplar
+from lovasz.server.schedule.admission import Admission, Permit
+from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.job import Answer, Caller, Job
+from lovasz.server.schedule.joint.group import Seat
+from lovasz.server.schedule.joint.kept import Kept
+from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.transport.clock import CallClock
+from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
+from lovasz.v1 import loss_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 1.0
+"""The delay that callers are told where nothing better is known."""
+_MAX_TEXT_BYTES = 2000
+"""Of an error's text, in UTF-8: gRPC makes up to three of each byte, and takes 8 KiB of metadata."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """The stages that each request goes through, and what its call needs beside them.
+
+    Attributes:
+        calls: one permit for each call that may be in the loss service at a time.
+        refusals: logs refused requests, a few of them where there are many.
+    """
+
+    admission: Admission
+    batcher: Batcher
+    joints: JointTable
+    staging: StagingPool
+    metrics: Metrics
+    calls: threading.Semaphore
+    refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
+
+
+class Call:
+    """One call, from its header to its last byte. At the end of its ``with``, it gives back all that it holds."""
+
+    def __init__(self, pipeline: Pipeline, method: str, context: grpc.ServicerContext) -> None:
+        self._desk = pipeline
+        self._method = method
+        self._context = context
+        self._clock = CallClock()
+        self._loss = "unknown"
+        self._run = ""
+        self._inside = False
+        self._permit: Permit | None = None
+        self._place: Seat | Kept | None = None
+        self._staging: Staging | None = None
+        remaining = context.time_remaining()
+        self._deadline = None if remaining is None else self._clock.started + remaining
+        self._trace = exemplar(context.invocation_metadata())
+
+    def __enter__(self) -> Call:
+        return self
+
+    def enter(self) -> None:
+        """Takes one of the permits for calls.
+
+        Raises:
+            OverloadedError: too many calls are here, though not all of them may have come to admission.
+        """
+        self._inside = self._desk.calls.acquire(blocking=False)
+        if not self._inside:
+            raise NoRequestsLeftError("too many calls at a time (--max-requests)", _RETRY_SECONDS)
+
+    def read_header(self, message: pb.RequestHeader) -> wire.Request:
+        """Parses the header.
+
+        Raises:
+            InvalidInput: a value in it is invalid.
+        """
+        header = wire.Request.from_proto(message)
+        self._loss = header.loss.kind
+        self._run = header.run or ("" if header.joint is None else header.joint.run)
+        return header
+
+    def compute(self, header: wire.Request, receive: Callable[[Staging], None]) -> Answer:
+        """Takes room, receives the payload, queues the request and waits for its answer.
+
+        Args:
+            receive: copies the payload into a staging.
+        """
+        seat: Seat | None = None
+        if header.joint is None:
+            self._permit = self._desk.admission.reserve(header.payload_bytes + header.grad_bytes)
+        else:
+            place = self._place = self._desk.joints.join(header, self._context.cancel)
+            if isinstance(place, Kept):
+                self._clock.skip_to(Phase.SEND)
+                return place.answer
+            seat = place
+        staging = self._staging = self._new_staging(header)
+        receive(staging)
+        self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
+        caller = Caller(staging.request(), self._deadline, staging)
+        try:
+            answer = self._alone(caller, header) if seat is None else self._joined(seat, caller, staging)
+        except Exception:
+            self._clock.failed(caller.started)
+            raise
+        finally:
+            # An error's trace leads to this frame, and must not keep the tensors alive.
+            del caller, staging, seat
+        self._clock.answered(answer)
+        self._observe_answer(header, answer)
+        return answer
+
+    def _new_staging(self, header: wire.Request) -> Staging:
+        try:
+            return Staging(header, self._desk.staging)
+        except Exception as error:
+            if is_out_of_memory(error):
+                text = "the server's host has no memory left for the request's tensors"
+                raise NoBytesLeftError(text, _RETRY_SECONDS) from None
+            raise
+
+    def _alone(self, caller: Caller, header: wire.Request) -> Answer:
+        """Queues a job of one caller, and waits."""
+        job = Job((caller,), header.loss, header.want_grad)
+        if not self._context.add_callback(lambda: job.leave(caller)):
+            raise AbandonedError
+        self._desk.batcher.put(job)
+        try:
+            return caller.wait()
+        except CancelledError:
+            self._desk.batcher.discard(job)
+            raise AbandonedError from None
+
+    def _joined(self, seat: Seat, caller: Caller, staging: Staging) -> Answer:
+        """Waits for the other ranks of the step, and for their job."""
+        joints = self._desk.joints
+        joints.arrive(seat, caller)
+        if not self._context.add_callback(lambda: joints.give_up(seat)):
+            joints.give_up(seat)
+        try:
+            kept = joints.wait(seat, staging)
+            self._place, self._staging = kept, None
+            return kept.answer
+        finally:
+            if seat.completed is not None:
+                self._clock.enter(Phase.QUEUE, seat.completed)
+
+    def response_header(self, header: wire.Request, answer: Answer) -> pb.ResponseHeader:
+        """What is sent before the gradient."""
+        result = answer.result
+        grad = header.logits if header.want_grad else None
+        return wire.Response(
+            result.loss,
+            result.terms,
+            result.intersection,
+            result.union,
+            grad,
+            answer.grad_scale,
+            self._clock.timing(answer),
+        ).to_proto()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        admitted = self._permit is not None or self._place is not None
+        self._give_back()
+        if not self._context.is_active() and (error is None or type(error) in STATUS or kind is GeneratorExit):
+            error = error if isinstance(error, ExpiredError) else self._gone()
+        if admitted:
+            # If the call failed, its last phase counts, too: the slowest calls are among those whose callers gave up.
+            seconds = self._clock.stop()
+            self._desk.metrics.observe_request(self._clock.seconds, seconds, error is None, self._trace)
+        if error is None:
+            self._count(grpc.StatusCode.OK)
+            return
+        status = status_of(error)
+        self._count_failure(status)
+        if kind is not GeneratorExit:  # gRPC closes a stream whose call has ended.
+            self._abort(error, status)
+
+    def _give_back(self) -> None:
+        if self._staging is not None:
+            self._staging.release()
+            self._staging = None
+        if self._place is not None:
+            self._desk.joints.leave(self._place)
+            self._place = None
+        if self._permit is not None:
+            self._permit.release()
+        if self._inside:
+            self._desk.calls.release()
+
+    def _gone(self) -> ServerError:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return ExpiredError("the deadline passed before the answer was sent")
+        return AbandonedError()
+
+    def _observe_answer(self, header: wire.Request, answer: Answer) -> None:
+        metrics = self._desk.metrics
+        metrics.request_bytes.observe(header.payload_bytes)
+        if self._run and (header.joint is None or header.joint.rank == 0):
+            result = answer.result
+            metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
+
+    def _count(self, code: grpc.StatusCode) -> None:
+        self._desk.metrics.requests.labels(self._method, self._loss, code.name).inc()
+
+    def _count_failure(self, status: Status) -> None:
+        metrics, phase = self._desk.metrics, self._clock.phase.value
+        self._count(status.code)
+        if status.rejection is not None:
+            metrics.rejections.labels(status.rejection.value).inc()
+        if status.abandonment is not None:
+            metrics.abandoned.labels(status.abandonment.value, phase).inc()
+        if status.stalled:
+            metrics.stalled.labels(phase).inc()
+
+    def _abort(self, error: BaseException, status: Status) -> None:
+        """Logs the error if need be, and ends the call with it."""
+        text = str(error)
+        request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
+        if status.logged:
+            self._desk.refusals.info("a request was refused", **request, reason=text)
+        if status is FAULT:
+            self._desk.metrics.faults.inc()
+            _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
+            text = "the server failed on this request; its log says why"
+        if isinstance(error, ServerError) and error.retry_after_seconds is not None:
+            # gRPC's own retries wait for this long; if it is negative, they do not try again.
+            milliseconds = str(round(error.retry_after_seconds * 1000))
+            self._context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
+        self._context.abort(status.code, text.encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore"))

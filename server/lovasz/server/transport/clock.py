@@ -1,0 +1,69 @@
+"""Times a call, phase by phase."""
+
+from __future__ import annotations
+
+import time
+
+from lovasz.server.observe.metrics import Phase
+from lovasz.server.schedule.job import Answer
+from lovasz.spec import Timing
+
+
+class CallClock:
+    """Knows which phase a call is in, and how long each phase before it took.
+
+    Attributes:
+        phase: the current one.
+        started: when the call began (``time.monotonic``).
+        seconds: of the phases that have ended.
+    """
+
+    def __init__(self) -> None:
+        self.phase = Phase.RECEIVE
+        self.started = self._since = time.monotonic()
+        self.seconds: dict[Phase, float] = {}
+
+    def enter(self, phase: Phase, at: float | None = None) -> None:
+        """Ends the current phase and begins another.
+
+        Args:
+            at: when that was (``time.monotonic``); None: now.
+        """
+        at = max(self._since, time.monotonic() if at is None else at)
+        self.seconds[self.phase] = at - self._since
+        self.phase, self._since = phase, at
+
+    def skip_to(self, phase: Phase) -> None:
+        """Begins another phase; the time of the current one does not count."""
+        self.phase, self._since = phase, time.monotonic()
+
+    def failed(self, batch_started: float | None) -> None:
+        """Waiting for the device, or its computation, failed.
+
+        Args:
+            batch_started: when the request's batch was started; None if it was not.
+        """
+        if self.phase is Phase.QUEUE and batch_started is not None:
+            self.enter(Phase.COMPUTE, batch_started)
+
+    def answered(self, answer: Answer) -> None:
+        """The device has answered; sending begins."""
+        self.enter(Phase.COMPUTE, answer.started)
+        self.seconds[Phase.COMPUTE], self.seconds[Phase.COPY] = answer.compute_seconds, answer.copy_seconds
+        self.skip_to(Phase.SEND)
+
+    def stop(self) -> float:
+        """Ends the last phase; returns the seconds that the call took."""
+        self.enter(self.phase)
+        return self._since - self.started
+
+    def timing(self, answer: Answer) -> Timing:
+        """What the caller is told."""
+        return Timing(
+            receive_seconds=self.seconds.get(Phase.RECEIVE, 0.0),
+            queue_seconds=self.seconds.get(Phase.QUEUE, 0.0),
+            compute_seconds=answer.compute_seconds,
+            batch_requests=answer.batch_requests,
+            joint_wait_seconds=self.seconds.get(Phase.JOINT, 0.0),
+            copy_seconds=answer.copy_seconds,
+        )

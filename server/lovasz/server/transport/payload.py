@@ -1,0 +1,73 @@
+"""The tensors of a unary call: copied to staging from the message or from shared memory, and the gradient back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lovasz import wire
+from lovasz.server.errors import SessionLostError
+from lovasz.server.memory.staging import Staging
+from lovasz.server.schedule.job import Answer
+from lovasz.server.transport.shared_memory import SharedMemory, TensorBytes
+from lovasz.spec import InvalidInput
+from lovasz.wire import framing
+from lovasz.wire.framing import Bytes
+
+
+def receive(
+    staging: Staging, header: wire.Request, message: framing.UnaryRequest, shared_memory: Sequence[SharedMemory]
+) -> None:
+    """Copies the payload of a message, or of shared memory, to its place.
+
+    Raises:
+        InvalidInput: a tensor has more or fewer bytes than the header declared.
+        SessionLostError: the shared memory has no such session.
+    """
+    fields: Sequence[tuple[str, Bytes, int]] = (
+        ("logits", message.logits, header.logits.nbytes),
+        ("labels", message.labels, header.labels.nbytes),
+    )
+    if header.shared is not None:
+        for name, data, _ in fields:
+            if len(data):
+                raise InvalidInput(name, f"got {len(data)} bytes beside shared_tensors; expected none")
+        shared = shared_tensors(header, shared_memory)
+        staging.receive([shared.logits, shared.labels])
+        return
+    for name, data, expected in fields:
+        if len(data) != expected:
+            raise InvalidInput(name, f"got {len(data)} bytes; expected {expected} for the declared type and shape")
+    staging.receive([data for _, data, _ in fields])
+
+
+def shared_tensors(header: wire.Request, shared_memory: Sequence[SharedMemory]) -> TensorBytes:
+    """Where the request's tensors are in shared memory.
+
+    Raises:
+        SessionLostError: there is no such session.
+        InvalidInput: they are not inside a region of the session, or this server shares no memory.
+    """
+    for memory in shared_memory:
+        try:
+            return memory.tensors(header)
+        except SessionLostError as error:
+            lost = error
+    if not shared_memory:
+        raise InvalidInput("shared_tensors", "came, but this server shares no memory (--shared-memory)")
+    raise lost
+
+
+def grad_bytes(answer: Answer) -> memoryview:
+    """The gradient as it is sent; valid until the call ends."""
+    grad = answer.result.grad
+    if grad is None:
+        return memoryview(b"")
+    return grad.reshape(-1).view(torch.uint8).numpy().data
+
+
+def write(place: memoryview, grad: memoryview) -> None:
+    """Copies the gradient to its place in shared memory."""
+    np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(grad, np.uint8))

@@ -1,0 +1,125 @@
+"""Reads the stream of one request in a thread of its own, so that the server never waits forever for a caller."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from lovasz import wire
+from lovasz.server.errors import StalledError
+from lovasz.server.memory.staging import Staging
+from lovasz.spec import InvalidInput
+from lovasz.v1 import loss_pb2 as pb
+
+LEAST_BYTES = 64 << 10
+"""The least bytes of a payload that have to come in each period of the stall timeout, unless it is complete."""
+
+
+class Receiver:
+    """Receives the header, and then the payload once there is a staging for it.
+
+    The reading thread ends with the stream, at the latest when the call ends. After :meth:`stop` it does not use the
+    staging any more.
+    """
+
+    def __init__(
+        self,
+        messages: Iterator[pb.ComputeStreamRequest | memoryview],
+        start: Callable[[Callable[[], None]], object],
+        stall_seconds: float,
+    ) -> None:
+        """Begins to read.
+
+        Args:
+            messages: the stream, chunks as memoryviews.
+            start: runs a function in another thread.
+            stall_seconds: how long to wait for the header, and for each :data:`LEAST_BYTES` of the payload.
+        """
+        self._messages = messages
+        self._stall_seconds = stall_seconds
+        self._changed = threading.Condition()
+        self._header: pb.RequestHeader | None = None
+        self._staging: Staging | None = None
+        self._assembly: wire.Assembly | None = None
+        self._finished = self._stopped = False
+        self._error: BaseException | None = None
+        start(self._read)
+
+    def header(self) -> pb.RequestHeader:
+        """Waits for the header.
+
+        Raises:
+            InvalidInput: the stream does not begin with a header.
+            StalledError: it did not come in time.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._header is not None or self._finished, self._stall_seconds)
+            self._raise_error()
+            if self._header is None:
+                raise StalledError(f"no header came within {self._stall_seconds:g} s (--stall-timeout)")
+            return self._header
+
+    def payload(self, staging: Staging) -> None:
+        """Receives the payload into a staging.
+
+        Raises:
+            InvalidInput: it is longer or shorter than the header declared.
+            StalledError: it came too slowly, or not at all.
+        """
+        with self._changed:
+            assembly = self._assembly = staging.assembly()
+            self._staging = staging
+            self._changed.notify_all()
+            while not self._finished:
+                before, until = assembly.received, time.monotonic() + self._stall_seconds
+                self._changed.wait_for(lambda: self._finished, self._stall_seconds)
+                stalled = assembly.received - before < LEAST_BYTES and time.monotonic() >= until
+                if not self._finished and stalled:
+                    raise StalledError(
+                        f"{assembly.received} of {assembly.expected} bytes of the payload came, and less than "
+                        f"{LEAST_BYTES} of them in the last {self._stall_seconds:g} s (--stall-timeout)"
+                    )
+            self._raise_error()
+
+    def stop(self) -> None:
+        """From now on the staging is not used."""
+        with self._changed:
+            self._stopped = True
+            self._staging = self._assembly = None
+            self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        """Raises the error of the reading thread, and forgets it: its trace leads to frames that hold the tensors."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
+
+    def _read(self) -> None:
+        try:
+            first = next(self._messages, None)
+            if not isinstance(first, pb.ComputeStreamRequest) or not first.HasField("header"):
+                raise InvalidInput("header", "the stream does not begin with one; expected the header, then chunks")
+            with self._changed:
+                self._header = first.header
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._staging is not None or self._stopped)
+            for message in self._messages:
+                if not isinstance(message, memoryview):
+                    raise InvalidInput("message", "got a message without a chunk; expected chunks after the header")
+                with self._changed:
+                    if self._staging is None or self._assembly is None:
+                        return
+                    self._staging.add(self._assembly, message)
+            with self._changed:
+                if self._staging is not None and self._assembly is not None:
+                    self._staging.finish(self._assembly)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()

@@ -1,0 +1,120 @@
+"""The loss service: its three methods, and how gRPC reads and writes their messages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from lovasz import wire
+from lovasz.server.device.engine import Engine
+from lovasz.server.device.hardware import hardware_name
+from lovasz.server.transport import payload
+from lovasz.server.transport.call import Call, Pipeline
+from lovasz.server.transport.messages import Undecodable, decoded_stream, or_undecodable
+from lovasz.server.transport.receiving import Receiver
+from lovasz.server.transport.sending import SendWatch
+from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.server.transport.status import CODES
+from lovasz.spec import LOSS_KINDS, InvalidInput
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.version import VERSION
+from lovasz.wire import framing
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
+
+_LOSSES = (*LOSS_KINDS, "cross_entropy+lovasz_softmax", "unknown")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossServicer:
+    """Answers the methods of LossService.
+
+    Attributes:
+        shared_memory: one for each socket on which memory can be shared.
+        readers: threads that read streams.
+        stall_seconds: how long a caller may keep a call waiting.
+    """
+
+    pipeline: Pipeline
+    engine: Engine
+    shared_memory: Sequence[SharedMemory]
+    readers: Executor
+    sending: SendWatch
+    stall_seconds: float
+
+    def __post_init__(self) -> None:
+        # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
+        for method, loss, code in itertools.product(("Compute", "ComputeStream"), _LOSSES, CODES):
+            self.pipeline.metrics.requests.labels(method, loss, code.name)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The methods, with messages read and written without protobuf's copies (``lovasz.wire.framing``)."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Compute": grpc.unary_unary_rpc_method_handler(
+                self.compute, request_deserializer=or_undecodable(framing.UnaryRequest.decode)
+            ),
+            "ComputeStream": grpc.stream_stream_rpc_method_handler(
+                self.compute_stream,
+                request_deserializer=or_undecodable(framing.stream_message_decoder(pb.ComputeStreamRequest)),
+                response_serializer=framing.encode_stream_message,
+            ),
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+                self.server_info,
+                request_deserializer=pb.GetServerInfoRequest.FromString,
+                response_serializer=pb.GetServerInfoResponse.SerializeToString,
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    def compute(self, request: framing.UnaryRequest | Undecodable, context: grpc.ServicerContext) -> bytes:
+        """Computes a request that comes in one message."""
+        with Call(self.pipeline, "Compute", context) as call:
+            call.enter()
+            if isinstance(request, Undecodable):
+                raise request.error("ComputeRequest")
+            header = call.read_header(request.header)
+            answer = call.compute(header, lambda staging: payload.receive(staging, header, request, self.shared_memory))
+            grad = payload.grad_bytes(answer)
+            if header.shared is not None:
+                payload.write(payload.shared_tensors(header, self.shared_memory).grad, grad)
+                grad = memoryview(b"")
+            # Encoded here, as the gradient's memory is given back with the call.
+            return framing.UnaryResponse(call.response_header(header, answer), grad).encode()
+
+    def compute_stream(
+        self, messages: Iterator[pb.ComputeStreamRequest | memoryview | Undecodable], context: grpc.ServicerContext
+    ) -> Iterator[pb.ComputeStreamResponse | memoryview]:
+        """Computes a request whose payload, like its gradient, comes in chunks."""
+        with Call(self.pipeline, "ComputeStream", context) as call:
+            call.enter()
+            receiver = Receiver(decoded_stream(messages), self.readers.submit, self.stall_seconds)
+            try:
+                header = call.read_header(receiver.header())
+                if header.shared is not None:
+                    raise InvalidInput("shared_tensors", "came with ComputeStream; expected them with Compute alone")
+                answer = call.compute(header, receiver.payload)
+            finally:
+                receiver.stop()
+            yield pb.ComputeStreamResponse(header=call.response_header(header, answer))
+            yield from self.sending.watched(wire.chunks([payload.grad_bytes(answer)]), context.cancel)
+
+    def server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> pb.GetServerInfoResponse:
+        """Describes the server and its device."""
+        device = pb.Device(
+            name=str(self.engine.device),
+            hardware=hardware_name(self.engine.device),
+            healthy=self.engine.healthy,
+        )
+        return pb.GetServerInfoResponse(
+            version=VERSION,
+            devices=[device],
+            losses=LOSS_KINDS,
+            max_message_bytes=wire.MAX_MESSAGE_BYTES,
+            memory_budget_bytes=self.pipeline.admission.budget_bytes,
+            max_requests=self.pipeline.admission.max_requests,
+        )

@@ -1,0 +1,246 @@
+"""The Unix socket on which processes on this host share memory with the server, and the regions that they share.
+
+A session is a connection. When it ends, its regions are released, except those that a request still uses: these live
+until that request is done. If a process is killed, the kernel closes its connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import secrets
+import selectors
+import socket
+import stat
+import threading
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from lovasz import wire
+from lovasz.server.errors import SessionLostError
+from lovasz.server.transport.regions import map_region, part_of
+from lovasz.spec import InvalidInput
+from lovasz.v1 import loss_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+MAX_SESSIONS = 256
+MAX_REGIONS = 64
+"""In one session."""
+_DESCRIPTORS_SHARE = 4
+"""All regions together may take a quarter of the file descriptors that the process may have."""
+
+_MAX_PACKET_BYTES = 1024
+_SESSION_BYTES = 16
+_BACKLOG = 64
+
+
+@dataclass
+class _Session:
+    connection: socket.socket
+    name: bytes
+    regions: dict[int, memoryview] = field(default_factory=dict)
+
+
+class TensorBytes(NamedTuple):
+    """The tensors of one request in shared memory; ``grad`` is the room for the gradient, empty if none is wanted."""
+
+    logits: memoryview
+    labels: memoryview
+    grad: memoryview
+
+
+class SharedMemory:
+    """Serves one socket, in a thread of its own, and finds the tensors of requests.
+
+    Attributes:
+        path: the path of the socket. :meth:`start` creates it, and :meth:`stop` removes it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._sessions: dict[bytes, _Session] = {}
+        self._max_all_regions = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
+        self._thread = threading.Thread(target=self._serve, name="shared-memory", daemon=True)
+
+    @property
+    def sessions(self) -> int:
+        """Processes that are connected."""
+        return len(self._sessions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all regions that are shared."""
+        with self._lock:
+            return sum(region.nbytes for session in self._sessions.values() for region in session.regions.values())
+
+    def start(self) -> None:
+        """Listens on the socket.
+
+        Raises:
+            OSError: the socket cannot be created.
+        """
+        # A server that was killed left its socket. No live one is there: GrpcServer.bind has checked that.
+        if os.path.exists(self.path) and stat.S_ISSOCK(os.stat(self.path).st_mode):
+            os.unlink(self.path)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._listener.bind(self.path)
+        except OSError:
+            self._listener.close()
+            raise
+        self._listener.listen(_BACKLOG)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = socket.socketpair()
+        self._listening = False
+        self._listen(True)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends all sessions and removes the socket."""
+        if not self._thread.is_alive():
+            return
+        self._waker.close()
+        self._thread.join()
+        self._selector.close()
+        for session in list(self._sessions.values()):
+            self._end(session)
+        self._listener.close()
+        self._wake.close()
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+
+    def tensors(self, request: wire.Request) -> TensorBytes:
+        """Where the tensors of a request are.
+
+        Raises:
+            SessionLostError: there is no such session; its caller can begin another.
+            InvalidInput: there is no such region, or a tensor is not inside it.
+        """
+        shared = request.shared
+        assert shared is not None
+        with self._lock:
+            session = self._sessions.get(shared.session)
+            region = session.regions.get(shared.region) if session is not None else None
+        if session is None:
+            raise SessionLostError("the session of the shared memory has ended, or belongs to another server")
+        if region is None:
+            raise InvalidInput(
+                "shared_tensors.region", f"got {shared.region}; expected the number of a region that is shared"
+            )
+        return TensorBytes(
+            logits=part_of(region, "logits", shared.logits_offset, request.logits.nbytes),
+            labels=part_of(region, "labels", shared.labels_offset, request.labels.nbytes),
+            grad=part_of(region, "grad", shared.grad_offset, request.grad_bytes),
+        )
+
+    def _serve(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._wake:
+                    return
+                try:
+                    if key.fileobj is self._listener:
+                        self._accept()
+                    else:
+                        self._receive(key.data)
+                except Exception:
+                    _log.exception("a fault of shared memory")
+                    if isinstance(key.data, _Session):
+                        self._end(key.data)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # No file descriptors are left. Accepts again once a session has ended.
+            _log.warning("a process cannot share memory", extra={"reason": str(error)})
+            self._listen(False)
+            return
+        connection.setblocking(False)
+        session = _Session(connection, secrets.token_bytes(_SESSION_BYTES))
+        if len(self._sessions) >= MAX_SESSIONS:
+            _reply(session, error=f"{MAX_SESSIONS} processes share memory with this server, as many as may")
+            connection.close()
+            return
+        with self._lock:
+            self._sessions[session.name] = session
+        self._selector.register(connection, selectors.EVENT_READ, session)
+        if not _reply(session):
+            self._end(session)
+
+    def _receive(self, session: _Session) -> None:
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(
+                session.connection, _MAX_PACKET_BYTES, 8, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            packet, descriptors = b"", []
+        try:
+            if not packet and not descriptors:  # An empty packet with a descriptor is region number 0.
+                self._end(session)
+                return
+            error = ""
+            try:
+                self._carry_out(session, pb.SharedMemoryRequest.FromString(packet), descriptors)
+            except (InvalidInput, OSError, DecodeError) as problem:
+                error = str(problem)
+            if not _reply(session, error):
+                self._end(session)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _carry_out(self, session: _Session, request: pb.SharedMemoryRequest, descriptors: list[int]) -> None:
+        if request.release:
+            with self._lock:
+                session.regions.pop(request.region, None)
+            return
+        if len(descriptors) != 1:
+            raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
+        of_all_sessions = sum(len(other.regions) for other in self._sessions.values())
+        if len(session.regions) >= MAX_REGIONS or of_all_sessions >= self._max_all_regions:
+            raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
+        if request.region in session.regions:
+            raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
+        region = map_region(descriptors[0])
+        with self._lock:
+            session.regions[request.region] = region
+
+    def _end(self, session: _Session) -> None:
+        with self._lock:
+            self._sessions.pop(session.name, None)
+        if session.connection.fileno() >= 0:
+            with contextlib.suppress(KeyError, RuntimeError):  # Not registered, or the selector is closed.
+                self._selector.unregister(session.connection)
+            session.connection.close()
+        session.regions.clear()
+        if threading.current_thread() is self._thread:
+            self._listen(True)
+
+    def _listen(self, listen: bool) -> None:
+        """Accepts new processes from now on, or does not."""
+        if listen and not self._listening:
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        elif self._listening and not listen:
+            self._selector.unregister(self._listener)
+        self._listening = listen
+
+
+def _reply(session: _Session, error: str = "") -> bool:
+    """Sends the answer to a packet; False if the caller is gone, or does not read answers."""
+    try:
+        session.connection.send(pb.SharedMemoryReply(session=session.name, error=error).SerializeToString())
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The HTTP port: metrics for Prometheus, and a status page for people."""

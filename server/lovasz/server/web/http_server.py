@@ -1,0 +1,121 @@
+"""The HTTP server: metrics for Prometheus at /metrics, the status page at /, and its numbers at /status."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from lovasz.server.web.status_page import StatusPage
+
+_log = logging.getLogger(__name__)
+
+_MOST_CONNECTIONS = 64
+"""At a time. Each has a thread. Further connections are closed."""
+
+Environment = dict[str, Any]
+StartResponse = Callable[..., Any]
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Mostly because the caller went away."""
+        _log.debug("an HTTP call failed", exc_info=True)
+
+
+class _ThreadingServer6(_ThreadingServer):
+    address_family = socket.AF_INET6
+
+
+class _SilentHandler(WSGIRequestHandler):
+    timeout = 10  # Seconds for each read.
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class WebServer:
+    """Serves metrics and status page, in threads of its own."""
+
+    def __init__(self, registry: CollectorRegistry, page: StatusPage) -> None:
+        self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
+        self._page = page
+        self._server: WSGIServer | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, host: str, port: int) -> int:
+        """Listens, and returns the port.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        kind = _ThreadingServer6 if ":" in host else _ThreadingServer
+        self._server = make_server(host, port, self._answer, server_class=kind, handler_class=_SilentHandler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="web", daemon=True)
+        self._thread.start()
+        return int(self._server.server_port)
+
+    def stop(self) -> None:
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server = None
+
+    def _answer(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
+        method = environment["REQUEST_METHOD"]
+        if method not in ("GET", "HEAD"):
+            return _refused(start_response, "405 Method Not Allowed", "expected GET")
+        try:
+            body = self._body({**environment, "REQUEST_METHOD": "GET"}, start_response)
+        except Exception:  # Raised by the metrics' own handler, for example for a header that it cannot read.
+            _log.exception("an HTTP call could not be answered")
+            return _refused(start_response, "500 Internal Server Error", "the server's log says why")
+        return body if method == "GET" else []
+
+    def _body(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environment.get("PATH_INFO", "/")
+        if path == "/metrics":
+            return self._metrics(environment, start_response)
+        if path == "/":
+            return _ok(start_response, "text/html; charset=utf-8", self._page.html)
+        if path == "/status":
+            return _ok(start_response, "application/json", self._page.numbers())
+        there = "there are / (for people), /metrics (for Prometheus) and /status (what / shows, as JSON)"
+        return _refused(start_response, "404 Not Found", there)
+
+
+def _ok(start_response: StartResponse, content_type: str, body: bytes) -> Iterable[bytes]:
+    headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+    start_response("200 OK", headers)
+    return [body]
+
+
+def _refused(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{text}\n".encode()]

@@ -1,0 +1,134 @@
+"""What a batch costs on a GPU beside its pixels, by its plan and by a profiler: launches, copies, tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from support.comparison import bits, normal, random_labels
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core.backends.torch import compute as torch_compute
+from lovasz.core.batch import Batch, Request
+from lovasz.core.computed import Computed
+from lovasz.core.dispatch import Backend, submit
+from lovasz.core.plan import Plan
+from lovasz.spec import LossLike, weighted_sum
+
+pytest.importorskip("triton")
+
+VOID = 255
+WEIGHTS = [1.0, 2.0, 0.0, 0.5]
+SMALL, MIDDLE, LARGE = (1, 4, 8, 9), (1, 4, 100, 90), (1, 4, 800, 700)
+COMPOSITIONS: dict[str, tuple[LossLike, list[tuple[int, ...]]]] = {
+    "one large image": (LovaszSoftmax(), [LARGE]),
+    "one small image": (LovaszSoftmax(ignore_index=VOID), [SMALL]),
+    "all sizes": (LovaszSoftmax(classes="all", ignore_index=VOID), [SMALL, MIDDLE, LARGE, SMALL]),
+    "point cloud": (LovaszSoftmax(class_weights=WEIGHTS), [(5000, 4)]),
+    "with cross-entropy": ([(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax())], [SMALL, MIDDLE]),
+    "three terms": (
+        [
+            (0.5, CrossEntropy(class_weights=WEIGHTS)),
+            (1.0, LovaszSoftmax(per_image=True)),
+            (-0.5, LovaszSoftmax(classes=[1, 2], ignore_index=0)),
+        ],
+        [(3, 4, 70, 70), SMALL],
+    ),
+    "cross-entropy alone": (CrossEntropy(), [MIDDLE]),
+    "probabilities": (LovaszSoftmax(input="probabilities"), [SMALL, MIDDLE]),
+    "hinge": (LovaszHinge(ignore_index=VOID), [(2, 90, 90), (600, 500)]),
+    "multilabel hinge, per image": (LovaszHinge(per_image=True, multilabel=True), [(3, 4, 80, 80), SMALL]),
+}
+compositions = pytest.mark.parametrize("name", COMPOSITIONS)
+MOST_LAUNCHES = 10
+
+
+def requests_of(name: str, device: torch.device) -> tuple[list[Request], LossLike]:
+    loss, shapes = COMPOSITIONS[name]
+    total = weighted_sum(loss)
+    requests = []
+    for seed, shape in enumerate(shapes):
+        logits = normal(*shape, seed=seed, dtype=torch.float32)
+        logits = logits.softmax(1) if total.probabilities else logits
+        label_shape = shape if total.is_hinge else (shape[0], *shape[2:])
+        labels = random_labels(*label_shape, values=2 if total.is_hinge else 4, seed=seed)
+        requests.append(Request.checked(logits.to(device), labels.to(device), total))
+    return requests, loss
+
+
+@compositions
+@pytest.mark.parametrize("want_grad", [False, True])
+def test_a_batch_of_any_composition_takes_a_handful_of_launches(name: str, want_grad: bool) -> None:
+    from lovasz.core.backends.triton.layout import Kind
+    from lovasz.core.backends.triton.program import Program
+
+    requests, loss = requests_of(name, torch.device("cpu"))
+    plan = Plan.of(Batch.of(requests), weighted_sum(loss), torch.device("cuda"))
+    program = Program(Kind(plan, torch.float32, torch.int64, want_grad))
+    assert len(program.launches) <= MOST_LAUNCHES
+    assert all(launch.grid[0] > 0 for launch in program.launches)
+
+
+@pytest.mark.gpu
+@compositions
+def test_device_sees_only_these_launches_one_fill_and_one_copy_back(name: str, cuda: torch.device) -> None:
+    requests, loss = requests_of(name, cuda)
+    total = weighted_sum(loss)
+    for _ in range(4):  # compiles, brings the plan to the device, and records it
+        submit(requests, total, cuda).collect()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        submit(requests, total, cuda).collect()
+        torch.cuda.synchronize()
+    on_device = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    names = Counter("copy back" if "DtoH" in e.name else "copy" if "HtoD" in e.name else e.name for e in on_device)
+    assert names.pop("copy back") == 1
+    assert names.pop("copy") == 1
+    fills = [kernel for kernel in names if "Memset" in kernel or "elementwise" in kernel]
+    assert sum(names[kernel] for kernel in fills) == 1
+    assert sum(names.values()) - 1 <= MOST_LAUNCHES
+
+
+def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels number pixels by 31 bits; a portion has fewer, and each request its own bits all the same."""
+    requests, loss = requests_of("multilabel hinge, per image", torch.device("cpu"))
+    total, requests = weighted_sum(loss), requests[1:] * 3
+    whole = submit(requests, total, torch.device("cpu"), backend=Backend.TORCH).collect()
+    computed = []
+
+    def noted(backend: Backend, plan: Plan, batch: Batch, **options: object) -> Computed:
+        computed.append(len(batch.requests))
+        return torch_compute.compute(plan, batch, want_grad=True)
+
+    monkeypatch.setattr("lovasz.core.dispatch.checked", lambda backend, request, device: backend)
+    monkeypatch.setattr("lovasz.core.dispatch.compute", noted)
+    monkeypatch.setattr("lovasz.core.dispatch.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
+    portions = submit(requests, total, torch.device("cpu"), backend=Backend.TRITON).collect()
+    assert computed == [2, 1]
+    assert [bits(answer) for answer in portions] == [bits(answer) for answer in whole]
+
+
+@pytest.mark.parametrize("coarser", range(7))
+def test_softmax_map_covers_all_errors_once(coarser: int) -> None:
+    """Every float from 1 down to the smallest normal one has a bin; bins are runs of floats, in descending order."""
+    from lovasz.core.backends.triton import bins
+
+    cells = bins.softmax_map(coarser)
+    stops, low_bits = cells >> bins.STOP_BITS, cells & ((1 << bins.STOP_BITS) - 1)
+    widths = np.diff(stops, prepend=0)
+    assert (widths == 1 << (bins.SOFTMAX_SHIFT - low_bits)).all()
+    assert stops[-1] + 1 == bins.softmax_bins(coarser)
+    assert len(cells) == bins.SOFTMAX_CELLS == 127
+
+
+@pytest.mark.parametrize("pixels", [4097, 8191, 8192, 16383, 16384, 32767, 32768, 65535, 65536, 131072, 1 << 24])
+def test_hinge_tables_have_room_for_any_mix_of_errors(pixels: int) -> None:
+    """Half of the bins are shared out in proportion; each cell with a pixel gets one more at most."""
+    from lovasz.core.backends.triton import bins
+
+    count = bins.hinge_bins(bins.coarser_by(pixels))
+    assert count // 2 + min(pixels, bins.HINGE_CELLS) < count

@@ -1,0 +1,149 @@
+"""What the service counts of calls, and logs of those that fail."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import grpc
+import pytest
+from support.desk import ABORTED, CANCELLED, RESOURCE_EXHAUSTED, Caller, Desk, Rank, ended
+from support.waiting import eventually
+
+from lovasz.server.observe.metrics import CLASSES, GAUGES, PHASES, Metrics
+from lovasz.server.transport.status import CODES
+
+
+def sample(desk: Desk, name: str, **labels: str) -> float | None:
+    return desk.metrics.registry.get_sample_value(f"lovasz_{name}", labels)
+
+
+def counted(desk: Desk) -> dict[str, float]:
+    """How many requests came to each phase."""
+    counts = {phase: sample(desk, "phase_seconds_count", phase=phase) for phase in PHASES}
+    return {phase: count for phase, count in counts.items() if count}
+
+
+def test_a_fault_is_counted_from_0_and_told_in_no_detail(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    assert sample(desk, "faults_total") == 0
+    desk.engine.fault = RuntimeError("a secret")
+    desk.compute()
+    (outcome,) = ended(desk.ask(Rank(world_size=0)))
+    assert outcome.code is grpc.StatusCode.INTERNAL
+    assert "secret" not in outcome.text
+    assert "a secret" in caplog.text
+    assert sample(desk, "faults_total") == 1
+
+
+def test_the_time_of_calls_that_were_given_up_counts_in_their_last_phase(desk: Desk) -> None:
+    caller = Caller()
+    call = desk.ask(Rank(world_size=0), caller)
+    assert eventually(lambda: len(desk.batcher) == 1)
+    caller.cancel()
+    assert [outcome.code for outcome in ended(call)] == [CANCELLED]
+    assert counted(desk) == {"receive": 1, "queue": 1}
+    assert sample(desk, "request_seconds_count", outcome="failed") == 1
+
+
+def test_the_time_of_a_call_that_was_given_up_while_it_was_computed_counts_as_computing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.compute()
+    caller = Caller()
+    entered, go_on = threading.Event(), threading.Event()
+    start = desk.engine._start
+
+    def held(*arguments: Any) -> Any:
+        entered.set()
+        go_on.wait(30)
+        return start(*arguments)
+
+    monkeypatch.setattr(desk.engine, "_start", held)
+    call = desk.ask(Rank(world_size=0), caller)
+    assert entered.wait(30)
+    caller.cancel()
+    go_on.set()
+    assert [outcome.code for outcome in ended(call)] == [CANCELLED]
+    assert counted(desk) == {"receive": 1, "queue": 1, "compute": 1}
+    assert sample(desk, "abandoned_total", reason="cancelled", phase="compute") == 1
+
+
+def test_each_phase_of_a_slow_request_is_counted_apart_from_those_of_quick_ones(desk: Desk) -> None:
+    desk.compute()
+    ended(desk.ask(Rank(world_size=0)))
+    quick, first = Rank(rank=0), desk.ask(Rank(rank=1))
+    assert desk.waits_for(1)
+    threading.Event().wait(1.1)
+    ended(first, desk.ask(quick))
+    assert 1.1 <= (sample(desk, "class_phase_seconds_total", over="1", phase="joint") or 0) < 10
+    assert sample(desk, "class_phase_seconds_total", over="1", phase="receive") == pytest.approx(0, abs=0.1)
+    assert sample(desk, "class_phase_seconds_total", over="10", phase="joint") == 0
+    assert sample(desk, "request_seconds_count", outcome="answered") == 3
+    assert sample(desk, "class_requests_total", over="1") == 1
+    assert sum(sample(desk, "class_requests_total", over=over) or 0 for over in CLASSES) == 3
+    by_class = [sample(desk, "class_phase_seconds_total", over=over, phase="joint") or 0 for over in CLASSES]
+    assert sum(by_class) == pytest.approx(sample(desk, "phase_seconds_sum", phase="joint"))
+
+
+def test_what_was_refused_has_no_time_and_is_told_apart_by_what_it_lacked() -> None:
+    desk = Desk(budget=2 * Rank().nbytes, max_requests=2)
+    with desk.admission.reserve(desk.admission.budget_bytes):
+        (outcome,) = ended(desk.ask(Rank(world_size=0)))
+        assert outcome.code is RESOURCE_EXHAUSTED
+    with desk.admission.reserve(0, 2):
+        (outcome,) = ended(desk.ask(Rank(world_size=0)))
+        assert outcome.code is RESOURCE_EXHAUSTED
+    assert sample(desk, "rejections_total", reason="no_bytes") == 1
+    assert sample(desk, "rejections_total", reason="no_requests") == 1
+    assert counted(desk) == {}
+    desk.close()
+
+
+def test_who_sent_what_can_never_fit_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    desk = Desk(budget=10)
+    (outcome,) = ended(desk.ask(Rank(world_size=1, run="large")))
+    assert outcome.code is RESOURCE_EXHAUSTED
+    (record,) = [vars(record) for record in caplog.records if record.message == "a request was refused"]
+    assert (record["peer"], record["run"], record["loss"]) == ("desk", "large", "lovasz_softmax")
+    assert "whole budget is 10 B" in record["reason"]
+    desk.close()
+
+
+def test_of_many_refused_requests_a_few_are_logged_and_the_others_counted(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    desk.compute()
+    for _ in range(3):
+        ended(desk.ask(Rank(world_size=0, label=9)))
+    threading.Event().wait(1.1)
+    ended(desk.ask(Rank(world_size=1, run="careless", label=9)))
+    first, second = [vars(record) for record in caplog.records if record.message == "a request was refused"]
+    assert (first["unlogged"], second["unlogged"], second["run"]) == (0, 2, "careless")
+    assert "labels: got 9" in second["reason"]
+
+
+def test_a_gauge_that_cannot_be_read_hides_no_other() -> None:
+    def fail() -> float:
+        raise RuntimeError("an illegal memory access")
+
+    metrics = Metrics()
+    metrics.watch({**dict.fromkeys(GAUGES, lambda: 1.0), "lovasz_device_memory_bytes": fail})
+    assert math.isnan(metrics.registry.get_sample_value("lovasz_device_memory_bytes") or 0)
+    assert metrics.registry.get_sample_value("lovasz_device_healthy") == 1
+
+
+def test_every_code_is_counted_from_0(desk: Desk) -> None:
+    for code in CODES:
+        assert sample(desk, "requests_total", method="ComputeStream", loss="lovasz_hinge", code=code.name) == 0
+
+
+def test_the_time_that_ranks_wait_in_vain_counts_as_waiting_for_others() -> None:
+    desk = Desk(timeout=0.05)
+    (outcome,) = ended(desk.ask(Rank(world_size=2)))
+    assert outcome.code is ABORTED
+    assert counted(desk) == {"receive": 1, "joint": 1}
+    assert (sample(desk, "phase_seconds_sum", phase="joint") or 0) > 0
+    desk.close()

@@ -1,0 +1,520 @@
+"""Memory that is shared: what is found in it, what is refused, and that nothing is left of a caller that has gone."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lovasz import wire
+from lovasz.client.errors import LossError, ServerUnavailableError
+from lovasz.client.shared_memory import Region, Session, places
+from lovasz.client.shared_memory import SharedMemory as Client
+from lovasz.server.errors import SessionLostError
+from lovasz.server.transport import shared_memory
+from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
+from lovasz.v1 import loss_pb2 as pb
+
+TIMEOUT = 30.0
+"""Seconds; nothing takes so long."""
+MEMFD = "lovasz-test"
+
+HEADER = wire.Request.checked(
+    weighted_sum(LovaszSoftmax()),
+    wire.TensorSpec(wire.dtype_named("float32"), (1, 3, 10)),
+    wire.TensorSpec(wire.dtype_named("uint8"), (1, 10)),
+    want_grad=True,
+)
+LOGITS_BYTES, LABELS_BYTES = 120, 10
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    for _ in range(int(TIMEOUT / 0.01)):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def serve(path: Path) -> SharedMemory:
+    server = SharedMemory(str(path))
+    server.start()
+    return server
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def server(path: Path) -> Iterator[SharedMemory]:
+    server = serve(path)
+    yield server
+    server.stop()
+    assert (server.sessions, server.nbytes) == (0, 0)
+
+
+@pytest.fixture
+def session(server: SharedMemory) -> Iterator[Session]:
+    session = Session(server.path, TIMEOUT)
+    yield session
+    session.close()
+
+
+@contextlib.contextmanager
+def region_of(nbytes: int = 4096) -> Iterator[Region]:
+    region = Region(nbytes)
+    yield region
+    region.close()
+
+
+def request(
+    session: bytes, region: int, offsets: tuple[int, int, int] = (0, 128, 192), *, want_grad: bool = True
+) -> wire.Request:
+    shared = wire.SharedTensors(session, region, *offsets)
+    return wire.Request.checked(HEADER.loss, HEADER.logits, HEADER.labels, want_grad, shared)
+
+
+def descriptors(name: str) -> int:
+    """How many of this process lead to memory of this name."""
+    count = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/self/fd/{number}").startswith(f"/memfd:{name} ")
+    return count
+
+
+def mappings(name: str) -> int:
+    return Path("/proc/self/maps").read_text(encoding="ascii").count(f"/memfd:{name} ")
+
+
+class Caller:
+    """A caller that says what it likes, without the client's care."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(TIMEOUT)
+        self._socket.connect(path)
+        self.hello = self.reply()
+
+    def reply(self) -> pb.SharedMemoryReply | None:
+        """The next answer; None if the server has ended the session."""
+        try:
+            packet = self._socket.recv(4096)
+        except ConnectionResetError:
+            return None
+        return pb.SharedMemoryReply.FromString(packet) if packet else None
+
+    def say(self, packet: bytes, *given: int) -> str | None:
+        """The error that it is answered with, empty if it was none; None if the server has ended the session."""
+        if given:
+            socket.send_fds(self._socket, [packet], list(given))
+        else:
+            self._socket.send(packet)
+        reply = self.reply()
+        return None if reply is None else reply.error
+
+    def share(self, region: int, *given: int) -> str | None:
+        return self.say(pb.SharedMemoryRequest(region=region).SerializeToString(), *given)
+
+    def release(self, region: int) -> str | None:
+        return self.say(pb.SharedMemoryRequest(region=region, release=True).SerializeToString())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def caller(server: SharedMemory) -> Iterator[Caller]:
+    caller = Caller(server.path)
+    yield caller
+    caller.close()
+
+
+@contextlib.contextmanager
+def memfd(nbytes: int = 4096, seals: int = fcntl.F_SEAL_SHRINK) -> Iterator[int]:
+    descriptor = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# --- What is shared -----------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_found_and_writes_are_seen_on_both_sides(server: SharedMemory, session: Session) -> None:
+    logits_at, labels_at, grad_at, nbytes = places(HEADER)
+    with region_of(nbytes) as region:
+        region.map[logits_at : logits_at + LOGITS_BYTES] = b"L" * LOGITS_BYTES
+        session.share(region)
+        assert server.nbytes == nbytes
+        logits, labels, grad = server.tensors(
+            request(session.name, region.number, offsets=(logits_at, labels_at, grad_at))
+        )
+        assert (logits.nbytes, labels.nbytes, grad.nbytes) == (LOGITS_BYTES, LABELS_BYTES, LOGITS_BYTES)
+        assert logits == b"L" * LOGITS_BYTES
+        region.map[labels_at : labels_at + LABELS_BYTES] = b"l" * LABELS_BYTES
+        assert labels == b"l" * LABELS_BYTES
+        grad[:] = b"G" * LOGITS_BYTES
+        assert region.map[grad_at : grad_at + LOGITS_BYTES] == b"G" * LOGITS_BYTES
+
+
+def test_no_gradient_takes_no_room(server: SharedMemory, session: Session) -> None:
+    with region_of(192) as region:
+        session.share(region)
+        _, _, grad = server.tensors(request(session.name, region.number, want_grad=False))
+        assert grad.nbytes == 0
+
+
+def test_a_region_is_shared_once_and_found_until_it_is_taken_back(server: SharedMemory, session: Session) -> None:
+    with region_of(4096) as one, region_of(8192) as other:
+        session.share(one)
+        session.share(other)
+        session.share(one)
+        assert server.nbytes == 4096 + 8192
+        number = one.number
+        session.release(one)
+        assert server.nbytes == 8192
+        with pytest.raises(InvalidInput, match=rf"shared_tensors\.region: got {number}; expected the number of a reg"):
+            server.tensors(request(session.name, number))
+        session.share(one)
+        assert one.number != number
+        assert server.tensors(request(session.name, one.number))
+    assert server.nbytes == 0  # Regions that are closed are taken back.
+
+
+def test_to_take_back_what_is_not_shared_is_no_error(server: SharedMemory, caller: Caller) -> None:
+    assert caller.release(5) == ""
+    assert server.sessions == 1
+
+
+@pytest.mark.parametrize("number", [-(2**63), -1, 0, 1, 2**63 - 1])
+def test_a_region_has_the_number_that_its_caller_gives_it(server: SharedMemory, caller: Caller, number: int) -> None:
+    assert caller.hello is not None
+    with memfd() as descriptor:
+        assert caller.share(number, descriptor) == ""
+    assert server.tensors(request(caller.hello.session, number))
+    assert caller.release(number) == ""
+
+
+def test_a_region_of_another_session_is_not_found(server: SharedMemory, session: Session, caller: Caller) -> None:
+    assert caller.hello is not None
+    assert caller.hello.session != session.name
+    with region_of() as region:
+        session.share(region)
+        with pytest.raises(InvalidInput, match=r"shared_tensors\.region"):
+            server.tensors(request(caller.hello.session, region.number))
+    with pytest.raises(SessionLostError, match="has ended, or belongs to another server"):
+        server.tensors(request(b"guessed", 1))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["logits", "labels", "grad"])
+@pytest.mark.parametrize("offset", [-1, -(2**63), 4096 - 9, 4096, 2**31, 2**32, 2**62, 2**63 - 1])
+def test_a_tensor_that_is_not_within_its_region_is_refused(
+    server: SharedMemory, session: Session, place: int, offset: int
+) -> None:
+    offsets = [0, 128, 192]
+    offsets[place] = offset
+    name = ("logits", "labels", "grad")[place]
+    with region_of() as region:
+        session.share(region)
+        with pytest.raises(InvalidInput, match=rf"shared_tensors\.{name}_offset: got {offset} for \d+ bytes in a reg"):
+            server.tensors(request(session.name, region.number, offsets=tuple(offsets)))
+
+
+def test_a_tensor_may_end_where_its_region_does(server: SharedMemory, session: Session) -> None:
+    with region_of() as region:
+        session.share(region)
+        offsets = (4096 - LOGITS_BYTES, 4096 - LABELS_BYTES, 4096 - LOGITS_BYTES)
+        assert server.tensors(request(session.name, region.number, offsets=offsets))
+
+
+def test_tensors_larger_than_any_region_are_refused(server: SharedMemory, session: Session) -> None:
+    shape = (2**29, 4, 2**29)
+    with region_of() as region:
+        session.share(region)
+        huge = wire.Request.checked(
+            HEADER.loss,
+            wire.TensorSpec(wire.dtype_named("float32"), shape),
+            wire.TensorSpec(wire.dtype_named("uint8"), (2**29, 2**29)),
+            True,
+            wire.SharedTensors(session.name, region.number, 0, 0, 0),
+        )
+        with pytest.raises(InvalidInput, match=r"shared_tensors\.logits_offset: got 0 for \d+ bytes"):
+            server.tensors(huge)
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------
+
+
+def refused(server: SharedMemory, caller: Caller, error: str | None, text: str) -> None:
+    """That the caller is told why, that nothing is kept, and that the session goes on."""
+    assert error is not None
+    assert text in error
+    assert server.nbytes == 0
+    with memfd() as descriptor:
+        assert caller.share(77, descriptor) == ""
+
+
+def test_no_descriptor(server: SharedMemory, caller: Caller) -> None:
+    refused(server, caller, caller.share(1), "region: got 0 file descriptors beside it; expected 1")
+
+
+@pytest.mark.parametrize("count", [2, 8, 20])
+def test_several_descriptors(server: SharedMemory, caller: Caller, count: int) -> None:
+    with memfd() as descriptor:
+        error = caller.share(1, *[descriptor] * count)
+        refused(server, caller, error, f"region: got {min(count, 8)} file descriptors")
+    assert caller.release(77) == ""
+    assert descriptors(MEMFD) == 0
+
+
+def test_a_regular_file(server: SharedMemory, caller: Caller, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(bytes(4096))
+        file.flush()
+        error = caller.share(1, file.fileno())
+    refused(server, caller, error, "region: got a file descriptor of another kind; expected a memfd")
+
+
+def test_a_socket(server: SharedMemory, caller: Caller) -> None:
+    with socket.socket() as other:
+        error = caller.share(1, other.fileno())
+    refused(server, caller, error, "region: got a file descriptor of another kind; expected a memfd")
+
+
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW], ids=["no seal", "another seal"])
+def test_memory_that_can_shrink(server: SharedMemory, caller: Caller, seals: int) -> None:
+    with memfd(seals=seals) as descriptor:
+        error = caller.share(1, descriptor)
+    refused(server, caller, error, "region: got a memfd that can shrink; expected one sealed with F_SEAL_SHRINK")
+
+
+def test_memory_that_cannot_be_written(server: SharedMemory, caller: Caller) -> None:
+    with memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE) as descriptor:
+        error = caller.share(1, descriptor)
+    refused(server, caller, error, "Operation not permitted")
+
+
+def test_memory_of_no_bytes(server: SharedMemory, caller: Caller) -> None:
+    with memfd(0) as descriptor:
+        error = caller.share(1, descriptor)
+    refused(server, caller, error, "region: got an empty memfd; expected at least one byte")
+
+
+def test_a_number_that_is_in_use(server: SharedMemory, caller: Caller) -> None:
+    assert caller.hello is not None
+    with memfd(4096) as one, memfd(8192) as other:
+        assert caller.share(1, one) == ""
+        assert "got 1, which is shared already; expected another number" in (caller.share(1, other) or "")
+    assert server.nbytes == 4096
+    assert server.tensors(request(caller.hello.session, 1))
+
+
+@pytest.mark.parametrize("packet", [b"\xff", b"\x08", b"\xff" * 1024, b"\xff" * 5000], ids=len)
+def test_a_packet_that_is_no_message(server: SharedMemory, caller: Caller, packet: bytes) -> None:
+    with memfd() as descriptor:
+        refused(server, caller, caller.say(packet, descriptor), "")
+    assert caller.release(77) == ""
+    assert descriptors(MEMFD) == 0
+
+
+def test_more_regions_than_a_session_may_have(
+    server: SharedMemory, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "MAX_REGIONS", 2)
+    with region_of() as one, region_of() as two, region_of() as three:
+        session.share(one)
+        session.share(two)
+        with pytest.raises(LossError, match="2 regions are shared, as many as may be"):
+            session.share(three)
+        assert three.session is None
+        session.release(one)
+        session.share(three)
+
+
+def test_more_sessions_than_may_be(server: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "MAX_SESSIONS", 2)
+    first, second = Session(server.path, TIMEOUT), Session(server.path, TIMEOUT)
+    with pytest.raises(LossError, match="2 processes share memory with this server, as many as may"):
+        Session(server.path, TIMEOUT)
+    first.close()
+    assert eventually(lambda: server.sessions == 1)
+    third = Session(server.path, TIMEOUT)
+    with region_of() as region:
+        third.share(region)
+        assert server.nbytes == 4096
+    second.close()
+    third.close()
+
+
+# --- What is left -------------------------------------------------------------------------------------------------
+
+
+def test_of_a_session_that_has_ended_nothing_is_left(server: SharedMemory, caller: Caller) -> None:
+    assert caller.hello is not None
+    for number in range(1, 6):
+        with memfd() as descriptor:
+            assert caller.share(number, descriptor) == ""
+    assert mappings(MEMFD) == 5
+    caller.close()
+    assert eventually(lambda: server.sessions == 0)
+    assert eventually(lambda: (descriptors(MEMFD), mappings(MEMFD)) == (0, 0))
+    assert server.nbytes == 0
+    with pytest.raises(SessionLostError):
+        server.tensors(request(caller.hello.session, 1))
+
+
+def test_what_a_request_uses_stays_until_it_is_done(server: SharedMemory, caller: Caller) -> None:
+    assert caller.hello is not None
+    with memfd() as descriptor:
+        os.pwrite(descriptor, b"x" * 4096, 0)
+        assert caller.share(1, descriptor) == ""
+    logits, labels, grad = server.tensors(request(caller.hello.session, 1))
+    caller.close()
+    assert eventually(lambda: server.sessions == 0)
+    assert logits == b"x" * LOGITS_BYTES
+    grad[:] = logits
+    assert mappings(MEMFD) == 1
+    del logits, labels, grad
+    gc.collect()
+    assert (descriptors(MEMFD), mappings(MEMFD)) == (0, 0)
+
+
+def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: Caller) -> None:
+    for _ in range(3):
+        with memfd() as descriptor:
+            assert caller.share(1, descriptor) == ""
+        assert caller.release(1) == ""
+    assert (descriptors(MEMFD), mappings(MEMFD)) == (0, 0)
+
+
+VANISHING = """
+import sys, time
+from lovasz.client.shared_memory import Region, Session
+
+session = Session(sys.argv[1], 60)
+region = Region(4096)
+session.share(region)
+print("shared", flush=True)
+time.sleep(60)
+"""
+
+
+def test_of_a_process_that_was_killed_nothing_is_left(server: SharedMemory) -> None:
+    command = [sys.executable, "-c", VANISHING, server.path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "shared\n"
+        assert (server.sessions, server.nbytes) == (1, 4096)
+        process.send_signal(signal.SIGKILL)
+    assert eventually(lambda: server.sessions == 0)
+    assert eventually(lambda: (descriptors("lovasz"), mappings("lovasz")) == (0, 0))
+
+
+def test_a_caller_cannot_shrink_what_it_has_shared(server: SharedMemory, session: Session) -> None:
+    with region_of() as region:
+        session.share(region)
+        for size in (0, 4095, 8192):
+            with pytest.raises(PermissionError):
+                os.ftruncate(region.descriptor, size)
+        logits, _, _ = server.tensors(request(session.name, region.number))
+        assert bytes(logits) == bytes(LOGITS_BYTES)
+
+
+def test_a_caller_that_takes_no_answers_is_let_go_and_the_others_are_served(
+    server: SharedMemory, session: Session
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as deaf:
+        deaf.connect(server.path)
+        deaf.settimeout(TIMEOUT)
+        packet = pb.SharedMemoryRequest(region=1, release=True).SerializeToString()
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):  # noqa: PT012 - at one of them
+            for _ in range(100_000):
+                deaf.send(packet)
+    assert eventually(lambda: server.sessions == 1)
+    with region_of() as region:
+        session.share(region)
+        assert server.nbytes == 4096
+
+
+# --- The socket ---------------------------------------------------------------------------------------------------
+
+
+def test_stop_ends_the_sessions_and_removes_the_socket(path: Path) -> None:
+    server = serve(path)
+    session, region = Session(server.path, TIMEOUT), Region(4096)
+    session.share(region)
+    server.stop()
+    server.stop()
+    assert not path.exists()
+    assert (server.sessions, server.nbytes) == (0, 0)
+    assert not server._thread.is_alive()
+    region.session = None
+    with pytest.raises(ServerUnavailableError, match="shared memory: "):
+        session.share(region)
+    with pytest.raises(ServerUnavailableError, match=r"no shared memory: No such file .*--shared-memory"):
+        Session(server.path, TIMEOUT)
+    region.close()
+    session.close()
+
+
+def test_the_socket_of_a_server_that_was_killed_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
+        stale.bind(str(path))
+    assert path.exists()
+    with pytest.raises(ServerUnavailableError, match="Connection refused"):
+        Session(str(path), TIMEOUT)
+    server = serve(path)
+    Session(server.path, TIMEOUT).close()
+    server.stop()
+
+
+def test_a_client_begins_a_new_session_when_its_server_was_started_again(path: Path) -> None:
+    server, client = serve(path), Client(str(path))
+    region = client.regions.take(4096)
+    name = client.share(region, TIMEOUT)
+    assert client.share(region, TIMEOUT) == name
+    server.stop()
+    server = serve(path)
+    with pytest.raises(SessionLostError):
+        server.tensors(request(name, region.number))
+    client.forget()
+    renamed = client.share(region, TIMEOUT)
+    assert renamed != name
+    assert server.tensors(request(renamed, region.number))
+    client.regions.give(region)
+    client.close()
+    assert eventually(lambda: server.sessions == 0)
+    server.stop()
+
+
+def test_a_client_whose_server_went_away_unnoticed_can_try_again(path: Path) -> None:
+    server, client = serve(path), Client(str(path))
+    one, other = Region(4096), Region(4096)
+    client.share(one, TIMEOUT)
+    server.stop()
+    with pytest.raises(ServerUnavailableError):
+        client.share(other, TIMEOUT)
+    server = serve(path)
+    client.share(other, TIMEOUT)
+    assert server.nbytes == 4096
+    for region in (one, other):
+        region.close()
+    client.close()
+    server.stop()

@@ -1,0 +1,49 @@
+"""What a process holds of the machine: memory, file descriptors, threads; and what stands in shared memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Footprint:
+    descriptors: int
+    threads: int
+    resident_bytes: int
+    shared_files: frozenset[str]
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        process = Path(f"/proc/{pid}")
+        return cls(
+            descriptors=len(list((process / "fd").iterdir())),
+            threads=len(list((process / "task").iterdir())),
+            resident_bytes=_status_bytes(pid, "VmRSS"),
+            shared_files=frozenset(os.listdir("/dev/shm")),
+        )
+
+
+def forget_peak(pid: int) -> None:
+    """From now on :func:`peak_bytes` counts anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that the process has held at a time."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def available_bytes() -> int:
+    """Memory of the machine that is free."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _status_bytes(pid: int, name: str) -> int:
+    return _kilobytes(Path(f"/proc/{pid}/status"), name)
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10

@@ -1,0 +1,247 @@
+"""Request and answer headers: every header survives protobuf, and an invalid one is refused."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lovasz import spec, wire
+from lovasz.spec import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.v1 import loss_pb2 as pb
+
+untimed = settings(deadline=None)
+
+# --- Headers of requests ------------------------------------------------------------------------------------------
+
+
+def tensor(dtype: str, *shape: int) -> wire.TensorSpec:
+    return wire.TensorSpec(wire.dtype_named(dtype), shape)
+
+
+def received(request: wire.Request) -> wire.Request:
+    return wire.Request.from_proto(pb.RequestHeader.FromString(request.to_proto().SerializeToString()))
+
+
+@untimed
+@given(
+    st.sampled_from(wire.FLOATS),
+    st.sampled_from(wire.INTEGERS),
+    st.lists(st.integers(1, 2**20), min_size=1, max_size=6),
+    st.integers(2, spec.MAX_CLASSES),
+    st.booleans(),
+)
+def test_every_header_survives_protobuf(
+    float_type: str, integer_type: str, sizes: list[int], classes: int, want_grad: bool
+) -> None:
+    logits, labels = tensor(float_type, sizes[0], classes, *sizes[1:]), tensor(integer_type, *sizes)
+    request = wire.Request.checked(weighted_sum(CrossEntropy()), logits, labels, want_grad)
+    assert received(request) == request
+
+
+def header(loss: spec.Loss | None = None, **changes: pb.TensorInfo) -> pb.RequestHeader:
+    """A good header for logits (2, 3, 4), with other tensors in it."""
+    fields = {"logits": tensor("float32", 2, 3, 4).to_proto(), "labels": tensor("uint8", 2, 4).to_proto(), **changes}
+    return pb.RequestHeader(loss=wire.loss_to_proto(weighted_sum(loss or LovaszSoftmax())), **fields)
+
+
+def test_the_header_that_the_refusals_start_from_is_good() -> None:
+    assert wire.Request.from_proto(header()).layout == spec.Layout(2, 3, 4, label_values=3)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (pb.RequestHeader(), "loss.terms: got 0 terms"),
+        (header(logits=pb.TensorInfo()), "logits.data_type: got DATA_TYPE_UNSPECIFIED; expected a type"),
+        (header(labels=pb.TensorInfo()), "labels.data_type: got DATA_TYPE_UNSPECIFIED; expected a type"),
+        (header(logits=pb.TensorInfo(data_type=99, shape=[2, 3, 4])), "logits.data_type: got 99; expected a type"),
+        (header(logits=tensor("int32", 2, 3, 4).to_proto()), "logits: got element type int32; expected one of float32"),
+        (header(labels=tensor("float16", 2, 4).to_proto()), "labels: got element type float16; expected one of uint8"),
+        (header(labels=tensor("uint8", 2, 5).to_proto()), "labels: got shape (2, 5) for logits (2, 3, 4); expected"),
+        (header(logits=tensor("float32", 2, -3, 4).to_proto()), "logits: got shape (2, -3, 4); expected sizes >= 1"),
+        (header(logits=tensor("float32").to_proto()), "logits: got shape (); expected (N, C, *spatial)"),
+        (
+            header(logits=tensor("float32", 0, 3, 4).to_proto(), labels=tensor("uint8", 0, 4).to_proto()),
+            "logits: got shape (0, 3, 4), which holds no element",
+        ),
+        (
+            header(logits=tensor("float32", *[1] * 17).to_proto(), labels=tensor("uint8", *[1] * 16).to_proto()),
+            "logits: got 17 axes; expected at most 16",
+        ),
+        (
+            header(logits=tensor("float32", 1, 65_537).to_proto(), labels=tensor("uint8", 1).to_proto()),
+            "logits: got 65537 channels; expected at most 65536",
+        ),
+        (header(LovaszSoftmax(classes=[3])), "classes: got class 3; expected class numbers in [0, 3)"),
+        (header(CrossEntropy(class_weights=[1.0])), "class_weights: got 1 numbers; expected 3, one a class"),
+        (header(LovaszHinge()), "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4)"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(message: pb.RequestHeader, text: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        wire.Request.from_proto(pb.RequestHeader.FromString(message.SerializeToString()))
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "elements"), [(2**29, 2**60), (2**62, 2**126)], ids=["2^60 elements", "2^126 elements"]
+)
+def test_absurd_sizes_are_counted_exactly_and_allocate_nothing(size: int, elements: int) -> None:
+    shape = (size, 4, size)
+    message = header(logits=tensor("float32", *shape).to_proto(), labels=tensor("int64", size, size).to_proto())
+    tracemalloc.start()
+    try:
+        request = wire.Request.from_proto(message)
+        assert request.layout.elements == elements
+        assert request.payload_bytes == 4 * elements + 8 * elements // 4
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+
+
+# --- Places in a joint step -----------------------------------------------------------------------------------------
+
+
+def a_request(**options: Any) -> wire.Request:
+    specs = wire.TensorSpec(wire.dtype_named("float32"), (1, 3, 2)), wire.TensorSpec(wire.dtype_named("uint8"), (1, 2))
+    return wire.Request.checked(spec.weighted_sum(spec.LovaszSoftmax()), *specs, want_grad=True, **options)
+
+
+@pytest.mark.parametrize(
+    "joint", [wire.Joint("a run", 0, 0, 1), wire.Joint("ü" * 200, (1 << 63) - 1, 65_535, 65_536, bytes(64))]
+)
+def test_a_joint_request_comes_out_as_it_went_in(joint: wire.Joint) -> None:
+    request = a_request(joint=joint, run="its name")
+    assert wire.Request.from_proto(pb.RequestHeader.FromString(request.to_proto().SerializeToString())) == request
+    assert wire.Request.from_proto(a_request().to_proto()).joint is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"run": ""}, "joint.run: got ''; expected 1 to 200 characters"),
+        ({"run": "x" * 201}, "expected 1 to 200 characters"),
+        ({"world_size": 0}, r"joint.world_size: got 0; expected 1 to 65536"),
+        ({"world_size": 65_537}, r"joint.world_size: got 65537; expected 1 to 65536"),
+        ({"rank": 4}, r"joint.rank: got 4; expected a rank in \[0, 4\)"),
+        ({"rank": -1}, r"joint.rank: got -1; expected a rank in \[0, 4\)"),
+        ({"step": -1}, "joint.step: got -1; expected a 64-bit number >= 0"),
+        ({"step": True}, "joint.step: got True; expected an integer"),
+        ({"call": bytes(65)}, "joint.call: got 65 bytes; expected at most 64"),
+    ],
+    ids=str,
+)
+def test_a_place_that_cannot_be_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(spec.InvalidInput, match=said):
+        wire.Joint(**{"run": "r", "step": 0, "rank": 0, "world_size": 4, **values})
+
+
+def test_the_name_of_a_run_is_bounded() -> None:
+    with pytest.raises(spec.InvalidInput, match="run: got 201 characters; expected at most 200"):
+        a_request(run="x" * 201)
+
+
+# --- Headers of answers -------------------------------------------------------------------------------------------
+
+REQUEST = wire.Request.checked(
+    weighted_sum([(1.0, CrossEntropy()), (1.0, LovaszSoftmax())]),
+    tensor("float16", 2, 3, 4),
+    tensor("uint8", 2, 4),
+    want_grad=True,
+)
+
+
+def answer(request: wire.Request = REQUEST) -> wire.Response:
+    terms = (
+        spec.TermResult("cross_entropy", 0.5, np.empty(0)),
+        spec.TermResult("lovasz_softmax", 0.25, np.array([0.125, np.nan, 0.375])),
+    )
+    grad = request.logits if request.want_grad else None
+    timing = spec.Timing(0.5, 0.25, 0.125, 3, 2.0, 0.0625)
+    return wire.Response(0.75, terms, np.array([1, 0, 2**40]), np.array([2, 0, 2**41]), grad, 2.0**20, timing)
+
+
+@pytest.mark.parametrize("want_grad", [True, False])
+def test_an_answer_survives_protobuf(want_grad: bool) -> None:
+    request = replace(REQUEST, want_grad=want_grad)
+    sent = answer(request)
+    message = pb.ResponseHeader.FromString(sent.to_proto().SerializeToString())
+    got = wire.Response.from_proto(message, request)
+    assert (got.loss, got.grad, got.grad_scale, got.timing) == (sent.loss, sent.grad, sent.grad_scale, sent.timing)
+    for mine, theirs in zip(got.terms, sent.terms, strict=True):
+        assert (mine.kind, mine.loss) == (theirs.kind, theirs.loss)
+        np.testing.assert_array_equal(mine.per_class_loss, theirs.per_class_loss, strict=True)
+    np.testing.assert_array_equal(got.intersection, sent.intersection, strict=True)
+    np.testing.assert_array_equal(got.union, sent.union, strict=True)
+
+
+def without_terms(message: pb.ResponseHeader) -> None:
+    del message.terms[:]
+
+
+def with_a_class_less(message: pb.ResponseHeader) -> None:
+    message.terms[1].per_class_loss.pop()
+
+
+def with_classes_of_cross_entropy(message: pb.ResponseHeader) -> None:
+    message.terms[0].per_class_loss.extend([1.0, 1.0, 1.0])
+
+
+def without_grad(message: pb.ResponseHeader) -> None:
+    message.ClearField("grad")
+
+
+def with_another_shape(message: pb.ResponseHeader) -> None:
+    message.grad.shape[:] = [2, 4, 3]
+
+
+def with_another_type(message: pb.ResponseHeader) -> None:
+    message.grad.data_type = pb.DATA_TYPE_FLOAT32
+
+
+def with_no_type(message: pb.ResponseHeader) -> None:
+    message.grad.data_type = pb.DATA_TYPE_UNSPECIFIED
+
+
+def with_scale(scale: float) -> Callable[[pb.ResponseHeader], None]:
+    def change(message: pb.ResponseHeader) -> None:
+        message.grad_scale = scale
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (without_terms, "response.terms: got 0; expected 2"),
+        (with_a_class_less, "response.per_class_loss: got 2 for lovasz_softmax; expected 3"),
+        (with_classes_of_cross_entropy, "response.per_class_loss: got 3 for cross_entropy; expected 0"),
+        (lambda message: message.intersection.pop(), "response.intersection: got 2 counts; expected 3"),
+        (lambda message: message.union.append(1), "response.union: got 4 counts; expected 3"),
+        (without_grad, "response.grad: got None; expected type and shape of the logits"),
+        (with_another_shape, "response.grad: got "),
+        (with_another_type, "response.grad: got "),
+        (with_no_type, "response.grad.data_type: got DATA_TYPE_UNSPECIFIED"),
+        *((with_scale(scale), f"response.grad_scale: got {scale}; expected a power of two")
+          for scale in (0.0, -2.0, 3.0, float("inf"), float("nan"))),
+    ],
+)  # fmt: skip
+def test_an_answer_that_does_not_fit_is_refused(change: Callable[[pb.ResponseHeader], None], text: str) -> None:
+    message = answer().to_proto()
+    change(message)
+    with pytest.raises(InvalidInput) as refused:
+        wire.Response.from_proto(message, REQUEST)
+    assert text in str(refused.value)
+
+
+def test_a_gradient_that_was_not_wanted_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"response\.grad: got "):
+        wire.Response.from_proto(answer().to_proto(), replace(REQUEST, want_grad=False))
