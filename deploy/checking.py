@@ -33,10 +33,13 @@ def run(
     """Runs a command in the root of the repository and returns what it prints.
 
     Raises:
-        CheckFailed: it failed; the text ends with what it said.
+        CheckFailed: it failed, or is not installed; the text ends with what it said.
     """
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=ROOT, env=env, input=stdin, text=True, capture_output=True)
+    try:
+        done = subprocess.run(words, cwd=ROOT, env=env, input=stdin, text=True, capture_output=True)
+    except FileNotFoundError:
+        raise CheckFailed(f"{words[0]} is not installed") from None
     if check and done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-ERROR_LINES:])
         raise CheckFailed(f"{' '.join(words)} (exit {done.returncode})\n{tail}")

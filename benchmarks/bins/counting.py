@@ -41,7 +41,7 @@ class Layout:
     def places(self, errors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The bin and the rest of each error."""
         largest = np.int32(((bins.SOFTMAX_TOP + 128) << MANTISSA_BITS) - 1)
-        # Errors below the last octave are moved up to its lower end.
+        # Errors below the last octave share the last bin, with a rest of 0.
         distance = np.minimum(largest - errors.view(np.int32), np.int32(bins.OCTAVES << MANTISSA_BITS))
         octave, inside = distance >> MANTISSA_BITS, distance & ((1 << MANTISSA_BITS) - 1)
         shift = self._shift[octave]
