@@ -68,7 +68,7 @@ def submit(
     images of the joint, computed alone.
 
     Args:
-        joined: the numbers of consecutive requests that are scored as one; None if each is scored alone.
+        joined: the number of consecutive requests in each joint; None if each request is scored alone.
         want_total: whether ``Pending.differentiable`` will be called.
         backend: the backend to use; None for the fastest one that takes each joint.
         stop: asks for an early end; only compiled loops on the CPU react to it.

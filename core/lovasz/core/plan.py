@@ -184,7 +184,7 @@ class Plan:
 
     @cached_property
     def joint_of_request(self) -> Integers:
-        """int64, shape (requests,): the joint of each request."""
+        """The joint of each request: int64, shape (requests,)."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
     @cached_property

@@ -25,6 +25,7 @@ class Stop:
         self._running: npt.NDArray[np.int64] | None = None
 
     def ask(self) -> None:
+        """Ends the running loop after its current tasks, and keeps further ones from starting."""
         with self._lock:
             self._asked = True
             if self._running is not None:

@@ -25,6 +25,7 @@ LOWEST_TOP = OCTAVES - 127
 
 
 def bits_of(octave: int) -> int:
+    """log2 of the number of bins of an octave."""
     return max(MIN_BITS, MAX_BITS - octave // OCTAVES_PER_BIT)
 
 
