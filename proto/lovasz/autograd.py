@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, fac
     Returns:
         float64 for float64 logits, else float32.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = _dtype_of(logits)
     # torch.full does not wait for the device, as a copy would.
     value = loss if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
     if grad is None:
@@ -76,3 +77,61 @@ class _Scale(torch.autograd.Function):
             "double backward through this loss is not supported: its gradient is computed with its value, and no "
             "second derivative is (leave out create_graph=True, or compute the penalty from another loss)"
         )
+
+
+Computed = tuple[float | Tensor, Tensor | None]
+"""A loss and its gradient; the gradient already has all factors, and is None if it was not wanted."""
+
+
+def operator(
+    name: str, compute: Callable[[Tensor, Tensor, str, bool], Computed]
+) -> Callable[[Tensor, Tensor, str, bool], Tensor]:
+    """Makes an operator that ``torch.compile`` puts into its graphs as it is, instead of tracing into it.
+
+    Args:
+        name: the operator's name, such as ``lovasz::loss``.
+        compute: called with (logits, labels, key, want_grad) each time that the graph runs; the key says which loss.
+
+    Returns:
+        A function of the same arguments that returns the loss as a 0-dim tensor.
+    """
+
+    def run(logits: Tensor, labels: Tensor, key: str, want_grad: bool) -> tuple[Tensor, Tensor]:
+        loss, grad = compute(logits.detach(), labels, key, want_grad)
+        dtype = _dtype_of(logits)
+        # An output must not share memory with anything else.
+        value = loss.clone() if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
+        return value, logits.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
+
+    def fake(logits: Tensor, labels: Tensor, key: str, want_grad: bool) -> tuple[Tensor, Tensor]:
+        dtype = _dtype_of(logits)
+        return logits.new_empty((), dtype=dtype), torch.empty(
+            logits.shape if want_grad else (0,), dtype=dtype, device=logits.device
+        )
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.dtype = inputs[0].dtype
+
+    def backward(ctx: Any, loss_grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * loss_grad.to(grad.dtype)).to(ctx.dtype), None, None, None
+
+    # With this tag no two calls become one: each may have an effect, such as a step of a joint run.
+    tags = (torch.Tag.nondeterministic_seeded,)
+    schema = "(Tensor logits, Tensor labels, str key, bool want_grad) -> (Tensor, Tensor)"
+    made = torch.library.custom_op(name, run, mutates_args=(), schema=schema, tags=tags)
+    made.register_fake(fake)
+    made.register_autograd(backward, setup_context=keep)
+    return lambda logits, labels, key, want_grad: made(logits, labels, key, want_grad)[0]
+
+
+def constant(function: Callable[..., str]) -> Callable[..., str]:
+    """Lets ``torch.compile`` call a function while it traces, and put the result into the graph."""
+    # As torch.compiler.assume_constant_result does, which would import the compiler: a second at each start.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def _dtype_of(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

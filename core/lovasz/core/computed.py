@@ -24,7 +24,7 @@ class Fault(enum.IntEnum):
     BAD_LABEL = 0
     """A label is out of range, and some rule does not ignore it."""
     NOT_FINITE = 1
-    """A logit is infinite or NaN."""
+    """A logit is NaN or infinite. (Minus infinity masks a class that is not the label.)"""
     OUT_OF_RANGE = 2
     """The input is probabilities, and one lies outside [0, 1] by more than ``PROBABILITY_TOLERANCE``."""
 

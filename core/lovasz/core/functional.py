@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lovasz.autograd import with_gradient
 from lovasz.core.batch import Request
+from lovasz.core.compiling import hinge_key, loss_operator, softmax_key
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.spec import (
     Classes,
@@ -83,6 +84,9 @@ def lovasz_softmax(
     Raises:
         InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
+    if torch.compiler.is_compiling():
+        key = softmax_key(classes, class_weights, per_image, ignore_index, input)
+        return loss_operator(logits, labels, key, torch.is_grad_enabled() and logits.requires_grad)
     return differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
 
 
@@ -110,4 +114,7 @@ def lovasz_hinge(
     Raises:
         InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
+    if torch.compiler.is_compiling():
+        key = hinge_key(per_image, ignore_index, multilabel)
+        return loss_operator(logits, labels, key, torch.is_grad_enabled() and logits.requires_grad)
     return differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))

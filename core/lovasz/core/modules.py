@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lovasz.core.compiling import key_of, loss_operator
 from lovasz.core.functional import differentiable
 from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
 
@@ -25,9 +26,16 @@ class LocalLoss(torch.nn.Module):
         """
         super().__init__()
         self.loss = weighted_sum(loss)
+        self._key = key_of(self.loss)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._key = key_of(self.loss)  # As this process may not know it.
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss as a 0-dim tensor, differentiable with respect to the logits."""
+        if torch.compiler.is_compiling():
+            return loss_operator(logits, labels, self._key, torch.is_grad_enabled() and logits.requires_grad)
         return differentiable(logits, labels, self.loss)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,106 @@
+"""The losses inside torch.compile: one graph, and the values and gradients of eager mode to the bit."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.comparison import normal, random_labels
+from torch import Tensor
+
+from lovasz.core import CrossEntropy, LocalLoss, LovaszSoftmax, LovaszSoftmaxLoss, lovasz_hinge, lovasz_softmax
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+CRITERIA: dict[str, Criterion] = {
+    "sum": LocalLoss([(1.0, CrossEntropy()), (1.0, LovaszSoftmax(ignore_index=1))]),
+    "unpickled": pickle.loads(pickle.dumps(LovaszSoftmaxLoss(per_image=True))),
+    "function": lambda logits, labels: lovasz_softmax(logits, labels, [0, 2], [1.0, 2.0, 1.0, 1.0], ignore_index=3),
+    "hinge": lambda logits, labels: lovasz_hinge(logits[:, 0], (labels > 1).long()),
+    "twice": lambda logits, labels: lovasz_softmax(logits, labels) + lovasz_softmax(logits, labels),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step_of(criterion: Criterion, dtype: torch.dtype) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+    """A training step, and the weight whose gradient it makes."""
+    model = torch.nn.Conv2d(3, 4, 3, padding=1).to(dtype)
+    return lambda images, labels: 0.5 * criterion(model(images), labels), model.weight
+
+
+def run(step: Callable[[Tensor, Tensor], Tensor], weight: Tensor, dtype: torch.dtype) -> tuple[float, Tensor]:
+    images, labels = normal(2, 3, 9, 8, seed=1, dtype=torch.float32).to(dtype), random_labels(2, 9, 8, values=4, seed=2)
+    weight.grad = None
+    loss = step(images, labels)
+    loss.backward()
+    assert weight.grad is not None
+    return loss.item(), weight.grad.clone()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_losses_are_those_of_eager_mode(name: str, backend: str) -> None:
+    step, weight = step_of(CRITERIA[name], torch.float32)
+    expected, expected_grad = run(step, weight, torch.float32)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    loss, grad = run(compiled, weight, torch.float32)
+    assert loss == expected
+    assert torch.equal(grad, expected_grad)
+    with torch.no_grad():
+        images, labels = normal(2, 3, 9, 8, seed=1, dtype=torch.float32), random_labels(2, 9, 8, values=4, seed=2)
+        assert compiled(images, labels).item() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_element_types_and_dynamic_shapes(dtype: torch.dtype) -> None:
+    step, weight = step_of(CRITERIA["sum"], dtype)
+    expected, expected_grad = run(step, weight, dtype)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    loss, grad = run(compiled, weight, dtype)
+    assert loss == expected
+    assert torch.equal(grad, expected_grad)
+
+
+INDUCTOR = """
+import torch
+from lovasz.core import LovaszSoftmax, LocalLoss
+torch.manual_seed(0)
+model, criterion = torch.nn.Conv2d(3, 4, 1), LocalLoss(LovaszSoftmax())
+images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, 4, (2, 8, 8))
+def step():
+    model.weight.grad = None
+    loss = criterion(model(images), labels)
+    loss.backward()
+    return loss.item(), model.weight.grad.clone()
+(loss, grad), compiled = step(), torch.compile(model)
+model, eager = compiled, model
+criterion = torch.compile(criterion, fullgraph=True)
+images.requires_grad_(False)
+again = criterion(model(images), labels)
+eager.weight.grad = None
+again.backward()
+assert abs(again.item() - loss) < 1e-6, (again.item(), loss)
+assert torch.allclose(eager.weight.grad, grad, atol=1e-6)
+print("done")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_compiles_model_and_loss(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INDUCTOR], capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "done", done.stderr
