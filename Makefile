@@ -5,17 +5,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 BUF := @bufbuild/buf@1.75.0
+# How many tests run at the same time. A worker takes a core, and up to 2 GiB of memory with its servers.
+JOBS ?= 2
+# What `make quick` tests: folders, files, or single tests.
+TESTS ?= tests/test_architecture.py tests/wire
 
 # The environment that a package is built in is pinned, too.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo test interpret check lint types proto-check docs-check deploy-check docs proto compat image-check gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo quick test interpret check lint types proto-check docs-check deploy-check docs proto compat image-check gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (two minutes)"
-	@echo "make test         run the whole test suite"
+	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
+	@echo "make test         run the whole test suite (five minutes on two cores; JOBS=4 runs four tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
@@ -45,15 +50,23 @@ demo: $(INSTALLED)
 joint-demo: $(INSTALLED)
 	$(BIN)/python examples/compare_ddp.py --plot out
 
+quick: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --exitfirst $(TESTS)
+
+# What needs most of the machine runs when the rest has ended.
+SIDE_BY_SIDE := -m "not alone" -n $(JOBS) --dist worksteal
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m alone tests/end_to_end
 
 # A process of its own: Triton reads the variable when it is imported. Of the slow tests of batches, the strictest; the
 # ways of ranking that a batch's size decides on by itself, where accuracy and values are tested.
 INTERPRETED := (cpu-triton and not buckets and not tables and (not test_batch.py or test_strangers_change_no_bit)) \
 	or ((cpu-triton-buckets or cpu-triton-tables) and (test_accuracy.py or test_compute_gives_the_vectors)) or test_triton_program.py or test_triton_graphs.py
 interpret: .venv-interpreter/.installed
-	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core -k "$(INTERPRETED)"
+	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core $(SIDE_BY_SIDE) -k "$(INTERPRETED)"
 
 check: lint types proto-check docs-check deploy-check
 
@@ -83,8 +96,14 @@ image-check: $(INSTALLED) .venv-deploy/.installed
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@if command -v npx >/dev/null; then cd proto && npx --yes $(BUF) lint && echo "buf lint: no complaint"; \
-	else echo "buf lint: skipped, as npx (Node.js) is not here"; fi
+	@$(call with_buf,lint)
+
+# Runs a command of buf on the contract. Skips it where npx, or the registry that npx takes buf from, cannot be reached.
+define with_buf
+if command -v npx >/dev/null && npx --yes $(BUF) --version >/dev/null 2>&1; \
+then cd proto && npx --yes $(BUF) $(1) && echo "buf $(firstword $(1)): no complaint"; \
+else echo "buf $(firstword $(1)): skipped, as npx (Node.js) is not here or cannot download buf"; fi
+endef
 
 types: $(INSTALLED)
 	$(BIN)/mypy proto core client server examples benchmarks docs/figures
@@ -108,6 +127,7 @@ proto-check: .venv-proto/.installed
 	@for stub in loss_pb2.py loss_pb2.pyi loss_pb2_grpc.py; do \
 		diff -u proto/lovasz/v1/$$stub out/stubs/lovasz/v1/$$stub || { echo "stale stubs: run make proto"; exit 1; }; done
 	@echo "stubs: as generated"
+	@$(call with_buf,breaking --against ../tests/wire/released)
 
 # Versions that lie over those of .venv, so that nothing large is installed twice.
 .venv-oldest/.installed .venv-interpreter/.installed: .venv-%/.installed: tests/%.txt $(INSTALLED)
@@ -128,10 +148,11 @@ proto-check: .venv-proto/.installed
 	@touch $@
 
 # Without the examples and what a server does by itself, which do not depend on these versions.
+COMPATIBLE := tests/wire tests/client tests/server tests/end_to_end --ignore tests/end_to_end/test_demo.py \
+	--ignore tests/end_to_end/test_joint_example.py --ignore tests/end_to_end/test_under_load.py
 compat: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest tests/wire tests/client tests/server tests/end_to_end \
-		--ignore tests/end_to_end/test_demo.py --ignore tests/end_to_end/test_joint_example.py \
-		--ignore tests/end_to_end/test_under_load.py
+	.venv-oldest/bin/python -m pytest $(COMPATIBLE) $(SIDE_BY_SIDE)
+	.venv-oldest/bin/python -m pytest $(COMPATIBLE) -m alone
 
 gpu: export PYTHONPATH := proto:core:client:server
 gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \

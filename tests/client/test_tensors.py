@@ -182,7 +182,7 @@ def test_a_label_beyond_64_signed_bits_is_refused() -> None:
 
 
 @pytest.mark.parametrize("encode", [encode_logits, encode_labels])
-@pytest.mark.parametrize("value", [[[1.0, 2.0]], None, 3.0, "text", memoryview(b"1234"), np.float32(1)], ids=repr)
+@pytest.mark.parametrize("value", [[[1.0, 2.0]], None, 3.0, "text", memoryview(b"1234"), np.float32(1)], ids=type)
 def test_what_is_no_array_is_refused(encode: Callable[[Any], Outgoing], value: object) -> None:
     with pytest.raises(InvalidInput, match=f"got {type(value).__name__}; expected a numpy array or a torch tensor"):
         encode(value)

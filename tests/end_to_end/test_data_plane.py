@@ -230,6 +230,7 @@ def test_clients_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
 # --- Size ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(400)
 def test_four_gibibytes_of_logits_go_through() -> None:
     """Equal logits, so that loss and gradient are known."""

@@ -67,7 +67,7 @@ def test_no_step_is_lost_to_a_restart_under_load(end: Callable[[ServerProcess], 
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = ["--device", "cpu", "--listen", address]
-    steps, ended = 60, threading.Event()
+    steps, ended = 40, threading.Event()
     logits = np.random.RandomState(0).randn(1, 4, 200, 200).astype(np.float32)
     labels = np.random.RandomState(0).randint(0, 4, (1, 200, 200)).astype(np.uint8)
     images = [logits, np.tile(logits, (6, 1, 1, 1))]  # A message, and a stream.
