@@ -189,7 +189,7 @@ class Rank:
     def nbytes(self) -> int:
         """What is reserved for it."""
         request = self.request
-        return request.payload_bytes + request.grad_bytes
+        return request.tensor_bytes
 
     @property
     def request(self) -> wire.Request:

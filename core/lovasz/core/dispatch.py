@@ -130,7 +130,7 @@ def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
     images = sum(request.layout.images for request in joint)
     pixels = sum(request.layout.images * request.layout.pixels for request in joint)
     channels = joint[0].layout.channels
-    of_terms = {term.per_image for _, term in loss.terms if not isinstance(term, CrossEntropy)}
+    of_terms = {term.per_image for _, term in loss.terms if isinstance(term, LovaszSoftmax | LovaszHinge)}
     segments = channels * sum(images if per_image else 1 for per_image in of_terms)
     fits = segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS and numbered_pixels(joint, loss) < NUMBERED_PIXELS
     return fits and (loss.is_hinge or channels <= TRITON_CLASSES)

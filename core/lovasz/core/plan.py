@@ -223,7 +223,7 @@ class Plan:
     @cached_property
     def lovasz(self) -> tuple[Term, ...]:
         """The Lovász terms, which score segments."""
-        return tuple(term for term in self.terms if not isinstance(term.loss, CrossEntropy))
+        return tuple(term for term in self.terms if isinstance(term.loss, LovaszSoftmax | LovaszHinge))
 
     @cached_property
     def cross_entropies(self) -> tuple[Term, ...]:

@@ -175,6 +175,11 @@ class Request:
         return self.logits.nbytes if self.want_grad else 0
 
     @property
+    def tensor_bytes(self) -> int:
+        """The bytes of all its tensors: what a server has to hold for it."""
+        return self.payload_bytes + self.grad_bytes
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of logits and labels."""
         return self.logits.nbytes + self.labels.nbytes

@@ -106,7 +106,7 @@ class Call:
         """
         seat: Seat | None = None
         if header.joint is None:
-            self._permit = self._desk.admission.reserve(header.payload_bytes + header.grad_bytes)
+            self._permit = self._desk.admission.reserve(header.tensor_bytes)
         else:
             place = self._place = self._desk.joints.join(header, self._context.cancel)
             if isinstance(place, Kept):

@@ -19,6 +19,8 @@ from lovasz.core.tables import REST_BITS, REST_SUM_BITS
 BINS = bins.BINS
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
 _OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, REST_BITS, REST_SUM_BITS
+assert _PER_BIT == 3, "_coarser divides by 3"
+assert _MAX_BITS + REST_BITS >= 23, "_rest shifts to the left"
 _ONE = np.int64(1 << REST_SUM_BITS)
 _FIRST_BINS = np.array([*bins.first_bins(), BINS], np.int64)
 
@@ -44,7 +46,7 @@ def _top_bits(top: int) -> i32:
 @inlined
 def _coarser(octave: i32) -> i32:
     """How many fewer bits the bins of this octave have than those of the top octave."""
-    # octave // 3, without a division, which does not vectorize. It is off by one only where the minimum applies.
+    # octave // _PER_BIT for 3 octaves a bit, without a division, which does not vectorize. It is off by one only where the minimum applies.
     return min(i32(i32(octave * i32(43)) >> i32(7)), i32(_MAX_BITS - _MIN_BITS))
 
 

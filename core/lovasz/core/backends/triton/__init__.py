@@ -1,1 +1,11 @@
-"""The Triton backend: kernels for a GPU, and the host code that lays out their buffers and launches them."""
+"""The Triton backend: kernels for a GPU, and the host code that lays out their buffers and launches them.
+
+On the host: ``compute`` (a batch), ``layout`` (the arrays that host and kernels share, and where they are in buffers),
+``columns`` (the columns of these arrays), ``program`` (the launches of a kind of batch, in their order), ``launches``,
+``graphs`` (programs recorded as CUDA graphs).
+
+Kernels, in the order of their launches: ``softmax`` or ``hinge`` (statistics of all pixels; ``hinge`` also shares out
+bins), ``segments`` (what becomes of each segment, and at the end the loss of a batch), ``softmax_ranks`` or
+``hinge_ranks`` (errors counted in tables or listed in buckets, and cross-entropy's sums), ``tables`` (the scan),
+``sorting`` (buckets), ``softmax_backward`` or ``hinge_backward``. They share ``planes``, ``bins`` and ``elementary``.
+"""

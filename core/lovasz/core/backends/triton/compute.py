@@ -26,7 +26,7 @@ from lovasz.core.computed import Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan
 from lovasz.core.scoring import State
 from lovasz.core.stop import Stop
-from lovasz.spec import CrossEntropy, WeightedSum
+from lovasz.spec import LovaszHinge, LovaszSoftmax, WeightedSum
 
 KEPT_PROGRAMS = 64
 """The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
@@ -224,7 +224,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     rows = iter(zip(layout.first_rows, [*layout.first_rows[1:], len(layout.groups)], strict=True))
     entropies = iter(sums)
     for term in plan.terms:
-        if not isinstance(term.loss, CrossEntropy):
+        if isinstance(term.loss, LovaszSoftmax | LovaszHinge):
             own = slice(*next(rows))
             terms.append(TermValues(losses[own].T, scored[own].T))
         else:

@@ -134,7 +134,7 @@ class Group:
         """
         joint = request.joint
         assert joint is not None
-        nbytes = request.payload_bytes + request.grad_bytes
+        nbytes = request.tensor_bytes
         permit = self.permit.split(self.share)
         try:
             permit.resize(max(nbytes, self.share))

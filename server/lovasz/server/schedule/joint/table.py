@@ -217,7 +217,7 @@ class JointTable:
         step = Step(joint.run, joint.step, request.want_grad)
         group = self._waiting.get(step)
         if group is None:
-            share, world_size = request.payload_bytes + request.grad_bytes, joint.world_size
+            share, world_size = request.tensor_bytes, joint.world_size
             group = self._waiting[step] = Group(
                 step=step,
                 first=request,
@@ -233,7 +233,7 @@ class JointTable:
     def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
         """The refusal if the group with one more request is larger than the whole budget."""
         held = [max(seat.nbytes, group.share) for seat in group.seats.values()]
-        held.append(request.payload_bytes + request.grad_bytes)
+        held.append(request.tensor_bytes)
         needed = sum(held) + group.share * (group.world_size - len(held))
         budget = self._admission.budget_bytes
         return None if needed <= budget else TooLargeError(texts.too_large(group, needed, budget))
