@@ -46,7 +46,8 @@ def _top_bits(top: int) -> i32:
 @inlined
 def _coarser(octave: i32) -> i32:
     """How many fewer bits the bins of this octave have than those of the top octave."""
-    # octave // _PER_BIT for 3 octaves a bit, without a division, which does not vectorize. It is off by one only where the minimum applies.
+    # octave // 3, as _PER_BIT is 3, without a division, which does not vectorize. It is off by one only where the
+    # minimum applies.
     return min(i32(i32(octave * i32(43)) >> i32(7)), i32(_MAX_BITS - _MIN_BITS))
 
 
