@@ -183,3 +183,36 @@ def test_a_way_that_cannot_be_taken_is_refused(
         submit([a_request(total, 1, 8, dtype)], total, device, backend=backend)
     assert caught.value.field == "backend"
     assert caught.value.problem.startswith(problem)
+
+
+@pytest.mark.usefixtures("everything_installed")
+def test_a_loss_that_triton_is_not_chosen_for_cannot_be_forced_on_it() -> None:
+    total = weighted_sum(LovaszSoftmax())
+    too_many = a_request(total, MAX_PIXELS // SIDE**2, SIDE)
+    assert choose([too_many], total, CUDA) is Backend.TORCH
+    with pytest.raises(InvalidInput, match="which takes no loss of this size"):
+        submit([too_many], total, CUDA, backend=Backend.TRITON)
+
+
+def test_joints_that_fall_back_to_torch_are_not_divided_as_triton_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "triton_works", lambda device: False)
+    monkeypatch.setattr(dispatch, "NUMBERED_PIXELS", 100)
+    requests = [a_request(LovaszSoftmax(), 1, 8) for _ in range(3)]
+    divided = dispatch._divide(Batch.of(requests), weighted_sum(LovaszSoftmax()), CUDA, None)
+    assert divided == {(Backend.TORCH, 0): [0, 1, 2]}
+
+
+def test_a_device_that_is_full_says_nothing_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [torch.OutOfMemoryError("full")]
+
+    def compute_small(*arguments: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(dispatch, "_compute_small", compute_small)
+    dispatch.triton_works.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        dispatch.triton_works(CUDA)
+    assert dispatch.triton_works(CUDA)
+    dispatch.triton_works.cache_clear()

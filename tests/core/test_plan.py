@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lovasz.core.batch import Batch, Request
-from lovasz.core.plan import FUSE_ALL, KEPT_IMAGES, Plan
+from lovasz.core.dispatch import submit
+from lovasz.core.plan import FUSE_ALL, KEPT_IMAGES, KEPT_WEIGHTS, Plan
 from lovasz.core.scoring import select_segments
-from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
 CPU = torch.device("cpu")
 SHAPES = ((2, 3, 4, 5), (1, 3, 6, 2), (3, 3, 7))
@@ -132,5 +133,17 @@ def test_a_plan_that_comes_again_is_the_same_one_unless_it_is_large() -> None:
     total = weighted_sum(JOINT_LOSS)
     assert Plan.of(batch_of(total), total, CPU) is Plan.of(batch_of(total), total, CPU)
     assert Plan.of(batch_of(total), total, CPU) is not Plan.of(batch_of(total, sizes=(2, 1)), total, CPU)
-    cloud = batch_of(total, [(KEPT_IMAGES + 1, 3)], [1])
-    assert Plan.of(cloud, total, CPU) is not Plan.of(cloud, total, CPU)
+    for shape in ((KEPT_IMAGES + 1, 3), (1, KEPT_WEIGHTS // 2 + 1)):  # The loss has two terms.
+        large = batch_of(total, [shape], [1])
+        assert Plan.of(large, total, CPU) is not Plan.of(large, total, CPU)
+
+
+def test_threads_that_make_the_terms_of_a_kept_plan_at_the_same_time_do_no_harm() -> None:
+    """Cached properties have no lock: one thread's terms may stand beside what another one derived from its own."""
+    loss = weighted_sum([(1.0, CrossEntropy(ignore_index=2)), (1.0, LovaszSoftmax()), (0.5, CrossEntropy())])
+    batch = batch_of(loss)
+    plan = Plan.of(batch, loss, CPU)
+    assert len(plan.cross_entropies) == 2
+    del plan.__dict__["terms"]
+    (first, *_) = submit(batch.requests, loss, CPU, joined=SIZES).collect()
+    assert isinstance(first, Result)

@@ -55,7 +55,7 @@ def test_the_numbers_name_the_ranks_that_joint_steps_wait_for() -> None:
         assert metric(server, "lovasz_joint_step_first_missing_rank", run="cityscapes") == 1
         assert 0 < metric(server, "lovasz_joint_step_wait_seconds", run="cityscapes") < 2
         for call in waiting:
-            with pytest.raises(CallAbortedError, match=r"ranks 1, 2 of 4 did not come to step 7 of run 'cityscapes'"):
+            with pytest.raises(CallAbortedError, match=r"ranks 1, 2 of 4 did not arrive at step 7 of run 'cityscapes'"):
                 call.result()
         assert status_of(server)["joint_steps"] == []
         assert metric(server, "lovasz_joint_step_missing_ranks") == 0

@@ -311,7 +311,7 @@ def test_a_missing_rank_is_named_and_the_step_can_be_tried_again(impatient: Serv
 
         for call in [ask(0), ask(2)]:
             with pytest.raises(
-                CallAbortedError, match=r"rank 1 of 3 did not come to step 4 of run 'missing' within 1 s"
+                CallAbortedError, match=r"rank 1 of 3 did not arrive at step 4 of run 'missing' within 1 s"
             ):
                 call.result()
         assert len({call.result().loss for call in [ask(0), ask(1), ask(2)]}) == 1
@@ -322,7 +322,7 @@ def test_a_rank_that_differs_is_told_how(servers: ServerProcess) -> None:
     with LossClient(servers.target) as client:
         first = client.submit(*parts[0], SOFTMAX, joint=Joint("differs", 0, 2, step=0))
         assert eventually(lambda: metric(servers, "lovasz_joint_ranks_waiting") == 1)
-        with pytest.raises(JointMismatchError, match="differs from the ranks that wait in loss"):
+        with pytest.raises(JointMismatchError, match=r": loss is .*; the waiting ranks have "):
             client.compute(*parts[1], CrossEntropy(), joint=Joint("differs", 1, 2, step=0))
         client.compute(*parts[1], SOFTMAX, joint=Joint("differs", 1, 2, step=0))
         assert first.result().loss > 0
@@ -431,7 +431,7 @@ def test_ranks_that_still_wait_when_draining_ends_are_told_whom_they_waited_for(
         assert server.stop() == 1
         for call in calls:
             assert call.code() is grpc.StatusCode.UNAVAILABLE
-            assert call.details() == "the server is stopping, and rank 2 of 3 did not come to step 0 of run 'drain'"
+            assert call.details() == "the server is stopping, and rank 2 of 3 did not arrive at step 0 of run 'drain'"
 
 
 # --- Many ---------------------------------------------------------------------------------------------------------
@@ -521,7 +521,7 @@ def test_of_many_runs_with_many_ranks_a_third_is_killed_and_each_survivor_learns
                     continue
                 assert run not in SAFE, text
                 assert code == "ABORTED", text
-                assert f" of {WORLD} did not come to step 0 of run '{round_number}-{run}' within 5 s" in text
+                assert f" of {WORLD} did not arrive at step 0 of run '{round_number}-{run}' within 5 s" in text
                 missing = text.removeprefix("ranks ").removeprefix("rank ").partition(" of ")[0]
                 named = {int(number) for number in missing.partition(" and ")[0].split(", ")}
                 assert named <= {other for other_run, other in killed if other_run == run}

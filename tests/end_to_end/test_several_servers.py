@@ -145,7 +145,7 @@ def test_ranks_on_two_servers_are_told_who_is_missing_and_why_that_can_be(server
             with pytest.raises(CallAbortedError) as raised:
                 call.result(timeout=30)
             text = str(raised.value)
-            assert f"{missing} of 3 did not come to step 0 of run 'split' within {JOINT_TIMEOUT} s" in text
+            assert f"{missing} of 3 did not arrive at step 0 of run 'split' within {JOINT_TIMEOUT} s" in text
             assert "reached another server (see load_balancing)" in text
 
 

@@ -77,9 +77,9 @@ class Computed:
         grads: one contiguous tensor per request, of the shape of its logits, float32 (float64 for float64 logits);
             None if no gradient was wanted.
         values: waits for the device and reads the values.
-        total: for a batch of one request: waits only until its faults are known, and returns its loss as a 0-dim tensor
-            that the device may still be computing, or None if the request has a fault. The attribute is None if the
-            total was not asked for, or if the backend does not offer it.
+        total: None if the backend offers none, or if it was not asked for. Else, for a batch of one request: waits
+            until its faults are known, and returns its loss as a 0-dim tensor, which the device may still compute;
+            None if the request has a fault.
     """
 
     grads: tuple[Tensor, ...] | None

@@ -42,13 +42,13 @@ class Backend(enum.Enum):
 
 
 TRITON_CLASSES = 512
-"""The most classes that the Triton backend takes: in large groups the table of each class takes 1.3 MB."""
+"""The most classes that the Triton backend takes: in large groups the table of each class takes 1.4 MB."""
 
 TRITON_SEGMENTS = 1 << 20
-"""The most segments that a joint may have on the Triton backend; those of terms with equal ``per_image`` count once."""
+"""The most segments of a joint that the Triton backend takes; terms with the same ``per_image`` share theirs."""
 
 NUMBERED_PIXELS = 1 << 31
-"""The end of the pixel numbers of Triton's kernels, which are 32-bit integers."""
+"""Triton's kernels number the pixels of a batch with 32-bit integers: all numbers are below this."""
 
 
 def submit(
@@ -102,15 +102,15 @@ def _divide(
     joints_of: dict[tuple[Backend, int], list[int]] = {}
     portion = numbered = 0
     for number, joint in enumerate(whole.joints):
-        chosen = choose(joint, loss, device) if backend is None else checked(backend, joint[0], device)
+        chosen = choose(joint, loss, device) if backend is None else checked(backend, joint, loss, device)
+        if chosen is Backend.TRITON and backend is None and not triton_works(device):
+            chosen = Backend.TORCH
         if chosen is Backend.TRITON:
-            if backend is None and not triton_works(device):
-                chosen = Backend.TORCH
             pixels = numbered_pixels(joint, loss)
             if numbered + pixels >= NUMBERED_PIXELS:
                 portion, numbered = portion + 1, 0
             numbered += pixels
-        joints_of.setdefault((chosen, portion), []).append(number)
+        joints_of.setdefault((chosen, portion if chosen is Backend.TRITON else 0), []).append(number)
     return joints_of
 
 
@@ -142,7 +142,7 @@ def numbered_pixels(requests: Sequence[Request], loss: WeightedSum) -> int:
     return sum(layout.images * layout.pixels * (layout.channels if loss.is_hinge else 1) for layout in layouts)
 
 
-def checked(backend: Backend, request: Request, device: torch.device) -> Backend:
+def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Backend:
     """Returns the backend that the caller asked for, after checking that it can be used here.
 
     Raises:
@@ -152,11 +152,15 @@ def checked(backend: Backend, request: Request, device: torch.device) -> Backend
         raise InvalidInput("backend", f"got {backend!r}; expected None or one of lovasz.core.dispatch.Backend")
     if backend is Backend.TORCH:
         return backend
-    if request.logits.dtype == torch.float64:
+    if joint[0].logits.dtype == torch.float64:
         raise InvalidInput("backend", f"got {backend} for logits of float64; expected None or Backend.TORCH")
     if backend is not Backend.TRITON and device.type != "cpu":
         expected = "None, Backend.TORCH or Backend.TRITON"
         raise InvalidInput("backend", f"got {backend} for logits on {device}; expected {expected}")
+    if backend is Backend.TRITON and not _fits_triton(joint, loss):
+        raise InvalidInput(
+            "backend", f"got {backend}, which takes no loss of this size; expected None or Backend.TORCH"
+        )
     package = "triton" if backend is Backend.TRITON else "numba"
     if not installed(package):
         raise InvalidInput("backend", f"got {backend}, but {package} is not installed; expected None or Backend.TORCH")
@@ -174,6 +178,8 @@ def triton_works(device: torch.device) -> bool:
     """Whether Triton can compile: it needs a C compiler, which a container may lack. Tried once per device."""
     try:
         _compute_small([Backend.TRITON], device, torch.float32)
+    except torch.OutOfMemoryError:
+        raise  # It says nothing about Triton, and is not kept as the answer.
     except Exception:
         _log.exception("Triton cannot compile for %s; losses are computed by torch's own kernels", device)
         return False
@@ -229,7 +235,8 @@ def give_memory_back() -> None:
 
 def _loaded_triton() -> ModuleType | None:
     """The Triton backend's ``compute`` module if it has been imported, which takes a second; otherwise None."""
-    return sys.modules.get("lovasz.core.backends.triton.compute")
+    module = sys.modules.get("lovasz.core.backends.triton.compute")
+    return module if hasattr(module, "replay") else None  # Another thread may still be importing it.
 
 
 _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (

@@ -6,7 +6,7 @@ one request: an image, or several images fused. A *group* is what a term scores 
 term has ``per_image``.
 
 A pixel is *void* for a *rule* (an ``ignore_index``) that ignores its label, and so for the terms that have this rule;
-elsewhere it is *valid*.
+for all others it is *valid*.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lovasz.spec import CrossEntropy, Layout, LovaszHinge, LovaszSoftmax, Weight
 
 KEPT_PLANS = 64
 KEPT_IMAGES = 1 << 12
-"""Plans of batches with more images than this are not kept."""
+KEPT_WEIGHTS = 1 << 14
+"""Plans of batches with more images than the one, or more classes x terms than the other, are not kept."""
 
 FUSE_ALL = 1 << 62
 """The value of ``fuse_below`` in ``Plan.planes`` that fuses images of any size."""
@@ -42,7 +43,7 @@ class Term:
         per_image: whether its groups are images; otherwise they are joints.
         class_weights: float64, shape (K,); all 1 if the loss has none.
         listed: bool, shape (K,): the classes to score, present or not; None to score those that are present.
-        label_smoothing: cross-entropy's s: s of the target is spread over all K classes, 1 - s stays on the label.
+        label_smoothing: cross-entropy's s: the label keeps 1 - s of the target, s is spread over all K classes.
     """
 
     weight: float
@@ -55,7 +56,7 @@ class Term:
 
     @property
     def label_factor(self) -> float:
-        """The factor of cross-entropy's gradient for the part of the target that stays on the label."""
+        """The weight of the label's part of the target in cross-entropy's gradient."""
         return self.weight * (1 - self.label_smoothing)
 
     @property
@@ -160,7 +161,9 @@ class Plan:
     def of(cls, batch: Batch, loss: WeightedSum, device: torch.device) -> Plan:
         """The plan of a batch; reuses an equal plan that is still kept."""
         layouts = tuple(request.layout for request in batch.requests)
-        make = _kept if sum(layout.images for layout in layouts) <= KEPT_IMAGES else cls
+        is_small = sum(layout.images for layout in layouts) <= KEPT_IMAGES
+        is_small = is_small and layouts[0].channels * len(loss.terms) <= KEPT_WEIGHTS
+        make = _kept if is_small else cls
         return make(loss, layouts, batch.sizes, device)
 
     @property

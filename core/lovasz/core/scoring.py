@@ -39,7 +39,10 @@ def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, lis
     """
     scored = counts > 0
     if isinstance(term.loss, LovaszHinge):
-        return scored, term.weight / len(counts) * share * (counts >= 0)
+        # The last factor is true everywhere; it gives the weights the shape (K, groups).
+        return scored, term.weight / len(counts) * share * (
+            counts >= 0
+        )  # all true: gives the weights the shape (K, groups)
     if listed is not None:
         scored = scored.any(0) & listed[:, None]
     return scored, term.weight * share * class_weights[:, None] * scored / scored.sum(0).clip(1)

@@ -8,9 +8,9 @@ added, and no sum depends on the order. ``backends/numba/bins.py`` and ``backend
 from __future__ import annotations
 
 REST_BITS = 12
-"""The bits of a rest, at most. In a bin of fewer than 2^12 floats the unit is the distance between two floats."""
+"""At most this many bits. On a GPU, bins of fewer floats use the distance between two floats as the unit."""
 
 REST_SUM_BITS = 38
 
 MAX_PIXELS = 1 << (64 - REST_SUM_BITS)
-"""Groups with this many pixels or more have no tables, as a word could overflow."""
+"""A group of this many pixels or more would overflow a word: it is sorted instead."""

@@ -103,6 +103,14 @@ def test_a_batch_is_cut_at_its_number_of_requests() -> None:
     assert [len(batch) for batch in take_all(queue)] == [2, 2, 1]
 
 
+def test_each_rank_of_a_step_counts_as_a_request() -> None:
+    queue = batcher(max_requests=4)
+    steps = [Job(tuple(job().callers[0] for _ in range(ranks)), weighted_sum(SOFTMAX), True) for ranks in (3, 2, 2, 5)]
+    for one in steps:
+        queue.put(one)
+    assert take_all(queue) == [steps[:1], steps[1:3], steps[3:]]
+
+
 def test_whoever_waited_longest_comes_first() -> None:
     queue = batcher()
     older, younger, third = job(classes=4), job(classes=5), job(classes=4)

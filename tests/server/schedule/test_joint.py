@@ -155,7 +155,7 @@ def test_a_missing_rank_is_named_to_all_who_waited_for_it() -> None:
     desk = Desk(timeout=0.3)
     for outcome in ended(*(desk.ask(rank) for rank in ranks_of(5) if rank.rank not in (1, 3))):
         assert outcome.code is ABORTED
-        assert "ranks 1, 3 of 5 did not come to step 0 of run 'run' within 0.3 s (--joint-timeout)" in outcome.text
+        assert "ranks 1, 3 of 5 did not arrive at step 0 of run 'run' within 0.3 s (--joint-timeout)" in outcome.text
     assert desk.admission.bytes_in_flight == 0
     desk.compute()
     ranks = ranks_of(5)
@@ -170,7 +170,7 @@ def test_who_waits_elsewhere_in_the_run_is_named_too() -> None:
     assert desk.waits_for(2)
     (outcome,) = ended(desk.ask(Rank(rank=0, step=7)))
     assert outcome.code is ABORTED
-    assert "rank 1 of 2 did not come to step 7" in outcome.text
+    assert "rank 1 of 2 did not arrive at step 7" in outcome.text
     ended(*elsewhere)
     desk.close()
 
@@ -180,7 +180,7 @@ def test_a_rank_that_still_sends_when_the_time_is_up_is_missing_and_is_told_so_w
     late = desk.ask_in_stream(Rank(rank=1), go_on)
     assert eventually(lambda: desk.joints.groups == 1)
     (first,) = ended(desk.ask(Rank(rank=0)))
-    assert "rank 1 of 2 did not come" in first.text
+    assert "rank 1 of 2 did not arrive" in first.text
     go_on.set()
     (second,) = ended(late)
     assert (first.code, second.code) == (ABORTED, ABORTED)
@@ -531,7 +531,7 @@ def test_ranks_that_wait_when_the_server_ends_are_told_so(desk: Desk) -> None:
     desk.joints.stop()
     for outcome in ended(*calls):
         assert outcome.code is UNAVAILABLE
-        assert outcome.text == "the server is stopping, and rank 2 of 3 did not come to step 0 of run 'run'"
+        assert outcome.text == "the server is stopping, and rank 2 of 3 did not arrive at step 0 of run 'run'"
 
 
 def test_a_group_that_is_complete_after_the_queue_is_closed_is_told_so(desk: Desk) -> None:

@@ -1,4 +1,4 @@
-"""Decides from a request's header whether there is room for it, and holds that room until gRPC has its answer."""
+"""Decides from a request's header whether it fits into the budget, and holds its bytes until gRPC has its answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Permit:
             self._admission._give_back(nbytes, requests, time.monotonic() - self._since)
 
     def release_request(self) -> None:
-        """The request has its answer; its bytes stay reserved."""
+        """Gives the request's slot back and keeps its bytes."""
         requests, self._requests = self._requests, 0
         self._admission._give_back(0, requests, time.monotonic() - self._since)
 

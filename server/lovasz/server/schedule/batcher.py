@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import insort
+from collections.abc import Sequence
 
 from lovasz.server.errors import StoppingError
 from lovasz.server.schedule.job import Job, Key
@@ -15,7 +16,7 @@ class Batcher:
 
     def __init__(self, max_elements: int, max_requests: int, max_delay_seconds: float) -> None:
         self._max_elements = max_elements
-        self._max_jobs = max_requests
+        self._max_requests = max_requests
         self._max_delay_seconds = max_delay_seconds
         self._waiting: dict[Key, list[Job]] = {}
         """Jobs with equal keys, in the order in which they are due."""
@@ -61,7 +62,7 @@ class Batcher:
             return self._closed and not self._waiting
 
     def take(self, *, idle: bool, timeout_seconds: float) -> list[Job]:
-        """The next batch: of the jobs that can share one, those whose first is due first.
+        """Returns the next batch: the jobs that can share one with the job that is due first.
 
         Args:
             idle: True: the device has nothing to do; waits for a job, then takes at once all that are here. False:
@@ -83,14 +84,14 @@ class Batcher:
 
     def _is_ready(self, jobs: list[Job]) -> bool:
         open_since = min(job.queued for job in jobs)
-        if time.monotonic() - open_since >= self._max_delay_seconds or len(jobs) >= self._max_jobs:
+        if time.monotonic() - open_since >= self._max_delay_seconds or _requests(jobs) >= self._max_requests:
             return True
         return sum(job.elements for job in jobs) >= self._max_elements
 
     def _cut(self, key: Key) -> list[Job]:
         jobs, batch, elements, taken = self._waiting[key], list[Job](), 0, 0
         for job in jobs:
-            if len(batch) == self._max_jobs:
+            if batch and _requests([*batch, job]) > self._max_requests:
                 break
             if batch and elements + job.elements > self._max_elements:
                 break
@@ -102,3 +103,7 @@ class Batcher:
         if not jobs:
             del self._waiting[key]
         return batch
+
+
+def _requests(jobs: Sequence[Job]) -> int:
+    return sum(len(job.callers) for job in jobs)

@@ -146,7 +146,7 @@ class Job:
             when_left()
 
     def claim(self) -> bool:
-        """Takes the job out of its callers' hands; False if they have all left, or all their deadlines have passed.
+        """Marks the job as started: callers cannot cancel it. False if all have left, or their deadlines have passed.
 
         If only some deadlines have passed, the other callers still need the job.
         """

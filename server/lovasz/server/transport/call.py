@@ -33,14 +33,14 @@ from lovasz.v1 import loss_pb2 as pb
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0
-"""The delay that callers are told where nothing better is known."""
+"""The delay that callers are told to wait before a retry, unless a better one is known."""
 _MAX_TEXT_BYTES = 2000
-"""Of an error's text, in UTF-8: gRPC makes up to three of each byte, and takes 8 KiB of metadata."""
+"""The longest error text in UTF-8 bytes: gRPC may triple it, and metadata is limited to 8 KiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """The stages that each request goes through, and what its call needs beside them.
+    """The stages that each request goes through, and the metrics, limits and log that a call needs.
 
     Attributes:
         calls: one permit for each call that may be in the loss service at a time.
@@ -60,7 +60,7 @@ class Call:
     """One call, from its header to its last byte. At the end of its ``with``, it gives back all that it holds."""
 
     def __init__(self, pipeline: Pipeline, method: str, context: grpc.ServicerContext) -> None:
-        self._desk = pipeline
+        self._pipeline = pipeline
         self._method = method
         self._context = context
         self._clock = CallClock()
@@ -81,9 +81,9 @@ class Call:
         """Takes one of the permits for calls.
 
         Raises:
-            OverloadedError: too many calls are here, though not all of them may have come to admission.
+            OverloadedError: too many calls are open; some may not have reached admission yet.
         """
-        self._inside = self._desk.calls.acquire(blocking=False)
+        self._inside = self._pipeline.calls.acquire(blocking=False)
         if not self._inside:
             raise NoRequestsLeftError("too many calls at a time (--max-requests)", _RETRY_SECONDS)
 
@@ -106,9 +106,9 @@ class Call:
         """
         seat: Seat | None = None
         if header.joint is None:
-            self._permit = self._desk.admission.reserve(header.tensor_bytes)
+            self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
         else:
-            place = self._place = self._desk.joints.join(header, self._context.cancel)
+            place = self._place = self._pipeline.joints.join(header, self._context.cancel)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
@@ -131,7 +131,7 @@ class Call:
 
     def _new_staging(self, header: wire.Request) -> Staging:
         try:
-            return Staging(header, self._desk.staging)
+            return Staging(header, self._pipeline.staging)
         except Exception as error:
             if is_out_of_memory(error):
                 text = "the server's host has no memory left for the request's tensors"
@@ -143,16 +143,16 @@ class Call:
         job = Job((caller,), header.loss, header.want_grad)
         if not self._context.add_callback(lambda: job.leave(caller)):
             raise AbandonedError
-        self._desk.batcher.put(job)
+        self._pipeline.batcher.put(job)
         try:
             return caller.wait()
         except CancelledError:
-            self._desk.batcher.discard(job)
+            self._pipeline.batcher.discard(job)
             raise AbandonedError from None
 
     def _joined(self, seat: Seat, caller: Caller, staging: Staging) -> Answer:
         """Waits for the other ranks of the step, and for their job."""
-        joints = self._desk.joints
+        joints = self._pipeline.joints
         joints.arrive(seat, caller)
         if not self._context.add_callback(lambda: joints.give_up(seat)):
             joints.give_up(seat)
@@ -188,7 +188,7 @@ class Call:
         if admitted:
             # If the call failed, its last phase counts, too: the slowest calls are among those whose callers gave up.
             seconds = self._clock.stop()
-            self._desk.metrics.observe_request(self._clock.seconds, seconds, error is None, self._trace)
+            self._pipeline.metrics.observe_request(self._clock.seconds, seconds, error is None, self._trace)
         if error is None:
             self._count(grpc.StatusCode.OK)
             return
@@ -202,12 +202,12 @@ class Call:
             self._staging.release()
             self._staging = None
         if self._place is not None:
-            self._desk.joints.leave(self._place)
+            self._pipeline.joints.leave(self._place)
             self._place = None
         if self._permit is not None:
             self._permit.release()
         if self._inside:
-            self._desk.calls.release()
+            self._pipeline.calls.release()
 
     def _gone(self) -> ServerError:
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -215,17 +215,17 @@ class Call:
         return AbandonedError()
 
     def _observe_answer(self, header: wire.Request, answer: Answer) -> None:
-        metrics = self._desk.metrics
+        metrics = self._pipeline.metrics
         metrics.request_bytes.observe(header.payload_bytes)
         if self._run and (header.joint is None or header.joint.rank == 0):
             result = answer.result
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
 
     def _count(self, code: grpc.StatusCode) -> None:
-        self._desk.metrics.requests.labels(self._method, self._loss, code.name).inc()
+        self._pipeline.metrics.requests.labels(self._method, self._loss, code.name).inc()
 
     def _count_failure(self, status: Status) -> None:
-        metrics, phase = self._desk.metrics, self._clock.phase.value
+        metrics, phase = self._pipeline.metrics, self._clock.phase.value
         self._count(status.code)
         if status.rejection is not None:
             metrics.rejections.labels(status.rejection.value).inc()
@@ -239,9 +239,9 @@ class Call:
         text = str(error)
         request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
         if status.logged:
-            self._desk.refusals.info("a request was refused", **request, reason=text)
+            self._pipeline.refusals.info("a request was refused", **request, reason=text)
         if status is FAULT:
-            self._desk.metrics.faults.inc()
+            self._pipeline.metrics.faults.inc()
             _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
             text = "the server failed on this request; its log says why"
         if isinstance(error, ServerError) and error.retry_after_seconds is not None:

@@ -66,8 +66,8 @@ class Call:
 
     def __init__(self, plan: Plan, batch: Batch, scratch: Scratch, *, want_grad: bool, stop: Stop | None) -> None:
         self.plan, self.scratch, self.want_grad, self._stop = plan, scratch, want_grad, stop
-        self.layout = plan.planes(_FUSE_BELOW_PIXELS)
-        self._requests, fused = batch.requests, self.layout.fused
+        self.plan_planes = plan.planes(_FUSE_BELOW_PIXELS)
+        self._requests, fused = batch.requests, self.plan_planes.fused
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
         pairs = list(zip(batch.requests, fused, strict=True))
         self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
@@ -75,16 +75,16 @@ class Call:
         self.grads = [_room(r, is_fused, want_grad) for r, is_fused in pairs]
         self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
         self.planes = self._planes()
-        self.blocks = _blocks(self.layout.pixels)
+        self.blocks = _blocks(self.plan_planes.pixels)
         self.threads = 1 if plan.pixels * plan.channels < _ONE_THREAD_ELEMENTS else thread_count()
         values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
         self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
-        labels, predictions, hits = np.zeros((3, len(self.layout) * plan.channels), np.int64)
+        labels, predictions, hits = np.zeros((3, len(self.plan_planes) * plan.channels), np.int64)
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
         self.errors = self._rows("errors", plan.channels, np.float32)
 
     def _planes(self) -> Planes:
-        layout = self.layout
+        layout = self.plan_planes
         kinds = np.array([_LABEL_KINDS[labels.dtype] for labels in self._labels])
         return Planes(
             logits=layout.addresses(self._logits, layout.logits),
@@ -100,7 +100,7 @@ class Call:
         """The gradients in the shapes of the requests' logits."""
         return tuple(
             images_first(grad, request) if fused else grad.view(request.logits.shape)
-            for grad, request, fused in zip(self.grads, self._requests, self.layout.fused, strict=True)
+            for grad, request, fused in zip(self.grads, self._requests, self.plan_planes.fused, strict=True)
         )
 
     def clear_grads(self, scored: npt.NDArray[np.bool_] | None = None) -> None:
@@ -110,7 +110,7 @@ class Call:
             scored: shape (planes, K): the rows to leave as they are; None to clear all.
         """
         first = 0
-        for grad, layout, fused in zip(self.grads, self.plan.layouts, self.layout.fused, strict=True):
+        for grad, layout, fused in zip(self.grads, self.plan.layouts, self.plan_planes.fused, strict=True):
             count = 1 if fused else layout.images
             rows = grad.numpy().reshape(count, layout.channels, -1)
             rows[slice(None) if scored is None else ~scored[first : first + count]] = 0
@@ -147,7 +147,7 @@ class Call:
 
     def per_joint(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Sums flat (planes x K) counts over each joint: (K, joints)."""
-        sums = np.add.reduceat(counts.reshape(-1, self.plan.channels), self.layout.joints.first_plane, axis=0)
+        sums = np.add.reduceat(counts.reshape(-1, self.plan.channels), self.plan_planes.joints.first_plane, axis=0)
         return sums.T.copy()
 
     def per_group(self, term: Term, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ Lovász term (docs/mathematics.md, sections 7 and 11); the backward pass through
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,8 @@ def _softmax(call: Call, thresholds: Thresholds) -> list[TermValues]:
     else:
         inputs |= {"label_probability": probability, "entropies": entropies}
         call.run_blocks(softmax.prepare, logits_kind=call.logits_kind, counts=call.counts, **inputs)
-    scored_planes = np.zeros((len(call.layout), plan.channels), np.bool_)
-    add = _prepare_grads(call)
+    scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
+    add, numbers = _prepare_grads(call), itertools.count()
     terms = []
     for term in plan.terms:
         if isinstance(term.loss, LovaszSoftmax):
@@ -74,7 +75,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> list[TermValues]:
                 counts[ignored] = 0
             terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
         else:
-            terms.append(_cross_entropy(call, term, entropies))
+            terms.append(_cross_entropy(call, term, next(numbers), entropies))
     if call.want_grad and plan.loss.probabilities:
         call.clear_grads(scored_planes)
     elif call.want_grad:
@@ -96,7 +97,7 @@ def _hinge(call: Call, thresholds: Thresholds) -> list[TermValues]:
         valid=valid,
         largest=largest,
     )
-    scored_planes = np.zeros((len(call.layout), call.plan.channels), np.bool_)
+    scored_planes = np.zeros((len(call.plan_planes), call.plan.channels), np.bool_)
     add = _prepare_grads(call)
     terms = []
     for term in call.plan.terms:
@@ -106,7 +107,7 @@ def _hinge(call: Call, thresholds: Thresholds) -> list[TermValues]:
             counted, foreground = counted - foreground, np.zeros_like(foreground)
         elif ignored == 0:
             counted = foreground
-        groups = call.layout.groups(term)
+        groups = call.plan_planes.groups(term)
         tops = np.maximum.reduceat(largest.reshape(-1, call.plan.channels), groups.first_plane, axis=0).T
         terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
     if call.want_grad:
@@ -140,7 +141,7 @@ def _score(
         foreground, largest: as for ``score_term``.
         scored_planes: bool, shape (planes, K); set to true where the term scores the plane's segment.
     """
-    groups = call.layout.groups(term)
+    groups = call.plan_planes.groups(term)
     scored, weights = select_segments(term, counted, groups.share, term.class_weights, term.listed)
     losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, largest)
     scored_planes |= scored.T[np.repeat(np.arange(len(groups.planes)), groups.planes)]
@@ -166,20 +167,20 @@ def _cross_entropies(call: Call) -> CrossEntropies:
     )
 
 
-def _cross_entropy(call: Call, term: Term, entropies: CrossEntropies) -> TermValues:
+def _cross_entropy(call: Call, term: Term, t: int, entropies: CrossEntropies) -> TermValues:
     """Computes the loss of a term, the weighted mean over its pixels, and the factors of its gradient."""
-    t, joints = call.plan.cross_entropies.index(term), len(call.plan.sizes)
+    joints = len(call.plan.sizes)
     counts = call.per_joint(call.counts.labels) * entropies.counted[t, :-1, None]
     # One joint at a time, since the order in which NumPy sums the rows of a matrix depends on the number of rows.
     total = np.array([(of_joint * term.class_weights).sum() for of_joint in counts.T])
-    scale = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
+    mean = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
     # A joint's sum is at most its largest pixel loss times the number of its pixels.
     largest = entropies.largest[t * joints : (t + 1) * joints].astype(np.int32).view(np.float32)
-    bounds = np.where(np.isfinite(largest), largest, 0.0).astype(np.float64) * call.layout.joints.pixels
-    units = np.ldexp(1.0, np.minimum(FIXED_POINT_BITS - np.frexp(bounds)[1], 1000))
+    bounds = np.where(np.isfinite(largest), largest, 0.0).astype(np.float64) * call.plan_planes.joints.pixels
+    scales = np.ldexp(1.0, np.minimum(FIXED_POINT_BITS - np.frexp(bounds)[1], 1000))
     sums = np.zeros(joints, np.int64)
-    call.run_blocks(add_losses, losses=entropies.losses[t], scales=units, sums=sums)
-    entropies.pull[t] = term.label_factor * scale
-    entropies.spread[t] = term.spread_factor * scale
-    losses = (sums / units * scale)[None]
+    call.run_blocks(add_losses, losses=entropies.losses[t], scales=scales, sums=sums)
+    entropies.pull[t] = term.label_factor * mean
+    entropies.spread[t] = term.spread_factor * mean
+    losses = (sums / scales * mean)[None]
     return TermValues(losses, np.ones_like(losses, np.bool_))

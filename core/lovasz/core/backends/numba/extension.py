@@ -72,7 +72,7 @@ def score_term(
     Returns:
         The losses: float64, shape (K, groups), 0 for segments that are not scored.
     """
-    groups = call.layout.groups(term)
+    groups = call.plan_planes.groups(term)
     row, group = np.nonzero(scored)
     order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
     row, group = row[order], group[order]

@@ -8,6 +8,8 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
 from lovasz.core.backends.numba.planes import (
+    FLOAT_BYTES,
+    LABEL_BYTES,
     Blocks,
     Codes,
     Floats,
@@ -54,8 +56,8 @@ def prepare(
             break
         plane = blocks.plane[task]
         joint, pixels = planes.joint[plane], planes.pixels[plane]
-        row_bytes = np.uint64(pixels * (4 if logits_kind == 0 else 2))
-        label_bytes = 1 << max(0, planes.label_kind[plane] - 1)
+        row_bytes = np.uint64(pixels * FLOAT_BYTES[logits_kind])
+        label_bytes = LABEL_BYTES[planes.label_kind[plane]]
         for k in range(channels):
             logits = planes.logits[plane] + row_bytes * np.uint64(k)
             labels = planes.labels[plane] + np.uint64(pixels * label_bytes * k)

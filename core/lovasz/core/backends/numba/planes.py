@@ -12,6 +12,9 @@ from lovasz.core.backends.numba.intrinsics import atomic_add, bits_float, compil
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 UINT8, INT8, INT16, INT32, INT64 = range(5)
+FLOAT_BYTES = (4, 2, 2)
+LABEL_BYTES = (1, 1, 2, 4, 8)
+"""The size of an element, by its kind."""
 
 Addresses = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]

@@ -17,7 +17,7 @@ from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread,
 from lovasz.core.backends.numba.elementary import exp
 from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
 from lovasz.core.backends.numba.planes import (
-    FLOAT32,
+    FLOAT_BYTES,
     Blocks,
     Codes,
     Floats,
@@ -155,7 +155,7 @@ def _read(
     not_finite: Floats,
 ) -> None:
     """Reads logits into ``out``; writes each pixel's largest one and its class, and 0 if all are below infinity."""
-    row_bytes = np.uint64(planes.pixels[plane] * (4 if logits_kind == FLOAT32 else 2))
+    row_bytes = np.uint64(planes.pixels[plane] * FLOAT_BYTES[logits_kind])
     n = len(maximum)
     not_finite[:] = f32(0)
     for k in range(len(out)):

@@ -250,9 +250,8 @@ class Program:
     @property
     def is_ready(self) -> bool:
         """Whether all kernels are compiled, and the static arrays are on the device."""
-        if self._upload is not None and self._upload.query():
-            self._upload = None
-        is_there = self._static_bytes is not None and self._upload is None
+        with self._lock:
+            is_there = self._static_bytes is not None and (self._upload is None or self._upload.query())
         return is_there and all(launch.is_compiled for launch in self.launches)
 
     def _uploaded(self) -> Tensor:
@@ -268,6 +267,8 @@ class Program:
                 self._upload.record(stream)
                 self._static_bytes = static
             elif stream != self._upload_stream and not torch.cuda.is_current_stream_capturing():
+                if self._upload is not None and self._upload.query():
+                    self._upload = None
                 if self._upload is not None:
                     stream.wait_event(self._upload)
                 self._static_bytes.record_stream(stream)

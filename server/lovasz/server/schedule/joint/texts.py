@@ -47,7 +47,7 @@ def mismatch(group: Group, request: wire.Request) -> str | None:
     ]
     for name, got, expected in compared:
         if got != expected:
-            return f"{where} differs from the ranks that wait in {name}: got {_text(got)}; expected {_text(expected)}"
+            return f"{where}: {name} is {_text(got)}; the waiting ranks have {_text(expected)}"
     if joint.rank in group.seats:
         return f"{where} is there already, from another call; expected each rank once"
     return None
@@ -62,13 +62,13 @@ def too_large(group: Group, needed: int, budget: int) -> str:
 
 
 def missing_ranks(group: Group) -> str:
-    """Says which ranks did not come."""
+    """Says which ranks did not arrive."""
     step = group.step
-    return f"{_named(group.missing)} of {group.world_size} did not come to step {step.number} of run {step.run!r}"
+    return f"{_named(group.missing)} of {group.world_size} did not arrive at step {step.number} of run {step.run!r}"
 
 
 def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group]) -> str:
-    """Says which ranks did not come in time, and where other ranks of the same run wait.
+    """Says which ranks did not arrive in time, and where other ranks of the same run wait.
 
     Args:
         waiting: all groups that wait.
@@ -78,7 +78,7 @@ def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group]) ->
         _elsewhere(other, group) for other in waiting if other is not group and other.step.run == group.step.run
     ]
     if elsewhere:
-        return f"{text}; of this run there wait {', '.join(elsewhere[:_NAMED_GROUPS])}"
+        return f"{text}; other ranks of this run wait: {', '.join(elsewhere[:_NAMED_GROUPS])}"
     return f"{text}; they have stopped, are late, or reached another server (see load_balancing)"
 
 
