@@ -86,59 +86,6 @@ def numpy_bits(result: Result[Any]) -> tuple[object, ...]:
     return bits(replace(result, grad=None if result.grad is None else torch.from_numpy(result.grad)))
 
 
-# --- The public names ---------------------------------------------------------------------------------------------
-
-
-def test_the_public_names_of_the_client() -> None:
-    assert lovasz.client.__all__ == [
-        "CallAbortedError",
-        "CallCancelledError",
-        "CrossEntropy",
-        "DeadlineExceededError",
-        "Device",
-        "IncompatibleServerError",
-        "InvalidInputError",
-        "Joint",
-        "JointMismatchError",
-        "LossClient",
-        "LossError",
-        "LovaszHinge",
-        "LovaszSoftmax",
-        "Result",
-        "ServerFaultError",
-        "ServerInfo",
-        "ServerOverloadedError",
-        "ServerUnavailableError",
-        "TermResult",
-        "Timing",
-    ]
-    assert all(hasattr(lovasz.client, name) for name in lovasz.client.__all__)
-
-
-def test_the_public_names_of_the_core() -> None:
-    assert lovasz.core.__all__ == [
-        "CrossEntropy",
-        "InvalidInput",
-        "LocalLoss",
-        "LovaszHinge",
-        "LovaszHingeLoss",
-        "LovaszSoftmax",
-        "LovaszSoftmaxLoss",
-        "Result",
-        "TermResult",
-        "compute",
-        "lovasz_hinge",
-        "lovasz_softmax",
-    ]
-    assert all(hasattr(lovasz.core, name) for name in lovasz.core.__all__)
-
-
-def test_client_and_core_describe_losses_with_the_same_classes() -> None:
-    shared = set(lovasz.client.__all__) & set(lovasz.core.__all__)
-    assert {"CrossEntropy", "LovaszHinge", "LovaszSoftmax", "Result", "TermResult"} == shared
-    assert all(getattr(lovasz.client, name) is getattr(lovasz.core, name) for name in shared)
-
-
 # --- Answers ------------------------------------------------------------------------------------------------------
 
 
