@@ -178,6 +178,24 @@ def test_retain_graph_gives_the_same_again(recording: RecordingClient) -> None:
     assert len(recording.answers) == 1
 
 
+def test_the_loss_is_changed_in_place(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    value, plain = backward(criterion, logits, labels)
+    loss = criterion(logits, labels)
+    loss *= 6
+    loss /= 2
+    loss += logits.sum()
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    torch.testing.assert_close(grad, 3 * plain + 1)
+    torch.testing.assert_close(loss.detach(), 3 * value + logits.detach().sum())
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], grad)
+    with torch.no_grad():
+        loss = criterion(logits, labels)
+        loss *= 2
+    assert loss.item() == 2 * value.item()
+
+
 def test_double_backward_is_refused(shared: LossClient) -> None:
     logits, labels = some_input()
     loss = RemoteLoss(shared, LovaszSoftmax())(logits, labels)
