@@ -25,8 +25,8 @@ class RemoteLoss(torch.nn.Module):
 
     The forward pass makes one call, which returns loss and gradient. The backward pass only scales the gradient, in
     float32, and returns it in the logits' dtype and on their device, so autocast and gradient scalers work. No gradient
-    is requested under ``torch.no_grad``, for logits that need none, and in eval mode (``criterion.eval()``). A pickled
-    or copied module opens its own connection.
+    is requested under ``torch.no_grad``, nor for logits that require none: validation under ``torch.no_grad`` costs less.
+    ``train()`` and ``eval()`` change nothing. A pickled or copied module opens its own connection.
 
     With ``joint``, all ranks of a data-parallel training get the loss of all their pixels, and each rank gets its part
     of the one true gradient. ::
@@ -35,7 +35,7 @@ class RemoteLoss(torch.nn.Module):
 
     The module counts its calls, those with a gradient and those without separately, and calls of all ranks with the
     same number form a step. So every rank must make the same number of calls, also with gradient accumulation. A call
-    that raises is not counted.
+    that raises is not counted. An evaluation under ``torch.no_grad`` has no gradient.
 
     Attributes:
         result: the last result, without its gradient: per-class losses, IoU counts and timing. None before the first.
@@ -113,7 +113,7 @@ class RemoteLoss(torch.nn.Module):
         Raises:
             LossError: one of its subclasses; see :meth:`LossClient.compute`.
         """
-        want_grad = self.training and torch.is_grad_enabled() and logits.requires_grad
+        want_grad = torch.is_grad_enabled() and logits.requires_grad
         joint = self.joint
         if joint is not None:
             counted = self._first_step + self._calls[want_grad]
