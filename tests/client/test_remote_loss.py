@@ -365,6 +365,20 @@ def test_an_error_leaves_nothing_broken(shared: LossClient) -> None:
     assert logits.grad is not None
 
 
+def test_weights_of_pixels_are_refused(recording: RecordingClient) -> None:
+    """They were once taken for the number of a joint step, and so had no effect."""
+    logits, labels = some_input()
+    criterion = RemoteLoss(recording, LovaszSoftmax())
+    for others in ((torch.ones(2, 6, 5),), (None,), (7,), (torch.ones(3), 255)):
+        text = rf"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels\. .* step="
+        with pytest.raises(TypeError, match=text):
+            criterion(logits, labels, *others)
+    assert recording.answers == []
+    joint = RemoteLoss(recording, LovaszSoftmax(), joint=Joint("by name", 0, 1))
+    joint(logits, labels, step=7)
+    assert recording.joints == [Joint("by name", 0, 1, step=7)]
+
+
 def test_what_cannot_be_is_refused_when_it_is_built() -> None:
     with pytest.raises(InvalidInput, match="loss: LovaszHinge is combined with a softmax loss"):
         RemoteLoss("localhost:1", [(1.0, LovaszHinge()), (1.0, CrossEntropy())])

@@ -367,21 +367,23 @@ INTEGERS = torch.int64
         ),
         (
             zeros(2, 3, 4),
-            zeros(2, 4),
+            zeros(2, 4, dtype=torch.complex64),
             LovaszSoftmax(),
-            "labels: got element type float32; expected uint8, int8, int16, int32, int64 or bool",
+            "labels: got element type complex64; expected integers, bool, or floats that are whole numbers",
         ),
         (
             zeros(2, 3, 4),
             zeros(2, 5, dtype=INTEGERS),
             LovaszSoftmax(),
-            "labels: got shape (2, 5) for logits (2, 3, 4); expected (2, 4)",
+            "labels: got shape (2, 5) for logits (2, 3, 4); expected (2, 4) (resize the logits to the labels: "
+            "torch.nn.functional.interpolate(logits, size=labels.shape[1:]))",
         ),
         (
             zeros(2, 3, 4),
-            zeros(2, 1, 4, dtype=INTEGERS),
+            zeros(2, 3, 4, dtype=INTEGERS),
             LovaszSoftmax(),
-            "labels: got shape (2, 1, 4) for logits (2, 3, 4); expected (2, 4)",
+            "labels: got shape (2, 3, 4) for logits (2, 3, 4); expected (2, 4) (for one-hot labels or class "
+            "probabilities: labels.argmax(1))",
         ),
         (zeros(4), zeros(4, dtype=INTEGERS), LovaszSoftmax(), "logits: got shape (4,); expected (N, C, *spatial)"),
         (
@@ -389,7 +391,8 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszSoftmax(),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge)",
+            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
+            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (
             zeros(2, 0, 4),
@@ -426,13 +429,15 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(),
             "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "LovaszSoftmax)",
         ),
         (
             zeros(2, 3, 4),
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(multilabel=True),
-            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same",
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class a pixel use "
+            "LovaszSoftmax)",
         ),
         (
             zeros(2, 3, 4),

@@ -241,6 +241,7 @@ def test_what_a_sum_is(loss: LossLike, kind: str, is_hinge: bool, multilabel: bo
 
 # --- Shapes -------------------------------------------------------------------------------------------------------
 
+ONE_HOT = "expected (2, 4) (for one-hot labels or class probabilities: labels"
 SOFTMAX, HINGE, MULTILABEL = LovaszSoftmax(), LovaszHinge(), LovaszHinge(multilabel=True)
 
 
@@ -256,6 +257,13 @@ SOFTMAX, HINGE, MULTILABEL = LovaszSoftmax(), LovaszHinge(), LovaszHinge(multila
         (HINGE, (2, 1, 4, 5), (2, 1, 4, 5), Layout(2, 1, 20, 2)),
         (HINGE, (9,), (9,), Layout(9, 1, 1, 2)),
         (HINGE, (9, 1), (9,), Layout(9, 1, 1, 2)),
+        (HINGE, (9,), (9, 1), Layout(9, 1, 1, 2)),
+        (HINGE, (2, 4, 5), (2, 1, 4, 5), Layout(2, 1, 20, 2)),
+        (HINGE, (2, 1, 3, 4, 5), (2, 3, 4, 5), Layout(2, 1, 60, 2)),
+        (HINGE, (2, 1, 3, 4, 5), (2, 1, 3, 4, 5), Layout(2, 1, 60, 2)),
+        (HINGE, (2, 1, 1, 5), (2, 1, 5), Layout(2, 1, 5, 2)),
+        (SOFTMAX, (2, 3, 4, 5), (2, 1, 4, 5), Layout(2, 3, 20, 3)),
+        (SOFTMAX, (7, 3), (7, 1), Layout(7, 3, 1, 3)),
         (MULTILABEL, (2, 3, 4), (2, 3, 4), Layout(2, 3, 4, 2)),
         (MULTILABEL, (2, 1), (2, 1), Layout(2, 1, 1, 2)),
         (SOFTMAX, (1, 2, *[1] * (MAX_AXES - 2)), (1, *[1] * (MAX_AXES - 2)), Layout(1, 2, 1, 2)),
@@ -273,7 +281,30 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
         (SOFTMAX, (), (), "logits: got shape (); expected (N, C, *spatial)"),
         (SOFTMAX, (5,), (5,), "logits: got shape (5,); expected (N, C, *spatial)"),
         (SOFTMAX, (2, 0, 4), (2, 4), "logits: got shape (2, 0, 4) with no class; expected (N, C, *spatial), C >= 2"),
-        (SOFTMAX, (2, 3, 4), (2, 3, 4), "labels: got shape (2, 3, 4) for logits (2, 3, 4); expected (2, 4)"),
+        (SOFTMAX, (2, 3, 4), (2, 3, 4), f"labels: got shape (2, 3, 4) for logits (2, 3, 4); {ONE_HOT}.argmax(1))"),
+        (SOFTMAX, (2, 3, 4), (2, 4, 3), f"labels: got shape (2, 4, 3) for logits (2, 3, 4); {ONE_HOT}.argmax(-1))"),
+        (
+            SOFTMAX,
+            (2, 3, 4),
+            (2, 4, 1),
+            "labels: got shape (2, 4, 1) for logits (2, 3, 4); expected (2, 4) (labels.squeeze(-1))",
+        ),
+        (SOFTMAX, (1, 3, 4), (4,), "labels: got shape (4,) for logits (1, 3, 4); expected (1, 4) (labels[None])"),
+        (
+            SOFTMAX,
+            (2, 4, 5, 3),
+            (2, 4, 5),
+            "labels: got shape (2, 4, 5) for logits (2, 4, 5, 3); expected (2, 5, 3) (for logits with the classes "
+            "last: logits.movedim(-1, 1))",
+        ),
+        (
+            SOFTMAX,
+            (2, 3, 4, 4),
+            (2, 16, 16),
+            "labels: got shape (2, 16, 16) for logits (2, 3, 4, 4); expected (2, 4, 4) (resize the logits to the "
+            "labels: torch.nn.functional.interpolate(logits, size=labels.shape[1:]))",
+        ),
+        (SOFTMAX, (2, 3, 4), (2, 2, 4), "labels: got shape (2, 2, 4) for logits (2, 3, 4); expected (2, 4)"),
         (SOFTMAX, (2, 3), (3,), "labels: got shape (3,) for logits (2, 3); expected (2,)"),
         (SOFTMAX, (0, 3), (0,), "logits: got shape (0, 3), which holds no element; expected at least one pixel"),
         (
@@ -281,7 +312,8 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 1, 4),
             (2, 4),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge)",
+            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
+            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (SOFTMAX, (2, -3, 4), (2, 4), "logits: got shape (2, -3, 4); expected sizes >= 1"),
         (SOFTMAX, (2, 3, 4), (2, -4), "labels: got shape (2, -4); expected sizes >= 1"),
@@ -294,14 +326,16 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 3, 4),
             (2, 4),
             "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "LovaszSoftmax)",
         ),
         (
             HINGE,
             (2, 1, 4),
             (2, 2, 4),
             "labels: got shape (2, 2, 4) for hinge logits (2, 1, 4); expected (2, 4) "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "LovaszSoftmax)",
         ),
         (HINGE, (0,), (0,), "logits: got shape (0,), which holds no element; expected at least one pixel"),
         (MULTILABEL, (4,), (4,), "logits: got shape (4,); expected (N, L, *spatial)"),
@@ -309,7 +343,21 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             MULTILABEL,
             (2, 3, 4),
             (2, 4),
-            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same",
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class a pixel use "
+            "LovaszSoftmax)",
+        ),
+        (
+            MULTILABEL,
+            (2, 3, 4),
+            (2, 2, 4),
+            "labels: got shape (2, 2, 4) for multilabel logits (2, 3, 4); expected the same",
+        ),
+        (
+            HINGE,
+            (2, 3, 4, 5),
+            (2, 3, 4, 5),
+            "logits: got shape (2, 3, 4, 5); expected (N, 1, *spatial) (for 3 binary labels a pixel use "
+            "LovaszHinge(multilabel=True), for volumes (N, D, H, W) logits[:, None])",
         ),
         (
             MULTILABEL,

@@ -19,7 +19,7 @@ Input: TypeAlias = Literal["logits", "probabilities"]
 class LovaszSoftmax:
     """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018).
 
-    Logits have shape (N, C, *spatial), labels (N, *spatial), with any number of spatial axes or none.
+    Logits have shape (N, C, *spatial), labels (N, *spatial) or (N, 1, *spatial), with any number of spatial axes or none.
 
     Args:
         classes: which classes are scored. ``"present"``: those with a pixel in the group; ``"all"``: every class; a
@@ -74,8 +74,10 @@ class LovaszSoftmax:
 class LovaszHinge:
     """The Lovász hinge (Yu and Blaschko 2015; Berman, Triki and Blaschko 2018), for one or several binary labels.
 
-    Logits have shape (N, *spatial) or (N, 1, *spatial), labels (N, *spatial) with values 0 and 1. With ``multilabel``
-    both have shape (N, L, *spatial): each of the L labels is a separate binary problem, and the loss is their mean.
+    Logits and labels have shape (N, *spatial) or (N, 1, *spatial); labels are 0 and 1. All pixels of a group are one
+    binary problem, so logits (N, X, Y) are images without a channel axis; with more axes, logits need it: volumes are
+    (N, 1, D, H, W). With ``multilabel`` both have shape (N, L, *spatial): each of the L labels is a separate binary
+    problem, and the loss is their mean.
 
     Args:
         per_image: as for :class:`LovaszSoftmax`.
