@@ -16,6 +16,7 @@ from torch import Tensor
 from lovasz.client import (
     CrossEntropy,
     InvalidInputError,
+    Joint,
     LossClient,
     LovaszHinge,
     LovaszSoftmax,
@@ -38,14 +39,16 @@ LOSSES: list[LossLike] = [
 
 
 class RecordingClient(LossClient):
-    """Keeps every answer that came from the server."""
+    """Keeps every answer that came from the server, and the place in a joint step for which it was asked."""
 
     def __init__(self, target: str) -> None:
         super().__init__(target)
         self.answers: list[Result[Any]] = []
+        self.joints: list[Joint | None] = []
 
     def compute(self, *args: Any, **options: Any) -> Result[Any]:
         self.answers.append(super().compute(*args, **options))
+        self.joints.append(options["joint"])
         return self.answers[-1]
 
 
@@ -178,6 +181,24 @@ def test_retain_graph_gives_the_same_again(recording: RecordingClient) -> None:
     assert len(recording.answers) == 1
 
 
+def test_the_loss_is_changed_in_place(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    value, plain = backward(criterion, logits, labels)
+    loss = criterion(logits, labels)
+    loss *= 6
+    loss /= 2
+    loss += logits.sum()
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    torch.testing.assert_close(grad, 3 * plain + 1)
+    torch.testing.assert_close(loss.detach(), 3 * value + logits.detach().sum())
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], grad)
+    with torch.no_grad():
+        loss = criterion(logits, labels)
+        loss *= 2
+    assert loss.item() == 2 * value.item()
+
+
 def test_double_backward_is_refused(shared: LossClient) -> None:
     logits, labels = some_input()
     loss = RemoteLoss(shared, LovaszSoftmax())(logits, labels)
@@ -195,13 +216,38 @@ def test_a_gradient_is_asked_for_in_training(recording: RecordingClient) -> None
     assert recording.answers[0].grad is not None
 
 
-@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "eval", "detached"])
+def test_eval_mode_keeps_the_gradient(recording: RecordingClient) -> None:
+    """Frozen batch norm, attacks and saliency maps need it."""
+    logits, labels = some_input()
+    expected = backward(LocalLoss(LovaszSoftmax()).eval(), logits, labels)
+    for target in (recording, "inprocess"):
+        value, grad = backward(RemoteLoss(target, LovaszSoftmax()).eval(), logits, labels)
+        assert torch.equal(value, expected[0])
+        assert torch.equal(grad, expected[1])
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 1), torch.nn.BatchNorm2d(3)).eval()
+    images = normal(2, 1, 6, 5, seed=9, dtype=torch.float32).requires_grad_()
+    RemoteLoss(recording, LovaszSoftmax()).eval()(model(images), labels).backward()
+    assert images.grad is not None
+    assert images.grad.norm() > 0
+
+
+def test_steps_are_counted_by_whether_they_have_a_gradient(recording: RecordingClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(recording, LovaszSoftmax(), joint=Joint("counting", 0, 1, step=5))
+    for _ in range(2):
+        criterion.train()(logits, labels)
+        criterion.eval()(logits, labels)
+        with torch.no_grad():
+            criterion(logits, labels)
+    assert [joint.step for joint in recording.joints if joint is not None] == [5, 6, 5, 7, 8, 6]
+    assert [answer.grad is None for answer in recording.answers] == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "detached"])
 def test_no_gradient_is_asked_for_where_none_is_needed(recording: RecordingClient, how: str) -> None:
     logits, labels = some_input()
     criterion = RemoteLoss(recording, LovaszSoftmax())
-    if how == "eval":
-        loss = criterion.eval()(logits, labels)
-    elif how == "detached":
+    if how == "detached":
         loss = criterion(logits.detach(), labels)
     else:
         with getattr(torch, how)():
@@ -317,6 +363,20 @@ def test_an_error_leaves_nothing_broken(shared: LossClient) -> None:
     assert torch.equal(after, before)
     after.backward()
     assert logits.grad is not None
+
+
+def test_weights_of_pixels_are_refused(recording: RecordingClient) -> None:
+    """They were once taken for the number of a joint step, and so had no effect."""
+    logits, labels = some_input()
+    criterion = RemoteLoss(recording, LovaszSoftmax())
+    for others in ((torch.ones(2, 6, 5),), (None,), (7,), (torch.ones(3), 255)):
+        text = rf"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels\. .* step="
+        with pytest.raises(TypeError, match=text):
+            criterion(logits, labels, *others)
+    assert recording.answers == []
+    joint = RemoteLoss(recording, LovaszSoftmax(), joint=Joint("by name", 0, 1))
+    joint(logits, labels, step=7)
+    assert recording.joints == [Joint("by name", 0, 1, step=7)]
 
 
 def test_what_cannot_be_is_refused_when_it_is_built() -> None:

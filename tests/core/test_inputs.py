@@ -10,7 +10,17 @@ import torch
 from support.comparison import bits, norm_error, normal, random_labels, reference_answer
 from torch import Tensor
 
-from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute, lovasz_hinge, lovasz_softmax
+from lovasz.core import (
+    CrossEntropy,
+    InvalidInput,
+    LovaszHinge,
+    LovaszSoftmax,
+    LovaszSoftmaxLoss,
+    compute,
+    lovasz_hinge,
+    lovasz_softmax,
+    reference,
+)
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
 from lovasz.spec import Loss, LossLike, weighted_sum
@@ -367,21 +377,23 @@ INTEGERS = torch.int64
         ),
         (
             zeros(2, 3, 4),
-            zeros(2, 4),
+            zeros(2, 4, dtype=torch.complex64),
             LovaszSoftmax(),
-            "labels: got element type float32; expected uint8, int8, int16, int32, int64 or bool",
+            "labels: got element type complex64; expected integers, bool, or floats that are whole numbers",
         ),
         (
             zeros(2, 3, 4),
             zeros(2, 5, dtype=INTEGERS),
             LovaszSoftmax(),
-            "labels: got shape (2, 5) for logits (2, 3, 4); expected (2, 4)",
+            "labels: got shape (2, 5) for logits (2, 3, 4); expected (2, 4) (resize the logits to the labels: "
+            "torch.nn.functional.interpolate(logits, size=labels.shape[1:]))",
         ),
         (
             zeros(2, 3, 4),
-            zeros(2, 1, 4, dtype=INTEGERS),
+            zeros(2, 3, 4, dtype=INTEGERS),
             LovaszSoftmax(),
-            "labels: got shape (2, 1, 4) for logits (2, 3, 4); expected (2, 4)",
+            "labels: got shape (2, 3, 4) for logits (2, 3, 4); expected (2, 4) (for one-hot labels or class "
+            "probabilities: labels.argmax(1))",
         ),
         (zeros(4), zeros(4, dtype=INTEGERS), LovaszSoftmax(), "logits: got shape (4,); expected (N, C, *spatial)"),
         (
@@ -389,7 +401,8 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszSoftmax(),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge)",
+            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
+            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (
             zeros(2, 0, 4),
@@ -426,13 +439,15 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(),
             "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "LovaszSoftmax)",
         ),
         (
             zeros(2, 3, 4),
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(multilabel=True),
-            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same",
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class a pixel use "
+            "LovaszSoftmax)",
         ),
         (
             zeros(2, 3, 4),
@@ -468,6 +483,42 @@ def test_16_bit_answers_are_near_the_truth(dtype: torch.dtype, device: torch.dev
     expected, expected_grad = reference_answer(logits, labels, LovaszSoftmax())
     assert result.loss == pytest.approx(expected, rel=1e-7)
     assert norm_error(result.grad, expected_grad) < 1e-6
+
+
+def test_options_may_be_tensors(device: torch.device) -> None:
+    logits, labels = some_input(LovaszSoftmax(), device)
+    plain = lovasz_softmax(logits, labels, [0, 2], [1.0, 2.0, 0.5], True, 1)
+    weights, classes = torch.tensor([1.0, 2.0, 0.5], device=device), torch.tensor([0, 2], device=device)
+    index = torch.tensor(1, device=device)
+    assert lovasz_softmax(logits, labels, classes, weights, torch.tensor(True), index) == plain
+    options = {"classes": classes, "class_weights": weights, "per_image": np.bool_(True), "ignore_index": index}
+    assert LovaszSoftmaxLoss(**options)(logits, labels) == plain
+
+
+def test_arguments_in_the_order_of_other_implementations_are_refused(device: torch.device) -> None:
+    """The authors' function has (probas, labels, classes, per_image, ignore)."""
+    logits, labels = some_input(LovaszSoftmax(), device)
+    for build in (lambda: lovasz_softmax(logits, labels, "present", False, 255), lambda: LovaszSoftmax("all", True)):
+        with pytest.raises(InvalidInput, match=r"^class_weights: got (False|True); .*\(per_image comes after class_"):
+            build()
+    with pytest.raises(InvalidInput, match=r"^per_image: got 255; expected True or False"):
+        lovasz_hinge(logits, labels, 255)  # type: ignore[arg-type]
+
+
+def test_one_channel_of_probabilities_has_a_cure(device: torch.device) -> None:
+    p = normal(2, 1, 6, 5, seed=1).sigmoid().float().to(device)
+    masks = random_labels(2, 6, 5, values=2, seed=2).to(device)
+    with pytest.raises(InvalidInput) as caught:
+        lovasz_softmax(p, masks, [1], input="probabilities")
+    cure = "torch.cat([1 - p, p], 1)"
+    assert f"for probabilities p of the foreground {cure} with classes=[1] and input='probabilities'" in str(
+        caught.value
+    )
+    loss = lovasz_softmax(torch.cat([1 - p, p], 1), masks, [1], input="probabilities")
+    errors = (masks - p[:, 0].double()).abs().cpu().reshape(-1)
+    assert loss.item() == pytest.approx(
+        reference.lovasz_extension(errors, masks.cpu().reshape(-1) == 1).item(), rel=1e-6
+    )
 
 
 def test_options_are_judged_alike_whatever_came_before() -> None:

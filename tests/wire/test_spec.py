@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from support.foreign import FOREIGN
 
 from lovasz.spec import (
     MAX_AXES,
@@ -37,7 +39,9 @@ def refusal(build: Callable[[], object]) -> str:
 
 # --- Options ------------------------------------------------------------------------------------------------------
 
-EXPECTED_CLASSES = "expected 'present', 'all' or a sequence of class numbers"
+EXPECTED_CLASSES = "expected 'present', 'all' or a sequence of class numbers, such as [1, 2]"
+EXPECTED_WEIGHTS = "expected one number a class, such as [0.5, 1.0], or None"
+BY_NAME = "(per_image comes after class_weights; give it by name)"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,21 @@ EXPECTED_CLASSES = "expected 'present', 'all' or a sequence of class numbers"
     [
         ({"classes": "some"}, f"classes: got 'some'; {EXPECTED_CLASSES}"),
         ({"classes": 3}, f"classes: got 3; {EXPECTED_CLASSES}"),
+        ({"classes": np.int64(3)}, f"classes: got {np.int64(3)!r}; {EXPECTED_CLASSES}"),
+        ({"classes": torch.tensor(3)}, f"classes: got tensor(3); {EXPECTED_CLASSES}"),
+        ({"classes": {1, 2}}, f"classes: got {{1, 2}}; {EXPECTED_CLASSES}"),
+        ({"classes": torch.tensor([1.0])}, "classes[0]: got 1.0; expected an integer"),
+        ({"classes": torch.tensor([True, False])}, "classes[0]: got True; expected an integer"),
+        ({"class_weights": 2.0}, f"class_weights: got 2.0; {EXPECTED_WEIGHTS}"),
+        ({"class_weights": torch.tensor(2.0)}, f"class_weights: got tensor(2.); {EXPECTED_WEIGHTS}"),
+        ({"class_weights": "12"}, f"class_weights: got '12'; {EXPECTED_WEIGHTS}"),
+        ({"class_weights": {0: 1.0}}, f"class_weights: got {{0: 1.0}}; {EXPECTED_WEIGHTS}"),
+        ({"class_weights": False}, f"class_weights: got False; {EXPECTED_WEIGHTS} {BY_NAME}"),
+        ({"class_weights": torch.ones(1, 2)}, "class_weights[0]: got [1.0, 1.0]; expected a finite number"),
+        ({"class_weights": torch.tensor([1.0, -1.0])}, "class_weights[1]: got -1.0; expected a number >= 0"),
+        ({"per_image": torch.tensor(1)}, "per_image: got tensor(1); expected True or False"),
+        ({"ignore_index": torch.tensor(1.5)}, "ignore_index: got tensor(1.5000); expected an integer"),
+        ({"ignore_index": torch.tensor([1])}, "ignore_index: got tensor([1]); expected an integer"),
         ({"classes": None}, f"classes: got None; {EXPECTED_CLASSES}"),
         ({"classes": []}, "classes: got an empty list; expected at least one class number"),
         ({"classes": [1, 2, 1]}, "classes: got [1, 2, 1]; expected each class once"),
@@ -114,8 +133,23 @@ def test_options_are_brought_into_plain_immutable_values() -> None:
     assert CrossEntropy(label_smoothing=1).label_smoothing == 1.0
 
 
-def test_classes_may_be_an_array() -> None:
-    assert LovaszSoftmax(classes=np.array([2, 0])) == LovaszSoftmax(classes=(2, 0))
+@pytest.mark.parametrize("array", [np.array, torch.tensor, lambda values: FOREIGN[0](np.array(values))])
+def test_options_may_be_arrays_of_any_framework(array: Callable[[Any], Any]) -> None:
+    expected = LovaszSoftmax((2, 0), (1.0, 2.0, 0.5), True, 255)
+    loss = LovaszSoftmax(array([2, 0]), array([1.0, 2.0, 0.5]), array(True), array(255))
+    assert loss == expected
+    assert hash(loss) == hash(expected)
+    assert repr(loss) == repr(expected)
+    assert LovaszSoftmax([array(2), array(0)], [array(1.0), 2, array(0.5)], array(True), array(255)) == expected
+    assert LovaszHinge(array(True), array(1), array(False)) == LovaszHinge(True, 1, False)
+    assert CrossEntropy(array([1, 2]), array(1), array(0.5)) == CrossEntropy((1.0, 2.0), 1, 0.5)
+    assert weighted_sum([(array(2.0), expected)]) == weighted_sum([(2.0, expected)])
+
+
+def test_weights_of_a_parameter_are_taken() -> None:
+    weights = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    assert CrossEntropy(weights) == CrossEntropy((1.0, 2.0))
+    assert LovaszSoftmax(range(1, 4), (w for w in (1, 2))) == LovaszSoftmax((1, 2, 3), (1.0, 2.0))
 
 
 def test_defaults() -> None:
@@ -241,6 +275,7 @@ def test_what_a_sum_is(loss: LossLike, kind: str, is_hinge: bool, multilabel: bo
 
 # --- Shapes -------------------------------------------------------------------------------------------------------
 
+ONE_HOT = "expected (2, 4) (for one-hot labels or class probabilities: labels"
 SOFTMAX, HINGE, MULTILABEL = LovaszSoftmax(), LovaszHinge(), LovaszHinge(multilabel=True)
 
 
@@ -256,6 +291,13 @@ SOFTMAX, HINGE, MULTILABEL = LovaszSoftmax(), LovaszHinge(), LovaszHinge(multila
         (HINGE, (2, 1, 4, 5), (2, 1, 4, 5), Layout(2, 1, 20, 2)),
         (HINGE, (9,), (9,), Layout(9, 1, 1, 2)),
         (HINGE, (9, 1), (9,), Layout(9, 1, 1, 2)),
+        (HINGE, (9,), (9, 1), Layout(9, 1, 1, 2)),
+        (HINGE, (2, 4, 5), (2, 1, 4, 5), Layout(2, 1, 20, 2)),
+        (HINGE, (2, 1, 3, 4, 5), (2, 3, 4, 5), Layout(2, 1, 60, 2)),
+        (HINGE, (2, 1, 3, 4, 5), (2, 1, 3, 4, 5), Layout(2, 1, 60, 2)),
+        (HINGE, (2, 1, 1, 5), (2, 1, 5), Layout(2, 1, 5, 2)),
+        (SOFTMAX, (2, 3, 4, 5), (2, 1, 4, 5), Layout(2, 3, 20, 3)),
+        (SOFTMAX, (7, 3), (7, 1), Layout(7, 3, 1, 3)),
         (MULTILABEL, (2, 3, 4), (2, 3, 4), Layout(2, 3, 4, 2)),
         (MULTILABEL, (2, 1), (2, 1), Layout(2, 1, 1, 2)),
         (SOFTMAX, (1, 2, *[1] * (MAX_AXES - 2)), (1, *[1] * (MAX_AXES - 2)), Layout(1, 2, 1, 2)),
@@ -273,7 +315,30 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
         (SOFTMAX, (), (), "logits: got shape (); expected (N, C, *spatial)"),
         (SOFTMAX, (5,), (5,), "logits: got shape (5,); expected (N, C, *spatial)"),
         (SOFTMAX, (2, 0, 4), (2, 4), "logits: got shape (2, 0, 4) with no class; expected (N, C, *spatial), C >= 2"),
-        (SOFTMAX, (2, 3, 4), (2, 3, 4), "labels: got shape (2, 3, 4) for logits (2, 3, 4); expected (2, 4)"),
+        (SOFTMAX, (2, 3, 4), (2, 3, 4), f"labels: got shape (2, 3, 4) for logits (2, 3, 4); {ONE_HOT}.argmax(1))"),
+        (SOFTMAX, (2, 3, 4), (2, 4, 3), f"labels: got shape (2, 4, 3) for logits (2, 3, 4); {ONE_HOT}.argmax(-1))"),
+        (
+            SOFTMAX,
+            (2, 3, 4),
+            (2, 4, 1),
+            "labels: got shape (2, 4, 1) for logits (2, 3, 4); expected (2, 4) (labels.squeeze(-1))",
+        ),
+        (SOFTMAX, (1, 3, 4), (4,), "labels: got shape (4,) for logits (1, 3, 4); expected (1, 4) (labels[None])"),
+        (
+            SOFTMAX,
+            (2, 4, 5, 3),
+            (2, 4, 5),
+            "labels: got shape (2, 4, 5) for logits (2, 4, 5, 3); expected (2, 5, 3) (for logits with the classes "
+            "last: logits.movedim(-1, 1))",
+        ),
+        (
+            SOFTMAX,
+            (2, 3, 4, 4),
+            (2, 16, 16),
+            "labels: got shape (2, 16, 16) for logits (2, 3, 4, 4); expected (2, 4, 4) (resize the logits to the "
+            "labels: torch.nn.functional.interpolate(logits, size=labels.shape[1:]))",
+        ),
+        (SOFTMAX, (2, 3, 4), (2, 2, 4), "labels: got shape (2, 2, 4) for logits (2, 3, 4); expected (2, 4)"),
         (SOFTMAX, (2, 3), (3,), "labels: got shape (3,) for logits (2, 3); expected (2,)"),
         (SOFTMAX, (0, 3), (0,), "logits: got shape (0, 3), which holds no element; expected at least one pixel"),
         (
@@ -281,7 +346,8 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 1, 4),
             (2, 4),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge)",
+            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
+            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (SOFTMAX, (2, -3, 4), (2, 4), "logits: got shape (2, -3, 4); expected sizes >= 1"),
         (SOFTMAX, (2, 3, 4), (2, -4), "labels: got shape (2, -4); expected sizes >= 1"),
@@ -294,14 +360,16 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 3, 4),
             (2, 4),
             "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "LovaszSoftmax)",
         ),
         (
             HINGE,
             (2, 1, 4),
             (2, 2, 4),
             "labels: got shape (2, 2, 4) for hinge logits (2, 1, 4); expected (2, 4) "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "LovaszSoftmax)",
         ),
         (HINGE, (0,), (0,), "logits: got shape (0,), which holds no element; expected at least one pixel"),
         (MULTILABEL, (4,), (4,), "logits: got shape (4,); expected (N, L, *spatial)"),
@@ -309,7 +377,21 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             MULTILABEL,
             (2, 3, 4),
             (2, 4),
-            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same",
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class a pixel use "
+            "LovaszSoftmax)",
+        ),
+        (
+            MULTILABEL,
+            (2, 3, 4),
+            (2, 2, 4),
+            "labels: got shape (2, 2, 4) for multilabel logits (2, 3, 4); expected the same",
+        ),
+        (
+            HINGE,
+            (2, 3, 4, 5),
+            (2, 3, 4, 5),
+            "logits: got shape (2, 3, 4, 5); expected (N, 1, *spatial) (for 3 binary labels a pixel use "
+            "LovaszHinge(multilabel=True), for volumes (N, D, H, W) logits[:, None])",
         ),
         (
             MULTILABEL,

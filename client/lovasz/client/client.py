@@ -14,7 +14,7 @@ from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
 from lovasz.client.target import PreparedCall, ServerInfo, Target
-from lovasz.client.tensors import Array
+from lovasz.client.tensors import AnyArray
 
 INPROCESS = "inprocess"
 _SUBMIT_THREADS = 16
@@ -86,8 +86,8 @@ class LossClient:
 
     def compute(
         self,
-        logits: Array,
-        labels: Array,
+        logits: AnyArray,
+        labels: AnyArray,
         loss: spec.LossLike,
         *,
         want_grad: bool = True,
@@ -97,9 +97,11 @@ class LossClient:
         """The loss, its gradient, per-class losses and IoU counts.
 
         Args:
-            logits: numpy or torch, on any device; float32, float16, bfloat16 or float64 (which travels as float32);
-                shape (N, C, *spatial), or as the loss describes.
-            labels: numpy or torch; integers or bool; shape (N, *spatial), or as the loss describes.
+            logits: numpy or torch, on any device, or an array of JAX, TensorFlow or another framework (read by
+                ``__array__`` or DLPack); float32, float16, bfloat16 or float64 (which travels as float32); shape
+                (N, C, *spatial), or as the loss describes.
+            labels: likewise; integers, bool, or floats that are whole numbers; shape (N, *spatial) or
+                (N, 1, *spatial), or as the loss describes.
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
             want_grad: False for validation: no gradient is computed or sent.
             joint: this rank's place in a joint step; its ``step`` must be set. Loss, per-class losses and counts are
@@ -107,8 +109,8 @@ class LossClient:
             timeout: seconds; None: the client's.
 
         Returns:
-            The result. Its ``grad`` is the same kind of array as the logits, on the same device, in the same dtype
-            (float32 for 16-bit logits).
+            The result. Its ``grad`` is a tensor on the logits' device if they are one, otherwise an array of numpy; in
+            their dtype (float32 for 16-bit logits).
 
         Raises:
             InvalidInputError: the request is invalid.
@@ -119,8 +121,8 @@ class LossClient:
 
     def submit(
         self,
-        logits: Array,
-        labels: Array,
+        logits: AnyArray,
+        labels: AnyArray,
         loss: spec.LossLike,
         *,
         want_grad: bool = True,
@@ -165,8 +167,8 @@ class LossClient:
 
     def _begin(
         self,
-        logits: Array,
-        labels: Array,
+        logits: AnyArray,
+        labels: AnyArray,
         loss: spec.LossLike,
         want_grad: bool,
         joint: Joint | None,

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from lovasz import core, spec, wire
 from lovasz.client.target import Device, ServerInfo
-from lovasz.client.tensors import Array, encode_labels, is_torch
+from lovasz.client.tensors import AnyArray, encode_labels, is_torch
+from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
 from lovasz.spec import InvalidInput
 from lovasz.version import VERSION
@@ -34,7 +34,7 @@ class Call:
         timing = spec.Timing(0.0, 0.0, time.monotonic() - started, 1)
         grad: Any = result.grad
         if self.as_numpy and grad is not None:
-            grad = grad.numpy()
+            grad = grad.cpu().numpy()
         return spec.Result(result.loss, grad, result.terms, result.intersection, result.union, timing)
 
 
@@ -42,7 +42,7 @@ class InProcessTarget:
     """No server: for tests, laptops, and trainers that need none."""
 
     def prepare(
-        self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+        self, logits: AnyArray, labels: AnyArray, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
     ) -> Call:
         if joint is not None and joint.world_size > 1:
             raise InvalidInput(
@@ -50,8 +50,8 @@ class InProcessTarget:
                 f"got world_size {joint.world_size} with the target 'inprocess'; expected a server, or one rank",
             )
         narrow = labels if is_torch(labels) else encode_labels(labels).array()
-        scores, targets = _tensor("logits", logits), _tensor("labels", narrow)
-        targets = targets.to(scores.device)
+        scores = as_tensor("logits", logits).detach()
+        targets = as_tensor("labels", narrow).detach().to(scores.device)
         Request.checked(scores, targets, loss)
         return Call(scores, targets, loss, want_grad, as_numpy=not is_torch(logits))
 
@@ -61,15 +61,3 @@ class InProcessTarget:
 
     def close(self) -> None:
         pass
-
-
-def _tensor(field: str, value: Array) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if not isinstance(value, np.ndarray):
-        raise InvalidInput(field, f"got {type(value).__name__}; expected a numpy array or a torch tensor")
-    try:
-        # torch refuses negative strides and foreign byte orders, and warns about read-only memory.
-        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
-    except TypeError as error:
-        raise InvalidInput(field, f"got dtype {value.dtype.name}, which torch cannot take: {error}") from None

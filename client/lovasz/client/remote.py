@@ -28,7 +28,7 @@ from lovasz.client.options import ClientOptions, Transport
 from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo
-from lovasz.client.tensors import Array, Outgoing, decode_grad, encode_labels, encode_logits
+from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
@@ -68,7 +68,7 @@ class Call:
         labels: the bytes that are sent.
         memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
         region: the shared memory that they are in; None if the call does not use any.
-        original: the logits as the caller passed them.
+        original: the logits as an array or a tensor.
     """
 
     target: RemoteTarget
@@ -134,7 +134,7 @@ class RemoteTarget:
         self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
 
     def prepare(
-        self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+        self, logits: AnyArray, labels: AnyArray, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
     ) -> Call:
         scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
         request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run)
@@ -142,7 +142,7 @@ class RemoteTarget:
             place = places(request)
             region = self._shared.regions.take(place.nbytes)
             sent = _written(scores, region, place.logits), _written(targets, region, place.labels)
-            return Call(self, request, *sent, memory=(), region=region, original=logits)
+            return Call(self, request, *sent, memory=(), region=region, original=scores.source)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
@@ -152,7 +152,7 @@ class RemoteTarget:
             memory.append(self._memory.take(tensor.spec.nbytes))
             return _written(tensor, memory[-1], 0)
 
-        return Call(self, request, on_host(scores), on_host(targets), tuple(memory), region=None, original=logits)
+        return Call(self, request, on_host(scores), on_host(targets), tuple(memory), None, scores.source)
 
     def _is_shared(self, request: wire.Request) -> bool:
         if self._memory_path is None or request.payload_bytes <= SHARED_BYTES:

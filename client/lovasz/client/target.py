@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lovasz import spec, wire
-from lovasz.client.tensors import Array
+from lovasz.client.tensors import AnyArray
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Target(Protocol):
     """Where losses are computed."""
 
     def prepare(
-        self, logits: Array, labels: Array, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+        self, logits: AnyArray, labels: AnyArray, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
     ) -> PreparedCall:
         """Checks a request and copies what it needs from arrays that are not on the host in the wire's form.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.spec import InvalidInput
+from lovasz.spec.arrays import numpy_array
+from lovasz.spec.labels import FLOAT_TYPES, too_large, whole_numbers, wrong_type
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +22,11 @@ _BLOCK_ELEMENTS = 1 << 15
 """Elements that torch converts in the calling thread, without waking its other threads."""
 
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
+AnyArray: TypeAlias = Any
+"""What callers pass: an ``Array``, or an array of another framework, read by ``__array__`` or DLPack."""
 
 
-def is_torch(value: object) -> bool:
+def is_torch(value: object) -> TypeGuard[torch.Tensor]:
     """Whether the value is a torch tensor. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
@@ -72,7 +76,7 @@ class Outgoing:
         _copy(source, _as_torch(place, self.spec.dtype.name))
 
 
-def encode_logits(logits: Array, wire_dtype: wire.DType | None = None) -> Outgoing:
+def encode_logits(logits: AnyArray, wire_dtype: wire.DType | None = None) -> Outgoing:
     """Logits to be sent: as ``wire_dtype``, or by default in their own dtype (float64 as float32).
 
     Raises:
@@ -85,36 +89,48 @@ def encode_logits(logits: Array, wire_dtype: wire.DType | None = None) -> Outgoi
     return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
 
 
-def encode_labels(labels: Array) -> Outgoing:
-    """Labels to be sent: integers or bool, in the smallest type of the wire that holds their values.
+def encode_labels(labels: AnyArray) -> Outgoing:
+    """Labels to be sent: integers, bool or whole numbers, in the smallest type of the wire that holds their values.
 
     Raises:
-        InvalidInput: they have another dtype, are not an array, or have a value beyond 64 signed bits.
+        InvalidInput: they have another dtype, are not an array, or a value is not whole or beyond 64 signed bits.
     """
     source, name = _detached("labels", labels)
     if name == "bool":
         source, name = source.view(np.uint8) if isinstance(source, np.ndarray) else source.byte(), "uint8"
+    elif name in FLOAT_TYPES:
+        source, name = whole_numbers(_as_float(source, name)), "int64"
     elif not name.removeprefix("u").removeprefix("int").isdecimal():
-        raise InvalidInput("labels", f"got dtype {name}; expected integers or bool")
+        raise wrong_type(name)
     elif name in ("uint16", "uint32", "uint64") and not isinstance(source, np.ndarray):
         source = source.cpu().numpy()  # torch supports few operations on these.
     low, high = (0, 0) if name == "uint8" else _extremes(source)
     dtype = next((d for d in wire.DTYPES if not d.is_float and _holds(d, low, high)), None)
     if dtype is None:
-        raise InvalidInput("labels", f"got a value of {high}; expected 64-bit signed integers")
+        raise too_large(high)
     return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
 
 
-def _detached(field: str, value: Array) -> tuple[Array, str]:
+def _detached(field: str, value: AnyArray) -> tuple[Array, str]:
     """The elements (numpy's bfloat16 as 16-bit words), and the name of their dtype."""
-    if isinstance(value, np.ndarray):
-        name = value.dtype.name  # "bfloat16" comes from the package ml_dtypes.
-        return (value.view(np.uint16) if name == "bfloat16" else value), name
     if is_torch(value):
         if value.layout != sys.modules["torch"].strided:
             raise InvalidInput(field, f"got a tensor of layout {value.layout}; expected a dense one")
         return value.detach().resolve_conj().resolve_neg(), str(value.dtype).removeprefix("torch.")
-    raise InvalidInput(field, f"got {type(value).__name__}; expected a numpy array or a torch tensor")
+    array = value if type(value) is np.ndarray else numpy_array(field, value)
+    name = array.dtype.name  # "bfloat16" comes from the package ml_dtypes.
+    return (array.view(np.uint16) if name == "bfloat16" else array), name
+
+
+def _as_float(values: Array, name: str) -> Array:
+    """Values of a float type as float32 or float64; on the host as an array, as conversions use this thread only."""
+    if not isinstance(values, np.ndarray):
+        if name in ("float16", "bfloat16"):
+            values = values.float()
+        return values.numpy() if values.device.type == "cpu" else values
+    if name == "bfloat16":
+        return _widened(values)
+    return values.astype(np.float32) if name == "float16" else values
 
 
 def _on_host(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
@@ -197,14 +213,14 @@ def decode_grad(
     logits: Array,
     float32_array: Callable[[tuple[int, ...]], npt.NDArray[np.float32]] = lambda shape: np.empty(shape, np.float32),
 ) -> Any:
-    """The true gradient, as the same kind of array as the logits and on their device.
+    """The true gradient, a tensor on the device of the logits if they are one, else an array of NumPy.
 
     In the logits' dtype; float32 for 16-bit logits, as the values of a true gradient underflow in float16.
 
     Args:
         sent: the gradient as the server sent it.
         response: the response that came with it.
-        logits: the logits as the caller passed them.
+        logits: the logits, as ``Outgoing.source`` has them.
         float32_array: allocates the array into which a gradient of 16 bits is converted.
     """
     assert response.grad is not None
@@ -212,7 +228,7 @@ def decode_grad(
         place = float32_array(response.grad.shape)
         _widen_grad(sent, response.grad.dtype.name, 1 / response.grad_scale, place)
         sent = place
-    if isinstance(logits, np.ndarray):
+    if not is_torch(logits):
         return sent.astype(np.float64) if logits.dtype == np.float64 else sent
     import torch
 

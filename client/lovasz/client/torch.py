@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lovasz.autograd import with_gradient
 from lovasz.client.client import LossClient
+from lovasz.client.errors import InvalidInputError
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
+from lovasz.client.tensors import AnyArray
 from lovasz.spec import LossLike, Result, weighted_sum
 
 __all__ = ["RemoteLoss"]
@@ -25,8 +27,8 @@ class RemoteLoss(torch.nn.Module):
 
     The forward pass makes one call, which returns loss and gradient. The backward pass only scales the gradient, in
     float32, and returns it in the logits' dtype and on their device, so autocast and gradient scalers work. No gradient
-    is requested under ``torch.no_grad``, for logits that need none, and in eval mode (``criterion.eval()``). A pickled
-    or copied module opens its own connection.
+    is requested under ``torch.no_grad``, as in validation, nor for logits that require none. ``train()`` and ``eval()``
+    change nothing. A pickled or copied module opens its own connection.
 
     With ``joint``, all ranks of a data-parallel training get the loss of all their pixels, and each rank gets its part
     of the one true gradient. ::
@@ -35,7 +37,7 @@ class RemoteLoss(torch.nn.Module):
 
     The module counts its calls, those with a gradient and those without separately, and calls of all ranks with the
     same number form a step. So every rank must make the same number of calls, also with gradient accumulation. A call
-    that raises is not counted.
+    that raises is not counted. An evaluation under ``torch.no_grad`` has no gradient.
 
     Attributes:
         result: the last result, without its gradient: per-class losses, IoU counts and timing. None before the first.
@@ -101,19 +103,32 @@ class RemoteLoss(torch.nn.Module):
             self._client = LossClient.with_options(self._target, self._options)
         return self._client
 
-    def forward(self, logits: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
+    def forward(self, logits: Tensor, labels: AnyArray, *others: object, step: int | None = None) -> Tensor:
         """The loss as a 0-dim tensor (float64 for float64 logits, else float32), differentiable once.
 
         Args:
             logits: float32, float16, bfloat16 or float64 (which travels as float32), (N, C, *spatial), on any device.
-            labels: integers or bool, (N, *spatial), on any device.
+            labels: integers, bool, or floats that are whole numbers, (N, *spatial) or (N, 1, *spatial), on any device.
+            others: none; weights of pixels, which other losses take here, are refused.
             step: the number of the joint step; None: the module counts, from the ``step`` of ``joint`` (0 if it has
                 none).
 
         Raises:
             LossError: one of its subclasses; see :meth:`LossClient.compute`.
+            TypeError: a further positional argument was given.
         """
-        want_grad = self.training and torch.is_grad_enabled() and logits.requires_grad
+        if others:
+            raise TypeError(
+                f"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels. There are no "
+                "weights of pixels (for void pixels set ignore_index, for weights of classes class_weights in the "
+                "loss); the number of a joint step is given by name, step=..."
+            )
+        if not isinstance(logits, Tensor):
+            raise InvalidInputError(
+                "logits",
+                f"got {type(logits).__name__}; expected a torch tensor (LossClient.compute takes other arrays)",
+            )
+        want_grad = torch.is_grad_enabled() and logits.requires_grad
         joint = self.joint
         if joint is not None:
             counted = self._first_step + self._calls[want_grad]

@@ -177,13 +177,15 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
 
 
 def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
-    values = request.logits.to(torch.promote_types(request.logits.dtype, torch.float32))  # as backends compare them
+    values = request.logits.detach().to(
+        torch.promote_types(request.logits.dtype, torch.float32)
+    )  # as backends compare them
     bad = (values < -PROBABILITY_TOLERANCE) | (values > 1 + PROBABILITY_TOLERANCE)
     labels = request.labels.to(torch.int64)
     counted = torch.zeros_like(labels, dtype=torch.bool)
     for _, term in loss.terms:
         counted |= labels != term.ignore_index if term.ignore_index is not None else True
-    bad &= counted.unsqueeze(1)
+    bad &= counted.reshape(values.shape[0], 1, *values.shape[2:])
     if not bad.any():
         return None
     place = tuple(bad.nonzero()[0].tolist())

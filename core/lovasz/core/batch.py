@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lovasz.spec import InvalidInput, Layout, WeightedSum
+from lovasz.spec.labels import too_large, whole_numbers, wrong_type
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -21,6 +22,7 @@ class Request:
     """The tensors of one request, in the caller's shapes.
 
     Attributes:
+        labels: of one of ``INTEGER_TYPES``.
         layout: the number of images, channels and pixels, read from the shapes.
         grad: memory on the CPU that a backend may use for the gradient, float32 and contiguous; None if the caller
             provides none.
@@ -40,10 +42,10 @@ class Request:
         """
         if logits.dtype not in FLOAT_TYPES:
             raise InvalidInput("logits", f"got element type {_name(logits.dtype)}; expected {_names(FLOAT_TYPES)}")
-        if labels.dtype not in INTEGER_TYPES:
-            raise InvalidInput("labels", f"got element type {_name(labels.dtype)}; expected {_names(INTEGER_TYPES)}")
         if labels.device != logits.device:
             raise InvalidInput("labels", f"got device {labels.device}; expected {logits.device}, like the logits")
+        if labels.dtype not in INTEGER_TYPES:
+            labels = _integers(labels)
         return cls(logits, labels, loss.layout(logits.shape, labels.shape))
 
 
@@ -69,6 +71,20 @@ class Batch:
         """The requests of each joint."""
         stops = list(accumulate(self.sizes))
         return tuple(self.requests[stop - size : stop] for stop, size in zip(stops, self.sizes, strict=True))
+
+
+def _integers(labels: Tensor) -> Tensor:
+    """Labels of another element type as integers. Floats and uint64 are read for it, so it waits for their device."""
+    if labels.dtype in FLOAT_TYPES:
+        integers: Tensor = whole_numbers(labels.detach().to(torch.promote_types(labels.dtype, torch.float32)))
+        return integers
+    if labels.dtype in (torch.uint16, torch.uint32):
+        return labels.to(torch.int64)
+    if labels.dtype != torch.uint64:
+        raise wrong_type(_name(labels.dtype))
+    if (labels.view(torch.int64) < 0).any():
+        raise too_large(int(labels.cpu().numpy().max()))
+    return labels.view(torch.int64)
 
 
 def _name(dtype: torch.dtype) -> str:

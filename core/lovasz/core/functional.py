@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lovasz.autograd import with_gradient
+from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
 from lovasz.core.compiling import hinge_key, loss_operator, softmax_key
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.spec import (
     Classes,
     Input,
+    InvalidInput,
     LossLike,
     LovaszHinge,
     LovaszSoftmax,
@@ -23,13 +26,15 @@ from lovasz.spec import (
 
 
 def compute(
-    logits: Tensor, labels: Tensor, loss: LossLike, *, want_grad: bool = True, backend: Backend | None = None
+    logits: Any, labels: Any, loss: LossLike, *, want_grad: bool = True, backend: Backend | None = None
 ) -> Result[Tensor]:
     """Computes loss, gradient, per-class losses and IoU counts on the device of the logits. Not differentiable.
 
     Args:
-        logits: float16, bfloat16, float32 or float64, (N, C, *spatial), or as the loss describes.
-        labels: integers or bool, (N, *spatial), or as the loss describes; on the same device.
+        logits: float16, bfloat16, float32 or float64, (N, C, *spatial), or as the loss describes; a tensor, or an array
+            of NumPy, JAX, TensorFlow or another framework (read by DLPack or ``__array__``).
+        labels: (N, *spatial), or as the loss describes: integers, bool, or floats that are whole numbers. A tensor on
+            the same device, or an array.
         loss: one of the losses, or a list of (weight, loss) pairs.
         want_grad: whether to compute the gradient.
         backend: the backend to use; None for the fastest one that takes the request.
@@ -41,15 +46,24 @@ def compute(
         InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
     parsed = weighted_sum(loss)
-    request = Request.checked(logits, labels, parsed)
+    logits = as_tensor("logits", logits)
+    request = Request.checked(logits, _labels(labels, logits), parsed)
     (answer,) = submit([request], parsed, logits.device, want_grad=want_grad, backend=backend).collect()
     if not isinstance(answer, Result):
         raise answer
     return answer
 
 
-def differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
-    """Computes a loss that autograd can differentiate with respect to the logits; takes arguments like ``compute``."""
+def differentiable(logits: Tensor, labels: Any, loss: LossLike) -> Tensor:
+    """Computes a loss that autograd can differentiate with respect to the logits, which have to be a tensor.
+
+    Takes the other arguments like ``compute``.
+    """
+    if not isinstance(logits, Tensor):
+        raise InvalidInput(
+            "logits", f"got {type(logits).__name__}; expected a torch tensor (lovasz.core.compute takes other arrays)"
+        )
+    labels = _labels(labels, logits)
     want_grad = torch.is_grad_enabled() and logits.requires_grad
     parsed = weighted_sum(loss)
     known = replay(logits, labels, parsed) if want_grad else None
@@ -58,6 +72,11 @@ def differentiable(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
     request = Request.checked(logits, labels, parsed)
     launched = submit([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad)
     return with_gradient(logits, *launched.differentiable())
+
+
+def _labels(labels: Any, logits: Tensor) -> Tensor:
+    """Labels as a tensor; those that were none on the device of the logits."""
+    return labels if isinstance(labels, Tensor) else as_tensor("labels", labels).to(logits.device)
 
 
 def lovasz_softmax(
@@ -75,7 +94,7 @@ def lovasz_softmax(
 
     Args:
         logits: float16, bfloat16, float32 or float64, shape (N, C, *spatial).
-        labels: integers, shape (N, *spatial).
+        labels: integers, bool, or floats that are whole numbers, shape (N, *spatial) or (N, 1, *spatial).
         classes: this and the following arguments are the options of :class:`lovasz.spec.LovaszSoftmax`.
 
     Returns:
@@ -103,9 +122,10 @@ def lovasz_hinge(
     elsewhere.
 
     Args:
-        logits: float16, bfloat16, float32 or float64, shape (N, *spatial) or (N, 1, *spatial); with ``multilabel``
+        logits: float16, bfloat16, float32 or float64, shape (N, *spatial) or (N, 1, *spatial), volumes always
+            (N, 1, D, H, W); with ``multilabel`` (N, L, *spatial).
+        labels: 0 and 1, integers, bool or floats, shape (N, *spatial) or (N, 1, *spatial); with ``multilabel``
             (N, L, *spatial).
-        labels: integers 0 and 1, or bool, shape (N, *spatial); with ``multilabel`` (N, L, *spatial).
         per_image: this and the following arguments are the options of :class:`lovasz.spec.LovaszHinge`.
 
     Returns:

@@ -1,9 +1,13 @@
-"""Checks of a loss's options: each returns the value as one Python type, or raises InvalidInput naming the field."""
+"""Checks of a loss's options: each returns the value as one Python type, or raises InvalidInput naming the field.
+
+Options may be tensors or arrays of any framework; those of one element without an axis count as numbers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 
@@ -11,35 +15,56 @@ from lovasz.spec.errors import InvalidInput
 
 
 def integer(name: str, value: object) -> int:
-    """A Python or numpy integer; True and False are not accepted."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
+    """An integer; True and False are not accepted."""
+    plain = _plain(value)
+    if isinstance(plain, int) and not isinstance(plain, bool):
+        return int(plain)
     raise InvalidInput(name, f"got {value!r}; expected an integer")
 
 
 def number(name: str, value: object) -> float:
-    """A finite Python or numpy number; True and False are not accepted."""
-    if (
-        isinstance(value, (int, float, np.integer, np.floating))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    ):
-        return float(value)
+    """A finite number; True and False are not accepted."""
+    plain = _plain(value)
+    if isinstance(plain, int | float) and not isinstance(plain, bool) and math.isfinite(plain):
+        return float(plain)
     raise InvalidInput(name, f"got {value!r}; expected a finite number")
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False, of Python or numpy."""
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
+    """True or False."""
+    plain = _plain(value)
+    if isinstance(plain, bool):
+        return plain
     raise InvalidInput(name, f"got {value!r}; expected True or False")
+
+
+def elements(name: str, value: object, expected: str) -> Sequence[object]:
+    """The elements of a sequence, or of an array with at least one axis."""
+    plain = _plain(value)
+    if not isinstance(plain, Sequence) and hasattr(plain, "__iter__") and not isinstance(plain, Mapping | Set):
+        plain = tuple(plain)
+    if isinstance(plain, Sequence) and not isinstance(plain, str | bytes):
+        return plain
+    raise InvalidInput(name, f"got {value!r}; expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    """An array as Python numbers in lists, or as one number if it has no axis; another value as it is."""
+    if isinstance(value, int | float | str | Sequence):
+        return value
+    if hasattr(value, "tolist"):  # NumPy, torch (also on a GPU) and JAX
+        return value.tolist()
+    return np.asarray(value).tolist() if hasattr(value, "__array__") else value
 
 
 def class_weights(value: Sequence[float] | None) -> tuple[float, ...] | None:
     """Numbers >= 0, at least one; or None."""
     if value is None:
         return None
-    weights = tuple(number(f"class_weights[{i}]", w) for i, w in enumerate(value))
+    expected = "one number a class, such as [0.5, 1.0], or None"
+    if isinstance(value, bool):
+        expected += " (per_image comes after class_weights; give it by name)"
+    weights = tuple(number(f"class_weights[{i}]", w) for i, w in enumerate(elements("class_weights", value, expected)))
     if not weights:
         raise InvalidInput("class_weights", "got an empty list; expected one number a class, or None")
     for i, weight in enumerate(weights):

@@ -37,7 +37,7 @@ class Layout:
 
 
 def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
-    """The layout of logits (N, C, *spatial) and labels (N, *spatial).
+    """The layout of logits (N, C, *spatial) and labels (N, *spatial) or (N, 1, *spatial).
 
     Raises:
         InvalidInput: a shape is not one of these, or the two do not fit.
@@ -48,24 +48,27 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
     if logits[1] == 0:
         raise InvalidInput("logits", f"got shape {_text(logits)} with no class; expected (N, C, *spatial), C >= 2")
     expected = (logits[0], *logits[2:])
-    if labels != expected:
+    if labels != expected and labels != (logits[0], 1, *logits[2:]):
+        cure = _cure_of_labels(logits, labels)
         raise InvalidInput(
-            "labels", f"got shape {_text(labels)} for logits {_text(logits)}; expected {_text(expected)}"
+            "labels", f"got shape {_text(labels)} for logits {_text(logits)}; expected {_text(expected)}{cure}"
         )
     _check_not_empty(logits)
     if logits[1] == 1:
         raise InvalidInput(
             "logits",
             f"got shape {_text(logits)} with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge)",
+            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
+            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         )
     return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=logits[1])
 
 
 def hinge_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool) -> Layout:
-    """The layout of logits (N, *spatial) or (N, 1, *spatial) and labels (N, *spatial).
+    """The layout of logits and labels, each (N, *spatial) or (N, 1, *spatial).
 
-    With ``multilabel`` both have shape (N, L, *spatial).
+    With ``multilabel`` both have shape (N, L, *spatial). Without it, logits of four or more axes need the axis of size
+    1, since (N, L, H, W) and volumes (N, D, H, W) look alike.
 
     Raises:
         InvalidInput: a shape is not one of these, or the two do not fit.
@@ -76,21 +79,47 @@ def hinge_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool)
             raise InvalidInput("logits", f"got shape {_text(logits)}; expected (N, L, *spatial)")
         if labels != logits:
             raise InvalidInput(
-                "labels", f"got shape {_text(labels)} for multilabel logits {_text(logits)}; expected the same"
+                "labels",
+                f"got shape {_text(labels)} for multilabel logits {_text(logits)}; expected the same"
+                + (" (for one class a pixel use LovaszSoftmax)" if labels == (logits[0], *logits[2:]) else ""),
             )
         _check_not_empty(logits)
         return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=2)
     if len(logits) < 1:
         raise InvalidInput("logits", "got shape (); expected (N, *spatial) or (N, 1, *spatial)")
     squeezed = (logits[0], *logits[2:]) if len(logits) > 1 and logits[1] == 1 else logits
-    if labels not in (logits, squeezed):
+    if labels != squeezed and labels != (squeezed[0], 1, *squeezed[1:]):
         raise InvalidInput(
             "labels",
             f"got shape {_text(labels)} for hinge logits {_text(logits)}; expected {_text(squeezed)} "
-            "(for several binary labels a pixel, set multilabel=True)",
+            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel LovaszSoftmax)",
         )
     _check_not_empty(logits)
+    if len(squeezed) > 3 and len(squeezed) == len(logits):
+        raise InvalidInput(
+            "logits",
+            f"got shape {_text(logits)}; expected (N, 1, *spatial) (for {logits[1]} binary labels a pixel use "
+            "LovaszHinge(multilabel=True), for volumes (N, D, H, W) logits[:, None])",
+        )
     return Layout(logits[0], 1, math.prod(logits[1:]), label_values=2)
+
+
+def _cure_of_labels(logits: tuple[int, ...], labels: tuple[int, ...]) -> str:
+    """What makes the labels of a softmax loss fit, in brackets; empty if nothing comes to mind."""
+    images, *spatial = expected = (logits[0], *logits[2:])
+    if labels == logits:
+        return " (for one-hot labels or class probabilities: labels.argmax(1))"
+    if labels == (*expected, logits[1]):
+        return " (for one-hot labels or class probabilities: labels.argmax(-1))"
+    if labels == (*expected, 1):
+        return " (labels.squeeze(-1))"
+    if images == 1 and labels == tuple(spatial):
+        return " (labels[None])"
+    if labels == logits[:-1]:
+        return " (for logits with the classes last: logits.movedim(-1, 1))"
+    if len(labels) > 1 and len(labels) == len(expected) and labels[0] == images:
+        return " (resize the logits to the labels: torch.nn.functional.interpolate(logits, size=labels.shape[1:]))"
+    return ""
 
 
 def _checked(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-import numpy as np
-
 from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
 
@@ -19,7 +17,8 @@ Input: TypeAlias = Literal["logits", "probabilities"]
 class LovaszSoftmax:
     """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018).
 
-    Logits have shape (N, C, *spatial), labels (N, *spatial), with any number of spatial axes or none.
+    Logits have shape (N, C, *spatial), labels (N, *spatial) or (N, 1, *spatial), with any number of spatial axes or
+    none. Options may be tensors or arrays of any framework.
 
     Args:
         classes: which classes are scored. ``"present"``: those with a pixel in the group; ``"all"``: every class; a
@@ -51,11 +50,9 @@ class LovaszSoftmax:
     def _parsed_classes(self) -> Classes:
         if isinstance(self.classes, str) and self.classes in ("present", "all"):
             return self.classes
-        if isinstance(self.classes, str) or not isinstance(self.classes, Sequence | np.ndarray):
-            raise InvalidInput(
-                "classes", f"got {self.classes!r}; expected 'present', 'all' or a sequence of class numbers"
-            )
-        listed = tuple(checks.integer(f"classes[{i}]", c) for i, c in enumerate(self.classes))
+        expected = "'present', 'all' or a sequence of class numbers, such as [1, 2]"
+        elements = checks.elements("classes", self.classes, expected)
+        listed = tuple(checks.integer(f"classes[{i}]", c) for i, c in enumerate(elements))
         if not listed:
             raise InvalidInput("classes", "got an empty list; expected at least one class number")
         if len(set(listed)) != len(listed):
@@ -74,8 +71,10 @@ class LovaszSoftmax:
 class LovaszHinge:
     """The Lovász hinge (Yu and Blaschko 2015; Berman, Triki and Blaschko 2018), for one or several binary labels.
 
-    Logits have shape (N, *spatial) or (N, 1, *spatial), labels (N, *spatial) with values 0 and 1. With ``multilabel``
-    both have shape (N, L, *spatial): each of the L labels is a separate binary problem, and the loss is their mean.
+    Logits and labels have shape (N, *spatial) or (N, 1, *spatial); labels are 0 and 1. All pixels of a group are one
+    binary problem, so logits (N, X, Y) are images without a channel axis; with more axes, logits need it: volumes are
+    (N, 1, D, H, W). With ``multilabel`` both have shape (N, L, *spatial): each of the L labels is a separate binary
+    problem, and the loss is their mean.
 
     Args:
         per_image: as for :class:`LovaszSoftmax`.

@@ -1,0 +1,43 @@
+"""Arrays of other frameworks, such as JAX and TensorFlow, as arrays of NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lovasz.spec.errors import InvalidInput
+
+
+def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
+    """An array of any framework as an array of NumPy, read by ``__array__`` or DLPack; without a copy if possible.
+
+    Raises:
+        InvalidInput: the value is not an array, or cannot be read on the host.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise InvalidInput(
+            field,
+            "got a masked array, whose mask has no effect here; expected one without (labels.filled(255) "
+            "with ignore_index=255)",
+        )
+    if isinstance(value, np.ndarray):
+        return value
+    readers: list[Callable[[Any], npt.NDArray[Any]]] = []
+    if hasattr(value, "__array__") and not isinstance(value, np.generic | type):
+        readers.append(np.asarray)
+    if hasattr(value, "__dlpack__") and not isinstance(value, type):
+        readers.append(np.from_dlpack)
+    problem = ""
+    for read in readers:
+        try:
+            return read(value)
+        except Exception as error:  # Each framework raises its own.
+            problem = problem or f", which cannot be read as an array of NumPy: {error}"
+    raise InvalidInput(
+        field,
+        f"got {type(value).__name__}{problem}; expected a numpy array, a torch tensor, or an array with __array__ or "
+        "__dlpack__",
+    )
