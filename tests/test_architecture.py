@@ -50,7 +50,7 @@ LAZY_EXCEPTIONS = {
 inside functions only."""
 
 SERVER_LAYERS = (
-    ("config", "errors", "housekeeping", "launch"),
+    ("addresses", "config", "errors", "housekeeping", "launch"),
     ("observe",),
     ("memory",),
     ("schedule",),

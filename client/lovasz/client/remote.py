@@ -179,7 +179,9 @@ class RemoteTarget:
             info = self._call_info(pb.GetServerInfoRequest(), timeout=timeout)
         return ServerInfo(
             version=info.version,
-            devices=tuple(Device(device.name, device.hardware, device.healthy) for device in info.devices),
+            devices=tuple(
+                Device(device.name, device.hardware, device.healthy, device.starting) for device in info.devices
+            ),
             losses=tuple(info.losses),
             memory_budget_bytes=info.memory_budget_bytes,
             max_requests=info.max_requests,

@@ -17,11 +17,13 @@ class Device:
         name: torch's name for it, such as ``"cuda:0"``.
         hardware: the hardware's own name.
         healthy: whether it answered its last check.
+        starting: whether the server still compiles what it will run on it; it is not healthy until then.
     """
 
     name: str
     hardware: str
     healthy: bool
+    starting: bool = False
 
 
 @dataclass(frozen=True)
