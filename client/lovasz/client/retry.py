@@ -15,6 +15,8 @@ from typing import TypeVar, cast
 
 import grpc
 
+from lovasz.client.errors import speaks_no_grpc
+
 FIRST_ATTEMPTS = 5
 """Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit. That a
 server is starting counts as an answer."""
@@ -73,7 +75,8 @@ class Retries:
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
         if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
             self._answered = True
-        if error.code() not in RETRYABLE or (number >= FIRST_ATTEMPTS and not self._answered):
+        hopeless = number >= FIRST_ATTEMPTS or speaks_no_grpc(error)
+        if error.code() not in RETRYABLE or (hopeless and not self._answered):
             return None
         if PUSHBACK_KEY in metadata:
             milliseconds = str(metadata[PUSHBACK_KEY])

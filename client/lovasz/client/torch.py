@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("lovasz.client.torch needs torch: pip install 'lovasz[torch]'", name="torch") from None
+
 from torch import Tensor
 
 from lovasz.autograd import with_gradient
 from lovasz.client.client import LossClient
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
+from lovasz.client.target import checked_target
 from lovasz.spec import LossLike, Result, weighted_sum
 
 __all__ = ["RemoteLoss"]
@@ -72,7 +77,7 @@ class RemoteLoss(torch.nn.Module):
 
         Raises:
             InvalidInput: the loss is invalid, or its terms cannot be combined.
-            ValueError: another argument is invalid. (The target is checked at the first call.)
+            ValueError: another argument is invalid.
         """
         super().__init__()
         if gradient_reduction not in ("mean", "sum"):
@@ -85,7 +90,7 @@ class RemoteLoss(torch.nn.Module):
         self.result: Result[Any] | None = None
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
-        self._target = target if isinstance(target, str) else target.target
+        self._target = checked_target(target) if isinstance(target, str) else target.target
         self._options = (
             ClientOptions.parsed(
                 timeout=timeout, transport=transport, wire_dtype=wire_dtype, load_balancing=load_balancing, run=run

@@ -39,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping = threading.Event()
     _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.
     # Not earlier: it takes seconds to import torch, and an invalid flag should be reported at once.
-    from lovasz.server.server import Server
+    try:
+        from lovasz.server.server import Server
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lovasz."):
+            raise
+        _log.error(f"the server needs {error.name}: pip install 'lovasz[server,cpu]'")
+        return 2
 
     _on_signals(stopping.set)
     try:

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lovasz import wire
 from lovasz.server import addresses
-from lovasz.server.config import UNIX
+from lovasz.server.config import UNIX, socket_path
 from lovasz.server.transport.health import HealthMonitor
 from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
@@ -77,8 +77,8 @@ class GrpcServer:
             OSError: the address cannot be bound.
         """
         try:
-            if address.startswith(UNIX):
-                path = address.removeprefix(UNIX)
+            path = socket_path(address)
+            if path is not None:
                 self._socket_files.append(SocketFile(path, lambda short: _add_port(self._servers[0], f"{UNIX}{short}")))
                 return address
             host, port = addresses.split(address)
