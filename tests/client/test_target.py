@@ -161,7 +161,10 @@ def test_without_torch_the_error_says_what_to_install(code: str, said: str) -> N
 
 
 def test_a_server_without_its_packages_says_what_to_install() -> None:
-    hidden = "import sys; sys.modules['prometheus_client'] = None; from lovasz.server.__main__ import main; sys.exit(main([]))"
+    hidden = (
+        "import sys; sys.modules['prometheus_client'] = None; from lovasz.server.__main__ import main; "
+        "sys.exit(main(['--device', 'cpu']))"
+    )
     ran = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
     assert "the server needs prometheus_client: pip install 'lovasz[server,cpu]'" in ran.stderr
