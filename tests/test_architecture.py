@@ -31,7 +31,10 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     "lovasz.spec": (set(), {"numpy"}),
     "lovasz.wire": ({"lovasz.spec", "lovasz.v1.loss_pb2"}, {"numpy", "google"}),
     "lovasz.autograd": ({"lovasz.spec"}, {"numpy", "torch"}),
-    "lovasz.core": ({"lovasz.spec", "lovasz.autograd"}, {"numpy", "torch", "numba", "llvmlite", "triton"}),
+    "lovasz.core": (
+        {"lovasz.spec", "lovasz.autograd", "lovasz.version"},
+        {"numpy", "torch", "numba", "llvmlite", "triton"},
+    ),
     "lovasz.client": (
         {"lovasz.spec", "lovasz.wire", "lovasz.autograd", "lovasz.version", "lovasz.v1"},
         {"numpy", "grpc", "google", "torch", "matplotlib"},
@@ -50,7 +53,7 @@ LAZY_EXCEPTIONS = {
 inside functions only."""
 
 SERVER_LAYERS = (
-    ("config", "errors", "housekeeping", "launch"),
+    ("addresses", "config", "errors", "housekeeping", "launch"),
     ("observe",),
     ("memory",),
     ("schedule",),

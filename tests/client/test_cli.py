@@ -106,7 +106,11 @@ def test_ping_of_another_service() -> None:
     ("arguments", "text"),
     [
         (("",), "lovasz: target: got ''; expected HOST:PORT, unix:/path or 'inprocess'\n"),
-        (("localhost:notaport",), "lovasz: localhost:notaport: "),
+        (("localhost:notaport",), "lovasz: target: got 'localhost:notaport', without a port; expected HOST:PORT, "),
+        (
+            ("http://localhost:9095/metrics",),
+            "lovasz: target: got 'http://localhost:9095/metrics'; expected HOST:PORT, ",
+        ),
         (("unix:/nowhere/at/all",), "lovasz: unix:/nowhere/at/all: "),
         (("localhost:1", "--timeout", "0"), "lovasz: timeout: got 0.0; expected seconds > 0\n"),
     ],

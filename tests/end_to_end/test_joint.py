@@ -371,7 +371,7 @@ def test_ranks_that_wait_do_not_take_the_threads_that_the_last_ones_need(impatie
 def test_where_there_is_room_for_some_runs_only_each_call_ends_and_the_runs_get_through_one_after_the_other() -> None:
     logits, labels = torch.randn(1, 4, 64, 64), torch.randint(0, 4, (1, 64, 64), dtype=torch.uint8)
     nbytes = 2 * logits.nbytes + labels.nbytes
-    arguments = ["--device", "cpu", "--memory-budget", str(9 * nbytes), "--joint-timeout", "5"]
+    arguments = ["--device", "cpu", "--memory-budget", f"{9 * nbytes}B", "--joint-timeout", "5"]
     runs, world, steps = 4, 4, 2
     with ServerProcess(arguments) as server, LossClient(server.target) as client:
         alone = client.compute(torch.cat([logits] * world), torch.cat([labels] * world), SOFTMAX).loss

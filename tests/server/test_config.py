@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 
 from lovasz.server.config import ConfigError, ServerConfig, format_bytes, parse_bytes, unknown_variables, variable_of
+from lovasz.version import VERSION
 
 
 def test_defaults_without_flags_and_variables() -> None:
@@ -63,7 +64,11 @@ def test_every_setting_can_be_set_both_ways() -> None:
         ("--metrics-listen", "unix:/tmp/x", "--metrics-listen: got 'unix:/tmp/x'; expected HOST:PORT"),
         ("--device", "tpu", "--device: got 'tpu'; expected auto, cpu, cuda or cuda:N"),
         ("--memory-budget", "lots", "--memory-budget: got 'lots'; expected a size such as 512MiB"),
-        ("--memory-budget", "0", "--memory-budget: got 0; expected at least 1"),
+        ("--memory-budget", "0", "--memory-budget: got '0'; expected a size with a unit, such as 512MiB or 4GiB"),
+        ("--memory-budget", "4", "--memory-budget: got '4'; expected a size with a unit, such as 512MiB or 4GiB"),
+        ("--memory-budget", "4096", "--memory-budget: got '4096'; expected a size with a unit"),
+        ("--memory-budget", "4B", "--memory-budget: got 4; expected at least 64 KiB"),
+        ("--memory-budget", "0.1KiB", "--memory-budget: got 102; expected at least 64 KiB"),
         ("--max-requests", "two", "--max-requests: got 'two'; expected a whole number"),
         ("--max-requests", "-1", "--max-requests: got -1; expected at least 1"),
         ("--max-batch-delay", "soon", "--max-batch-delay: got 'soon'; expected a number"),
@@ -88,6 +93,21 @@ def test_several_addresses_and_a_switch_without_a_value() -> None:
     assert not ServerConfig().shared_memory
 
 
+@pytest.mark.parametrize(("path", "length"), [("", 0), ("/" + "x" * 107, 108), ("/" + "ö" * 54, 109)])
+def test_a_path_that_no_unix_socket_can_have(path: str, length: int) -> None:
+    with pytest.raises(ConfigError, match=rf"expected unix:/path with a path of 1 to 107 bytes .this one has {length}"):
+        ServerConfig.load(["--listen", f"unix:{path}"], {})
+
+
+def test_the_longest_paths() -> None:
+    path = "/" + "x" * 106
+    assert ServerConfig(listen=f"unix:{path}").socket_paths == (path,)
+    assert ServerConfig(listen=f"unix://{path}").socket_paths == (path,)
+    assert ServerConfig(listen=f"unix:{path[:-7]}", shared_memory=True).socket_paths == (path[:-7],)
+    with pytest.raises(ConfigError, match=r"1 to 100 bytes, as --shared-memory appends .memory \(this one has 101\)"):
+        ServerConfig(listen=f"unix:{path[:-6]}", shared_memory=True)
+
+
 def test_a_bad_variable_is_named_as_the_variable() -> None:
     with pytest.raises(ConfigError, match="LOVASZ_MAX_REQUESTS: got 'x'; expected a whole number"):
         ServerConfig.load([], {"LOVASZ_MAX_REQUESTS": "x"})
@@ -104,7 +124,7 @@ def test_a_misspelt_variable_is_found() -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("17", 17), ("8B", 8), ("1KiB", 1024), ("1.5 MiB", 3 << 19), ("4GiB", 4 << 30), ("2TiB", 2 << 40)],
+    [("4294967296", 4 << 30), ("8B", 8), ("1KiB", 1024), ("1.5 MiB", 3 << 19), ("4GiB", 4 << 30), ("2TiB", 2 << 40)],
 )
 def test_sizes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
@@ -120,6 +140,11 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         assert f.metadata["flag"] in text
     assert text.count("(default:") == len(fields(ServerConfig))
     assert "LOVASZ_MEMORY_BUDGET" in text
+
+
+def test_the_version() -> None:
+    said = subprocess.run([sys.executable, "-m", "lovasz.server", "--version"], capture_output=True, text=True)
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"lovasz-server {VERSION}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--memory-budget", "many"], ["--no-such-flag"]])

@@ -16,6 +16,7 @@ from lovasz.client.errors import (
 from lovasz.client.joint import Joint
 from lovasz.client.target import Device, ServerInfo
 from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, Result, TermResult, Timing
+from lovasz.version import VERSION
 
 __all__ = [
     "CallAbortedError",
@@ -39,3 +40,5 @@ __all__ = [
     "TermResult",
     "Timing",
 ]
+
+__version__ = VERSION

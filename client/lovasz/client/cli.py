@@ -11,8 +11,10 @@ from typing import Any
 
 from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
-from lovasz.client.target import ServerInfo
+from lovasz.client.target import Device, ServerInfo
 from lovasz.version import VERSION
+
+_AGAIN_SECONDS = 0.2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +63,11 @@ def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=5, metavar="N", help="calls to time (default: 5)")
     parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each call (default: 5)")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="SECONDS", help="keep trying for this long (default: 0, try once)"
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="keep trying for this long, until the server has started (default: 0, try once)",
     )
     parser.set_defaults(run=_ping)
 
@@ -81,20 +87,29 @@ def _ping(options: argparse.Namespace) -> int:
         f"slowest {max(milliseconds):.2f} ms ({len(milliseconds)} calls)"
     )
     for device in info.devices:
-        print(f"  device      {device.name} ({device.hardware}), {'healthy' if device.healthy else 'NOT HEALTHY'}")
+        print(f"  device      {device.name} ({device.hardware}), {_state(device)}")
     print(f"  losses      {', '.join(info.losses)}")
     print(f"  limits      {info.memory_budget_bytes / 2**30:g} GiB of tensors, {info.max_requests} requests at a time")
     return 0 if all(device.healthy for device in info.devices) else 1
 
 
 def _first_answer(client: LossClient, until: float) -> ServerInfo:
+    """What the server says of itself once it has started, or at the latest when the time is up."""
     while True:
         try:
-            return client.server_info()
+            info = client.server_info()
+            if time.monotonic() >= until or not any(device.starting for device in info.devices):
+                return info
         except (ServerUnavailableError, DeadlineExceededError):
             if time.monotonic() >= until:
                 raise
-            time.sleep(0.2)
+        time.sleep(_AGAIN_SECONDS)
+
+
+def _state(device: Device) -> str:
+    if device.starting:
+        return "starting: it compiles, up to a minute the first time"
+    return "healthy" if device.healthy else "NOT HEALTHY"
 
 
 if __name__ == "__main__":

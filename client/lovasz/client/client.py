@@ -13,10 +13,9 @@ from lovasz.client.errors import CallCancelledError, invalid_input_translated
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
-from lovasz.client.target import PreparedCall, ServerInfo, Target
+from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, checked_target
 from lovasz.client.tensors import AnyArray
 
-INPROCESS = "inprocess"
 _SUBMIT_THREADS = 16
 
 
@@ -56,6 +55,7 @@ class LossClient:
 
         Raises:
             ValueError: an argument is invalid.
+            ModuleNotFoundError: the target is ``"inprocess"``, and torch is not installed.
         """
         self._open(
             target,
@@ -76,9 +76,7 @@ class LossClient:
         return client
 
     def _open(self, target: str, options: ClientOptions) -> None:
-        if not isinstance(target, str) or not target:
-            raise ValueError(f"target: got {target!r}; expected HOST:PORT, unix:/path or 'inprocess'")
-        self.target = target
+        self.target = checked_target(target)
         self.options = options
         self._target = _target(target, options)
         self._threads = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="lovasz-submit")
@@ -195,7 +193,13 @@ class LossClient:
 
 def _target(name: str, options: ClientOptions) -> Target:
     if name == INPROCESS:
-        from lovasz.client.inprocess import InProcessTarget
-
+        try:
+            from lovasz.client.inprocess import InProcessTarget
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ModuleNotFoundError(
+                "the target 'inprocess' needs torch: pip install 'lovasz[torch]'", name="torch"
+            ) from None
         return InProcessTarget()
     return RemoteTarget(name, options)

@@ -21,7 +21,7 @@ class LossError(Exception):
     ├── CallAbortedError        a rank of the joint step is missing or failed, or the call stalled: try the step again
     ├── JointMismatchError      the request does not match those of the other ranks of its step
     ├── CallCancelledError      the call was cancelled, or its client was closed
-    ├── IncompatibleServerError the server does not speak lovasz.v1 as this client does
+    ├── IncompatibleServerError what answers does not speak lovasz.v1 as this client does, or no gRPC
     └── ServerFaultError        the server failed on the request; its log says why
     """
 
@@ -67,7 +67,7 @@ class CallCancelledError(LossError):
 
 
 class IncompatibleServerError(LossError):
-    """The server at the target does not speak lovasz.v1 as this client does."""
+    """What answers at the target does not speak lovasz.v1 as this client does, or no gRPC at all."""
 
 
 class ServerFaultError(LossError):
@@ -83,15 +83,28 @@ _BY_CODE: dict[grpc.StatusCode, type[LossError]] = {
     grpc.StatusCode.CANCELLED: CallCancelledError,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServerError,
 }
+_NO_GRPC = ("Failed parsing HTTP/2", "Trying to connect an http1.x server")
+"""gRPC's texts where something answers in HTTP/1, or does not speak HTTP at all."""
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> LossError:
     """The client's error for an error of gRPC."""
     code, details = error.code(), error.details() or ""
+    if speaks_no_grpc(error):
+        return IncompatibleServerError(
+            f"{target}: what answers there does not speak gRPC: is it the port of the metrics (9095 by default)? "
+            f"Expected that of --listen (50051 by default) ({code.name})"
+        )
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")
         return InvalidInputError(field, problem)
     return _BY_CODE.get(code, ServerFaultError)(f"{target}: {details or code.name} ({code.name})")
+
+
+def speaks_no_grpc(error: grpc.RpcError) -> bool:
+    """Whether what answers at the target is no gRPC server, so that trying again does not help."""
+    details = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _NO_GRPC)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import ClientOptions, Transport
 from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
-from lovasz.client.target import Device, ServerInfo
+from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
@@ -53,8 +53,6 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 """gRPC's options for every channel."""
-
-_UNIX = "unix:"
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,16 @@ class RemoteTarget:
         Raises:
             ValueError: the options demand shared memory, and the target is not a Unix socket.
         """
-        path = target.removeprefix(_UNIX).removeprefix("//") if target.startswith(_UNIX) else None
-        if options.transport is Transport.SHM and path is None:
-            raise ValueError(f"transport: got 'shm' with the target {target}; expected a target unix:/path")
+        path = socket_path(target)
+        if options.transport is Transport.SHM:
+            if path is None:
+                raise ValueError(f"transport: got 'shm' with the target {target}; expected a target unix:/path")
+            longest = wire.MAX_SOCKET_PATH_BYTES - len(wire.MEMORY_SUFFIX)
+            if (length := len(os.fsencode(path))) > longest:
+                raise ValueError(
+                    f"transport: got 'shm' with a path of {length} bytes; expected at most {longest}, as "
+                    f"{wire.MEMORY_SUFFIX} is appended to it"
+                )
         self._name = target
         self._transport = options.transport
         self._wire_dtype = options.wire_dtype
@@ -179,7 +184,9 @@ class RemoteTarget:
             info = self._call_info(pb.GetServerInfoRequest(), timeout=timeout)
         return ServerInfo(
             version=info.version,
-            devices=tuple(Device(device.name, device.hardware, device.healthy) for device in info.devices),
+            devices=tuple(
+                Device(device.name, device.hardware, device.healthy, device.starting) for device in info.devices
+            ),
             losses=tuple(info.losses),
             memory_budget_bytes=info.memory_budget_bytes,
             max_requests=info.max_requests,

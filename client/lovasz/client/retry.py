@@ -15,8 +15,11 @@ from typing import TypeVar, cast
 
 import grpc
 
+from lovasz.client.errors import speaks_no_grpc
+
 FIRST_ATTEMPTS = 5
-"""Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit."""
+"""Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit. That a
+server is starting counts as an answer."""
 INITIAL_BACKOFF_SECONDS = 0.3
 BACKOFF_MULTIPLIER = 3.0
 MAX_BACKOFF_SECONDS = 5.0
@@ -33,7 +36,7 @@ AnswerT = TypeVar("AnswerT")
 class Retries:
     """Repeats calls while that can help.
 
-    Until its timeout; before the client's first answer, at most :data:`FIRST_ATTEMPTS` times in all.
+    Until its timeout; before the client has heard from a server, at most :data:`FIRST_ATTEMPTS` times in all.
     """
 
     def __init__(self) -> None:
@@ -69,9 +72,12 @@ class Retries:
 
     def _delay(self, error: grpc.RpcError, number: int) -> float | None:
         """Seconds to wait before the next attempt; None: make none."""
-        if error.code() not in RETRYABLE or (number >= FIRST_ATTEMPTS and not self._answered):
-            return None
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
+        if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
+            self._answered = True
+        hopeless = number >= FIRST_ATTEMPTS or speaks_no_grpc(error)
+        if error.code() not in RETRYABLE or (hopeless and not self._answered):
+            return None
         if PUSHBACK_KEY in metadata:
             milliseconds = str(metadata[PUSHBACK_KEY])
             return int(milliseconds) / 1000 if milliseconds.isdecimal() else None

@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lovasz import spec, wire
 from lovasz.client.tensors import AnyArray
+
+INPROCESS = "inprocess"
+"""The target that is this process."""
+
+_UNIX = "unix:"
+_SCHEMES_WITH_PORTS = ("dns", "ipv4", "ipv6")
+_OTHER_SCHEMES = ("unix-abstract", "vsock", "xds", "google-c2p")
+_EXPECTED = "expected HOST:PORT, unix:/path or 'inprocess'"
+
+
+def checked_target(target: str) -> str:
+    """The target, after a check that gRPC can understand it.
+
+    Raises:
+        ValueError: it names no server; the text says what is expected.
+    """
+    if not isinstance(target, str) or not target:
+        raise ValueError(f"target: got {target!r}; {_EXPECTED}")
+    scheme, separator, rest = target.partition(":")
+    if target == INPROCESS or (separator and scheme in _OTHER_SCHEMES):
+        return target
+    path = socket_path(target)
+    if path is not None:
+        length = len(os.fsencode(path))
+        if not 1 <= length <= wire.MAX_SOCKET_PATH_BYTES:
+            raise ValueError(
+                f"target: got {target!r}, a path of {length} bytes; expected 1 to {wire.MAX_SOCKET_PATH_BYTES}, the "
+                "limit of Unix sockets"
+            )
+        return target
+    if separator and scheme in _SCHEMES_WITH_PORTS:
+        addresses = (rest.rpartition("/")[2] if scheme == "dns" else rest).split(",")
+    elif "://" in target:
+        raise ValueError(
+            f"target: got {target!r}; {_EXPECTED}: without {scheme}://, and with the port of gRPC (50051 by default), "
+            "not that of the metrics"
+        )
+    else:
+        addresses = [target]
+    for address in addresses:
+        _check_address(address, target)
+    return target
+
+
+def socket_path(target: str) -> str | None:
+    """The path of a Unix socket; None for any other target."""
+    return target.removeprefix(_UNIX).removeprefix("//") if target.startswith(_UNIX) else None
+
+
+def _check_address(address: str, target: str) -> None:
+    host, _, port = address.rpartition(":")
+    if ":" in host and not re.fullmatch(r"\[[^\[\]]+\]", host):
+        raise ValueError(f"target: got {target!r}; {_EXPECTED}, with an IPv6 address in brackets: [::1]:50051")
+    if not re.search(r":\d+$", address):
+        raise ValueError(f"target: got {target!r}, without a port; {_EXPECTED} (a server's default port is 50051)")
+    if not host or not re.fullmatch(r"[^\s/]+", host) or not 1 <= int(port) <= 65535:
+        raise ValueError(f"target: got {target!r}; {_EXPECTED}")
 
 
 @dataclass(frozen=True)
@@ -17,11 +76,13 @@ class Device:
         name: torch's name for it, such as ``"cuda:0"``.
         hardware: the hardware's own name.
         healthy: whether it answered its last check.
+        starting: whether the server still compiles what it will run on it; it is not healthy until then.
     """
 
     name: str
     hardware: str
     healthy: bool
+    starting: bool = False
 
 
 @dataclass(frozen=True)

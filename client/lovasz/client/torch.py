@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("lovasz.client.torch needs torch: pip install 'lovasz[torch]'", name="torch") from None
+
 from torch import Tensor
 
 from lovasz.autograd import with_gradient
@@ -13,6 +17,7 @@ from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
+from lovasz.client.target import checked_target
 from lovasz.client.tensors import AnyArray
 from lovasz.spec import LossLike, Result, weighted_sum
 
@@ -74,7 +79,7 @@ class RemoteLoss(torch.nn.Module):
 
         Raises:
             InvalidInput: the loss is invalid, or its terms cannot be combined.
-            ValueError: another argument is invalid. (The target is checked at the first call.)
+            ValueError: another argument is invalid.
         """
         super().__init__()
         if gradient_reduction not in ("mean", "sum"):
@@ -87,7 +92,7 @@ class RemoteLoss(torch.nn.Module):
         self.result: Result[Any] | None = None
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
-        self._target = target if isinstance(target, str) else target.target
+        self._target = checked_target(target) if isinstance(target, str) else target.target
         self._options = (
             ClientOptions.parsed(
                 timeout=timeout, transport=transport, wire_dtype=wire_dtype, load_balancing=load_balancing, run=run

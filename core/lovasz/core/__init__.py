@@ -1,8 +1,14 @@
 """The Lovász losses in this process: tensors in, loss and gradient out. Imports neither gRPC nor the server."""
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("lovasz.core needs torch: pip install 'lovasz[torch]'", name="torch") from None
+
 from lovasz.core.functional import compute, lovasz_hinge, lovasz_softmax
 from lovasz.core.modules import LocalLoss, LovaszHingeLoss, LovaszSoftmaxLoss
 from lovasz.spec import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, Result, TermResult
+from lovasz.version import VERSION
 
 __all__ = [
     "CrossEntropy",
@@ -18,3 +24,5 @@ __all__ = [
     "lovasz_hinge",
     "lovasz_softmax",
 ]
+
+__version__ = VERSION

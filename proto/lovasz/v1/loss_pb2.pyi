@@ -250,14 +250,16 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("name", "hardware", "healthy")
+    __slots__ = ("name", "hardware", "healthy", "starting")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
     name: str
     hardware: str
     healthy: bool
-    def __init__(self, name: _Optional[str] = ..., hardware: _Optional[str] = ..., healthy: bool = ...) -> None: ...
+    starting: bool
+    def __init__(self, name: _Optional[str] = ..., hardware: _Optional[str] = ..., healthy: bool = ..., starting: bool = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("version", "devices", "losses", "max_message_bytes", "memory_budget_bytes", "max_requests")

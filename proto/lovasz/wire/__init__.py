@@ -9,6 +9,7 @@ from lovasz.wire.losses import loss_from_proto, loss_to_proto
 from lovasz.wire.messages import (
     MAX_CALL_BYTES,
     MAX_RUN_CHARACTERS,
+    MAX_SOCKET_PATH_BYTES,
     MAX_WORLD_SIZE,
     MEMORY_SUFFIX,
     Joint,
@@ -29,6 +30,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_RUN_CHARACTERS",
     "MAX_WORLD_SIZE",
+    "MAX_SOCKET_PATH_BYTES",
     "MEMORY_SUFFIX",
     "Assembly",
     "DType",

@@ -17,6 +17,8 @@ from lovasz.wire.losses import loss_from_proto, loss_to_proto
 MAX_RUN_CHARACTERS = 200
 MAX_WORLD_SIZE = 65_536
 MAX_CALL_BYTES = 64
+MAX_SOCKET_PATH_BYTES = 107
+"""The longest path of a Unix socket on Linux."""
 MEMORY_SUFFIX = ".memory"
 """The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
 

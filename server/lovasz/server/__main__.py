@@ -7,20 +7,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from lovasz.server.config import ConfigError, ServerConfig, unknown_variables
 from lovasz.server.errors import DeviceError
 from lovasz.server.memory.allocator import keep_freed_memory
 from lovasz.server.observe import logs
+from lovasz.version import VERSION
+
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a server until it is told to stop.
 
     Returns:
-        The exit status: 0 after a complete drain, 1 if requests were cut off, 2 for an invalid setting, or an address
-        or a device that cannot be used.
+        The exit status: 0 after a complete drain, or if it was told to stop while it started; 1 if requests were cut
+        off; 2 for an invalid setting, or an address or a device that cannot be used.
     """
     try:
         config = ServerConfig.load(sys.argv[1:] if arguments is None else arguments, os.environ)
@@ -30,25 +34,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(config.log_level, config.log_format)
     keep_freed_memory()
     if unknown := unknown_variables(os.environ):
-        logging.getLogger(__name__).warning("variables that set nothing", extra={"variables": unknown})
+        _log.warning("variables that set nothing", extra={"variables": unknown})
+    _log.info("starting", extra={"version": VERSION, "device": config.device})
     stopping = threading.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: stopping.set())
+    _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.
     # Not earlier: it takes seconds to import torch, and an invalid flag should be reported at once.
-    from lovasz.server.server import Server
-
     try:
-        server = Server(config)
-        server.start()
-    except (DeviceError, OSError) as error:
-        logging.getLogger(__name__).error(str(error))
+        from lovasz.server.server import Server
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lovasz."):
+            raise
+        _log.error(f"the server needs {error.name}: pip install 'lovasz[server,cpu]'")
         return 2
+
+    _on_signals(stopping.set)
+    try:
+        server = Server(config, stopping)
+        ready = server.start()
+    except (DeviceError, OSError) as error:
+        _log.error(str(error))
+        return 2
+    if not ready:
+        server.abandon()
+        _log.info("stopped while it started")
+        _exit_at_once(0)  # A compilation cannot be interrupted.
     stopping.wait()
-    if server.stop():
-        return 0
-    # Threads that are stuck in requests that were cut off would keep the interpreter from exiting.
+    if not server.stop():
+        _exit_at_once(1)  # Threads are stuck in requests that were cut off.
+    return 0
+
+
+def _on_signals(act: Callable[[], object]) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: act())
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for its threads."""
     logging.shutdown()
-    os._exit(1)
+    os._exit(status)
 
 
 if __name__ == "__main__":

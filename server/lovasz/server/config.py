@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from lovasz import wire
+from lovasz.version import VERSION
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_METRICS_LISTEN = "127.0.0.1:9095"
@@ -32,6 +36,10 @@ LOG_FORMATS = ("text", "json")
 UNIX = "unix:"
 """The prefix of a Unix socket's address."""
 
+_LEAST_BARE_BYTES = 1 << 20
+"""A size without a unit counts bytes from here on. A smaller one was meant in another unit."""
+_LEAST_BUDGET_BYTES = 64 << 10
+"""A smaller budget holds no request that is worth a call."""
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -40,15 +48,26 @@ class ConfigError(ValueError):
 
 
 def parse_bytes(text: str) -> int:
-    """``"512MiB"``, ``"4GiB"`` or a number of bytes.
+    """``"512MiB"``, ``"4GiB"``, or a number of bytes, at least 1048576.
 
     Raises:
-        ValueError: the text is not a size.
+        ValueError: the text is not a size, or a small number without a unit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", text.strip())
     if match is None:
         raise ValueError(f"got {text!r}; expected a size such as 512MiB, 4GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
+    count = int(float(match[1]) * _UNITS[match[2]])
+    if not match[2] and count < _LEAST_BARE_BYTES:
+        raise ValueError(
+            f"got {text!r}; expected a size with a unit, such as 512MiB or 4GiB (a number without a unit counts bytes, "
+            f"and is at least {_LEAST_BARE_BYTES})"
+        )
+    return count
+
+
+def socket_path(address: str) -> str | None:
+    """The path of a Unix socket's address; None for HOST:PORT."""
+    return address.removeprefix(UNIX).removeprefix("//") if address.startswith(UNIX) else None
 
 
 def format_bytes(count: int) -> str:
@@ -188,8 +207,11 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for address in self.addresses:
-            if not (address.startswith(UNIX) and len(address) > len(UNIX)):
+            path = socket_path(address)
+            if path is None:
                 self._check_address("listen", address)
+            else:
+                self._check_socket_path(path)
         if len(set(self.addresses)) < len(self.addresses):
             self._refuse("listen", "each address once")
         self._check_address("metrics_listen", self.metrics_listen)
@@ -197,7 +219,9 @@ class ServerConfig:
             self._refuse("listen", "at least one unix:/path with --shared-memory, beside HOST:PORT if need be")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             self._refuse("device", "auto, cpu, cuda or cuda:N")
-        for name in ("memory_budget_bytes", "max_requests", "max_batch_elements", "max_batch_requests", "max_runs"):
+        if self.memory_budget_bytes < _LEAST_BUDGET_BYTES:
+            self._refuse("memory_budget_bytes", f"at least {format_bytes(_LEAST_BUDGET_BYTES)}")
+        for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
         for name in ("max_batch_delay_seconds", "drain_seconds"):
@@ -219,7 +243,16 @@ class ServerConfig:
     @property
     def socket_paths(self) -> tuple[str, ...]:
         """The paths of the Unix sockets among them."""
-        return tuple(address.removeprefix(UNIX) for address in self.addresses if address.startswith(UNIX))
+        return tuple(path for path in map(socket_path, self.addresses) if path is not None)
+
+    def _check_socket_path(self, path: str) -> None:
+        longest, why = wire.MAX_SOCKET_PATH_BYTES, ""
+        if self.shared_memory:
+            longest -= len(wire.MEMORY_SUFFIX)
+            why = f", as --shared-memory appends {wire.MEMORY_SUFFIX}"
+        length = len(os.fsencode(path))
+        if not 1 <= length <= longest:
+            self._refuse("listen", f"unix:/path with a path of 1 to {longest} bytes{why} (this one has {length})")
 
     def _check_address(self, name: str, address: str) -> None:
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d+)", address)
@@ -274,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Each option can be set by an environment variable too: --memory-budget by LOVASZ_MEMORY_BUDGET, and so "
         "on; the option wins. SIGTERM and SIGINT finish accepted requests, then exit 0.",
     )
+    parser.add_argument("--version", action="version", version=f"lovasz-server {VERSION}")
     for f in fields(ServerConfig):
         default = format_bytes(int(str(f.default))) if f.name.endswith("_bytes") else f.default
         switch = isinstance(f.default, bool)

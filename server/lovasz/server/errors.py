@@ -61,6 +61,12 @@ class TooLargeError(ServerError):
     retry_after_seconds = NEVER
 
 
+class StartingError(ServerError):
+    """The server's device is not ready yet."""
+
+    retry_after_seconds = 1.0
+
+
 class StoppingError(ServerError):
     """The server takes no new requests."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from lovasz import wire
+from lovasz.server import addresses
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
 from lovasz.server.device.hardware import choose_device, hardware_name
 from lovasz.server.device.load import DeviceWatch
+from lovasz.server.errors import DeviceError
 from lovasz.server.housekeeping import INTERVAL_SECONDS, Housekeeper
 from lovasz.server.memory.allocator import MemoryReturner
 from lovasz.server.memory.pool import KEPT_SECONDS, StagingPool
@@ -30,6 +33,8 @@ from lovasz.version import VERSION
 _log = logging.getLogger(__name__)
 
 _ENGINE_STOP_SECONDS = 5.0
+_LOOK_SECONDS = 0.1
+"""How often a server that starts looks whether it is to stop."""
 
 
 class Server:
@@ -40,15 +45,21 @@ class Server:
         metrics_url: where it serves its metrics.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, stopping: threading.Event) -> None:
         """Builds the parts; nothing listens or computes yet.
+
+        Args:
+            stopping: set when the server is to stop; the server sets it itself once no caller can reach it.
 
         Raises:
             DeviceError: this host does not have the configured device.
         """
         self._config = config
+        self._stopping = stopping
+        self._start_error: Exception | None = None
         self._metrics = Metrics(config.max_runs)
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
+        self._admission.starting = True
         self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
         self._joints = JointTable(self._admission, self._batcher, self._metrics, config.joint_timeout_seconds)
         self._engine = Engine(
@@ -84,11 +95,14 @@ class Server:
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
         self._housekeepers = (
-            Housekeeper("housekeeper", [sending.check, self._joints.check, self._staging.trim, memory.check]),
+            Housekeeper(
+                "housekeeper",
+                [sending.check, self._joints.check, self._staging.trim, memory.check, self._check_socket_files],
+            ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
         )
         self._declare_gauges()
-        page = StatusPage(self._metrics.registry, self._joints.waiting_steps)
+        page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
         self._web = WebServer(self._metrics.registry, page)
         self.targets = config.addresses
         self.metrics_url = ""
@@ -118,32 +132,36 @@ class Server:
         device = self._engine.device
         self._metrics.describe(version=VERSION, device=str(device), hardware=hardware_name(device))
 
-    def start(self) -> None:
-        """Binds all addresses, starts the device, and serves.
+    def start(self) -> bool:
+        """Binds all addresses, answers health and refuses losses while the device starts, then serves.
+
+        Returns:
+            False if the server was told to stop before it was ready: threads of the device are still at work then.
 
         Raises:
             OSError: an address cannot be bound.
             DeviceError: the device does not compute.
         """
-        config = self._config
-        self.targets = tuple(map(self._grpc.bind, config.addresses))
-        for shared_memory in self._shared_memory:
-            try:
-                shared_memory.start()
-            except OSError as error:
-                raise OSError(f"--shared-memory: {shared_memory.path}: {error}") from error
-        host, _, web_port = config.metrics_listen.rpartition(":")
         try:
-            web_port = str(self._web.start(host.strip("[]"), int(web_port)))
-        except OSError as error:
-            raise OSError(f"--metrics-listen {config.metrics_listen}: {error}") from error
-        self.metrics_url = f"http://{host}:{web_port}/metrics"
-        self._engine.start()
+            self._bind()
+        except OSError:
+            self.abandon()
+            raise
         self._health.start()
-        self._device_watch.sample()
         for housekeeper in self._housekeepers:
             housekeeper.start()
         self._grpc.start()
+        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
+        starter.start()
+        while starter.is_alive() and not self._stopping.is_set():
+            starter.join(_LOOK_SECONDS)
+        if starter.is_alive():
+            return False
+        if self._start_error is not None:
+            self.abandon()
+            raise self._start_error
+        self._admission.starting = False
+        self._health.look()
         device = self._engine.device
         _log.info(
             "ready",
@@ -155,6 +173,41 @@ class Server:
                 "version": VERSION,
             },
         )
+        return True
+
+    def _bind(self) -> None:
+        config = self._config
+        self.targets = tuple(map(self._grpc.bind, config.addresses))
+        for shared_memory in self._shared_memory:
+            try:
+                shared_memory.start()
+            except OSError as error:
+                raise OSError(f"--shared-memory: {shared_memory.path}: {error.strerror or error}") from error
+        host, web_port = addresses.split(config.metrics_listen)
+        try:
+            web_port = self._web.start(host, web_port)
+        except OSError as error:
+            raise OSError(f"--metrics-listen {config.metrics_listen}: {error.strerror or error}") from error
+        self.metrics_url = f"http://{addresses.joined(host, web_port)}/metrics"
+
+    def _start_engine(self) -> None:
+        try:
+            self._device_watch.sample()
+            self._engine.start()
+        except Exception as error:
+            self._start_error = error if isinstance(error, DeviceError) else DeviceError(str(error))
+
+    def _check_socket_files(self) -> None:
+        if not self._grpc.check_socket_files() and not self._stopping.is_set():
+            _log.error("no caller can reach this server any more: stopping")
+            self._stopping.set()
+
+    def abandon(self) -> None:
+        """Ends what listens, without waiting for anything."""
+        self._grpc.stop()
+        for shared_memory in self._shared_memory:
+            shared_memory.stop()
+        self._web.stop()
 
     def _take_peak_bytes(self) -> int:
         return self._admission.take_peak_bytes() + self._staging.idle_bytes

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lovasz.server.errors import OverloadedError, ServerError, StoppingError, TooLargeError
+from lovasz.server.errors import OverloadedError, ServerError, StartingError, StoppingError, TooLargeError
 from lovasz.server.schedule.admission import Admission
 
 
@@ -96,3 +96,14 @@ def test_the_most_bytes_at_a_time_are_known() -> None:
     kept.release()
     assert admission.take_peak_bytes() == 20
     assert admission.take_peak_bytes() == 0
+
+
+def test_nothing_is_admitted_before_the_device_is_ready() -> None:
+    admission = Admission(100, 2)
+    admission.starting = True
+    with pytest.raises(StartingError, match=r"is starting: it compiles, up to a minute") as refused:
+        admission.reserve(10)
+    assert refused.value.retry_after_seconds == 1.0
+    admission.starting = False
+    with admission.reserve(10):
+        assert admission.requests_in_flight == 1

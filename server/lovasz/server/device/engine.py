@@ -79,6 +79,7 @@ class Engine:
         self._busy_until = -math.inf
         self._passed_check = False
         self._last_check = -math.inf
+        self._started = False
 
     def start(self) -> None:
         """Compiles what the device will run, checks the device, and starts the thread.
@@ -89,16 +90,19 @@ class Engine:
         hint = advice(self.device)
         if hint is not None:
             _log.warning(hint)
+        device = {"device": str(self.device)}
+        _log.info("compiling: up to a minute the first time, seconds later on", extra=device)
         since = time.monotonic()
         try:
             warm_up(self.device)
         except Exception as error:
             raise DeviceError(f"{self.device} cannot compute: {error}") from error
-        _log.info("compiled", extra={"device": str(self.device), "seconds": round(time.monotonic() - since, 1)})
+        _log.info("compiled", extra={**device, "seconds": round(time.monotonic() - since, 1)})
         self._check()
         if not self._passed_check:
             raise DeviceError(f"{self.device} did not compute a known loss; the log says why")
         self._thread.start()
+        self._started = True
 
     def stop(self, timeout_seconds: float) -> bool:
         """Computes what is queued, then ends the thread; True if that was done in time."""
@@ -108,10 +112,17 @@ class Engine:
         return not self._thread.is_alive()
 
     @property
+    def starting(self) -> bool:
+        """Whether :meth:`start` has not succeeded yet."""
+        return not self._started
+
+    @property
     def healthy(self) -> bool:
         """Whether the device gave the right answer when it was last checked, and has not been stuck since."""
         since = self._busy_since
-        return self._passed_check and (since is None or time.monotonic() - since < self._stall_seconds)
+        return (
+            self._started and self._passed_check and (since is None or time.monotonic() - since < self._stall_seconds)
+        )
 
     def _run(self) -> None:
         running: _Running | None = None

@@ -56,6 +56,7 @@ class Rejection(enum.Enum):
     NO_BYTES = "no_bytes"
     NO_REQUESTS = "no_requests"
     TOO_LARGE = "too_large"
+    STARTING = "starting"
     STOPPING = "stopping"
     INVALID = "invalid"
     MISMATCH = "mismatch"

@@ -8,7 +8,14 @@ import time
 from collections.abc import Callable
 
 from lovasz.server.config import format_bytes
-from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, ServerError, StoppingError, TooLargeError
+from lovasz.server.errors import (
+    NoBytesLeftError,
+    NoRequestsLeftError,
+    ServerError,
+    StartingError,
+    StoppingError,
+    TooLargeError,
+)
 
 _MIN_RETRY_SECONDS = 0.05
 _MAX_RETRY_SECONDS = 5.0
@@ -68,7 +75,11 @@ class Permit:
 
 
 class Admission:
-    """Counts the requests in flight and their tensor bytes against a budget."""
+    """Counts the requests in flight and their tensor bytes against a budget.
+
+    Attributes:
+        starting: whether the device is not ready yet: nothing is admitted until it is.
+    """
 
     def __init__(self, budget_bytes: int, max_requests: int) -> None:
         self.budget_bytes = budget_bytes
@@ -77,6 +88,7 @@ class Admission:
         self._bytes = 0
         self._requests = 0
         self._open = True
+        self.starting = False
         self._peak_bytes = 0
         self._mean_held_seconds = 0.1
         self.reclaim: Callable[[], bool] = lambda: False
@@ -103,6 +115,7 @@ class Admission:
         Raises:
             TooLargeError: they need more than the whole budget.
             OverloadedError: there is no room at the moment; says when to try again.
+            StartingError: the device is not ready yet.
             StoppingError: the server is draining.
         """
         subject = "the request" if requests == 1 else f"the {requests} requests"
@@ -146,6 +159,8 @@ class Admission:
     def _refusal(self, nbytes: int, requests: int) -> ServerError | None:
         if not self._open and requests:
             return StoppingError("the server is stopping and takes no new requests")
+        if self.starting:
+            return StartingError("the server is starting: it compiles, up to a minute the first time")
         if self._requests + requests > self.max_requests:
             return NoRequestsLeftError(
                 f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests), and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,9 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lovasz import wire
-from lovasz.server.config import UNIX
+from lovasz.server import addresses
+from lovasz.server.config import UNIX, socket_path
 from lovasz.server.transport.health import HealthMonitor
 from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
+from lovasz.server.transport.socket_file import Place, SocketFile
+
+_log = logging.getLogger(__name__)
 
 _SPARE_CALLS = 64
 """Calls of all kinds beyond --max-requests, each with a thread. gRPC itself refuses any call beyond these."""
@@ -47,56 +51,128 @@ class GrpcServer:
     """
 
     def __init__(self, max_requests: int) -> None:
-        max_calls = max_requests + _SPARE_CALLS
-        self._calls = ThreadPoolExecutor(max_calls, thread_name_prefix="call")
-        self.readers = ThreadPoolExecutor(max_calls, thread_name_prefix="reader")
-        self._grpc = grpc.server(self._calls, options=_OPTIONS, maximum_concurrent_rpcs=max_calls)
-        self.loss_calls = threading.BoundedSemaphore(max_calls - _OTHER_CALLS)
+        self._max_calls = max_requests + _SPARE_CALLS
+        self._calls = ThreadPoolExecutor(self._max_calls, thread_name_prefix="call")
+        self.readers = ThreadPoolExecutor(self._max_calls, thread_name_prefix="reader")
+        self.loss_calls = threading.BoundedSemaphore(self._max_calls - _OTHER_CALLS)
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._servers: list[grpc.Server] = []
+        self._socket_files: list[SocketFile] = []
+        self._unmade: set[str] = set()
+        self._ports = 0
 
     def offer(self, servicer: LossServicer, health: HealthMonitor) -> None:
-        """Adds the loss service, health and reflection."""
-        self._grpc.add_generic_rpc_handlers((servicer.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._grpc)
-        names = (
-            SERVICE_NAME,
-            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-            reflection.SERVICE_NAME,
-        )
-        reflection.enable_server_reflection(names, self._grpc)
+        """Takes the loss service, health and reflection; comes before the other methods."""
+        self._servicer, self._health = servicer, health
+        self._servers = [self._new_server()]
 
     def bind(self, address: str) -> str:
-        """Listens on HOST:PORT or ``unix:/path``; returns the address with the port that was bound.
+        """Listens on HOST:PORT, at all addresses of the host, or on ``unix:/path``.
+
+        Returns:
+            The address, with the port that was bound.
 
         Raises:
             OSError: the address cannot be bound.
         """
-        if address.startswith(UNIX) and _answers(address.removeprefix(UNIX)):
-            raise OSError(f"--listen {address}: another server is there")  # gRPC would silently replace it.
         try:
-            port = self._grpc.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"--listen {address}: cannot be bound (is another server there?)") from error
-        return address if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:{port}"
+            path = socket_path(address)
+            if path is not None:
+                self._socket_files.append(SocketFile(path, lambda short: _add_port(self._servers[0], f"{UNIX}{short}")))
+                return address
+            host, port = addresses.split(address)
+            found, port = addresses.free_addresses(host, port)
+            for one in found:
+                port = _add_port(self._servers[0], addresses.joined(one, port))
+        except OSError as error:
+            raise OSError(f"--listen {address}: {error.strerror or error}") from error
+        self._ports += 1
+        return f"{address.rpartition(':')[0]}:{port}"
 
     def start(self) -> None:
         """Accepts calls from now on."""
-        self._grpc.start()
+        self._servers[0].start()
+
+    def check_socket_files(self) -> bool:
+        """Makes a socket's file again that was removed; False if callers can reach this server nowhere any more.
+
+        gRPC cannot listen on a further address once it has started, so the socket gets a gRPC server of its own.
+        Connections over the old one go on.
+        """
+        with self._lock:
+            if self._stopped:
+                return True
+            for place, file in enumerate(self._socket_files):
+                found = file.look()
+                if found is Place.EMPTY:
+                    self._make_again(place, file)
+                elif found is Place.ANOTHER:
+                    _log.error("another file took the place of a socket", extra={"path": file.path})
+                    file.remove()
+                    del self._socket_files[place]
+                    break
+            return self._ports + len(self._socket_files) > 0
+
+    def _make_again(self, place: int, file: SocketFile) -> None:
+        made: list[grpc.Server] = []
+
+        def bind(short: str) -> None:
+            server = self._new_server()
+            _add_port(server, f"{UNIX}{short}")
+            made.append(server)
+
+        try:
+            self._socket_files[place] = SocketFile(file.path, bind)
+        except OSError as error:
+            if file.path not in self._unmade:
+                self._unmade.add(file.path)
+                reason = error.strerror or str(error)
+                _log.error(
+                    "a socket's file was removed and cannot be made again", extra={"path": file.path, "reason": reason}
+                )
+            return
+        file.remove()
+        self._unmade.discard(file.path)
+        for server in made:
+            server.start()
+        self._servers += made
+        _log.warning("a socket's file was removed; made it again", extra={"path": file.path})
 
     def stop(self) -> None:
         """Accepts no more calls, and ends those that are still here after a moment."""
-        self._grpc.stop(_LAST_BYTES_SECONDS).wait()
+        with self._lock:
+            self._stopped = True
+        for file in self._socket_files:
+            file.remove()
+        for ended in [server.stop(_LAST_BYTES_SECONDS) for server in self._servers]:
+            ended.wait()
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads of calls and streams; waits for them unless some may be stuck."""
         self.readers.shutdown(wait=wait, cancel_futures=True)
         self._calls.shutdown(wait=wait, cancel_futures=True)
 
+    def _new_server(self) -> grpc.Server:
+        server = grpc.server(self._calls, options=_OPTIONS, maximum_concurrent_rpcs=self._max_calls)
+        server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        names = (
+            SERVICE_NAME,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, server)
+        return server
 
-def _answers(path: str) -> bool:
-    """Whether something listens on a Unix socket."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(path)
-        except OSError:
-            return False
-        return True
+
+def _add_port(server: grpc.Server, address: str) -> int:
+    """Lets a gRPC server listen; returns the port.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError("cannot be bound (is another server there?)") from error

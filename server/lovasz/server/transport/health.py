@@ -25,10 +25,9 @@ class HealthMonitor:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="health", daemon=True)
         self._serving: bool | None = None
-        self._look()
+        self.look()
 
     def start(self) -> None:
-        self._look()
         self._thread.start()
 
     def stop(self) -> None:
@@ -39,9 +38,10 @@ class HealthMonitor:
 
     def _watch(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):
-            self._look()
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Takes over what the device's state is now."""
         serving = self._engine.healthy
         if serving == self._serving:
             return

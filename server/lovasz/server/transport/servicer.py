@@ -109,6 +109,7 @@ class LossServicer:
             name=str(self.engine.device),
             hardware=hardware_name(self.engine.device),
             healthy=self.engine.healthy,
+            starting=self.engine.starting,
         )
         return pb.GetServerInfoResponse(
             version=VERSION,

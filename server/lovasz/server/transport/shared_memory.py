@@ -13,7 +13,6 @@ import resource
 import secrets
 import selectors
 import socket
-import stat
 import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from google.protobuf.message import DecodeError
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
 from lovasz.server.transport.regions import map_region, part_of
+from lovasz.server.transport.socket_file import Place, SocketFile
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -37,6 +37,8 @@ _DESCRIPTORS_SHARE = 4
 _MAX_PACKET_BYTES = 1024
 _SESSION_BYTES = 16
 _BACKLOG = 64
+_CHECK_SECONDS = 1.0
+"""A thread that has had nothing to do for this long checks that the socket's file is still there."""
 
 
 @dataclass
@@ -85,17 +87,7 @@ class SharedMemory:
         Raises:
             OSError: the socket cannot be created.
         """
-        # A server that was killed left its socket. No live one is there: GrpcServer.bind has checked that.
-        if os.path.exists(self.path) and stat.S_ISSOCK(os.stat(self.path).st_mode):
-            os.unlink(self.path)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._listener.bind(self.path)
-        except OSError:
-            self._listener.close()
-            raise
-        self._listener.listen(_BACKLOG)
-        self._listener.setblocking(False)
+        self._open()
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
         self._listening = False
@@ -112,10 +104,9 @@ class SharedMemory:
         self._selector.close()
         for session in list(self._sessions.values()):
             self._end(session)
+        self._file.remove()
         self._listener.close()
         self._wake.close()
-        if os.path.exists(self.path):
-            os.unlink(self.path)
 
     def tensors(self, request: wire.Request) -> TensorBytes:
         """Where the tensors of a request are.
@@ -141,9 +132,40 @@ class SharedMemory:
             grad=part_of(region, "grad", shared.grad_offset, request.grad_bytes),
         )
 
+    def _open(self) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._file = SocketFile(self.path, listener.bind)
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+        except OSError:
+            listener.close()
+            raise
+        self._listener = listener
+
+    def _check_file(self) -> None:
+        """Makes the socket's file again if it was removed. The transport's gRPC socket says what is wrong otherwise."""
+        if self._file.look() is not Place.EMPTY:
+            return
+        old, old_file = self._listener, self._file
+        try:
+            self._open()
+        except OSError:  # Tried again the next time.
+            return
+        listening = self._listening
+        if listening:
+            self._selector.unregister(old)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        old_file.remove()
+        old.close()
+        _log.warning("a socket's file was removed; made it again", extra={"path": self.path})
+
     def _serve(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            ready = self._selector.select(_CHECK_SECONDS)
+            if not ready:
+                self._check_file()
+            for key, _ in ready:
                 if key.fileobj is self._wake:
                     return
                 try:

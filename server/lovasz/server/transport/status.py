@@ -16,6 +16,7 @@ from lovasz.server.errors import (
     NoRequestsLeftError,
     SessionLostError,
     StalledError,
+    StartingError,
     StoppingError,
     TooLargeError,
 )
@@ -47,6 +48,7 @@ STATUS: dict[type[BaseException], Status] = {
     NoBytesLeftError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.NO_BYTES),
     NoRequestsLeftError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.NO_REQUESTS),
     TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.TOO_LARGE, logged=True),
+    StartingError: Status(grpc.StatusCode.UNAVAILABLE, rejection=Rejection.STARTING),
     StoppingError: Status(grpc.StatusCode.UNAVAILABLE, rejection=Rejection.STOPPING),
     DeviceError: Status(grpc.StatusCode.UNAVAILABLE),
     ExpiredError: Status(grpc.StatusCode.DEADLINE_EXCEEDED, abandonment=Abandonment.EXPIRED),

@@ -12,6 +12,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from lovasz.server.addresses import free_addresses
 from lovasz.server.web.status_page import StatusPage
 
 _log = logging.getLogger(__name__)
@@ -65,27 +66,30 @@ class WebServer:
     def __init__(self, registry: CollectorRegistry, page: StatusPage) -> None:
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         self._page = page
-        self._server: WSGIServer | None = None
-        self._thread: threading.Thread | None = None
+        self._servers: list[tuple[WSGIServer, threading.Thread]] = []
 
     def start(self, host: str, port: int) -> int:
-        """Listens, and returns the port.
+        """Listens at all addresses of the host, and returns the port.
 
         Raises:
-            OSError: the address cannot be bound.
+            OSError: an address cannot be bound.
         """
-        kind = _ThreadingServer6 if ":" in host else _ThreadingServer
-        self._server = make_server(host, port, self._answer, server_class=kind, handler_class=_SilentHandler)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="web", daemon=True)
-        self._thread.start()
-        return int(self._server.server_port)
+        found, port = free_addresses(host, port)
+        for address in found:
+            kind = _ThreadingServer6 if ":" in address else _ThreadingServer
+            server = make_server(address, port, self._answer, server_class=kind, handler_class=_SilentHandler)
+            port = int(server.server_port)
+            thread = threading.Thread(target=server.serve_forever, name="web", daemon=True)
+            thread.start()
+            self._servers.append((server, thread))
+        return port
 
     def stop(self) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
-            self._server = None
+        while self._servers:
+            server, thread = self._servers.pop()
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
     def _answer(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
         method = environment["REQUEST_METHOD"]

@@ -20,8 +20,13 @@ _STEPS_SHOWN = 50
 class StatusPage:
     """The page, and the numbers that the page asks for every second."""
 
-    def __init__(self, registry: CollectorRegistry, waiting_steps: Callable[[], Sequence[WaitingStep]]) -> None:
-        self._registry, self._waiting_steps = registry, waiting_steps
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        waiting_steps: Callable[[], Sequence[WaitingStep]],
+        starting: Callable[[], bool],
+    ) -> None:
+        self._registry, self._waiting_steps, self._starting = registry, waiting_steps, starting
         self._started = time.monotonic()
         self.html = files("lovasz.server.web").joinpath("status.html").read_bytes()
 
@@ -38,6 +43,7 @@ class StatusPage:
                     samples.setdefault(sample.name, []).append([sample.labels, value])
         status = {
             "uptime_seconds": time.monotonic() - self._started,
+            "starting": self._starting(),
             "samples": samples,
             "joint_steps": [asdict(step) for step in self._waiting_steps()[:_STEPS_SHOWN]],
         }
