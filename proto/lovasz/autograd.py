@@ -84,26 +84,27 @@ Computed = tuple[float | Tensor, Tensor | None]
 
 
 def operator(
-    name: str, compute: Callable[[Tensor, Tensor, str, bool], Computed]
-) -> Callable[[Tensor, Tensor, str, bool], Tensor]:
+    name: str, compute: Callable[[Tensor, Tensor, str, int, bool], Computed]
+) -> Callable[[Tensor, Tensor, str, int, bool], Tensor]:
     """Makes an operator that ``torch.compile`` puts into its graphs as it is, instead of tracing into it.
 
     Args:
         name: the operator's name, such as ``lovasz::loss``.
-        compute: called with (logits, labels, key, want_grad) each time that the graph runs; the key says which loss.
+        compute: called with (logits, labels, key, number, want_grad) each time that the graph runs. The key says which
+            loss; the number may differ from call to call.
 
     Returns:
         A function of the same arguments that returns the loss as a 0-dim tensor.
     """
 
-    def run(logits: Tensor, labels: Tensor, key: str, want_grad: bool) -> tuple[Tensor, Tensor]:
-        loss, grad = compute(logits.detach(), labels, key, want_grad)
+    def run(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> tuple[Tensor, Tensor]:
+        loss, grad = compute(logits.detach(), labels, key, number, want_grad)
         dtype = _dtype_of(logits)
         # An output must not share memory with anything else.
         value = loss.clone() if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
         return value, logits.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
 
-    def fake(logits: Tensor, labels: Tensor, key: str, want_grad: bool) -> tuple[Tensor, Tensor]:
+    def fake(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> tuple[Tensor, Tensor]:
         dtype = _dtype_of(logits)
         return logits.new_empty((), dtype=dtype), torch.empty(
             logits.shape if want_grad else (0,), dtype=dtype, device=logits.device
@@ -113,17 +114,17 @@ def operator(
         ctx.save_for_backward(output[1])
         ctx.dtype = inputs[0].dtype
 
-    def backward(ctx: Any, loss_grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, loss_grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * loss_grad.to(grad.dtype)).to(ctx.dtype), None, None, None
+        return (grad * loss_grad.to(grad.dtype)).to(ctx.dtype), None, None, None, None
 
     # With this tag no two calls become one: each may have an effect, such as a step of a joint run.
     tags = (torch.Tag.nondeterministic_seeded,)
-    schema = "(Tensor logits, Tensor labels, str key, bool want_grad) -> (Tensor, Tensor)"
+    schema = "(Tensor logits, Tensor labels, str key, SymInt number, bool want_grad) -> (Tensor, Tensor)"
     made = torch.library.custom_op(name, run, mutates_args=(), schema=schema, tags=tags)
     made.register_fake(fake)
     made.register_autograd(backward, setup_context=keep)
-    return lambda logits, labels, key, want_grad: made(logits, labels, key, want_grad)[0]
+    return lambda logits, labels, key, number, want_grad: made(logits, labels, key, number, want_grad)[0]
 
 
 def constant(function: Callable[..., str]) -> Callable[..., str]:

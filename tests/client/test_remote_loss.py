@@ -406,3 +406,25 @@ def test_inprocess() -> None:
     assert torch.equal(remote[0], local[0])
     assert torch.equal(remote[1], local[1])
     criterion.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_is_one_operator_in_graphs_of_torch_compile(recording: RecordingClient, backend: str) -> None:
+    """One graph, and a call each time that it runs, also for a step number that changes."""
+    torch._dynamo.reset()
+    criterion, (logits, labels) = RemoteLoss(recording, LOSSES[0]), some_input()
+    expected, expected_grad = backward(criterion, logits, labels)
+    compiled = torch.compile(lambda z, y, step: criterion(2 * z, y, step=step), backend=backend, fullgraph=True)
+    before = len(recording.answers)
+    for step in (None, 3, 4, 5):
+        leaf = (0.5 * logits.detach()).requires_grad_()
+        loss = compiled(leaf, labels, step)
+        loss.backward()
+        assert loss.item() == expected.item()
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, 2 * expected_grad)
+    assert len(recording.answers) == before + 4
+    assert criterion.result is not None
+    assert criterion.result.loss == expected.item()
+    torch._dynamo.reset()

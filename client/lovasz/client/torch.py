@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 try:
     import torch
@@ -12,7 +14,7 @@ except ModuleNotFoundError:
 
 from torch import Tensor
 
-from lovasz.autograd import with_gradient
+from lovasz.autograd import Computed, operator, with_gradient
 from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError
 from lovasz.client.joint import Joint
@@ -90,6 +92,7 @@ class RemoteLoss(torch.nn.Module):
         self._calls = {True: 0, False: 0}
         self.loss = weighted_sum(loss)
         self.result: Result[Any] | None = None
+        self._key = _register(self)
         self._own = isinstance(target, str)
         self._client = None if isinstance(target, str) else target
         self._target = checked_target(target) if isinstance(target, str) else target.target
@@ -134,6 +137,12 @@ class RemoteLoss(torch.nn.Module):
                 f"got {type(logits).__name__}; expected a torch tensor (LossClient.compute takes other arrays)",
             )
         want_grad = torch.is_grad_enabled() and logits.requires_grad
+        if torch.compiler.is_compiling():
+            return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
+        return with_gradient(logits, *self._compute(logits, labels, want_grad, step))
+
+    def _compute(self, logits: Tensor, labels: AnyArray, want_grad: bool, step: int | None) -> tuple[float, Any, float]:
+        """Makes the call; returns the loss, its gradient, and what the gradient is still to be multiplied with."""
         joint = self.joint
         if joint is not None:
             counted = self._first_step + self._calls[want_grad]
@@ -142,7 +151,7 @@ class RemoteLoss(torch.nn.Module):
         self._calls[want_grad] += step is None
         self.result = Result(result.loss, None, result.terms, result.intersection, result.union, result.timing)
         averaged = joint is not None and self.gradient_reduction == "mean"
-        return with_gradient(logits, result.loss, result.grad, joint.world_size if joint and averaged else 1)
+        return result.loss, result.grad, joint.world_size if joint and averaged else 1
 
     def close(self) -> None:
         """Closes the connection if this module opened it."""
@@ -158,3 +167,27 @@ class RemoteLoss(torch.nn.Module):
         state = self.__dict__.copy()
         state.update(_client=None, _own=True, result=None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._key = _register(self)
+
+
+_modules: WeakValueDictionary[str, RemoteLoss] = WeakValueDictionary()
+"""By their keys: an operator of ``torch.compile`` takes no objects."""
+
+_keys = itertools.count()
+
+
+def _register(module: RemoteLoss) -> str:
+    key = str(next(_keys))
+    _modules[key] = module
+    return key
+
+
+def _compute_for_graph(logits: Tensor, labels: Tensor, key: str, step: int, want_grad: bool) -> Computed:
+    loss, grad, factor = _modules[key]._compute(logits, labels, want_grad, None if step < 0 else step)
+    return loss, grad if grad is None or factor == 1 else grad.mul_(factor)
+
+
+_operator = operator("lovasz::remote_loss", _compute_for_graph)

@@ -35,7 +35,7 @@ def hinge_key(*options: Any) -> str:
     return key_of(LovaszHinge(*options))
 
 
-def _compute(logits: Tensor, labels: Tensor, key: str, want_grad: bool) -> Computed:
+def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:
     loss = _losses[key]
     request = Request.checked(logits, labels, loss)
     pending = submit([request], loss, logits.device, want_grad=want_grad, want_total=want_grad)

@@ -105,7 +105,7 @@ def lovasz_softmax(
     """
     if torch.compiler.is_compiling():
         key = softmax_key(classes, class_weights, per_image, ignore_index, input)
-        return loss_operator(logits, labels, key, torch.is_grad_enabled() and logits.requires_grad)
+        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
     return differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
 
 
@@ -136,5 +136,5 @@ def lovasz_hinge(
     """
     if torch.compiler.is_compiling():
         key = hinge_key(per_image, ignore_index, multilabel)
-        return loss_operator(logits, labels, key, torch.is_grad_enabled() and logits.requires_grad)
+        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
     return differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))

@@ -35,7 +35,7 @@ class LocalLoss(torch.nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss as a 0-dim tensor, differentiable with respect to the logits."""
         if torch.compiler.is_compiling():
-            return loss_operator(logits, labels, self._key, torch.is_grad_enabled() and logits.requires_grad)
+            return loss_operator(logits, labels, self._key, 0, torch.is_grad_enabled() and logits.requires_grad)
         return differentiable(logits, labels, self.loss)
 
     def extra_repr(self) -> str:
