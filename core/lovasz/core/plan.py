@@ -1,7 +1,7 @@
 """The plan of a batch: what every backend needs to know about it, computed once, in NumPy, from shapes and loss alone.
 
 The pixels of a batch are ordered by joint, then by request, then by image. They are divided at three levels. A *joint*
-is the requests that are scored as one; most joints are a single request. A *plane* is a run of consecutive pixels of
+is the requests that are scored as one; most joints are a single request. A *plane* is consecutive pixels of
 one request: an image, or several images fused. A *group* is what a term scores at once: a joint, or an image if the
 term has ``per_image``.
 
