@@ -119,7 +119,7 @@ def hinge_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
     labels = draw(labels_of(shape, 2, void))
     if void is None and draw(st.booleans()):
         labels = labels.bool()
-    if layout.startswith("plain"):
+    if layout == "plain" and len(spatial) < 3:  # Volumes have the axis of the channel.
         logits, labels = logits.squeeze(1), labels.squeeze(1)
     elif layout == "one channel":
         labels = labels.squeeze(1)

@@ -301,6 +301,13 @@ def test_label_out_of_range(device: torch.device) -> None:
         "labels: got -4 at index [1, 0, 0]; expected a value in [0, 3) or the ignore_index 7 of CrossEntropy "
         "(1 such pixels)"
     )
+    for void in (255, -1, -100):
+        marked = some_input(LovaszSoftmax(), device)[1]
+        marked[0, 0] = void
+        assert refusal(logits, marked, LovaszSoftmax(ignore_index=0)) == (
+            f"labels: got {void} at index [0, 0, 0]; expected a value in [0, 3) or the ignore_index 0 of LovaszSoftmax "
+            f"(5 such pixels; for void pixels set ignore_index={void})"
+        )
     with pytest.raises(InvalidInput, match="got 7 at index"):
         lovasz_softmax(logits.requires_grad_(), labels)
 
@@ -311,6 +318,9 @@ def test_hinge_label_out_of_range(device: torch.device) -> None:
     labels[1, 5, 4] = 2
     assert refusal(logits[:, 0], labels, LovaszHinge()) == (
         "labels: got 2 at index [1, 5, 4]; expected a value in [0, 2) (1 such pixels)"
+    )
+    assert refusal(logits[:, 0], 255 * (labels == 1).int(), LovaszHinge()).endswith(
+        "such pixels; for void pixels set ignore_index=255, for masks of 0 and 255 pass labels > 0)"
     )
     with pytest.raises(InvalidInput, match=r"labels: got 2 at index \[1, 0, 5, 4\]"):
         lovasz_hinge(logits[:, :1], labels.unsqueeze(1))

@@ -28,8 +28,9 @@ from lovasz.client.options import ClientOptions, Transport
 from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
-from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
+from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
 from lovasz.spec import InvalidInput
+from lovasz.spec.probabilities import LOOKS_OF_PROCESS
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
 
@@ -143,6 +144,8 @@ class RemoteTarget:
     ) -> Call:
         scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
         request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run)
+        if scores.dtype != "bfloat16" or is_torch(scores.source):
+            LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
         if self._shared is not None and self._is_shared(request):
             place = places(request)
             region = self._shared.regions.take(place.nbytes)

@@ -113,11 +113,11 @@ def encode_labels(labels: AnyArray) -> Outgoing:
 
 def _detached(field: str, value: AnyArray) -> tuple[Array, str]:
     """The elements (numpy's bfloat16 as 16-bit words), and the name of their dtype."""
-    if is_torch(value):
+    if type(value) is not np.ndarray and is_torch(value):
         if value.layout != sys.modules["torch"].strided:
             raise InvalidInput(field, f"got a tensor of layout {value.layout}; expected a dense one")
         return value.detach().resolve_conj().resolve_neg(), str(value.dtype).removeprefix("torch.")
-    array = value if type(value) is np.ndarray else numpy_array(field, value)
+    array = numpy_array(field, value)
     name = array.dtype.name  # "bfloat16" comes from the package ml_dtypes.
     return (array.view(np.uint16) if name == "bfloat16" else array), name
 

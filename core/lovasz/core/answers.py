@@ -23,6 +23,9 @@ from lovasz.spec import (
     WeightedSum,
 )
 
+_VOID_LABELS = (255, -1, -100)
+"""Labels that usually mark void pixels."""
+
 
 class JointFault(Exception):
     """A request cannot be computed because another request of its joint has a fault.
@@ -171,8 +174,12 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     place = tuple(bad.nonzero()[0].tolist())
     ignore = "" if term.ignore_index is None else f" or the ignore_index {term.ignore_index} of {type(term).__name__}"
     expected = f"a value in [0, {request.layout.label_values}){ignore}"
+    value = int(labels[place])
+    cure = f"; for void pixels set ignore_index={value}" if value in _VOID_LABELS else ""
+    if value == 255 and isinstance(term, LovaszHinge):
+        cure += ", for masks of 0 and 255 pass labels > 0"
     return InvalidInput(
-        "labels", f"got {int(labels[place])} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels)"
+        "labels", f"got {value} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels{cure})"
     )
 
 

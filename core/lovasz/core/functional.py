@@ -21,8 +21,10 @@ from lovasz.spec import (
     LovaszHinge,
     LovaszSoftmax,
     Result,
+    WeightedSum,
     weighted_sum,
 )
+from lovasz.spec.probabilities import LOOKS_OF_PROCESS
 
 
 def compute(
@@ -48,6 +50,7 @@ def compute(
     parsed = weighted_sum(loss)
     logits = as_tensor("logits", logits)
     request = Request.checked(logits, _labels(labels, logits), parsed)
+    _look_at(logits, parsed)
     (answer,) = submit([request], parsed, logits.device, want_grad=want_grad, backend=backend).collect()
     if not isinstance(answer, Result):
         raise answer
@@ -70,8 +73,17 @@ def differentiable(logits: Tensor, labels: Any, loss: LossLike) -> Tensor:
     if known is not None:
         return with_gradient(logits, *known)
     request = Request.checked(logits, labels, parsed)
+    _look_at(logits, parsed)
     launched = submit([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad)
     return with_gradient(logits, *launched.differentiable())
+
+
+def _look_at(logits: Tensor, loss: WeightedSum) -> None:
+    """Warns of logits that look like probabilities; only of the first calls, and never of what is traced."""
+    if LOOKS_OF_PROCESS.left == 0 or torch.compiler.is_compiling():
+        return
+    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+        LOOKS_OF_PROCESS.warn_of_probabilities(logits, loss)
 
 
 def _labels(labels: Any, logits: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
     Raises:
         InvalidInput: the value is not an array, or cannot be read on the host.
     """
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise InvalidInput(
             field,
@@ -35,7 +37,8 @@ def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
         try:
             return read(value)
         except Exception as error:  # Each framework raises its own.
-            problem = problem or f", which cannot be read as an array of NumPy: {error}"
+            first_line = str(error).partition("\n")[0]
+            problem = problem or f", which cannot be read as an array of NumPy ({first_line})"
     raise InvalidInput(
         field,
         f"got {type(value).__name__}{problem}; expected a numpy array, a torch tensor, or an array with __array__ or "

@@ -38,8 +38,10 @@ def flag(name: str, value: object) -> bool:
     raise InvalidInput(name, f"got {value!r}; expected True or False")
 
 
-def elements(name: str, value: object, expected: str) -> Sequence[object]:
-    """The elements of a sequence, or of an array with at least one axis."""
+def elements(name: str, value: Any, expected: str) -> Sequence[object]:
+    """The elements of a sequence, or of an array with one axis."""
+    if getattr(value, "ndim", 1) > 1:
+        raise InvalidInput(name, f"got an array of shape {tuple(value.shape)}; expected {expected}")
     plain = _plain(value)
     if not isinstance(plain, Sequence) and hasattr(plain, "__iter__") and not isinstance(plain, Mapping | Set):
         plain = tuple(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -56,7 +57,7 @@ class LovaszSoftmax:
         if not listed:
             raise InvalidInput("classes", "got an empty list; expected at least one class number")
         if len(set(listed)) != len(listed):
-            raise InvalidInput("classes", f"got {list(listed)}; expected each class once")
+            raise InvalidInput("classes", f"got {reprlib.repr(list(listed))}; expected each class once")
         if min(listed) < 0:
             raise InvalidInput("classes", f"got {min(listed)}; expected class numbers >= 0")
         return listed
