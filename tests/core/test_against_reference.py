@@ -183,8 +183,13 @@ def counted_pixels(logits: Tensor, labels: Tensor, loss: WeightedSum) -> Tensor:
     return counted.unsqueeze(1) if counted.dim() < logits.dim() else counted
 
 
-def counts(predicted: Tensor, true: Tensor) -> tuple[int, int]:
-    return int((predicted & true).sum()), int((predicted | true).sum())
+def counts(predicted: Tensor, true: Tensor, *, void: bool) -> tuple[int, int]:
+    """Intersection and union of a class. One that is void for all terms has none, even if it is predicted."""
+    return (0, 0) if void else (int((predicted & true).sum()), int((predicted | true).sum()))
+
+
+def is_void(label: int, loss: LossLike) -> bool:
+    return all(term.ignore_index == label for _, term in weighted_sum(loss).terms)
 
 
 def iou(intersection: int, union: int) -> float:
@@ -201,7 +206,10 @@ def test_softmax_losses(
     logits, labels, loss = case
     counted = counted_pixels(logits, labels, weighted_sum(loss)).squeeze(1)
     prediction = logits.to(dtype).argmax(1)
-    expected = [counts((prediction == c) & counted, (labels == c) & counted) for c in range(logits.shape[1])]
+    expected = [
+        counts((prediction == c) & counted, (labels == c) & counted, void=is_void(c, loss))
+        for c in range(logits.shape[1])
+    ]
     assert list(zip(result.intersection.tolist(), result.union.tolist(), strict=True)) == expected
     np.testing.assert_array_equal(result.class_iou, [iou(*pair) for pair in expected])
 
@@ -227,7 +235,8 @@ def test_hinge_losses(
     if not weighted_sum(loss).multilabel:
         logits, labels, counted = (tensor.reshape(len(tensor), 1, -1) for tensor in (logits, labels, counted))
     predicted, true = (logits.to(dtype) > 0) & counted, (labels == 1) & counted
-    expected = [counts(predicted[:, c], true[:, c]) for c in range(logits.shape[1])]
+    void = is_void(1, loss)
+    expected = [counts(predicted[:, c], true[:, c], void=void) for c in range(logits.shape[1])]
     assert list(zip(result.intersection.tolist(), result.union.tolist(), strict=True)) == expected
     np.testing.assert_array_equal(result.class_iou, [iou(*pair) for pair in expected])
 

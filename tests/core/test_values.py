@@ -7,12 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from support import void_class
 from support.comparison import norm_error
 from support.vector_cases import Case, load
 from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import (
+    CrossEntropy,
     LocalLoss,
     LovaszHinge,
     LovaszHingeLoss,
@@ -22,7 +24,7 @@ from lovasz.core import (
     lovasz_hinge,
     lovasz_softmax,
 )
-from lovasz.spec import Classes
+from lovasz.spec import Classes, LossLike
 
 GRADIENT, GRADIENT_FROM_TABLES = 1e-6, 3e-4
 """Errors, relative to the norm. Tables are for large groups: in these of a few hundred pixels, one bin in which two
@@ -124,3 +126,36 @@ def test_random_batch_with_a_void_pixel(device: torch.device) -> None:
     assert logits.grad.norm().item() == pytest.approx(0.01698170, abs=2e-8)
     assert (logits.grad[0, :, 0, 0] == 0).all()
     assert lovasz_softmax(logits, labels, per_image=True, ignore_index=255).item() == pytest.approx(0.7820425, abs=2e-7)
+
+
+IGNORED = void_class.IGNORED
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (LovaszSoftmax(ignore_index=IGNORED), void_class.CLASS_IOU),
+        (CrossEntropy(ignore_index=IGNORED), void_class.CLASS_IOU),
+        ([(1, LovaszSoftmax(ignore_index=IGNORED)), (1, CrossEntropy(ignore_index=IGNORED))], void_class.CLASS_IOU),
+        ([(1, LovaszSoftmax(ignore_index=IGNORED)), (1, CrossEntropy())], (1 / 3, 1 / 3, 1.0)),
+    ],
+    ids=["softmax", "cross-entropy", "both", "one counts it"],
+)
+def test_a_class_that_is_void_has_no_iou(
+    loss: LossLike, expected: tuple[float, ...], way: Way, device: torch.device
+) -> None:
+    logits, labels = torch.from_numpy(void_class.logits()).to(device), torch.from_numpy(void_class.LABELS).to(device)
+    result = compute(logits, labels, loss)
+    np.testing.assert_array_equal(result.class_iou, expected)
+    assert result.mean_iou == pytest.approx(np.nanmean(expected))
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize(("ignored", "expected"), [(None, 1 / 3), (0, 1 / 2), (1, np.nan)])
+def test_a_foreground_that_is_void_has_no_iou(
+    multilabel: bool, ignored: int | None, expected: float, way: Way, device: torch.device
+) -> None:
+    logits = torch.tensor([[[1.0, -1.0, 2.0, -2.0]]], device=device)
+    labels = torch.tensor([[[1, 1, 0, 0]]], device=device)
+    loss = LovaszHinge(ignore_index=ignored, multilabel=multilabel)
+    np.testing.assert_array_equal(compute(logits, labels, loss).class_iou, [expected])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import void_class
 from support.scrape import metric
 from support.vector_cases import Case, load
 
@@ -57,6 +60,32 @@ def test_values_known_from_elsewhere(server: ServerProcess) -> None:
         assert loss(logits, labels, LovaszSoftmax(ignore_index=255, per_image=True)) == pytest.approx(
             0.78204250, abs=1e-7
         )
+
+
+@pytest.mark.parametrize("way", ["inprocess", "unary", "stream", "shm"])
+def test_a_void_class_has_no_iou_in_answers_and_metrics(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_remote, "UNARY_BYTES", 4 << 20 if way == "unary" else 0)
+    monkeypatch.setattr(client_remote, "SHARED_BYTES", 0)
+    loss, inputs = LovaszSoftmax(ignore_index=void_class.IGNORED), (void_class.logits(), void_class.LABELS)
+    arguments = ["--device", "cpu", "--listen", f"unix:{tmp_path}/s", "--shared-memory"]
+    with ServerProcess(arguments) as server:
+        target = "inprocess" if way == "inprocess" else server.target
+        with LossClient(target, transport="shm" if way == "shm" else "grpc", run="a") as client:
+            result = client.compute(*inputs, loss)
+        np.testing.assert_array_equal(result.class_iou, void_class.CLASS_IOU)
+        assert result.mean_iou == void_class.MEAN_IOU
+        criterion = RemoteLoss(target, loss)
+        criterion(*map(torch.from_numpy, inputs))
+        assert criterion.result is not None
+        assert criterion.result.mean_iou == void_class.MEAN_IOU
+        criterion.close()
+        if way != "inprocess":
+            assert metric(server, "lovasz_run_miou", run="a") == void_class.MEAN_IOU
+            assert metric(server, "lovasz_run_class_iou", run="a") == 1.5
+            with urllib.request.urlopen(server.metrics_url) as page:
+                assert 'lovasz_run_class_iou{class="0"' not in page.read().decode()
 
 
 Request = tuple[torch.Tensor, torch.Tensor, LossLike]

@@ -422,6 +422,20 @@ def test_shapes_that_do_not_fit(loss: LossLike, logits: tuple[int, ...], labels:
     assert refusal(lambda: weighted_sum(loss).layout(logits, labels)) == text
 
 
+@pytest.mark.parametrize(
+    ("loss", "label"),
+    [
+        (LovaszSoftmax(), None),
+        (LovaszSoftmax(ignore_index=0), 0),
+        ([(1, LovaszSoftmax(ignore_index=255)), (1, CrossEntropy(ignore_index=255))], 255),
+        ([(1, LovaszSoftmax(ignore_index=255)), (1, CrossEntropy())], None),
+        ([(1, LovaszSoftmax(ignore_index=0)), (1, CrossEntropy(ignore_index=1))], None),
+    ],
+)
+def test_a_label_is_void_if_every_term_ignores_it(loss: LossLike, label: int | None) -> None:
+    assert weighted_sum(loss).void_label == label
+
+
 # --- Results ------------------------------------------------------------------------------------------------------
 
 
@@ -432,5 +446,8 @@ def test_result() -> None:
     result: Result[Any] = Result(1.0, None, (cross_entropy, lovasz), intersection, union)
     np.testing.assert_array_equal(result.per_class_loss, lovasz.per_class_loss)
     np.testing.assert_array_equal(result.class_iou, [0.25, np.nan, 0.0])
+    assert result.mean_iou == 0.125
+    nowhere: Result[Any] = Result(0.0, None, (cross_entropy,), np.zeros(2, np.int64), np.zeros(2, np.int64))
+    assert np.isnan(nowhere.mean_iou)
     alone: Result[Any] = Result(0.7, None, (cross_entropy,), intersection, union)
     assert alone.per_class_loss.shape == (0,)

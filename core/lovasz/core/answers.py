@@ -94,6 +94,7 @@ class Pending:
 def _answers(part: Part) -> list[tuple[int, Answer]]:
     plan, grads_of_all, values = part.plan, part.computed.grads, part.computed.values()
     union = values.union
+    union[_void_segments(plan.loss, len(union))] = 0
     answers: list[Answer] = []
     image = 0
     for j, (joint, count) in enumerate(zip(part.batch.joints, plan.images, strict=True)):
@@ -116,6 +117,14 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
                 counts = values.hits[:, j].copy(), union[:, j].copy()
                 answers.append(Result(total, grad, tuple(results), *counts))
     return list(zip(part.places, answers, strict=True))
+
+
+def _void_segments(loss: WeightedSum, segments: int) -> slice:
+    """The rows of counts whose class (hinge: foreground) every term ignores: they have no IoU."""
+    void = loss.void_label
+    if loss.is_hinge:
+        return slice(segments if void == 1 else 0)
+    return slice(0) if void is None or not 0 <= void < segments else slice(void, void + 1)
 
 
 def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> Result[Tensor]:

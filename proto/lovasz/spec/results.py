@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -60,8 +61,9 @@ class Result(Generic[ArrayT]):
         terms: each term's own loss, in the order in which the terms were given.
         intersection: int64, shape (C,): pixels where arg-max and label are both this class (hinge: logit > 0 and
             label 1). A pixel counts if at least one term counts it.
-        union: int64, shape (C,): pixels where arg-max or label is this class. The IoU of a test set is the ratio of
-            the two, each summed over the set.
+        union: int64, shape (C,): pixels where arg-max or label is this class; 0 for a class that every term ignores
+            (``ignore_index``), even if it is predicted on pixels that count. The IoU of a test set is the ratio of the
+            two, each summed over the set.
         timing: where the server spent its time; None without a server.
     """
 
@@ -79,7 +81,13 @@ class Result(Generic[ArrayT]):
 
     @property
     def class_iou(self) -> npt.NDArray[np.float64]:
-        """float64, shape (C,): intersection over union of arg-max and label; NaN for a class in neither."""
+        """float64, shape (C,): intersection over union of arg-max and label; NaN for a class without a union."""
         iou = np.full(self.union.shape, np.nan)
         np.divide(self.intersection, self.union, out=iou, where=self.union > 0)
         return iou
+
+    @property
+    def mean_iou(self) -> float:
+        """The mean of ``class_iou`` over the classes that have one; NaN if none has."""
+        iou = self.class_iou[self.union > 0]
+        return float(iou.mean()) if len(iou) else math.nan

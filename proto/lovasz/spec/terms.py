@@ -64,6 +64,12 @@ class WeightedSum:
         """The kinds of its terms, each once, sorted: few distinct values, so it can label a metric."""
         return "+".join(sorted({loss.kind for _, loss in self.terms}))
 
+    @property
+    def void_label(self) -> int | None:
+        """The label that every term ignores, so that its pixels count for none; None if there is no such label."""
+        ignored = {loss.ignore_index for _, loss in self.terms}
+        return ignored.pop() if len(ignored) == 1 else None
+
     def layout(self, logits: Sequence[int], labels: Sequence[int]) -> Layout:
         """Checks the shapes of a request, and the options that depend on them.
 

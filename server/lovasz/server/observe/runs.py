@@ -99,7 +99,9 @@ class Runs(Collector):
         return (
             GaugeMetricFamily("lovasz_run_loss", "The last loss of a run, in training and evaluation.", labels=labels),
             GaugeMetricFamily(
-                "lovasz_run_miou", "Mean over classes of the IoU of a run's last requests.", labels=labels
+                "lovasz_run_miou",
+                "Mean IoU of a run's last requests, over the classes that are in them and not ignored.",
+                labels=labels,
             ),
             GaugeMetricFamily(
                 "lovasz_run_class_iou",
