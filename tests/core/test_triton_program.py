@@ -104,7 +104,7 @@ def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.
         computed.append(len(batch.requests))
         return torch_compute.compute(plan, batch, want_grad=True)
 
-    monkeypatch.setattr("lovasz.core.dispatch.checked", lambda backend, request, device: backend)
+    monkeypatch.setattr("lovasz.core.dispatch.checked", lambda backend, joint, loss, device: backend)
     monkeypatch.setattr("lovasz.core.dispatch.compute", noted)
     monkeypatch.setattr("lovasz.core.dispatch.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
     portions = submit(requests, total, torch.device("cpu"), backend=Backend.TRITON).collect()
