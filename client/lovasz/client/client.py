@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,10 +14,13 @@ from lovasz.client.errors import CallCancelledError, invalid_input_translated
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
+from lovasz.client.submission import CallThreads
 from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, checked_target
 from lovasz.client.tensors import AnyArray
 
 _SUBMIT_THREADS = 16
+_CANCELLED_SECONDS = 0.5
+"""How long calls that were cancelled may take to end, before their threads are left alone."""
 
 
 class LossClient:
@@ -31,6 +35,7 @@ class LossClient:
         wire_dtype: str | None = None,
         load_balancing: str | None = None,
         run: str | None = None,
+        http_proxy: bool = False,
     ) -> None:
         """Checks its arguments. It connects at the first call.
 
@@ -52,6 +57,9 @@ class LossClient:
                 docs/joint.md. No effect in process and on a Unix socket.
             run: the training's name, at most 200 characters: the server's metrics then show its loss and IoU. A joint
                 step is shown under its own run.
+            http_proxy: True: connections go through the HTTP proxy that the environment names (``grpc_proxy``,
+                ``https_proxy`` or ``http_proxy``; ``no_proxy`` lists hosts without), as gRPC does by default; never to
+                a server on this host.
 
         Raises:
             ValueError: an argument is invalid.
@@ -60,7 +68,12 @@ class LossClient:
         self._open(
             target,
             ClientOptions.parsed(
-                timeout=timeout, transport=transport, wire_dtype=wire_dtype, load_balancing=load_balancing, run=run
+                timeout=timeout,
+                transport=transport,
+                wire_dtype=wire_dtype,
+                load_balancing=load_balancing,
+                run=run,
+                http_proxy=http_proxy,
             ),
         )
 
@@ -79,7 +92,7 @@ class LossClient:
         self.target = checked_target(target)
         self.options = options
         self._target = _target(target, options)
-        self._threads = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="lovasz-submit")
+        self._threads = CallThreads(_SUBMIT_THREADS)
         self._closed = False
 
     def compute(
@@ -135,7 +148,7 @@ class LossClient:
         call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout)
         try:
             # In the caller's context, so that the call belongs to the caller's trace.
-            return self._threads.submit(contextvars.copy_context().run, self._finish, call, deadline)
+            return self._threads.submit(partial(contextvars.copy_context().run, self._finish, call, deadline))
         except RuntimeError:
             self._check_open()
             raise
@@ -149,10 +162,19 @@ class LossClient:
         self._check_open()
         return self._target.server_info(self._seconds(timeout))
 
-    def close(self) -> None:
-        """Waits for submitted calls, then ends the connections. Further calls raise CallCancelledError."""
+    def close(self, *, cancel: bool = False) -> None:
+        """Waits for submitted calls, then ends the connections. Further calls raise CallCancelledError.
+
+        Args:
+            cancel: ends the calls that are not done instead, with CallCancelledError. An exception inside the ``with``
+                of a client does so, Ctrl-C included.
+        """
         self._closed = True
-        self._threads.shutdown(wait=True)
+        if cancel:
+            self._target.close()
+            self._threads.close(_CANCELLED_SECONDS)
+            return
+        self._threads.close()
         self._target.close()
 
     def __enter__(self) -> LossClient:
@@ -161,7 +183,7 @@ class LossClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(cancel=kind is not None)
 
     def _begin(
         self,

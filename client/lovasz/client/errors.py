@@ -87,18 +87,18 @@ _NO_GRPC = ("Failed parsing HTTP/2", "Trying to connect an http1.x server")
 """gRPC's texts where something answers in HTTP/1, or does not speak HTTP at all."""
 
 
-def from_rpc_error(error: grpc.RpcError, target: str) -> LossError:
-    """The client's error for an error of gRPC."""
+def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossError:
+    """The client's error for an error of gRPC, with a remark at the end of its text."""
     code, details = error.code(), error.details() or ""
     if speaks_no_grpc(error):
         return IncompatibleServerError(
             f"{target}: what answers there does not speak gRPC: is it the port of the metrics (9095 by default)? "
-            f"Expected that of --listen (50051 by default) ({code.name})"
+            f"Expected that of --listen (50051 by default) ({code.name}){remark}"
         )
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")
         return InvalidInputError(field, problem)
-    return _BY_CODE.get(code, ServerFaultError)(f"{target}: {details or code.name} ({code.name})")
+    return _BY_CODE.get(code, ServerFaultError)(f"{target}: {details or code.name} ({code.name}){remark}")
 
 
 def speaks_no_grpc(error: grpc.RpcError) -> bool:

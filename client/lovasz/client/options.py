@@ -38,6 +38,7 @@ class ClientOptions:
         wire_dtype: the element type in which logits and gradient travel; None: the logits' own.
         load_balancing: which of several servers a call goes to; None: the first that answers.
         run: the training's name in the server's metrics; empty: none.
+        http_proxy: whether connections go through the HTTP proxy that the environment names.
 
     Raises:
         ValueError: an option has an invalid value.
@@ -48,6 +49,7 @@ class ClientOptions:
     wire_dtype: wire.DType | None = None
     load_balancing: LoadBalancing | None = None
     run: str = ""
+    http_proxy: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timeout", checked_timeout(self.timeout))
@@ -58,7 +60,14 @@ class ClientOptions:
 
     @classmethod
     def parsed(
-        cls, *, timeout: float, transport: str, wire_dtype: str | None, load_balancing: str | None, run: str | None
+        cls,
+        *,
+        timeout: float,
+        transport: str,
+        wire_dtype: str | None,
+        load_balancing: str | None,
+        run: str | None,
+        http_proxy: bool = False,
     ) -> ClientOptions:
         """The options from the arguments of :class:`LossClient`.
 
@@ -79,6 +88,7 @@ class ClientOptions:
             wire_dtype=None if wire_dtype is None else wire.dtype_named(wire_dtype),
             load_balancing=None if load_balancing is None else LoadBalancing(load_balancing),
             run=run or "",
+            http_proxy=bool(http_proxy),
         )
 
 

@@ -25,6 +25,7 @@ from lovasz.client.errors import (
 from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash, service_config
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import ClientOptions, Transport
+from lovasz.client.proxy import enabled_option, remark
 from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
@@ -47,8 +48,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    *wire.KEEPALIVE_OPTIONS,
     # By default a client may take two minutes to reconnect to a server that restarted.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -118,7 +118,12 @@ class RemoteTarget:
         self._run = options.run
         self._load_balancing = options.load_balancing if path is None else None
         self._closed = False
-        channel_options = (*_OPTIONS, ("grpc.service_config", service_config(self._load_balancing)))
+        self._http_proxy = options.http_proxy
+        channel_options = (
+            *_OPTIONS,
+            enabled_option(target, options.http_proxy),
+            ("grpc.service_config", service_config(self._load_balancing)),
+        )
         self._messages = grpc.insecure_channel(target, options=channel_options)
         # Large transfers have their own connection, so that they delay no small request.
         self._streams = grpc.insecure_channel(target, options=channel_options)
@@ -168,6 +173,8 @@ class RemoteTarget:
         return self._transport is Transport.SHM or os.path.exists(self._memory_path)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
+        if self._closed:
+            raise CallCancelledError(f"{self._name}: the client was closed")
         with self._grpc_errors_translated():
             if call.region is not None:
                 response, grad = self._through_region(call, call.region, timeout)
@@ -205,7 +212,10 @@ class RemoteTarget:
                 raise CallCancelledError(f"{self._name}: the client was closed") from None
             if self._load_balancing is LoadBalancing.RING_HASH and cannot_hash(error):
                 raise InvalidInputError("load_balancing", HASH_PROBLEM) from None
-            raise from_rpc_error(error, self._name) from None
+            unreachable = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            raise from_rpc_error(
+                error, self._name, remark(self._name, self._http_proxy) if unreachable else ""
+            ) from None
         except ValueError:
             if self._closed:  # gRPC raises it for a channel that was closed meanwhile.
                 raise CallCancelledError(f"{self._name}: the client was closed") from None

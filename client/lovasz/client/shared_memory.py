@@ -167,16 +167,19 @@ class SharedMemory:
         self._path = path
         self._lock = threading.Lock()
         self._session: Session | None = None
+        self._closed = False
         self.regions: MemoryPool[Region] = MemoryPool(Region)
 
     def share(self, region: Region, timeout: float) -> bytes:
         """Shares the region, unless the server already has it; returns the session's name.
 
         Raises:
-            ServerUnavailableError: no server takes shared memory there.
+            ServerUnavailableError: no server takes shared memory there, or this was closed.
             LossError: the server refuses the region.
         """
         with self._lock:
+            if self._closed:
+                raise ServerUnavailableError(f"{self._path}: closed")
             if self._session is not None:
                 try:
                     self._session.share(region)
@@ -200,6 +203,7 @@ class SharedMemory:
 
     def close(self) -> None:
         """Ends the session and frees the idle regions."""
+        self._closed = True
         self.forget()
         self.regions.close()
 

@@ -27,7 +27,7 @@ def checked_target(target: str) -> str:
     """
     if not isinstance(target, str) or not target:
         raise ValueError(f"target: got {target!r}; {_EXPECTED}")
-    scheme, separator, rest = target.partition(":")
+    scheme, separator, _ = target.partition(":")
     if target == INPROCESS or (separator and scheme in _OTHER_SCHEMES):
         return target
     path = socket_path(target)
@@ -39,18 +39,26 @@ def checked_target(target: str) -> str:
                 "limit of Unix sockets"
             )
         return target
-    if separator and scheme in _SCHEMES_WITH_PORTS:
-        addresses = (rest.rpartition("/")[2] if scheme == "dns" else rest).split(",")
-    elif "://" in target:
+    if "://" in target and scheme not in _SCHEMES_WITH_PORTS:
         raise ValueError(
             f"target: got {target!r}; {_EXPECTED}: without {scheme}://, and with the port of gRPC (50051 by default), "
             "not that of the metrics"
         )
-    else:
-        addresses = [target]
-    for address in addresses:
+    for address in addresses_of(target):
         _check_address(address, target)
     return target
+
+
+def addresses_of(target: str) -> list[str]:
+    """The parts of a target that are HOST:PORT; ``[""]`` for a Unix socket, and none if only gRPC knows them."""
+    scheme, separator, rest = target.partition(":")
+    if scheme in ("unix", "unix-abstract") and separator:
+        return [""]
+    if scheme in _OTHER_SCHEMES and separator:
+        return []
+    if scheme in _SCHEMES_WITH_PORTS and separator:
+        return (rest.rpartition("/")[2] if scheme == "dns" else rest).split(",")
+    return [target]
 
 
 def socket_path(target: str) -> str | None:

@@ -60,6 +60,7 @@ class RemoteLoss(torch.nn.Module):
         wire_dtype: str | None = None,
         load_balancing: str | None = None,
         run: str | None = None,
+        http_proxy: bool = False,
         joint: Joint | None = None,
         gradient_reduction: str = "mean",
     ) -> None:
@@ -67,13 +68,14 @@ class RemoteLoss(torch.nn.Module):
 
         Args:
             target: as for :class:`LossClient`; or a client, which this module uses and does not close. The client's
-                own options then replace the next five.
+                own options then replace the next six.
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
             timeout: seconds for a call with all its retries.
             transport: as for :class:`LossClient`.
             wire_dtype: as for :class:`LossClient`.
             load_balancing: as for :class:`LossClient`.
             run: as for :class:`LossClient`.
+            http_proxy: as for :class:`LossClient`.
             joint: this rank's place in a data-parallel training.
             gradient_reduction: how the trainer combines the gradients of its ranks. ``"mean"``, as
                 DistributedDataParallel does: gradients are multiplied by world_size, so that their mean is the true
@@ -98,7 +100,12 @@ class RemoteLoss(torch.nn.Module):
         self._target = checked_target(target) if isinstance(target, str) else target.target
         self._options = (
             ClientOptions.parsed(
-                timeout=timeout, transport=transport, wire_dtype=wire_dtype, load_balancing=load_balancing, run=run
+                timeout=timeout,
+                transport=transport,
+                wire_dtype=wire_dtype,
+                load_balancing=load_balancing,
+                run=run,
+                http_proxy=http_proxy,
             )
             if isinstance(target, str)
             else target.options

@@ -4,6 +4,7 @@ Needs numpy and protobuf only. Client and server use the same code, so each rule
 tensors is serialized is in :mod:`lovasz.wire.framing`.
 """
 
+from lovasz.wire.connection import KEEPALIVE_OPTIONS
 from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
 from lovasz.wire.messages import (
@@ -30,6 +31,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_RUN_CHARACTERS",
     "MAX_WORLD_SIZE",
+    "KEEPALIVE_OPTIONS",
     "MAX_SOCKET_PATH_BYTES",
     "MEMORY_SUFFIX",
     "Assembly",

@@ -178,7 +178,7 @@ def test_what_cannot_be_computed_ends_it_but_keeps_the_others(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("localhost:notaport",), "lovasz: localhost:notaport: "),
+        (("localhost:notaport",), "lovasz: target: got 'localhost:notaport', without a port"),
         (("",), "lovasz: target: got ''; expected HOST:PORT, unix:/path or 'inprocess'\n"),
         (("localhost:1", "--shape", "1x1x8"), "lovasz: logits: got shape (1, 1, 8) with a single class"),
         (

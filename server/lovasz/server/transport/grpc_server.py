@@ -33,11 +33,10 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
-    # Pings find peers that vanished without closing the connection. Pings from clients are accepted.
+    # Pings from clients are accepted, also between calls, and the server sends its own.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    *wire.KEEPALIVE_OPTIONS,
 )
 
 

@@ -1,0 +1,80 @@
+"""Runs submitted calls in threads that do not keep the process alive."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
+
+_Work = tuple[Future[Any], Callable[[], Any]]
+
+
+class CallThreads:
+    """At most ``max_threads`` threads, started when they are needed.
+
+    They are daemons, unlike those of a ThreadPoolExecutor, which an interpreter waits for when it ends: after Ctrl-C it
+    would wait for the timeouts of all calls.
+    """
+
+    def __init__(self, max_threads: int) -> None:
+        self._max_threads = max_threads
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._closed = False
+        # Ends the threads of a client that was dropped and not closed.
+        weakref.finalize(self, self._queue.put, None).atexit = False
+
+    def submit(self, work: Callable[[], ResultT]) -> Future[ResultT]:
+        """Runs the work in a thread.
+
+        Raises:
+            RuntimeError: :meth:`close` was called.
+        """
+        future: Future[ResultT] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("closed")
+            self._queue.put((future, work))
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_threads:
+                name = f"lovasz-submit_{len(self._threads)}"
+                thread = threading.Thread(target=_run, args=(self._queue, self._idle), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        return future
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Takes no more work, and waits until all of it is done, or until the time is up."""
+        with self._lock:
+            self._closed = True
+            self._queue.put(None)
+        until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        for thread in self._threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+
+def _run(queue: SimpleQueue[_Work | None], idle: threading.Semaphore) -> None:
+    while True:
+        item = queue.get()
+        if item is None:
+            queue.put(None)  # For the next thread.
+            return
+        future, work = item
+        if future.set_running_or_notify_cancel():
+            try:
+                result = work()
+            except BaseException as error:
+                future.set_exception(error)
+                del error
+            else:
+                future.set_result(result)
+                del result
+        del item, future, work  # So that no tensors are held while waiting for the next call.
+        idle.release()

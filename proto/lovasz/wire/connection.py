@@ -1,0 +1,16 @@
+"""gRPC's options by which both sides of a connection notice that the other one has vanished without closing it."""
+
+from __future__ import annotations
+
+_PING_EVERY_MS = 15_000
+_PING_TIMEOUT_MS = 12_000
+
+KEEPALIVE_OPTIONS = (
+    ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+    # gRPC uses this one for TCP's own timeout, and newer versions of gRPC the next one for the answer to a ping.
+    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
+    # By default no ping is sent after two without data between: a call may wait for longer.
+    ("grpc.http2.max_pings_without_data", 0),
+)
+"""A peer that has vanished is noticed within half a minute. A server has to accept pings that are this frequent."""
