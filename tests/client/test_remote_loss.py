@@ -231,8 +231,9 @@ def test_eval_mode_keeps_the_gradient(recording: RecordingClient) -> None:
     assert images.grad.norm() > 0
 
 
-def test_steps_are_counted_by_whether_they_have_a_gradient(recording: RecordingClient) -> None:
+def test_steps_are_counted_by_whether_they_have_a_gradient() -> None:
     logits, labels = some_input()
+    recording = RecordingClient("inprocess")
     criterion = RemoteLoss(recording, LovaszSoftmax(), joint=Joint("counting", 0, 1, step=5))
     for _ in range(2):
         criterion.train()(logits, labels)
@@ -374,9 +375,9 @@ def test_weights_of_pixels_are_refused(recording: RecordingClient) -> None:
         with pytest.raises(TypeError, match=text):
             criterion(logits, labels, *others)
     assert recording.answers == []
-    joint = RemoteLoss(recording, LovaszSoftmax(), joint=Joint("by name", 0, 1))
-    joint(logits, labels, step=7)
-    assert recording.joints == [Joint("by name", 0, 1, step=7)]
+    here = RecordingClient("inprocess")
+    RemoteLoss(here, LovaszSoftmax(), joint=Joint("by name", 0, 1))(logits, labels, step=7)
+    assert here.joints == [Joint("by name", 0, 1, step=7)]
 
 
 def test_what_cannot_be_is_refused_when_it_is_built() -> None:
