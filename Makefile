@@ -50,13 +50,14 @@ demo: $(INSTALLED)
 joint-demo: $(INSTALLED)
 	$(BIN)/python examples/compare_ddp.py --plot out
 
+SIDE_BY_SIDE := -m "not alone" -n $(JOBS) --dist worksteal
+
 quick: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --exitfirst $(TESTS)
+	$(BIN)/python -m pytest --exitfirst $(SIDE_BY_SIDE) $(TESTS)
 
 # What needs most of the machine runs when the rest has ended.
-SIDE_BY_SIDE := -m "not alone" -n $(JOBS) --dist worksteal
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m alone tests/end_to_end
