@@ -41,8 +41,3 @@ class Unreadable:
 
 
 FOREIGN = (WithArray, WithDlpack)
-
-
-def same(values: object) -> npt.NDArray[Any]:
-    """The elements of any of these, or of a tensor."""
-    return np.asarray(values)
