@@ -62,10 +62,28 @@ def test_16_bit_logits_are_widened_and_computed_in_float32(
 
 
 @each_loss
-@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    "labels_dtype",
+    [
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_dtype_of_labels_does_not_matter(loss: LossLike, labels_dtype: torch.dtype, device: torch.device) -> None:
     logits, labels = some_input(loss, device)
     assert bits(compute(logits, labels.to(labels_dtype), loss)) == bits(compute(logits, labels, loss))
+
+
+def test_labels_may_have_an_axis_of_one_channel(device: torch.device) -> None:
+    for loss in (LovaszSoftmax(ignore_index=0), CrossEntropy(), LovaszSoftmax(per_image=True)):
+        logits, labels = some_input(loss, device)
+        assert bits(compute(logits, labels[:, None], loss)) == bits(compute(logits, labels, loss))
+        points, of_points = logits.movedim(1, -1).reshape(-1, 3), labels.reshape(-1, 1)
+        assert bits(compute(points, of_points, loss)) == bits(compute(points, of_points[:, 0], loss))
+    logits, labels = some_input(LovaszHinge(multilabel=True), device)
+    for one in (logits[:, 0], logits[:, :1]):
+        assert lovasz_hinge(one, labels[:, :1]) == lovasz_hinge(one, labels[:, 0])
 
 
 def test_hinge_takes_bool_labels(device: torch.device) -> None:

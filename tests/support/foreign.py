@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 
@@ -41,8 +40,3 @@ class Unreadable:
 
 
 FOREIGN = (WithArray, WithDlpack)
-
-
-def same(values: object) -> npt.NDArray[Any]:
-    """The elements of any of these, or of a tensor."""
-    return np.asarray(values)
