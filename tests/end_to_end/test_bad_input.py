@@ -101,6 +101,11 @@ BAD = [
     Bad("no term", lambda r: r.header.loss.ClearField("terms"), "loss.terms: got 0 terms; expected 1 to 16"),
     Bad("too many terms", lambda r: r.header.loss.terms.extend([r.header.loss.terms[0]] * 16), "got 17 terms"),
     Bad("no kind", lambda r: r.header.loss.terms.add(weight=1), "loss.terms[1].loss: is not set"),
+    Bad(
+        "no weight",
+        lambda r: r.header.loss.terms[0].ClearField("weight"),
+        "loss.terms[0].weight: is not set; expected a finite number, such as 1",
+    ),
     Bad("weight", lambda r: setattr(r.header.loss.terms[0], "weight", float("nan")), "got nan; expected a finite"),
     Bad(
         "classes unspecified",

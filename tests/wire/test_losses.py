@@ -65,6 +65,13 @@ def softmax_term(**changes: Any) -> pb.Loss:
     return pb.Loss(terms=[pb.Term(weight=1, lovasz_softmax=pb.LovaszSoftmax(**fields))])
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0, -2.5])
+def test_every_weight_survives_protobuf(weight: float) -> None:
+    """Also 0, which is told apart from a weight that was not set."""
+    loss = weighted_sum([(weight, LovaszSoftmax())])
+    assert wire.loss_from_proto(pb.Loss.FromString(wire.loss_to_proto(loss).SerializeToString())) == loss
+
+
 def test_the_message_that_the_refusals_start_from_is_good() -> None:
     assert wire.loss_from_proto(softmax_term()) == weighted_sum(LovaszSoftmax())
 
@@ -75,6 +82,10 @@ def test_the_message_that_the_refusals_start_from_is_good() -> None:
         (pb.Loss(), "loss.terms: got 0 terms; expected 1 to 16"),
         (pb.Loss(terms=[pb.Term(weight=1)] * 17), "loss.terms: got 17 terms; expected 1 to 16"),
         (pb.Loss(terms=[pb.Term(weight=1)]), "loss.terms[0].loss: is not set, or is of a kind"),
+        (
+            pb.Loss(terms=[pb.Term(weight=1, lovasz_hinge=pb.LovaszHinge()), pb.Term(lovasz_hinge=pb.LovaszHinge())]),
+            "loss.terms[1].weight: is not set; expected a finite number, such as 1",
+        ),
         (
             softmax_term(class_selection=pb.CLASS_SELECTION_UNSPECIFIED),
             "lovasz_softmax.class_selection: got CLASS_SELECTION_UNSPECIFIED; expected CLASS_SELECTION_PRESENT",

@@ -61,7 +61,7 @@ class LossServiceServicer(object):
 
     def Compute(self, request, context):
         """Computes one loss. Request and answer are one message each, which limits their size
-        (GetServerInfoResponse.max_message_bytes).
+        (GetServerInfoResponse.max_message_bytes); ComputeStream takes larger ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

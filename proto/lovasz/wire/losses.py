@@ -56,7 +56,15 @@ def loss_from_proto(message: pb.Loss) -> spec.WeightedSum:
     """
     if not 1 <= len(message.terms) <= spec.MAX_TERMS:
         raise spec.InvalidInput("loss.terms", f"got {len(message.terms)} terms; expected 1 to {spec.MAX_TERMS}")
-    return spec.weighted_sum([(term.weight, _term_from_proto(i, term)) for i, term in enumerate(message.terms)])
+    return spec.weighted_sum(
+        [(_weight_from_proto(i, term), _term_from_proto(i, term)) for i, term in enumerate(message.terms)]
+    )
+
+
+def _weight_from_proto(i: int, term: pb.Term) -> float:
+    if not term.HasField("weight"):
+        raise spec.InvalidInput(f"loss.terms[{i}].weight", "is not set; expected a finite number, such as 1")
+    return term.weight
 
 
 def _term_from_proto(i: int, term: pb.Term) -> spec.Loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
-from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_numbered
+from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_named, dtype_numbered
 from lovasz.wire.enums import enum_text
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
 
@@ -206,8 +207,8 @@ class Request:
         """
         return cls.checked(
             loss_from_proto(header.loss),
-            _tensor_from_proto("logits", header.logits),
-            _tensor_from_proto("labels", header.labels),
+            _tensor_from_proto("logits", header.logits, FLOATS),
+            _tensor_from_proto("labels", header.labels, INTEGERS),
             header.want_grad,
             SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
             Joint.from_proto(header.joint) if header.HasField("joint") else None,
@@ -215,11 +216,12 @@ class Request:
         )
 
 
-def _tensor_from_proto(name: str, message: pb.TensorInfo) -> TensorSpec:
+def _tensor_from_proto(name: str, message: pb.TensorInfo, expected: Sequence[str]) -> TensorSpec:
     dtype = dtype_numbered(message.data_type)
     if dtype is None:
+        types = ", ".join(enum_text(pb.DataType, dtype_named(one).number) for one in expected)
         raise spec.InvalidInput(
-            f"{name}.data_type", f"got {enum_text(pb.DataType, message.data_type)}; expected a type of this server"
+            f"{name}.data_type", f"got {enum_text(pb.DataType, message.data_type)}; expected one of {types}"
         )
     return TensorSpec(dtype, tuple(message.shape))
 
@@ -285,7 +287,7 @@ class Response:
         for name, counts in (("intersection", message.intersection), ("union", message.union)):
             if len(counts) != channels:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
-        grad = _tensor_from_proto("response.grad", message.grad) if message.HasField("grad") else None
+        grad = _tensor_from_proto("response.grad", message.grad, FLOATS) if message.HasField("grad") else None
         if grad != (request.logits if request.want_grad else None):
             raise spec.InvalidInput(
                 "response.grad", f"got {grad}; expected type and shape of the logits if it was wanted, else None"
