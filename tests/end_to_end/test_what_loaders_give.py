@@ -229,7 +229,9 @@ def test_modules_need_tensors_as_logits() -> None:
             call(LOGITS.numpy(), LABELS)
 
 
-@pytest.mark.parametrize("value", [Unreadable(), [[1.0, 2.0]], None, np.float32(1), np.ndarray], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [Unreadable(), [[1.0, 2.0]], None, np.float32(1), np.ndarray], ids=lambda value: type(value).__name__
+)
 def test_what_cannot_be_read_is_refused(value: object, way_of_arrays: Way) -> None:
     name = type(value).__name__
     for field, pair in (("logits", (value, LABELS)), ("labels", (LOGITS, value))):
