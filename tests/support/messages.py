@@ -19,8 +19,8 @@ def tensors(side: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
 
 
 def header_of(logits: np.ndarray, labels: np.ndarray, *, joint: wire.Joint | None = None) -> pb.RequestHeader:
-    specs = (wire.TensorSpec(wire.dtype_named(array.dtype.name), array.shape) for array in (logits, labels))
-    return wire.Request.checked(weighted_sum(LOSS), *specs, want_grad=True, joint=joint).to_proto()
+    first, second = (wire.TensorSpec(wire.dtype_named(array.dtype.name), array.shape) for array in (logits, labels))
+    return wire.Request.checked(weighted_sum(LOSS), first, second, want_grad=True, joint=joint).to_proto()
 
 
 def request_of(logits: np.ndarray, labels: np.ndarray, *, joint: wire.Joint | None = None) -> pb.ComputeRequest:
