@@ -18,6 +18,8 @@ from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.5
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a server until it is told to stop.
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server.abandon()
         _log.info("stopped while it started")
         _exit_at_once(0)  # A compilation cannot be interrupted.
-    stopping.wait()
+    # Not forever: a signal that comes just before the wait would not wake it, and its handler would never run.
+    while not stopping.wait(_LOOK_SECONDS):
+        pass
     if not server.stop():
         _exit_at_once(1)  # Threads are stuck in requests that were cut off.
     return 0
