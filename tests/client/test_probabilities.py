@@ -139,11 +139,12 @@ def test_a_gpu_is_waited_for_in_the_first_call_alone() -> None:
     assert (first.waits, later.waits) == (1, 0)
 
 
-def test_what_is_traced_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_is_traced_is_not_looked_at() -> None:
     logits, labels = some_input()
-    lovasz_softmax(logits.softmax(1), labels)
+    torch.compile(lovasz_softmax, backend="eager", fullgraph=True)(logits.softmax(1), labels)
     assert LOOKS_OF_PROCESS.left == LOOKS
+    torch._dynamo.reset()
 
 
 def test_a_filter_of_warnings_has_its_way() -> None:

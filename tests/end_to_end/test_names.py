@@ -149,6 +149,7 @@ def test_a_server_that_nobody_can_reach_any_more_ends(tmp_path: Path) -> None:
         assert eventually(lambda: "stopped" in events(server))
         assert "another file took the place of a socket" in events(server)
         assert "no caller can reach this server any more: stopping" in events(server)
+        assert eventually(lambda: Path(f"/proc/{server.pid}/stat").read_text().split()[2] == "Z"), "ended by itself"
         assert server.stop() == 0
         assert path.exists()
 
