@@ -1,9 +1,9 @@
 """The Lovász losses in this process: tensors in, loss and gradient out. Imports neither gRPC nor the server."""
 
-try:
-    import torch as _torch  # noqa: F401
-except ModuleNotFoundError:
-    raise ModuleNotFoundError("lovasz.core needs torch: pip install 'lovasz[torch]'", name="torch") from None
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError("lovasz.core needs torch: pip install 'lovasz[torch]'", name="torch")
 
 from lovasz.core.functional import compute, lovasz_hinge, lovasz_softmax
 from lovasz.core.modules import LocalLoss, LovaszHingeLoss, LovaszSoftmaxLoss
