@@ -22,7 +22,7 @@ RUN apt-get update \
 
 
 # /opt/build has pip and what builds the wheel, and stays behind. /opt/torch holds PyTorch and what it needs, alone, so
-# that another source neither installs it anew nor makes another of the image's large layer.
+# that another source neither installs it again nor makes another of the image's large layer.
 FROM python AS torch
 # hadolint ignore=DL3008
 RUN apt-get update \

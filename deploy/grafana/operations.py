@@ -69,7 +69,7 @@ TIME = (
     ),
     Panel(
         "How many took how long",
-        "Requests a second that took more than so many seconds, and no more than the next class: the rows above.",
+        "Requests per second by duration. A row counts requests that took longer than its seconds, up to the next row.",
         "reqps",
         (("over {{over}} s", f"sum by (over) ({rate('lovasz_class_requests_total')})"),),
     ),

@@ -294,7 +294,7 @@ def _compute_zeros(
 def advice(device: torch.device) -> str | None:
     """A message to the operator that says what would make this device faster; None if nothing would."""
     if device.type == "cpu" and not installed("numba"):
-        return "losses are computed by torch; some twenty times as fast with numba: pip install 'lovasz[cpu]'"
+        return "losses are computed by torch; about twenty times as fast with numba: pip install 'lovasz[cpu]'"
     if device.type == "cuda" and not (installed("triton") and triton_works(device)):
         return "losses are computed by torch's own kernels; large images are faster with triton and a C compiler"
     return None
