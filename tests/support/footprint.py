@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Footprint:
-    descriptors: int
+    descriptors: Counter[str]
+    """How many file descriptors of each kind: socket, pipe, /memfd, ..."""
     threads: int
     resident_bytes: int
     shared_files: frozenset[str]
@@ -18,7 +22,7 @@ class Footprint:
     def of(cls, pid: int) -> Footprint:
         process = Path(f"/proc/{pid}")
         return cls(
-            descriptors=len(list((process / "fd").iterdir())),
+            descriptors=Counter(_kinds(process / "fd")),
             threads=len(list((process / "task").iterdir())),
             resident_bytes=_status_bytes(pid, "VmRSS"),
             shared_files=frozenset(os.listdir("/dev/shm")),
@@ -38,6 +42,12 @@ def peak_bytes(pid: int) -> int:
 def available_bytes() -> int:
     """Memory of the machine that is free."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _kinds(descriptors: Path) -> Iterator[str]:
+    for name in os.listdir(descriptors):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            yield os.readlink(descriptors / name).partition(":")[0]
 
 
 def _status_bytes(pid: int, name: str) -> int:
