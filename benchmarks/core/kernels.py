@@ -77,7 +77,7 @@ def row(classes: int, program: Program, launch: Launch) -> str:
 
 def program_of(loss: LossLike, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Program:
     total = weighted_sum(loss)
-    layouts = tuple(total.layout(shape, shape if total.is_hinge else (shape[0], *shape[2:])) for shape in shapes)
+    layouts = tuple(total.layout(shape, shape if total.is_binary else (shape[0], *shape[2:])) for shape in shapes)
     device = torch.device("cuda")
     plan = Plan(total, layouts, (1,) * len(shapes), device)
     return Program(Kind(plan, dtype, torch.int64, want_grad=True))

@@ -156,7 +156,7 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
         for dtype in (torch.float32, torch.float16):
             for label_dtype in (torch.uint8, torch.int64, torch.bool):
                 logits = normal(2, 2, 5, 6, seed=1, dtype=dtype).abs().clamp(max=1)
-                shape = logits.shape if total.is_hinge else (2, 5, 6)
+                shape = logits.shape if total.is_binary else (2, 5, 6)
                 labels = random_labels(*shape, values=2, seed=2).to(label_dtype)
                 for ranks in ("by sorting", "in tables"):
                     rank_on_cpu(ranks, monkeypatch)

@@ -54,8 +54,8 @@ def requests_of(name: str, device: torch.device) -> tuple[list[Request], LossLik
     for seed, shape in enumerate(shapes):
         logits = normal(*shape, seed=seed, dtype=torch.float32)
         logits = logits.softmax(1) if total.probabilities else logits
-        label_shape = shape if total.is_hinge else (shape[0], *shape[2:])
-        labels = random_labels(*label_shape, values=2 if total.is_hinge else 4, seed=seed)
+        label_shape = shape if total.is_binary else (shape[0], *shape[2:])
+        labels = random_labels(*label_shape, values=2 if total.is_binary else 4, seed=seed)
         requests.append(Request.checked(logits.to(device), labels.to(device), total))
     return requests, loss
 

@@ -15,10 +15,20 @@ from lovasz.client.errors import (
 )
 from lovasz.client.joint import Joint
 from lovasz.client.target import Device, ServerInfo
-from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, Result, TermResult, Timing
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    Result,
+    TermResult,
+    Timing,
+)
 from lovasz.version import VERSION
 
 __all__ = [
+    "BinaryCrossEntropy",
     "CallAbortedError",
     "CallCancelledError",
     "CrossEntropy",
@@ -31,6 +41,7 @@ __all__ = [
     "LossClient",
     "LossError",
     "LovaszHinge",
+    "LovaszSigmoid",
     "LovaszSoftmax",
     "Result",
     "ServerFaultError",

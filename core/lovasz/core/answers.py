@@ -13,15 +13,7 @@ from torch import Tensor
 from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault
 from lovasz.core.plan import Plan
-from lovasz.spec import (
-    CrossEntropy,
-    InvalidInput,
-    LovaszHinge,
-    LovaszSoftmax,
-    Result,
-    TermResult,
-    WeightedSum,
-)
+from lovasz.spec import BinaryLoss, InvalidInput, Loss, LovaszLoss, LovaszSoftmax, Result, TermResult, WeightedSum
 
 _VOID_LABELS = (255, -1, -100)
 """Labels that usually mark void pixels."""
@@ -120,9 +112,9 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
 
 
 def _void_segments(loss: WeightedSum, segments: int) -> slice:
-    """The rows of counts whose class (hinge: foreground) every term ignores: they have no IoU."""
+    """The rows of counts whose class (binary losses: foreground) every term ignores: they have no IoU."""
     void = loss.void_label
-    if loss.is_hinge:
+    if loss.is_binary:
         return slice(segments if void == 1 else 0)
     return slice(0) if void is None or not 0 <= void < segments else slice(void, void + 1)
 
@@ -130,7 +122,7 @@ def _void_segments(loss: WeightedSum, segments: int) -> slice:
 def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> Result[Tensor]:
     nan, channels = float("nan"), request.layout.channels
     terms = tuple(
-        TermResult(term.kind, nan, np.full(0 if isinstance(term, CrossEntropy) else channels, nan))
+        TermResult(term.kind, nan, np.full(channels if isinstance(term, LovaszLoss) else 0, nan))
         for _, term in loss.terms
     )
     counts = np.zeros(channels, np.int64)
@@ -143,25 +135,23 @@ def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
     return [JointFault(place, first) if fault is None else fault for fault in of_requests]
 
 
-def _term_result(
-    loss: LovaszSoftmax | LovaszHinge | CrossEntropy, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]
-) -> TermResult:
+def _term_result(loss: Loss, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]) -> TermResult:
     """The result of one term for one joint.
 
     Works on the arrays of this joint alone, so that the order in which NumPy sums does not depend on the batch.
     """
-    if isinstance(loss, CrossEntropy):
+    if not isinstance(loss, LovaszLoss):
         return TermResult(loss.kind, float(losses[0, 0]), np.empty(0))
     weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
     if losses.shape[1] == 1:  # One group, the common case: fewer NumPy calls, which matters for small requests.
         is_scored = scored[:, 0]
         own = np.where(is_scored, losses[:, 0], 0.0)
-        classes = len(own) if isinstance(loss, LovaszHinge) else max(int(np.count_nonzero(is_scored)), 1)
+        classes = len(own) if isinstance(loss, BinaryLoss) else max(int(np.count_nonzero(is_scored)), 1)
         total = own.sum() if weights is None else (np.asarray(weights) * own).sum()
         return TermResult(loss.kind, float(total) / classes, np.where(is_scored, own, np.nan))
     losses = np.where(scored, losses, 0.0)
     scored_classes = np.maximum(scored.sum(0), 1)
-    if isinstance(loss, LovaszHinge):
+    if isinstance(loss, BinaryLoss):
         scored_classes = np.full(losses.shape[1], len(losses))
     weighted = losses if weights is None else np.asarray(weights)[:, None] * losses
     groups = weighted.sum(0) / scored_classes
@@ -185,7 +175,7 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     expected = f"a value in [0, {request.layout.label_values}){ignore}"
     value = int(labels[place])
     cure = f"; for void pixels set ignore_index={value}" if value in _VOID_LABELS else ""
-    if value == 255 and isinstance(term, LovaszHinge):
+    if value == 255 and isinstance(term, BinaryLoss):
         cure += ", for masks of 0 and 255 pass labels > 0"
     return InvalidInput(
         "labels", f"got {value} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels{cure})"

@@ -11,7 +11,7 @@ from torch import Tensor
 from lovasz.autograd import with_gradient
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
-from lovasz.core.compiling import hinge_key, loss_operator, softmax_key
+from lovasz.core.compiling import hinge_key, loss_operator, sigmoid_key, softmax_key
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.spec import (
     Classes,
@@ -19,6 +19,7 @@ from lovasz.spec import (
     InvalidInput,
     LossLike,
     LovaszHinge,
+    LovaszSigmoid,
     LovaszSoftmax,
     Result,
     WeightedSum,
@@ -150,3 +151,28 @@ def lovasz_hinge(
         key = hinge_key(per_image, ignore_index, multilabel)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
     return differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
+
+
+def lovasz_sigmoid(
+    logits: Tensor,
+    labels: Tensor,
+    per_image: bool = False,
+    ignore_index: int | None = None,
+    multilabel: bool = False,
+) -> Tensor:
+    """The Lovász-Sigmoid loss, differentiable with respect to the logits (Berman et al., CVPR 2018, for one channel).
+
+    loss = sum_i m_i g_i with the errors m_i = |y_i - sigmoid(x_i)| in descending order.
+
+    Takes the arguments of ``lovasz_hinge``, which are the options of :class:`lovasz.spec.LovaszSigmoid`.
+
+    Returns:
+        A 0-dim tensor; float64 for float64 logits, otherwise float32.
+
+    Raises:
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
+    """
+    if torch.compiler.is_compiling():
+        key = sigmoid_key(per_image, ignore_index, multilabel)
+        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
+    return differentiable(logits, labels, LovaszSigmoid(per_image, ignore_index, multilabel))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lovasz.core.compiling import key_of, loss_operator
 from lovasz.core.functional import differentiable
-from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.spec import LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, weighted_sum
 
 
 class LocalLoss(torch.nn.Module):
@@ -54,3 +54,10 @@ class LovaszHingeLoss(LocalLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(LovaszHinge(**options))
+
+
+class LovaszSigmoidLoss(LocalLoss):
+    """The Lovász-Sigmoid loss as a module; takes the options of :class:`lovasz.spec.LovaszSigmoid`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(LovaszSigmoid(**options))

@@ -20,9 +20,9 @@ class Layout:
 
     Attributes:
         images: N, the size of the first axis.
-        channels: the number of classes (softmax) or of binary labels (hinge).
+        channels: the number of classes (softmax) or of binary labels (binary losses).
         pixels: the product of the spatial axes.
-        label_values: how many values a label can take: C for a softmax loss, 2 for a hinge.
+        label_values: how many values a label can take: C for a softmax loss, 2 for a binary loss.
     """
 
     images: int
@@ -58,13 +58,13 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
         raise InvalidInput(
             "logits",
             f"got shape {_text(logits)} with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
-            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
+            "(for a binary problem with one channel use LovaszHinge or LovaszSigmoid, or for probabilities p of the "
+            "foreground torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         )
     return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=logits[1])
 
 
-def hinge_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool) -> Layout:
+def binary_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool) -> Layout:
     """The layout of logits and labels, each (N, *spatial) or (N, 1, *spatial).
 
     With ``multilabel`` both have shape (N, L, *spatial). Without it, logits of four or more axes need the axis of size
@@ -91,15 +91,15 @@ def hinge_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool)
     if labels != squeezed and labels != (squeezed[0], 1, *squeezed[1:]):
         raise InvalidInput(
             "labels",
-            f"got shape {_text(labels)} for hinge logits {_text(logits)}; expected {_text(squeezed)} "
-            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel LovaszSoftmax)",
+            f"got shape {_text(labels)} for binary logits {_text(logits)}; expected {_text(squeezed)} "
+            "(for several binary labels a pixel use multilabel=True, for one class a pixel LovaszSoftmax)",
         )
     _check_not_empty(logits)
     if len(squeezed) > 3 and len(squeezed) == len(logits):
         raise InvalidInput(
             "logits",
             f"got shape {_text(logits)}; expected (N, 1, *spatial) (for {logits[1]} binary labels a pixel use "
-            "LovaszHinge(multilabel=True), for volumes (N, D, H, W) logits[:, None])",
+            "multilabel=True, for volumes (N, D, H, W) logits[:, None])",
         )
     return Layout(logits[0], 1, math.prod(logits[1:]), label_values=2)
 

@@ -17,10 +17,10 @@ class TermResult:
     """One term of the weighted sum, before its weight.
 
     Attributes:
-        kind: ``"lovasz_softmax"``, ``"lovasz_hinge"`` or ``"cross_entropy"``.
+        kind: the loss's kind, one of ``lovasz.spec.LOSS_KINDS``.
         loss: the term's value.
-        per_class_loss: float64, shape (C,): the loss of each class (hinge: of each label) before class weights,
-            averaged over the groups that score it; NaN if none does. Empty for cross-entropy.
+        per_class_loss: float64, shape (C,): the loss of each class (binary losses: of each label) before class weights,
+            averaged over the groups that score it; NaN if none does. Empty for both cross-entropies.
     """
 
     kind: str
@@ -59,8 +59,8 @@ class Result(Generic[ArrayT]):
         grad: dloss/dlogits (dloss/dprobabilities for that input), in the logits' shape and dtype; float32 for 16-bit
             logits, as float16 would underflow. All NaN if ``loss`` is NaN; None if no gradient was wanted.
         terms: each term's own loss, in the order in which the terms were given.
-        intersection: int64, shape (C,): pixels where arg-max and label are both this class (hinge: logit > 0 and
-            label 1). A pixel counts if at least one term counts it.
+        intersection: int64, shape (C,): pixels where arg-max and label are both this class (binary losses: logit > 0
+            and label 1). A pixel counts if at least one term counts it.
         union: int64, shape (C,): pixels where arg-max or label is this class; 0 for a class that every term ignores
             (``ignore_index``), even if it is predicted on pixels that count. The IoU of a test set is the ratio of the
             two, each summed over the set.

@@ -71,7 +71,7 @@ class Call:
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
         pairs = list(zip(batch.requests, fused, strict=True))
         self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
-        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_hinge) for r, is_fused in pairs]
+        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_binary) for r, is_fused in pairs]
         self.grads = [_room(r, is_fused, want_grad) for r, is_fused in pairs]
         self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
         self.planes = self._planes()
@@ -130,7 +130,7 @@ class Call:
         """Memory for codes: (1, pixels); for the hinge, one row per binary label."""
         wide = self.labelling.void > np.iinfo(np.uint8).max
         name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
-        return self._rows(name, self.plan.channels if self.plan.is_hinge else 1, dtype)
+        return self._rows(name, self.plan.channels if self.plan.is_binary else 1, dtype)
 
     def run(self, loop: Callable[..., None], *, threads: int | None = None, **arguments: Any) -> None:
         """Runs a compiled loop over its tasks; see ``Workers.run``."""

@@ -41,7 +41,7 @@ def compute(
     """
     with SCRATCH.borrow() as scratch:
         call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop)
-        terms = (_hinge if plan.is_hinge else _softmax)(call, thresholds or extension.THRESHOLDS)
+        terms = (_hinge if plan.is_binary else _softmax)(call, thresholds or extension.THRESHOLDS)
     labels, predictions, hits = (call.per_joint(counts) for counts in call.counts[:3])
     values = Values(tuple(terms), labels, predictions, hits, call.counts.faults.reshape(-1, len(plan.sizes)))
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)

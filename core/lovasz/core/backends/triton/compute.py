@@ -211,7 +211,7 @@ def addresses_of(
 def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     """Reads the values of a batch from the bytes of its results."""
     plan, layout = program.kind.plan, program.layout
-    channels, joints, is_hinge = layout.channels, layout.joints, plan.is_hinge
+    channels, joints, is_binary = layout.channels, layout.joints, plan.is_binary
     segments = program.result("segments", results, len(layout.groups), channels, len(Segment))
     sums = program.result("cross_sums", results, len(plan.cross_entropies), joints, len(Cross))
     losses = np.ldexp(segments[..., Segment.LOSS].astype(np.float64), segments[..., Segment.UNIT])
@@ -233,7 +233,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
             values = (np.ldexp(row[:, Cross.SUM].astype(np.float64), row[:, Cross.UNIT]) * mean)[None]
             terms.append(TermValues(values, np.ones_like(values, np.bool_)))
     # The first grouping has the joints as groups, and counts pixels that are valid for any rule.
-    fields = len(HingeCounter) if is_hinge else len(SoftmaxCounter)
+    fields = len(HingeCounter) if is_binary else len(SoftmaxCounter)
     counters = program.result("counters", results, -1)[: joints * fields * channels].reshape(joints, fields, channels)
     outcomes = (
         program.result("predictions", results, joints, len(Outcome), channels).astype(np.int64).transpose(1, 2, 0)

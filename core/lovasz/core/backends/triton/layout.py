@@ -148,11 +148,11 @@ class Layout:
         plane, channel = plane[order], channel[order]
         pixels = planes.pixels[plane]
         first_logits = planes.logits[plane] + channel * planes.image_pixels[plane]
-        first_labels = first_logits if self.plan.is_hinge else planes.labels[plane]
+        first_labels = first_logits if self.plan.is_binary else planes.labels[plane]
         self.origin = Origin(planes.request[plane], first_logits, first_labels)
         self.pixels = int(pixels.sum())
-        self.elements = self.pixels * (1 if self.plan.is_hinge else self.channels)
-        self.block = BLOCK_PIXELS["hinge" if self.plan.is_hinge else "softmax"]
+        self.elements = self.pixels * (1 if self.plan.is_binary else self.channels)
+        self.block = BLOCK_PIXELS["hinge" if self.plan.is_binary else "softmax"]
         if self.is_interpreted:
             self.block = INTERPRETED_BLOCK_PIXELS
         blocks = -(-pixels // self.block)
@@ -174,12 +174,12 @@ class Layout:
 
     @property
     def _label_maps(self) -> int:
-        return self.channels if self.plan.is_hinge else 1
+        return self.channels if self.plan.is_binary else 1
 
     def _add_groups(self) -> None:
         """Adds the groups of each Lovász term, and the groupings with their counters."""
         plan, rules = self.plan, self.plan.rules
-        fields = len(HingeCounter) if plan.is_hinge else len(SoftmaxCounter)
+        fields = len(HingeCounter) if plan.is_binary else len(SoftmaxCounter)
         wanted = dict.fromkeys(
             [(0 if len(rules) == 1 else -1, False), *((term.rule, term.per_image) for term in plan.terms)]
         )
@@ -231,24 +231,24 @@ class Layout:
 
     def _add_tables(self) -> None:
         """Decides which groups have tables; adds tables, their maps, and the lists and buckets of all groups."""
-        groups, channels, is_hinge = self.groups, self.channels, self.plan.is_hinge
+        groups, channels, is_binary = self.groups, self.channels, self.plan.is_binary
         pixels = groups[:, Group.PIXELS]
         large = pixels > SORTED_PIXELS
         coarser = np.array([bins.coarser_by(int(count)) for count in pixels[large]], np.int64)
         kinds = np.unique(coarser)
-        bins_of = bins.hinge_bins if is_hinge else bins.softmax_bins
+        bins_of = bins.hinge_bins if is_binary else bins.softmax_bins
         groups[large, Group.BINS] = [bins_of(int(c)) for c in coarser]
-        if is_hinge:
+        if is_binary:
             groups[large, Group.MAP] = np.arange(len(coarser)) * channels * bins.HINGE_CELLS
         else:
             groups[large, Group.MAP] = np.searchsorted(kinds, coarser) * bins.SOFTMAX_CELLS
-        maps = [] if is_hinge else [bins.softmax_map(int(c)) for c in kinds]
+        maps = [] if is_binary else [bins.softmax_map(int(c)) for c in kinds]
         self.static["maps"] = np.concatenate([np.zeros(0, np.int32), *maps])
         words = len(Half) * channels * groups[:, Group.BINS]
         groups[:, Group.WORDS] = np.cumsum(words) - words
 
         step, crowd = tables.BUCKET_STEP.value, tables.CROWD.value
-        all_ranked = large & (is_hinge | (pixels < RANKED_PIXELS) | (pixels * channels <= RANKED_ELEMENTS))
+        all_ranked = large & (is_binary | (pixels < RANKED_PIXELS) | (pixels * channels <= RANKED_ELEMENTS))
         buckets = np.where(all_ranked, pixels // step + 1, np.where(large, RANKED_BUCKETS, 1))
         listed = np.where(large & ~all_ranked, RANKED_BUCKETS * step + crowd, pixels)
         groups[large, Group.RANKED_BELOW] = np.where(all_ranked, pixels + 1, RANKED_FOREGROUND)[large]
@@ -273,14 +273,14 @@ class Layout:
         zeroed.add("ranked_rows", torch.int32, len(groups))
         zeroed.add("bucket_befores", torch.int64, self.buckets)
         zeroed.add("bucket_counts", torch.int32, self.buckets)
-        zeroed.add("cells", torch.int32, len(coarser) * channels * bins.HINGE_CELLS if is_hinge else 0)
+        zeroed.add("cells", torch.int32, len(coarser) * channels * bins.HINGE_CELLS if is_binary else 0)
         zeroed.add("words", torch.int64, int(words.sum()))
         scratch.add("totals", torch.int64, self.chunks)
         scratch.add("lists", torch.int64, int(listed.sum()) * channels)
 
     def _add_pixels(self) -> None:
         """Adds the values that are kept for each pixel between the sweeps."""
-        statistics = 0 if self.plan.is_hinge else self.pixels
+        statistics = 0 if self.plan.is_binary else self.pixels
         exponentials = 0 if self.plan.loss.probabilities else statistics
         for name in ("maxima", "reciprocals"):
             self.scratch.add(name, torch.float32, exponentials)
@@ -292,7 +292,7 @@ class Layout:
         """Adds the weights of the terms and of their classes."""
         plan, entropies = self.plan, self.plan.cross_entropies
         self.static["cross_weights"] = np.array([term.weight for term in entropies], np.float64)
-        if plan.is_hinge:
+        if plan.is_binary:
             self.static["term_weights"] = np.array([term.weight for term in plan.lovasz], np.float64)
             return
         listed = [term.listed if term.listed is not None else np.zeros(self.channels) for term in plan.lovasz]

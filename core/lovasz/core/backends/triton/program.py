@@ -101,7 +101,7 @@ class Program:
             static.add(name, _TORCH_TYPES[array.dtype.type], array.size)
         self._host = _packed(layout.static, static)
         self.rooms = layout.addresses | static.rooms | layout.zeroed.rooms | layout.scratch.rooms
-        if kind.plan.is_hinge:
+        if kind.plan.is_binary:
             self.rooms["maps"] = self.rooms["cells"]
         self.address_bytes = self.rooms["addresses"].stop
         self.workspace_bytes = layout.zeroed.nbytes + layout.scratch.nbytes
@@ -117,7 +117,7 @@ class Program:
             "cross_count": len(kind.plan.cross_entropies),
             "tolerance": PROBABILITY_TOLERANCE,
         }
-        self.launches = self._hinge() if kind.plan.is_hinge else self._softmax()
+        self.launches = self._hinge() if kind.plan.is_binary else self._softmax()
 
     # --- Launches -------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Program:
             self.layout.buckets,
             warps,
             _SORT_REGISTERS,
-            HINGE=self.kind.plan.is_hinge,
+            HINGE=self.kind.plan.is_binary,
             WANT_GRAD=self.kind.want_grad,
             HALVES=room == tables.BUCKET_ROOM.value and self.layout.any_table,
             ROOM=room,
