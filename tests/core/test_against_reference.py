@@ -300,7 +300,7 @@ def test_binary_cross_entropy_is_torchs(
 
 
 @each_dtype
-def test_lovasz_sigmoid_is_lovasz_softmax_of_the_foreground(dtype: torch.dtype, device: torch.device) -> None:
+def test_lovasz_sigmoid_is_lovasz_softmax_of_the_foreground(dtype: torch.dtype, way: Way, device: torch.device) -> None:
     logits = normal(2, 1, 20, 30, seed=1, dtype=dtype) * 3
     labels = random_labels(2, 20, 30, values=2, seed=2, void=VOID)
     for per_image in (False, True):
@@ -309,7 +309,8 @@ def test_lovasz_sigmoid_is_lovasz_softmax_of_the_foreground(dtype: torch.dtype, 
         loss = LovaszSigmoid(per_image=per_image, ignore_index=VOID)
         result = compute(logits.to(device), labels.to(device), loss)
         assert result.loss == pytest.approx(truth, rel=1e-6 if dtype == torch.float32 else 1e-12)
-        assert norm_error(result.grad, both[:, 1:]) < (1e-5 if dtype == torch.float32 else 1e-12)
+        in_float32 = 1e-3 if way.counts(labels.numel()) else 1e-5  # a bin is one tie
+        assert norm_error(result.grad, both[:, 1:]) < (in_float32 if dtype == torch.float32 else 1e-12)
 
 
 @each_dtype

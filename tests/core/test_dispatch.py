@@ -133,14 +133,14 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
 def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")
-    from lovasz.core.backends.numba import cross_entropy, hinge, segments, softmax
+    from lovasz.core.backends.numba import binary, cross_entropy, segments, softmax
 
     loops = [
         softmax.prepare,
         softmax.prepare_probabilities,
         softmax.finish,
         cross_entropy.add_losses,
-        hinge.prepare,
+        binary.prepare,
         segments.score,
     ]
     dispatch.warm_up(CPU)

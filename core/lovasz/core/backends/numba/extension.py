@@ -26,7 +26,7 @@ class Thresholds(NamedTuple):
     Attributes:
         pixels: a segment with fewer pixels is sorted.
         foreground: a segment with fewer foreground pixels is sorted.
-        order_error: a hinge segment is sorted if ``tables.order_error`` of its table exceeds this.
+        order_error: a segment of a binary loss is sorted if ``tables.order_error`` of its table exceeds this.
     """
 
     pixels: int
@@ -78,7 +78,8 @@ def score_term(
     row, group = row[order], group[order]
     pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
     is_binary = call.plan.is_binary
-    # Gradients are with respect to probabilities or hinge logits; for softmax, the backward pass applies the sign.
+    # Gradients are with respect to probabilities, or the margins of binary losses; for softmax, the backward pass
+    # applies the sign.
     sign = -1.0 if is_binary or call.plan.loss.probabilities else 1.0
     enough = (pixels >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
     found = Segments(
@@ -97,7 +98,8 @@ def score_term(
         foreground_weight=sign * weight,
     )
     order_error = thresholds.order_error if is_binary else math.inf
-    rules = Rules(call.labelling.void, call.ignored_code(term), is_binary, call.want_grad, add, order_error)
+    cut = is_binary and not call.plan.is_sigmoid
+    rules = Rules(call.labelling.void, call.ignored_code(term), cut, call.want_grad, add, order_error)
     losses = np.zeros(len(row))
     fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
     divided = found.counted & (pixels > fair) & (call.threads > 1)
