@@ -299,6 +299,7 @@ PUBLIC = {
         "LOSS_KINDS",
         "MAX_AXES",
         "MAX_CLASSES",
+        "MAX_IMAGE_LOSSES",
         "MAX_TERMS",
         "BinaryCrossEntropy",
         "CrossEntropy",

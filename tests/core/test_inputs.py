@@ -429,8 +429,8 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszSoftmax(),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
-            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
+            "(for a binary problem with one channel use LovaszHinge or LovaszSigmoid, or for probabilities p of the "
+            "foreground torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (
             zeros(2, 0, 4),
@@ -466,8 +466,8 @@ INTEGERS = torch.int64
             zeros(2, 3, 4),
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(),
-            "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4) "
+            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
             "LovaszSoftmax)",
         ),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,17 @@ from torch import Tensor
 from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault
 from lovasz.core.plan import Plan
-from lovasz.spec import BinaryLoss, InvalidInput, Loss, LovaszLoss, LovaszSoftmax, Result, TermResult, WeightedSum
+from lovasz.spec import (
+    MAX_IMAGE_LOSSES,
+    BinaryLoss,
+    InvalidInput,
+    Loss,
+    LovaszLoss,
+    LovaszSoftmax,
+    Result,
+    TermResult,
+    WeightedSum,
+)
 
 _VOID_LABELS = (255, -1, -100)
 """Labels that usually mark void pixels."""
@@ -105,10 +115,21 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
                 groups = images if term.per_image else slice(j, j + 1)
                 results.append(_term_result(term.loss, of_term.losses[:, groups], of_term.scored[:, groups]))
             total = sum(term.weight * result.loss for term, result in zip(plan.terms, results, strict=True))
-            for grad in grads:
+            first = 0
+            for request, grad in zip(joint, grads, strict=True):
+                own = slice(first, first + request.layout.scored_images)
+                first = own.stop
                 counts = values.hits[:, j].copy(), union[:, j].copy()
-                answers.append(Result(total, grad, tuple(results), *counts))
+                answers.append(Result(total, grad, tuple(_of_request(result, own) for result in results), *counts))
     return list(zip(part.places, answers, strict=True))
+
+
+def _of_request(result: TermResult, images: slice) -> TermResult:
+    """A term's result for one request of a joint, whose losses of images are of all requests."""
+    if len(result.per_image_loss) == 0:
+        return result
+    losses = result.per_image_loss[images if images.stop - images.start <= MAX_IMAGE_LOSSES else slice(0)]
+    return replace(result, per_image_loss=losses.copy())
 
 
 def _void_segments(loss: WeightedSum, segments: int) -> slice:
@@ -120,9 +141,15 @@ def _void_segments(loss: WeightedSum, segments: int) -> slice:
 
 
 def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> Result[Tensor]:
-    nan, channels = float("nan"), request.layout.channels
+    nan, channels, images = float("nan"), request.layout.channels, request.layout.scored_images
+    images = images if images <= MAX_IMAGE_LOSSES else 0
     terms = tuple(
-        TermResult(term.kind, nan, np.full(channels if isinstance(term, LovaszLoss) else 0, nan))
+        TermResult(
+            term.kind,
+            nan,
+            np.full(channels if isinstance(term, LovaszLoss) else 0, nan),
+            np.full(images if isinstance(term, LovaszLoss) and term.per_image else 0, nan),
+        )
         for _, term in loss.terms
     )
     counts = np.zeros(channels, np.int64)
@@ -148,7 +175,9 @@ def _term_result(loss: Loss, losses: npt.NDArray[np.float64], scored: npt.NDArra
         own = np.where(is_scored, losses[:, 0], 0.0)
         classes = len(own) if isinstance(loss, BinaryLoss) else max(int(np.count_nonzero(is_scored)), 1)
         total = own.sum() if weights is None else (np.asarray(weights) * own).sum()
-        return TermResult(loss.kind, float(total) / classes, np.where(is_scored, own, np.nan))
+        value = float(total) / classes
+        image = np.array([value]) if loss.per_image else np.empty(0)
+        return TermResult(loss.kind, value, np.where(is_scored, own, np.nan), image)
     losses = np.where(scored, losses, 0.0)
     scored_classes = np.maximum(scored.sum(0), 1)
     if isinstance(loss, BinaryLoss):
@@ -157,7 +186,7 @@ def _term_result(loss: Loss, losses: npt.NDArray[np.float64], scored: npt.NDArra
     groups = weighted.sum(0) / scored_classes
     per_class = np.full(len(losses), np.nan)
     np.divide(losses.sum(1), scored.sum(1), out=per_class, where=scored.any(1))
-    return TermResult(loss.kind, float(groups.mean()), per_class)
+    return TermResult(loss.kind, float(groups.mean()), per_class, groups)
 
 
 def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:

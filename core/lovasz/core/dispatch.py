@@ -11,6 +11,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -89,15 +90,18 @@ def submit(
         Stopped: the computation was asked to end early.
     """
     whole = Batch.of(requests, joined)
-    joints_of = _divide(whole, loss, device, backend)
+    joints_of = _divide(whole.divided(loss), loss, device, backend)
     places = np.split(np.arange(len(whole.requests)), np.cumsum(whole.sizes)[:-1])
     parts = []
     for (chosen, _), numbers in joints_of.items():
         own = whole
         if len(joints_of) > 1:
             own = Batch.of([request for j in numbers for request in whole.joints[j]], [whole.sizes[j] for j in numbers])
-        plan = Plan.of(own, loss, device)
-        computed = compute(chosen, plan, own, want_grad=want_grad, want_total=want_total, stop=stop)
+        divided = own.divided(loss)
+        plan, want_total = Plan.of(divided, loss, device), want_total and divided is own
+        computed = compute(chosen, plan, divided, want_grad=want_grad, want_total=want_total, stop=stop)
+        if divided is not own and computed.grads is not None:
+            computed = replace(computed, grads=own.join(computed.grads))
         parts.append(Part(tuple(int(place) for j in numbers for place in places[j]), plan, own, computed))
     return Pending(whole.requests, tuple(parts))
 

@@ -18,13 +18,15 @@ from lovasz.spec.losses import BinaryLoss as BinaryLoss  # For annotations and c
 from lovasz.spec.losses import Classes as Classes
 from lovasz.spec.losses import Input as Input
 from lovasz.spec.losses import LovaszLoss as LovaszLoss
-from lovasz.spec.results import Result, TermResult, Timing
+from lovasz.spec.losses import Reduction as Reduction
+from lovasz.spec.results import MAX_IMAGE_LOSSES, Result, TermResult, Timing
 from lovasz.spec.terms import MAX_TERMS, LossLike, WeightedSum, weighted_sum
 
 __all__ = [
     "LOSS_KINDS",
     "MAX_AXES",
     "MAX_CLASSES",
+    "MAX_IMAGE_LOSSES",
     "MAX_TERMS",
     "BinaryCrossEntropy",
     "CrossEntropy",

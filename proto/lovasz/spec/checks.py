@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,6 +73,13 @@ def class_weights(value: Sequence[float] | None) -> tuple[float, ...] | None:
         if weight < 0:
             raise InvalidInput(f"class_weights[{i}]", f"got {weight}; expected a number >= 0")
     return weights
+
+
+def reduction(value: Any) -> Literal["mean", "none"]:
+    """``"mean"`` or ``"none"``."""
+    if value not in ("mean", "none"):
+        raise InvalidInput("reduction", f"got {value!r}; expected 'mean', or 'none' for one loss an image")
+    return value  # type: ignore[no-any-return]
 
 
 def pos_weight(value: Any) -> float | tuple[float, ...] | None:

@@ -16,6 +16,7 @@ from lovasz.spec.errors import InvalidInput
 
 Classes: TypeAlias = Literal["present", "all"] | tuple[int, ...]
 Input: TypeAlias = Literal["logits", "probabilities"]
+Reduction: TypeAlias = Literal["mean", "none"]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 ArrayT = TypeVar("ArrayT")
+
+MAX_IMAGE_LOSSES = 65_536
+"""The most images of a request whose losses are returned: they must fit in one message."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,15 @@ class TermResult:
         loss: the term's value.
         per_class_loss: float64, shape (C,): the loss of each class (binary losses: of each label) before class weights,
             averaged over the groups that score it; NaN if none does. Empty for both cross-entropies.
+        per_image_loss: float64, shape (images of this request,): for a term with ``per_image`` the loss of each image,
+            0 where all pixels are ignored; ``loss`` is their mean (in a joint step, that of all ranks). Empty for
+            other terms, and for more than 65,536 images.
     """
 
     kind: str
     loss: float
     per_class_loss: npt.NDArray[np.float64]
+    per_image_loss: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)

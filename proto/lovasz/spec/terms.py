@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
-from lovasz.spec.layout import Layout, binary_layout, softmax_layout
-from lovasz.spec.losses import BinaryCrossEntropy, BinaryLoss, Loss, LovaszHinge, LovaszSigmoid, LovaszSoftmax
+from lovasz.spec.layout import Layout, binary_layout, checked_offsets, softmax_layout
+from lovasz.spec.losses import (
+    BinaryCrossEntropy,
+    BinaryLoss,
+    Loss,
+    LovaszHinge,
+    LovaszLoss,
+    LovaszSigmoid,
+    LovaszSoftmax,
+)
+from lovasz.spec.results import MAX_IMAGE_LOSSES, TermResult
 
 MAX_TERMS = 16
 """Most terms of a weighted sum."""
@@ -79,12 +91,38 @@ class WeightedSum:
         ignored = {loss.ignore_index for _, loss in self.terms}
         return ignored.pop() if len(ignored) == 1 else None
 
-    def layout(self, logits: Sequence[int], labels: Sequence[int]) -> Layout:
+    @property
+    def scores_images(self) -> bool:
+        """Whether a term has ``per_image``."""
+        return any(isinstance(loss, LovaszLoss) and loss.per_image for _, loss in self.terms)
+
+    def per_image_losses(self, results: Sequence[TermResult]) -> npt.NDArray[np.float64]:
+        """The loss of each image, from the results of the terms: float64, shape (images,)."""
+        losses = [weight * term.per_image_loss for (weight, _), term in zip(self.terms, results, strict=True)]
+        return np.sum(losses, axis=0)  # type: ignore[no-any-return]
+
+    def check_losses_of_images(self, images: int) -> None:
+        """Checks that each image has a loss of its own, and that there are not too many images.
+
+        Raises:
+            InvalidInput: a term is no Lovász loss with ``per_image``, or there are more than ``MAX_IMAGE_LOSSES``.
+        """
+        if images > MAX_IMAGE_LOSSES:
+            raise InvalidInput("reduction", f"got 'none' with {images} images; expected at most {MAX_IMAGE_LOSSES}")
+        for _, loss in self.terms:
+            if not (isinstance(loss, LovaszLoss) and loss.per_image):
+                raise InvalidInput(
+                    "reduction",
+                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True",
+                )
+
+    def layout(self, logits: Sequence[int], labels: Sequence[int], offsets: Any = None) -> Layout:
         """Checks the shapes of a request, and the options that depend on them.
 
         Args:
             logits: shape of the logits.
             labels: shape of the labels.
+            offsets: ``Layout.offsets``, as a sequence or an array.
 
         Raises:
             InvalidInput: a shape that does not fit the loss, or an option that does not fit the number of classes.
@@ -92,7 +130,8 @@ class WeightedSum:
         layout = binary_layout(logits, labels, self.multilabel) if self.is_binary else softmax_layout(logits, labels)
         for _, loss in self.terms:
             _check_class_options(loss, layout.channels)
-        return layout
+        ends = checked_offsets(offsets, layout.images)
+        return layout if ends is None else replace(layout, offsets=ends)
 
 
 def _check_class_options(loss: Loss, classes: int) -> None:

@@ -154,7 +154,9 @@ def _binary(flat: Flat, want_grad: bool) -> _Results:
     logits, foreground = flat.logits, validity.safe_labels == 1
     margins = torch.where(foreground, logits, -logits)
     sigmoid = Sigmoid.of(margins) if plan.is_sigmoid or plan.binary_cross_entropies else None
-    errors = sigmoid.errors if sigmoid is not None and plan.is_sigmoid else (1 - margins).clamp_(min=0)
+    errors, slope = (1 - margins).clamp_(min=0), torch.empty(0)
+    if sigmoid is not None and plan.is_sigmoid:
+        errors, slope = sigmoid.errors, sigmoid.slope
     g = torch.zeros_like(logits) if want_grad and plan.lovasz else None
     losses: list[Tensor] = []
     scored: list[Tensor] = []
@@ -176,7 +178,7 @@ def _binary(flat: Flat, want_grad: bool) -> _Results:
         scored.append(is_scored)
     grad = None
     if want_grad:
-        grad = torch.zeros_like(logits) if g is None else g.mul_(sigmoid.slope if plan.is_sigmoid else errors > 0)
+        grad = torch.zeros_like(logits) if g is None else g.mul_(slope if plan.is_sigmoid else errors > 0)
         for part in parts:
             grad += part
         grad = torch.where(foreground, -grad, grad)
