@@ -70,17 +70,21 @@ class WeightedSum:
         ignored = {loss.ignore_index for _, loss in self.terms}
         return ignored.pop() if len(ignored) == 1 else None
 
-    def layout(self, logits: Sequence[int], labels: Sequence[int]) -> Layout:
+    def layout(self, logits: Sequence[int], labels: Sequence[int], *, may_be_empty: bool = False) -> Layout:
         """Checks the shapes of a request, and the options that depend on them.
 
         Args:
             logits: shape of the logits.
             labels: shape of the labels.
+            may_be_empty: whether there may be no images, as for one of several requests that are computed as one.
 
         Raises:
             InvalidInput: a shape that does not fit the loss, or an option that does not fit the number of classes.
         """
-        layout = hinge_layout(logits, labels, self.multilabel) if self.is_hinge else softmax_layout(logits, labels)
+        if self.is_hinge:
+            layout = hinge_layout(logits, labels, self.multilabel, may_be_empty=may_be_empty)
+        else:
+            layout = softmax_layout(logits, labels, may_be_empty=may_be_empty)
         for _, loss in self.terms:
             _check_class_options(loss, layout.channels)
         return layout
