@@ -61,7 +61,7 @@ def train_rank(args: argparse.Namespace) -> Run:
     model = DistributedDataParallel(new_model())
     joint = Joint.from_distributed("ddp-digits")
     criterion = OwnLoss(args.target, joint) if args.own_loss else RemoteLoss(args.target, LOSS, joint=joint)
-    return train(model, criterion, loader(joint.rank, joint.world_size, args.steps))
+    return train(model, criterion, loader(distributed.get_rank(), distributed.get_world_size(), args.steps))
 
 
 def train(model: nn.Module, criterion: RemoteLoss | OwnLoss, loader: Iterable[tuple[Tensor, Tensor]]) -> Run:

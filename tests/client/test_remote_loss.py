@@ -6,11 +6,14 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.comparison import norm_error, normal, random_labels, reference_answer
+from support.processes import run_python
 from torch import Tensor
 
 from lovasz.client import (
@@ -23,6 +26,7 @@ from lovasz.client import (
     Result,
     ServerUnavailableError,
 )
+from lovasz.client.joint import CallingThreads
 from lovasz.client.load_balancing import LoadBalancing
 from lovasz.client.torch import RemoteLoss
 from lovasz.core import LocalLoss, compute
@@ -429,3 +433,89 @@ def test_it_is_one_operator_in_graphs_of_torch_compile(recording: RecordingClien
     assert criterion.result is not None
     assert criterion.result.loss == pytest.approx(expected.item(), rel=1e-6)
     torch._dynamo.reset()
+
+
+# --- Where a rank's place comes from ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Initializes torch's default group, when the test says so."""
+
+    def initialize() -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    yield initialize
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("copying", [lambda module: module, copy.deepcopy, pickled], ids=["itself", "copy", "pickle"])
+@pytest.mark.parametrize(
+    "joint", ["run-7", Joint.from_distributed("run-7"), Joint("run-7")], ids=["name", "from", "no rank"]
+)
+def test_rank_and_world_size_are_those_of_the_default_group_at_the_first_call(
+    recording: RecordingClient,
+    group_of_one: Callable[[], None],
+    joint: Joint | str,
+    copying: Callable[[RemoteLoss], RemoteLoss],
+) -> None:
+    logits, labels = some_input()
+    criterion = copying(RemoteLoss(recording, LovaszSoftmax(), joint=joint))
+    with pytest.raises(InvalidInputError, match=r"joint.rank: got None, and torch.distributed's default group is not"):
+        criterion(logits, labels)
+    group_of_one()
+    criterion(logits, labels)
+    assert criterion.joint == Joint.from_distributed("run-7") == Joint("run-7", 0, 1)
+    torch.distributed.destroy_process_group()
+    again = copying(criterion)
+    again(logits, labels)
+    assert again._calls == {True: 2, False: 0}
+    for module in (criterion, again):
+        module.close()
+
+
+def test_a_rank_without_a_world_size_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"joint.world_size: got rank 0 and world_size None; expected both, or"):
+        Joint("run", 0)
+    with pytest.raises(InvalidInputError, match=r"joint.rank: got rank None and world_size 2; expected both, or none"):
+        Joint("run", world_size=2)
+
+
+def test_a_process_is_named_anew_after_a_fork() -> None:
+    code = (
+        "import os; from lovasz.client import Joint; name = lambda: Joint('run', 0, 1).at(0).process.hex()\n"
+        "first, second = name(), name()\n"
+        "if os.fork(): os.wait(); print(first, second)\n"
+        "else: print(name())"
+    )
+    child, first, second = run_python(code).split()
+    assert first == second != child
+
+
+# --- Which ranks make one call at a time --------------------------------------------------------------------------
+
+
+def blocking(run: str, *calls: bool | None) -> list[bool]:
+    return [Joint(run, 0, 1).at(0, blocking=call).blocking for call in calls]
+
+
+def test_a_rank_whose_calls_all_come_from_one_thread_makes_one_at_a_time() -> None:
+    assert blocking("one thread", True, None, True) == [True, False, True]
+
+
+def test_a_rank_that_has_submitted_a_call_or_called_from_another_thread_may_make_several() -> None:
+    assert blocking("submitted", True, False, True) == [True, False, False]
+    assert blocking("two threads", True) == [True]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(blocking, "two threads", True).result() == [False]
+    assert blocking("two threads", True) == [False]
+    assert blocking("another run", True) == [True]
+
+
+def test_the_ranks_that_are_remembered_for_it_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CallingThreads, "MAX_RANKS", 3)
+    threads = CallingThreads()
+    for rank in range(10):
+        assert threads.is_only_one("run", rank, 1)
+    assert len(threads._threads) == 3

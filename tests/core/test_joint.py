@@ -136,3 +136,55 @@ def test_a_logit_that_is_not_finite_makes_the_loss_of_all_not_a_number(device: t
         assert answer.grad is not None
         assert answer.loss != answer.loss
         assert answer.grad.isnan().all()
+
+
+# --- Requests without images --------------------------------------------------------------------------------------
+
+
+def an_empty_request(loss: LossLike, channels: int, spatial: tuple[int, ...]) -> Request:
+    total = weighted_sum(loss)
+    shape = (0, channels, *spatial)
+    logits, labels = torch.zeros(shape), torch.zeros(shape if total.multilabel else (0, *spatial), dtype=torch.int64)
+    return Request(logits, labels, total.layout(logits.shape, labels.shape, may_be_empty=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_request_without_images_changes_nothing_and_gets_the_answer_of_its_joint(
+    name: str, way: Way, device: torch.device
+) -> None:
+    loss, channels = LOSSES[name]
+    total = weighted_sum(loss)
+    images = [a_request(loss, 1 + seed, channels, (9, 7), seed) for seed in range(3)]
+    empty = an_empty_request(loss, channels, (9, 7))
+    requests = [empty, images[0], empty, images[1], images[2], empty]
+    answers = submit(requests, total, device, joined=(4, 2)).collect()
+    for first, joint in ((0, images[:2]), (4, images[2:])):
+        size = 4 if first == 0 else 2
+        (whole,) = submit([concatenated(joint, loss)], total, device).collect()
+        assert_one_answer(answers[first : first + size], whole, requests[first : first + size])
+
+
+@pytest.mark.parametrize("want_grad", [True, False])
+def test_the_loss_of_no_images_is_0(want_grad: bool, device: torch.device) -> None:
+    loss = weighted_sum([(1.0, LovaszSoftmax(per_image=True, classes="all")), (1.0, CrossEntropy())])
+    empty, other = an_empty_request(loss, 5, (9, 7)), a_request(loss, 2, 5, (9, 7))
+    for requests, joined in (([empty], (1,)), ([empty, empty, other], (2, 1))):
+        answers = submit(requests, loss, device, joined=joined, want_grad=want_grad).collect()
+        for answer in answers[: joined[0]]:
+            assert isinstance(answer, Result)
+            assert (answer.loss, [term.loss for term in answer.terms]) == (0.0, [0.0, 0.0])
+            assert answer.per_class_loss.shape == answer.intersection.shape == answer.union.shape == (5,)
+            assert not answer.union.any()
+            assert (None if answer.grad is None else answer.grad.shape) == ((0, 5, 9, 7) if want_grad else None)
+
+
+def test_the_position_of_a_fault_counts_requests_without_images(device: torch.device) -> None:
+    loss = weighted_sum(LovaszSoftmax())
+    empty, bad = an_empty_request(loss, 5, (9, 7)), a_request(loss, 1, 5, (9, 7), 1)
+    bad.labels[0, 0, 0] = 9
+    answers = submit([empty, a_request(loss, 1, 5, (9, 7)), empty, bad], loss, device, joined=(4,)).collect()
+    assert isinstance(answers[3], InvalidInput)
+    for answer in answers[:3]:
+        assert isinstance(answer, JointFault)
+        assert answer.place == 3
+        assert answer.fault.problem == answers[3].problem

@@ -49,6 +49,8 @@ def test_the_numbers_name_the_ranks_that_joint_steps_wait_for() -> None:
             "missing": "1, 2",
             "missing_ranks": 2,
             "first_missing_rank": 1,
+            "evaluation": False,
+            "never_evaluated": "",
         }
         assert metric(server, "lovasz_joint_step_number", run="cityscapes") == 7
         assert metric(server, "lovasz_joint_step_missing_ranks", run="cityscapes") == 2

@@ -161,6 +161,9 @@ class Rank:
     shape: tuple[int, ...] = (1, CLASSES, 6)
     dtype: str = "float32"
     label: int | None = None
+    round: int = 0
+    blocking: bool = False
+    process: bytes = b""
 
     def again(self) -> Rank:
         """Its place, in another call."""
@@ -200,7 +203,13 @@ class Rank:
             wire.TensorSpec(wire.dtype_named(self.dtype), tuple(logits.shape)),
             wire.TensorSpec(wire.dtype_named("uint8"), tuple(labels.shape)),
             self.want_grad,
-            joint=wire.Joint(self.run, self.step, self.rank, self.world_size, call) if self.world_size else None,
+            joint=self.place(call) if self.world_size else None,
+        )
+
+    def place(self, call: bytes = b"") -> wire.Joint:
+        """Where it belongs."""
+        return wire.Joint(
+            self.run, self.step, self.rank, self.world_size, call, self.round, self.blocking, self.process
         )
 
     @property
@@ -297,6 +306,23 @@ class Desk:
             return Outcome(caller.code, caller.text, caller.metadata)
         assert isinstance(header, pb.ComputeStreamResponse)
         return Outcome(OK, header=header.header, grad=b"".join(c for c in chunks if isinstance(c, bytes)))
+
+    def abort(self, rank: Rank, reason: str) -> Outcome:
+        """Says that a rank cannot take part in its step."""
+        caller, message = Caller(), wire.Abort(rank.place(), rank.want_grad, reason).to_proto()
+        return self._said(self.service.abort_step, message, caller)
+
+    def leave(self, rank: Rank, evaluation_step: int = 0) -> Outcome:
+        """Says that a rank takes no part from its step on."""
+        return self._said(self.service.leave_run, wire.Leave(rank.place(), evaluation_step).to_proto(), Caller())
+
+    @staticmethod
+    def _said(method: Callable[[Any, Any], object], message: object, caller: Caller) -> Outcome:
+        try:
+            method(message, caller)
+        except Ended:
+            return Outcome(caller.code, caller.text, caller.metadata)
+        return Outcome(OK)
 
     def waits_for(self, ranks: int) -> bool:
         """Comes to wait with so many ranks whose payload is there."""

@@ -123,7 +123,12 @@ def a_request(**options: Any) -> wire.Request:
 
 
 @pytest.mark.parametrize(
-    "joint", [wire.Joint("a run", 0, 0, 1), wire.Joint("ü" * 200, (1 << 63) - 1, 65_535, 65_536, bytes(64))]
+    "joint",
+    [
+        wire.Joint("a run", 0, 0, 1),
+        wire.Joint("ü" * 200, (1 << 63) - 1, 65_535, 65_536, bytes(64), (1 << 31) - 1, True, bytes(64)),
+    ],
+    ids=["shortest", "longest"],
 )
 def test_a_joint_request_comes_out_as_it_went_in(joint: wire.Joint) -> None:
     request = a_request(joint=joint, run="its name")
@@ -143,12 +148,49 @@ def test_a_joint_request_comes_out_as_it_went_in(joint: wire.Joint) -> None:
         ({"step": -1}, "joint.step: got -1; expected a 64-bit number >= 0"),
         ({"step": True}, "joint.step: got True; expected an integer"),
         ({"call": bytes(65)}, "joint.call: got 65 bytes; expected at most 64"),
+        ({"process": bytes(65)}, "joint.process: got 65 bytes; expected at most 64"),
+        ({"round": -1}, "joint.round: got -1; expected a 32-bit number >= 0"),
+        ({"round": 1 << 31}, "joint.round: got 2147483648; expected a 32-bit number >= 0"),
     ],
     ids=str,
 )
 def test_a_place_that_cannot_be_is_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(spec.InvalidInput, match=said):
         wire.Joint(**{"run": "r", "step": 0, "rank": 0, "world_size": 4, **values})
+
+
+PLACE = wire.Joint("a run", 7, 2, 4, b"call", 3, process=b"process")
+
+
+def test_what_a_rank_says_that_does_not_come_arrives() -> None:
+    abort = wire.Abort(PLACE, want_grad=True, reason="labels: got text")
+    assert wire.Abort.from_proto(pb.AbortStepRequest.FromString(abort.to_proto().SerializeToString())) == abort
+    leave = wire.Leave(PLACE, evaluation_step=5)
+    assert wire.Leave.from_proto(pb.LeaveRunRequest.FromString(leave.to_proto().SerializeToString())) == leave
+
+
+def test_a_long_reason_is_cut() -> None:
+    message = wire.Abort(PLACE, want_grad=False, reason="x" * 100_000).to_proto()
+    assert wire.Abort.from_proto(message).reason == "x" * 1000
+
+
+def test_what_a_rank_cannot_say_is_refused() -> None:
+    with pytest.raises(spec.InvalidInput, match="evaluation_step: got -1; expected a 64-bit number >= 0"):
+        wire.Leave(PLACE, -1)
+    with pytest.raises(spec.InvalidInput, match=r"joint.run: got ''"):
+        wire.Abort.from_proto(pb.AbortStepRequest())
+    with pytest.raises(spec.InvalidInput, match=r"joint.run: got ''"):
+        wire.Leave.from_proto(pb.LeaveRunRequest())
+
+
+def test_only_a_rank_of_a_joint_step_may_have_no_images() -> None:
+    nothing = tensor("float32", 0, 3, 2), tensor("uint8", 0, 2)
+    loss = spec.weighted_sum(spec.LovaszSoftmax())
+    request = wire.Request.checked(loss, *nothing, want_grad=True, joint=PLACE)
+    assert received(request) == request
+    assert (request.layout.images, request.tensor_bytes) == (0, 0)
+    with pytest.raises(InvalidInput, match="which holds no element"):
+        wire.Request.checked(loss, *nothing, want_grad=True)
 
 
 def test_the_name_of_a_run_is_bounded() -> None:

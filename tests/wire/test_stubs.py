@@ -12,4 +12,4 @@ def test_the_stubs_import_without_a_warning_and_carry_the_contract() -> None:
         "print(service.full_name, *sorted(method.name for method in service.methods))\n"
         "assert all(hasattr(loss_pb2_grpc.LossServiceServicer, method.name) for method in service.methods)"
     )
-    assert run_python(code) == "lovasz.v1.LossService Compute ComputeStream GetServerInfo"
+    assert run_python(code) == "lovasz.v1.LossService AbortStep Compute ComputeStream GetServerInfo LeaveRun"

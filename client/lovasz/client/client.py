@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-from lovasz import spec
+from lovasz import spec, wire
 from lovasz.client.errors import CallCancelledError, invalid_input_translated
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
@@ -19,6 +21,8 @@ from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, ch
 from lovasz.client.tensors import AnyArray
 
 _SUBMIT_THREADS = 16
+_ABORT_SECONDS = 2.0
+"""How long a rank that cannot take part in a step may try to say so."""
 _CANCELLED_SECONDS = 0.5
 """How long calls that were cancelled may take to end, before their threads are left alone."""
 
@@ -116,7 +120,8 @@ class LossClient:
             loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
             want_grad: False for validation: no gradient is computed or sent.
             joint: this rank's place in a joint step; its ``step`` must be set. Loss, per-class losses and counts are
-                then those of all ranks' pixels, and the gradient is that of the joint loss for this rank's logits.
+                then those of all ranks' pixels, and the gradient is that of the joint loss for this rank's logits. N
+                may be 0. If the request is invalid, the other ranks of the step are told at once.
             timeout: seconds; None: the client's.
 
         Returns:
@@ -127,7 +132,7 @@ class LossClient:
             InvalidInputError: the request is invalid.
             LossError: one of its other subclasses.
         """
-        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout)
+        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout, blocking=True)
         return self._finish(call, deadline)
 
     def submit(
@@ -145,13 +150,49 @@ class LossClient:
         Arrays that are not on the host are copied before it returns. Do not change arrays on the host until the future
         is done. Errors of an invalid request are raised here, all others by the future.
         """
-        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout)
+        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout, blocking=False)
         try:
             # In the caller's context, so that the call belongs to the caller's trace.
             return self._threads.submit(partial(contextvars.copy_context().run, self._finish, call, deadline))
         except RuntimeError:
             self._check_open()
             raise
+
+    def abort(self, joint: Joint, reason: str, *, want_grad: bool = True) -> bool:
+        """Ends a joint step in which this rank cannot take part: the others get CallAbortedError with the reason.
+
+        Needed only where a rank fails before it calls; :meth:`compute` and :meth:`submit` do it themselves when they
+        refuse their arguments. It tries once, for at most two seconds.
+
+        Args:
+            joint: this rank's place in the step.
+            reason: for the other ranks; at most 1000 characters are passed on.
+            want_grad: whether it is a step with a gradient.
+
+        Returns:
+            Whether the server knows it. If not, the others wait until the timeout of the step.
+
+        Raises:
+            InvalidInputError: ``joint`` is invalid.
+        """
+        self._check_open()
+        return self._abort(joint.at(joint.step), reason, want_grad)
+
+    def leave(self, joint: Joint, evaluation_step: int, *, timeout: float | None = None) -> None:
+        """This rank takes no part in further steps of a run: the others go on without it.
+
+        Args:
+            joint: this rank's place; ``step`` is the first one with a gradient that it takes no part in. If it returns,
+                its ``round`` must be one more.
+            evaluation_step: the first step without a gradient that it takes no part in.
+            timeout: seconds; None: the client's.
+
+        Raises:
+            LossError: one of its subclasses.
+        """
+        self._check_open()
+        with invalid_input_translated():
+            self._target.leave_run(wire.Leave(joint.at(joint.step), evaluation_step), self._seconds(timeout))
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server is, and its limits.
@@ -193,13 +234,33 @@ class LossClient:
         want_grad: bool,
         joint: Joint | None,
         timeout: float | None,
+        *,
+        blocking: bool,
     ) -> tuple[PreparedCall, float]:
         """The call, prepared, and its deadline."""
         self._check_open()
-        deadline = time.monotonic() + self._seconds(timeout)
-        place = None if joint is None else joint.at(joint.step)
-        with invalid_input_translated():
+        place = None if joint is None else joint.at(joint.step, blocking=blocking)
+        with self._aborted_if_refused(place, want_grad), invalid_input_translated():
+            deadline = time.monotonic() + self._seconds(timeout)
             return self._target.prepare(logits, labels, spec.weighted_sum(loss), want_grad, place), deadline
+
+    @contextmanager
+    def _aborted_if_refused(self, place: wire.Joint | None, want_grad: bool) -> Iterator[None]:
+        """Ends the joint step for the other ranks if an error is raised inside."""
+        try:
+            yield
+        except Exception as error:
+            if place is not None:
+                self._abort(place, str(error) or type(error).__name__, want_grad)
+            raise
+
+    def _abort(self, place: wire.Joint, reason: str, want_grad: bool) -> bool:
+        if place.world_size == 1:
+            return True
+        with suppress(Exception):  # The caller has an error of its own to raise.
+            self._target.abort_step(wire.Abort(place, want_grad, reason), _ABORT_SECONDS)
+            return True
+        return False
 
     def _finish(self, call: PreparedCall, deadline: float) -> spec.Result[Any]:
         with invalid_input_translated():

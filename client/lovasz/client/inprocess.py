@@ -13,6 +13,7 @@ from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, encode_labels, is_torch
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
+from lovasz.core.dispatch import submit
 from lovasz.spec import InvalidInput
 from lovasz.version import VERSION
 
@@ -24,18 +25,28 @@ class Call:
     logits: torch.Tensor
     labels: torch.Tensor
     loss: spec.WeightedSum
+    layout: spec.Layout
     want_grad: bool
     as_numpy: bool
 
     def compute(self, timeout: float) -> spec.Result[Any]:
         """Computes it in this thread; the timeout has no effect."""
         started = time.monotonic()
-        result = core.compute(self.logits, self.labels, self.loss, want_grad=self.want_grad)
+        if self.layout.images:
+            result = core.compute(self.logits, self.labels, self.loss, want_grad=self.want_grad)
+        else:
+            result = self._of_no_images()
         timing = spec.Timing(0.0, 0.0, time.monotonic() - started, 1)
         grad: Any = result.grad
         if self.as_numpy and grad is not None:
             grad = grad.cpu().numpy()
         return spec.Result(result.loss, grad, result.terms, result.intersection, result.union, timing)
+
+    def _of_no_images(self) -> spec.Result[torch.Tensor]:
+        request = Request(self.logits, self.labels, self.layout)
+        (answer,) = submit([request], self.loss, self.logits.device, want_grad=self.want_grad).collect()
+        assert isinstance(answer, spec.Result)
+        return answer
 
 
 class InProcessTarget:
@@ -52,8 +63,14 @@ class InProcessTarget:
         narrow = labels if is_torch(labels) else encode_labels(labels).array()
         scores = as_tensor("logits", logits).detach()
         targets = as_tensor("labels", narrow).detach().to(scores.device)
-        Request.checked(scores, targets, loss)
-        return Call(scores, targets, loss, want_grad, as_numpy=not is_torch(logits))
+        layout = Request.checked(scores, targets, loss, may_be_empty=joint is not None).layout
+        return Call(scores, targets, loss, layout, want_grad, as_numpy=not is_torch(logits))
+
+    def abort_step(self, abort: wire.Abort, timeout: float) -> None:
+        """There are no other ranks."""
+
+    def leave_run(self, leave: wire.Leave, timeout: float) -> None:
+        """There are no other ranks."""
 
     def server_info(self, timeout: float) -> ServerInfo:
         device = Device("cpu", f"this process, torch {torch.__version__}", healthy=True)

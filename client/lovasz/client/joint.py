@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 
 from lovasz import wire
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
+
+_PROCESS = os.urandom(8)
 
 
 @dataclass(frozen=True)
@@ -14,46 +18,123 @@ class Joint:
     """Joins the requests of all ranks of a step: each rank gets the loss of all pixels and its part of the gradient.
 
     The ranks of a step must call one server with the same loss, number of classes, element type and world_size, in any
-    order. The number and size of their images may differ. If a rank is missing, the server waits for it
-    (``--joint-timeout``, 45 s by default); then all ranks that called get CallAbortedError, which names the missing
-    ones.
+    order. The number and size of their images may differ, and a rank may have none (N = 0). If a rank is missing, the
+    server waits for it (``--joint-timeout``, 45 s by default); then all ranks that called get CallAbortedError, which
+    names the missing ones.
 
     Args:
         run: names the training, 1 to 200 characters; trainings that run at the same time need different names.
-        rank: this process, in [0, world_size).
+        rank: this process, in [0, world_size). None, with world_size: those of ``torch.distributed``'s default group,
+            which must be initialized at the first call.
         world_size: the number of processes.
         step: the number of the step, from 0. Steps without a gradient (evaluation) are numbered separately. None:
             ``RemoteLoss`` counts.
+        round: how many times this rank has left the run (``RemoteLoss.leave`` counts). Ranks meet in steps of the same
+            round.
 
     Raises:
         InvalidInputError: a value is invalid.
     """
 
     run: str
-    rank: int
-    world_size: int
+    rank: int | None = None
+    world_size: int | None = None
     step: int | None = None
+    round: int = 0
 
     def __post_init__(self) -> None:
-        self.at(0 if self.step is None else self.step)
+        if (self.rank is None) != (self.world_size is None):
+            text = f"got rank {self.rank} and world_size {self.world_size}; expected both, or none of them"
+            raise InvalidInputError("joint.world_size" if self.world_size is None else "joint.rank", text)
+        rank, world_size = (0, 1) if self.rank is None or self.world_size is None else (self.rank, self.world_size)
+        self._place(0 if self.step is None else self.step, rank, world_size)
 
     @classmethod
     def from_distributed(cls, run: str) -> Joint:
-        """Takes rank and world size from ``torch.distributed``'s default group, which must be initialized.
+        """Takes rank and world size from ``torch.distributed``'s default group: now, or else at the first call.
 
         Makes no collective call.
         """
-        import torch.distributed
+        joint = cls(run)
+        place = _place_in_default_group()
+        return joint if place is None else replace(joint, rank=place[0], world_size=place[1])
 
-        return cls(run, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    def resolved(self) -> Joint:
+        """The same place, with rank and world size.
 
-    def at(self, step: int | None) -> wire.Joint:
+        Raises:
+            InvalidInputError: they are not given, and ``torch.distributed``'s default group is not initialized.
+        """
+        if self.rank is not None:
+            return self
+        place = _place_in_default_group()
+        if place is None:
+            raise InvalidInputError(
+                "joint.rank",
+                "got None, and torch.distributed's default group is not initialized; expected rank and world_size, or "
+                "a call after init_process_group",
+            )
+        return replace(self, rank=place[0], world_size=place[1])
+
+    def at(self, step: int | None, *, blocking: bool | None = None) -> wire.Joint:
         """This rank's place in a step, for one call.
+
+        Args:
+            blocking: whether this thread waits for the call's end; None: it is no call for a loss.
 
         Raises:
             InvalidInputError: a value is invalid.
         """
         if step is None:
             raise InvalidInputError("joint.step", "got None; expected a number (only RemoteLoss counts steps itself)")
+        joint = self.resolved()
+        assert joint.rank is not None
+        assert joint.world_size is not None
+        if blocking is not None:
+            blocking = _CALLING.is_only_one(self.run, joint.rank, threading.get_ident() if blocking else None)
+        return joint._place(step, joint.rank, joint.world_size, os.urandom(16), bool(blocking))
+
+    def _place(self, step: int, rank: int, world_size: int, call: bytes = b"", blocking: bool = False) -> wire.Joint:
+        # A forked process has the same random bytes.
+        process = _PROCESS + os.getpid().to_bytes(8, "little")
         with invalid_input_translated():
-            return wire.Joint(self.run, step, self.rank, self.world_size, os.urandom(16))
+            return wire.Joint(self.run, step, rank, world_size, call, self.round, blocking, process)
+
+
+def _place_in_default_group() -> tuple[int, int] | None:
+    """Rank and world size in ``torch.distributed``'s default group; None if it is not initialized."""
+    try:
+        import torch.distributed
+    except ModuleNotFoundError:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class CallingThreads:
+    """Knows of each rank in this process whether all its calls came from one thread, one after the other.
+
+    Only such a rank makes no other call while it waits.
+    """
+
+    MAX_RANKS = 1000
+    """Ranks that are remembered, those that called last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: OrderedDict[tuple[str, int], int | None] = OrderedDict()
+
+    def is_only_one(self, run: str, rank: int, thread: int | None) -> bool:
+        """Whether a rank has called from this thread alone; None stands for a call that no thread waits for."""
+        with self._lock:
+            known = self._threads.setdefault((run, rank), thread)
+            self._threads.move_to_end((run, rank))
+            if known != thread:
+                self._threads[run, rank] = None
+            while len(self._threads) > self.MAX_RANKS:
+                self._threads.popitem(last=False)
+            return thread is not None and known == thread
+
+
+_CALLING = CallingThreads()

@@ -91,6 +91,8 @@ class MemoryPool(Generic[MemoryT]):
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """An array with a block of its own, which returns to the pool when the array's last view is gone."""
+        if 0 in shape:
+            return np.empty(shape, dtype)
         return self.lend(self.take(math.prod(shape) * dtype.itemsize), 0, shape, dtype)
 
     def close(self) -> None:

@@ -81,8 +81,7 @@ class Call:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The call's gRPC metadata: gRPC and proxies find the calls of a run by it."""
-        joint = self.request.joint
-        return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
+        return _metadata(self.request.joint)
 
     def compute(self, timeout: float) -> spec.Result[Any]:
         """Computes it on the server within ``timeout`` seconds, retries included."""
@@ -140,6 +139,16 @@ class RemoteTarget:
             request_serializer=pb.GetServerInfoRequest.SerializeToString,
             response_deserializer=pb.GetServerInfoResponse.FromString,
         )
+        self._call_abort = self._messages.unary_unary(
+            _method("AbortStep"),
+            request_serializer=pb.AbortStepRequest.SerializeToString,
+            response_deserializer=pb.AbortStepResponse.FromString,
+        )
+        self._call_leave = self._messages.unary_unary(
+            _method("LeaveRun"),
+            request_serializer=pb.LeaveRunRequest.SerializeToString,
+            response_deserializer=pb.LeaveRunResponse.FromString,
+        )
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._memory_path = None if path is None or self._transport is Transport.GRPC else path + wire.MEMORY_SUFFIX
         self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
@@ -159,7 +168,7 @@ class RemoteTarget:
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
-            array = tensor.in_place()
+            array = tensor.in_place() if tensor.spec.nbytes else tensor.array()
             if array is not None:
                 return wire.as_bytes(array)
             memory.append(self._memory.take(tensor.spec.nbytes))
@@ -187,7 +196,17 @@ class RemoteTarget:
             intersection=response.intersection,
             union=response.union,
             timing=response.timing,
+            ranks=response.ranks,
         )
+
+    def abort_step(self, abort: wire.Abort, timeout: float) -> None:
+        with self._grpc_errors_translated():
+            self._call_abort(abort.to_proto(), timeout=timeout, metadata=_metadata(abort.joint))
+
+    def leave_run(self, leave: wire.Leave, timeout: float) -> None:
+        message, metadata = leave.to_proto(), _metadata(leave.joint)
+        with self._grpc_errors_translated():
+            self._retries.call(lambda left: self._call_leave(message, timeout=left, metadata=metadata), timeout)
 
     def server_info(self, timeout: float) -> ServerInfo:
         with self._grpc_errors_translated():
@@ -320,6 +339,10 @@ def _misfit_is_wrong_answer() -> Iterator[None]:
         yield
     except InvalidInput as error:
         raise _WrongAnswer(str(error)) from None
+
+
+def _metadata(joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
+    return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
 
 
 def _method(name: str) -> str:

@@ -136,6 +136,20 @@ class Target(Protocol):
             InvalidInput: the request is invalid.
         """
 
+    def abort_step(self, abort: wire.Abort, timeout: float) -> None:
+        """Ends a joint step in which a rank cannot take part; tries once.
+
+        Raises:
+            LossError: the target does not know it.
+        """
+
+    def leave_run(self, leave: wire.Leave, timeout: float) -> None:
+        """Lets the other ranks of a run go on without one.
+
+        Raises:
+            LossError: the target does not know it.
+        """
+
     def server_info(self, timeout: float) -> ServerInfo:
         """What the target is, asked within ``timeout`` seconds.
 

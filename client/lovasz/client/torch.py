@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -43,8 +44,9 @@ class RemoteLoss(torch.nn.Module):
         criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint=Joint.from_distributed("cityscapes-7"))
 
     The module counts its calls, those with a gradient and those without separately, and calls of all ranks with the
-    same number form a step. So every rank must make the same number of calls, also with gradient accumulation. A call
-    that raises is not counted. An evaluation under ``torch.no_grad`` has no gradient.
+    same number form a step. So every rank must make the same number of calls, also with gradient accumulation; a batch
+    may be empty (N = 0), and a rank whose data end earlier calls :meth:`leave`. A call that raises is not counted. An
+    evaluation under ``torch.no_grad`` has no gradient.
 
     Attributes:
         result: the last result, without its gradient: per-class losses, IoU counts and timing. None before the first.
@@ -61,7 +63,7 @@ class RemoteLoss(torch.nn.Module):
         load_balancing: str | None = None,
         run: str | None = None,
         http_proxy: bool = False,
-        joint: Joint | None = None,
+        joint: Joint | str | None = None,
         gradient_reduction: str = "mean",
     ) -> None:
         """Checks its arguments. It connects at the first call.
@@ -76,22 +78,27 @@ class RemoteLoss(torch.nn.Module):
             load_balancing: as for :class:`LossClient`.
             run: as for :class:`LossClient`.
             http_proxy: as for :class:`LossClient`.
-            joint: this rank's place in a data-parallel training.
+            joint: this rank's place in a data-parallel training; or the run's name, for rank and world size of
+                ``torch.distributed``'s default group at the first call.
             gradient_reduction: how the trainer combines the gradients of its ranks. ``"mean"``, as
                 DistributedDataParallel does: gradients are multiplied by world_size, so that their mean is the true
-                gradient. ``"sum"``: gradients are left as they are.
+                gradient. ``"active_mean"``, as DistributedDataParallel's ``join(divide_by_initial_world_size=False)``
+                does: they are multiplied by the number of ranks that have not left. ``"sum"``: they are left as they
+                are.
 
         Raises:
             InvalidInput: the loss is invalid, or its terms cannot be combined.
             ValueError: another argument is invalid.
         """
         super().__init__()
-        if gradient_reduction not in ("mean", "sum"):
-            raise ValueError(f"gradient_reduction: got {gradient_reduction!r}; expected 'mean' or 'sum'")
-        self.joint = joint
+        if gradient_reduction not in ("mean", "active_mean", "sum"):
+            raise ValueError(f"gradient_reduction: got {gradient_reduction!r}; expected 'mean', 'active_mean' or 'sum'")
+        self.joint = Joint(joint) if isinstance(joint, str) else joint
         self.gradient_reduction = gradient_reduction
-        self._first_step = 0 if joint is None or joint.step is None else joint.step
+        self._first_step = 0 if self.joint is None or self.joint.step is None else self.joint.step
         self._calls = {True: 0, False: 0}
+        self._reached = {True: 0, False: 0}
+        """One more than the largest step so far."""
         self.loss = weighted_sum(loss)
         self.result: Result[Any] | None = None
         self._key = _register(self)
@@ -139,10 +146,12 @@ class RemoteLoss(torch.nn.Module):
                 "loss); the number of a joint step is given by name, step=..."
             )
         if not isinstance(logits, Tensor):
-            raise InvalidInputError(
+            error = InvalidInputError(
                 "logits",
                 f"got {type(logits).__name__}; expected a torch tensor (LossClient.compute takes other arrays)",
             )
+            self._abort(error, step)
+            raise error
         want_grad = torch.is_grad_enabled() and logits.requires_grad
         if torch.compiler.is_compiling():
             return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
@@ -150,15 +159,51 @@ class RemoteLoss(torch.nn.Module):
 
     def _compute(self, logits: Tensor, labels: AnyArray, want_grad: bool, step: int | None) -> tuple[float, Any, float]:
         """Makes the call; returns the loss, its gradient, and what the gradient is still to be multiplied with."""
-        joint = self.joint
-        if joint is not None:
-            counted = self._first_step + self._calls[want_grad]
-            joint = replace(joint, step=counted if step is None else step)
+        joint = self._place(want_grad, step)
         result = self.client.compute(logits, labels, self.loss, want_grad=want_grad, joint=joint)
         self._calls[want_grad] += step is None
-        self.result = Result(result.loss, None, result.terms, result.intersection, result.union, result.timing)
-        averaged = joint is not None and self.gradient_reduction == "mean"
-        return result.loss, result.grad, joint.world_size if joint and averaged else 1
+        self.result = replace(result, grad=None)
+        factor = 1
+        if joint is not None and joint.step is not None:
+            self._reached[want_grad] = max(self._reached[want_grad], joint.step + 1)
+            if self.gradient_reduction == "mean":
+                factor = joint.world_size or 1
+            elif self.gradient_reduction == "active_mean":
+                factor = result.ranks
+        return result.loss, result.grad, factor
+
+    def _place(self, want_grad: bool, step: int | None) -> Joint | None:
+        """This rank's place in the step of a call, as the caller numbers it, or as it is counted."""
+        if self.joint is None:
+            return None
+        self.joint = self.joint.resolved()
+        return replace(self.joint, step=self._first_step + self._calls[want_grad] if step is None else step)
+
+    def _abort(self, error: InvalidInputError, step: int | None) -> None:
+        """Tells the other ranks of the step that this one cannot take part; raises nothing."""
+        want_grad = torch.is_grad_enabled()
+        with suppress(Exception):
+            place = self._place(want_grad, step)
+            if place is not None:
+                self.client.abort(place, str(error), want_grad=want_grad)
+
+    def leave(self) -> None:
+        """This rank has no more data: from its next step on, the other ranks go on without it.
+
+        All ranks call it at the end of their data, also those that end last. Steps are then counted from the beginning:
+        further calls belong to the next round, in which the ranks meet again once the others have left, too. With
+        DistributedDataParallel, call it inside its ``join()``. Does nothing without ``joint``.
+
+        Raises:
+            LossError: one of its subclasses: the server does not know it; it can be called again.
+        """
+        if self.joint is None:
+            return
+        self.joint = joint = self.joint.resolved()
+        first, evaluation_first = (max(self._reached[mode], self._first_step) for mode in (True, False))
+        self.client.leave(replace(joint, step=first), evaluation_first)
+        self.joint = replace(joint, round=joint.round + 1)
+        self._calls, self._reached = {True: 0, False: 0}, {True: 0, False: 0}
 
     def close(self) -> None:
         """Closes the connection if this module opened it."""

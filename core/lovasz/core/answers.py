@@ -62,19 +62,57 @@ class Part:
 
 @dataclass(frozen=True)
 class Pending:
-    """A batch whose computation may still be running on its device."""
+    """A batch whose computation may still be running on its device.
 
-    requests: tuple[Request, ...]
+    Attributes:
+        whole: the batch, with requests that have no images; no part has these.
+        loss: of all its requests.
+        want_grad: whether the gradients are wanted, too.
+    """
+
+    whole: Batch
     parts: tuple[Part, ...]
+    loss: WeightedSum
+    want_grad: bool
 
     def collect(self) -> list[Answer]:
         """Waits for the device; returns one answer per request, in the order of the requests.
 
         The answer to a request with a fault is the error that says why. The answer to the other requests of its joint
-        is a ``JointFault``. Other joints are not affected.
+        is a ``JointFault``. Other joints are not affected. A request without images gets the answer of its joint.
         """
         answers = {place: answer for part in self.parts for place, answer in _answers(part)}
-        return [answers[place] for place in range(len(self.requests))]
+        if len(answers) < len(self.whole.requests):
+            self._add_empty(answers)
+        return [answers[place] for place in range(len(self.whole.requests))]
+
+    def _add_empty(self, answers: dict[int, Answer]) -> None:
+        """Adds the answers to requests without images; the positions in joints become those among all requests."""
+        stop = 0
+        for joint in self.whole.joints:
+            start, stop = stop, stop + len(joint)
+            present = [place for place in range(start, stop) if place in answers]
+            fault: JointFault | None = None
+            for place in present:
+                answer = answers[place]
+                if isinstance(answer, JointFault):
+                    answers[place] = JointFault(present[answer.place] - start, answer.fault)
+                elif isinstance(answer, InvalidInput):
+                    fault = fault or JointFault(place - start, answer)
+            of_joint = answers[present[0]] if present else _nothing(self.loss, joint[0].layout.channels)
+            for place, request in enumerate(joint, start):
+                if place not in answers:
+                    answers[place] = fault or self._with_empty_grad(of_joint, request)
+
+    def _with_empty_grad(self, answer: Answer, request: Request) -> Answer:
+        """The answer of a joint, for a request without images."""
+        assert isinstance(answer, Result)
+        logits, grad = request.logits, None
+        if self.want_grad:
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            grad = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+        terms = tuple(replace(term, per_image_loss=np.empty(0)) for term in answer.terms)
+        return Result(answer.loss, grad, terms, answer.intersection.copy(), answer.union.copy())
 
     def differentiable(self) -> tuple[Tensor | float, Tensor | None]:
         """The loss and the gradient of a single request; waits only until its faults are known, if the backend can.
@@ -138,6 +176,16 @@ def _void_segments(loss: WeightedSum, segments: int) -> slice:
     if loss.is_binary:
         return slice(segments if void == 1 else 0)
     return slice(0) if void is None or not 0 <= void < segments else slice(void, void + 1)
+
+
+def _nothing(loss: WeightedSum, channels: int) -> Result[Tensor]:
+    """The answer to a joint without images: no class is scored."""
+    terms = tuple(
+        TermResult(term.kind, 0.0, np.full(channels if isinstance(term, LovaszLoss) else 0, np.nan))
+        for _, term in loss.terms
+    )
+    counts = np.zeros(channels, np.int64)
+    return Result(0.0, None, terms, counts, counts)
 
 
 def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> Result[Tensor]:

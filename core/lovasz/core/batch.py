@@ -35,11 +35,20 @@ class Request:
     grad: Tensor | None = None
 
     @classmethod
-    def checked(cls, logits: Tensor, labels: Tensor, loss: WeightedSum, offsets: Any = None) -> Request:
+    def checked(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        loss: WeightedSum,
+        offsets: Any = None,
+        *,
+        may_be_empty: bool = False,
+    ) -> Request:
         """Makes a request after checking element types, shapes and devices.
 
         Args:
             offsets: ``Layout.offsets``, as a sequence or an array.
+            may_be_empty: whether there may be no images, as in one of several requests that are scored as one.
 
         Raises:
             InvalidInput: one of them does not fit the loss.
@@ -50,7 +59,7 @@ class Request:
             raise InvalidInput("labels", f"got device {labels.device}; expected {logits.device}, like the logits")
         if labels.dtype not in INTEGER_TYPES:
             labels = _integers(labels)
-        return cls(logits, labels, loss.layout(logits.shape, labels.shape, offsets))
+        return cls(logits, labels, loss.layout(logits.shape, labels.shape, offsets, may_be_empty=may_be_empty))
 
     def images(self) -> tuple[Request, ...]:
         """The images that ``Layout.offsets`` marks, each a request (1, K, pixels)."""
@@ -91,6 +100,13 @@ class Batch:
     def of(cls, requests: Sequence[Request], sizes: Sequence[int] | None = None) -> Batch:
         """Makes a batch; without ``sizes``, each request is a joint of its own."""
         return cls(tuple(requests), (1,) * len(requests) if sizes is None else tuple(sizes))
+
+    def with_images(self) -> Batch:
+        """The batch without requests that have no images, and without joints that have none."""
+        if all(request.layout.images for request in self.requests):
+            return self
+        filled = [[request for request in joint if request.layout.images] for joint in self.joints]
+        return Batch.of([request for joint in filled for request in joint], [len(joint) for joint in filled if joint])
 
     @cached_property
     def joints(self) -> tuple[tuple[Request, ...], ...]:

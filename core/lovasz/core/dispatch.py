@@ -77,7 +77,8 @@ def submit(
     """Queues the computation of requests that have the same element type and number of channels.
 
     The answer to a joint does not depend on the batch: it is bit-identical to the answer to one request that holds all
-    images of the joint, computed alone.
+    images of the joint, computed alone. Requests of a joint may have no images (N = 0): they change nothing, and get
+    its answer.
 
     Args:
         joined: the number of consecutive requests in each joint; None if each request is scored alone.
@@ -90,20 +91,28 @@ def submit(
         Stopped: the computation was asked to end early.
     """
     whole = Batch.of(requests, joined)
-    joints_of = _divide(whole.divided(loss), loss, device, backend)
-    places = np.split(np.arange(len(whole.requests)), np.cumsum(whole.sizes)[:-1])
+    filled = whole.with_images()
+    joints_of = _divide(filled.divided(loss), loss, device, backend)
+    numbers_of_filled = (
+        np.arange(len(whole.requests))
+        if filled is whole
+        else np.flatnonzero([request.layout.images for request in whole.requests])
+    )
+    places = np.split(numbers_of_filled, np.cumsum(filled.sizes)[:-1])
     parts = []
     for (chosen, _), numbers in joints_of.items():
-        own = whole
+        own = filled
         if len(joints_of) > 1:
-            own = Batch.of([request for j in numbers for request in whole.joints[j]], [whole.sizes[j] for j in numbers])
+            own = Batch.of(
+                [request for j in numbers for request in filled.joints[j]], [filled.sizes[j] for j in numbers]
+            )
         divided = own.divided(loss)
         plan, want_total = Plan.of(divided, loss, device), want_total and divided is own
         computed = compute(chosen, plan, divided, want_grad=want_grad, want_total=want_total, stop=stop)
         if divided is not own and computed.grads is not None:
             computed = replace(computed, grads=own.join(computed.grads))
         parts.append(Part(tuple(int(place) for j in numbers for place in places[j]), plan, own, computed))
-    return Pending(whole.requests, tuple(parts))
+    return Pending(whole, tuple(parts), loss, want_grad)
 
 
 def _divide(

@@ -21,7 +21,7 @@ class Layout:
     """A request's sizes, for any number of axes: it has ``images`` x ``channels`` x ``pixels`` logits.
 
     Attributes:
-        images: N, the size of the first axis.
+        images: N, the size of the first axis; 0 only for a rank of a joint step.
         channels: the number of classes (softmax) or of binary labels (binary losses).
         pixels: the product of the spatial axes.
         label_values: how many values a label can take: C for a softmax loss, 2 for a binary loss.
@@ -46,8 +46,11 @@ class Layout:
         return self.images if self.offsets is None else len(self.offsets)
 
 
-def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
+def softmax_layout(logits: Sequence[int], labels: Sequence[int], *, may_be_empty: bool = False) -> Layout:
     """The layout of logits (N, C, *spatial) and labels (N, *spatial) or (N, 1, *spatial).
+
+    Args:
+        may_be_empty: whether N may be 0.
 
     Raises:
         InvalidInput: a shape is not one of these, or the two do not fit.
@@ -63,7 +66,7 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
         raise InvalidInput(
             "labels", f"got shape {_text(labels)} for logits {_text(logits)}; expected {_text(expected)}{cure}"
         )
-    _check_not_empty(logits)
+    _check_not_empty(logits, may_be_empty)
     if logits[1] == 1:
         raise InvalidInput(
             "logits",
@@ -74,11 +77,16 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int]) -> Layout:
     return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=logits[1])
 
 
-def binary_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool) -> Layout:
+def binary_layout(
+    logits: Sequence[int], labels: Sequence[int], multilabel: bool, *, may_be_empty: bool = False
+) -> Layout:
     """The layout of logits and labels, each (N, *spatial) or (N, 1, *spatial).
 
     With ``multilabel`` both have shape (N, L, *spatial). Without it, logits of four or more axes need the axis of size
     1, since (N, L, H, W) and volumes (N, D, H, W) look alike.
+
+    Args:
+        may_be_empty: whether N may be 0.
 
     Raises:
         InvalidInput: a shape is not one of these, or the two do not fit.
@@ -93,7 +101,7 @@ def binary_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool
                 f"got shape {_text(labels)} for multilabel logits {_text(logits)}; expected the same"
                 + (" (for one class a pixel use LovaszSoftmax)" if labels == (logits[0], *logits[2:]) else ""),
             )
-        _check_not_empty(logits)
+        _check_not_empty(logits, may_be_empty)
         return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=2)
     if len(logits) < 1:
         raise InvalidInput("logits", "got shape (); expected (N, *spatial) or (N, 1, *spatial)")
@@ -104,7 +112,7 @@ def binary_layout(logits: Sequence[int], labels: Sequence[int], multilabel: bool
             f"got shape {_text(labels)} for binary logits {_text(logits)}; expected {_text(squeezed)} "
             "(for several binary labels a pixel use multilabel=True, for one class a pixel LovaszSoftmax)",
         )
-    _check_not_empty(logits)
+    _check_not_empty(logits, may_be_empty)
     if len(squeezed) > 3 and len(squeezed) == len(logits):
         raise InvalidInput(
             "logits",
@@ -175,6 +183,6 @@ def _text(shape: Sequence[int]) -> str:
     return str(tuple(shape))
 
 
-def _check_not_empty(logits: tuple[int, ...]) -> None:
-    if math.prod(logits) == 0:
+def _check_not_empty(logits: tuple[int, ...], may_be_empty: bool) -> None:
+    if math.prod(logits) == 0 and not (may_be_empty and logits[0] == 0):
         raise InvalidInput("logits", f"got shape {_text(logits)}, which holds no element; expected at least one pixel")

@@ -72,6 +72,7 @@ class Result(Generic[ArrayT]):
             (``ignore_index``), even if it is predicted on pixels that count. The IoU of a test set is the ratio of the
             two, each summed over the set.
         timing: where the server spent its time; None without a server.
+        ranks: the number of ranks of the joint step, without those that have left; 1 without one.
     """
 
     loss: float
@@ -80,6 +81,7 @@ class Result(Generic[ArrayT]):
     intersection: npt.NDArray[np.int64]
     union: npt.NDArray[np.int64]
     timing: Timing | None = None
+    ranks: int = 1
 
     @property
     def per_class_loss(self) -> npt.NDArray[np.float64]:

@@ -116,18 +116,24 @@ class WeightedSum:
                     f"got 'none' with {loss}; expected only Lovász losses with per_image=True",
                 )
 
-    def layout(self, logits: Sequence[int], labels: Sequence[int], offsets: Any = None) -> Layout:
+    def layout(
+        self, logits: Sequence[int], labels: Sequence[int], offsets: Any = None, *, may_be_empty: bool = False
+    ) -> Layout:
         """Checks the shapes of a request, and the options that depend on them.
 
         Args:
             logits: shape of the logits.
             labels: shape of the labels.
             offsets: ``Layout.offsets``, as a sequence or an array.
+            may_be_empty: whether there may be no images, as for one of several requests that are computed as one.
 
         Raises:
             InvalidInput: a shape that does not fit the loss, or an option that does not fit the number of classes.
         """
-        layout = binary_layout(logits, labels, self.multilabel) if self.is_binary else softmax_layout(logits, labels)
+        if self.is_binary:
+            layout = binary_layout(logits, labels, self.multilabel, may_be_empty=may_be_empty)
+        else:
+            layout = softmax_layout(logits, labels, may_be_empty=may_be_empty)
         for _, loss in self.terms:
             _check_class_options(loss, layout.channels)
         ends = checked_offsets(offsets, layout.images)

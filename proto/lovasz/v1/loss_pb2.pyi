@@ -152,18 +152,24 @@ class RequestHeader(_message.Message):
     def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ..., run: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Joint(_message.Message):
-    __slots__ = ("run", "step", "rank", "world_size", "call")
+    __slots__ = ("run", "step", "rank", "world_size", "call", "round", "blocking", "process")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BLOCKING_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     run: str
     step: int
     rank: int
     world_size: int
     call: bytes
-    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., call: _Optional[bytes] = ...) -> None: ...
+    round: int
+    blocking: bool
+    process: bytes
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., call: _Optional[bytes] = ..., round: _Optional[int] = ..., blocking: bool = ..., process: _Optional[bytes] = ...) -> None: ...
 
 class SharedTensors(_message.Message):
     __slots__ = ("session", "region", "logits_offset", "labels_offset", "grad_offset")
@@ -240,7 +246,7 @@ class ServerTiming(_message.Message):
     def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ..., joint_wait_seconds: _Optional[float] = ..., copy_seconds: _Optional[float] = ...) -> None: ...
 
 class ResponseHeader(_message.Message):
-    __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing")
+    __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing", "ranks")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     INTERSECTION_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +254,7 @@ class ResponseHeader(_message.Message):
     GRAD_FIELD_NUMBER: _ClassVar[int]
     GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     loss: float
     terms: _containers.RepeatedCompositeFieldContainer[TermResult]
     intersection: _containers.RepeatedScalarFieldContainer[int]
@@ -255,7 +262,8 @@ class ResponseHeader(_message.Message):
     grad: TensorInfo
     grad_scale: float
     timing: ServerTiming
-    def __init__(self, loss: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[TermResult, _Mapping]]] = ..., intersection: _Optional[_Iterable[int]] = ..., union: _Optional[_Iterable[int]] = ..., grad: _Optional[_Union[TensorInfo, _Mapping]] = ..., grad_scale: _Optional[float] = ..., timing: _Optional[_Union[ServerTiming, _Mapping]] = ...) -> None: ...
+    ranks: int
+    def __init__(self, loss: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[TermResult, _Mapping]]] = ..., intersection: _Optional[_Iterable[int]] = ..., union: _Optional[_Iterable[int]] = ..., grad: _Optional[_Union[TensorInfo, _Mapping]] = ..., grad_scale: _Optional[float] = ..., timing: _Optional[_Union[ServerTiming, _Mapping]] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
     __slots__ = ("header", "grad")
@@ -272,6 +280,32 @@ class ComputeStreamResponse(_message.Message):
     header: ResponseHeader
     chunk: bytes
     def __init__(self, header: _Optional[_Union[ResponseHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class AbortStepRequest(_message.Message):
+    __slots__ = ("joint", "want_grad", "reason")
+    JOINT_FIELD_NUMBER: _ClassVar[int]
+    WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    joint: Joint
+    want_grad: bool
+    reason: str
+    def __init__(self, joint: _Optional[_Union[Joint, _Mapping]] = ..., want_grad: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AbortStepResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveRunRequest(_message.Message):
+    __slots__ = ("joint", "evaluation_step")
+    JOINT_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_STEP_FIELD_NUMBER: _ClassVar[int]
+    joint: Joint
+    evaluation_step: int
+    def __init__(self, joint: _Optional[_Union[Joint, _Mapping]] = ..., evaluation_step: _Optional[int] = ...) -> None: ...
+
+class LeaveRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -49,6 +49,16 @@ class LossServiceStub(object):
                 request_serializer=lovasz_dot_v1_dot_loss__pb2.ComputeStreamRequest.SerializeToString,
                 response_deserializer=lovasz_dot_v1_dot_loss__pb2.ComputeStreamResponse.FromString,
                 _registered_method=True)
+        self.AbortStep = channel.unary_unary(
+                '/lovasz.v1.LossService/AbortStep',
+                request_serializer=lovasz_dot_v1_dot_loss__pb2.AbortStepRequest.SerializeToString,
+                response_deserializer=lovasz_dot_v1_dot_loss__pb2.AbortStepResponse.FromString,
+                _registered_method=True)
+        self.LeaveRun = channel.unary_unary(
+                '/lovasz.v1.LossService/LeaveRun',
+                request_serializer=lovasz_dot_v1_dot_loss__pb2.LeaveRunRequest.SerializeToString,
+                response_deserializer=lovasz_dot_v1_dot_loss__pb2.LeaveRunResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/lovasz.v1.LossService/GetServerInfo',
                 request_serializer=lovasz_dot_v1_dot_loss__pb2.GetServerInfoRequest.SerializeToString,
@@ -77,6 +87,23 @@ class LossServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AbortStep(self, request, context):
+        """Ends a joint step in which a rank cannot take part: the other ranks get ABORTED at once, with the rank and its
+        reason, instead of waiting for it. Those that come within 15 seconds get it, too, each once; then the step can be
+        tried again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveRun(self, request, context):
+        """Says that a rank takes no part in further steps of a run: the others go on without it. Once all ranks have left, the
+        server forgets it. A rank that returns counts one round more (Joint.round).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """Tells what this server is, and its limits.
         """
@@ -96,6 +123,16 @@ def add_LossServiceServicer_to_server(servicer, server):
                     servicer.ComputeStream,
                     request_deserializer=lovasz_dot_v1_dot_loss__pb2.ComputeStreamRequest.FromString,
                     response_serializer=lovasz_dot_v1_dot_loss__pb2.ComputeStreamResponse.SerializeToString,
+            ),
+            'AbortStep': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortStep,
+                    request_deserializer=lovasz_dot_v1_dot_loss__pb2.AbortStepRequest.FromString,
+                    response_serializer=lovasz_dot_v1_dot_loss__pb2.AbortStepResponse.SerializeToString,
+            ),
+            'LeaveRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveRun,
+                    request_deserializer=lovasz_dot_v1_dot_loss__pb2.LeaveRunRequest.FromString,
+                    response_serializer=lovasz_dot_v1_dot_loss__pb2.LeaveRunResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -156,6 +193,60 @@ class LossService(object):
             '/lovasz.v1.LossService/ComputeStream',
             lovasz_dot_v1_dot_loss__pb2.ComputeStreamRequest.SerializeToString,
             lovasz_dot_v1_dot_loss__pb2.ComputeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortStep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lovasz.v1.LossService/AbortStep',
+            lovasz_dot_v1_dot_loss__pb2.AbortStepRequest.SerializeToString,
+            lovasz_dot_v1_dot_loss__pb2.AbortStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lovasz.v1.LossService/LeaveRun',
+            lovasz_dot_v1_dot_loss__pb2.LeaveRunRequest.SerializeToString,
+            lovasz_dot_v1_dot_loss__pb2.LeaveRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,14 +6,18 @@ tensors is serialized is in :mod:`lovasz.wire.framing`.
 
 from lovasz.wire.connection import KEEPALIVE_OPTIONS
 from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
-from lovasz.wire.losses import loss_from_proto, loss_to_proto
-from lovasz.wire.messages import (
+from lovasz.wire.joint import (
     MAX_CALL_BYTES,
     MAX_RUN_CHARACTERS,
-    MAX_SOCKET_PATH_BYTES,
     MAX_WORLD_SIZE,
-    MEMORY_SUFFIX,
+    Abort,
     Joint,
+    Leave,
+)
+from lovasz.wire.losses import loss_from_proto, loss_to_proto
+from lovasz.wire.messages import (
+    MAX_SOCKET_PATH_BYTES,
+    MEMORY_SUFFIX,
     Request,
     Response,
     SharedTensors,
@@ -34,9 +38,11 @@ __all__ = [
     "KEEPALIVE_OPTIONS",
     "MAX_SOCKET_PATH_BYTES",
     "MEMORY_SUFFIX",
+    "Abort",
     "Assembly",
     "DType",
     "Joint",
+    "Leave",
     "Request",
     "Response",
     "SharedTensors",

@@ -14,11 +14,9 @@ from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_named, dtype_numbered
 from lovasz.wire.enums import enum_text
+from lovasz.wire.joint import MAX_RUN_CHARACTERS, Joint
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
 
-MAX_RUN_CHARACTERS = 200
-MAX_WORLD_SIZE = 65_536
-MAX_CALL_BYTES = 64
 MAX_SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux."""
 MEMORY_SUFFIX = ".memory"
@@ -73,55 +71,6 @@ class SharedTensors:
 
 
 @dataclass(frozen=True)
-class Joint:
-    """One rank's place in a joint step.
-
-    Attributes:
-        run: names the training.
-        step: the number of the step, from 0.
-        rank: in [0, world_size).
-        world_size: the number of ranks.
-        call: names the call; the same when the call is retried.
-
-    Raises:
-        InvalidInput: a value is invalid.
-    """
-
-    run: str
-    step: int
-    rank: int
-    world_size: int
-    call: bytes = b""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.run, str) or not 1 <= len(self.run) <= MAX_RUN_CHARACTERS:
-            raise spec.InvalidInput("joint.run", f"got {self.run!r}; expected 1 to {MAX_RUN_CHARACTERS} characters")
-        for name, value in (("step", self.step), ("rank", self.rank), ("world_size", self.world_size)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise spec.InvalidInput(f"joint.{name}", f"got {value!r}; expected an integer")
-        if not 1 <= self.world_size <= MAX_WORLD_SIZE:
-            raise spec.InvalidInput("joint.world_size", f"got {self.world_size}; expected 1 to {MAX_WORLD_SIZE}")
-        if not 0 <= self.rank < self.world_size:
-            raise spec.InvalidInput("joint.rank", f"got {self.rank}; expected a rank in [0, {self.world_size})")
-        if not 0 <= self.step < 1 << 63:
-            raise spec.InvalidInput("joint.step", f"got {self.step}; expected a 64-bit number >= 0")
-        if len(self.call) > MAX_CALL_BYTES:
-            raise spec.InvalidInput("joint.call", f"got {len(self.call)} bytes; expected at most {MAX_CALL_BYTES}")
-
-    def to_proto(self) -> pb.Joint:
-        return pb.Joint(run=self.run, step=self.step, rank=self.rank, world_size=self.world_size, call=self.call)
-
-    @classmethod
-    def from_proto(cls, message: pb.Joint) -> Joint:
-        """The place that a protobuf message describes.
-
-        Raises:
-            InvalidInput: a value is invalid.
-        """
-        return cls(message.run, message.step, message.rank, message.world_size, message.call)
-
-
-@dataclass(frozen=True)
 class Request:
     """A request without its payload.
 
@@ -172,9 +121,8 @@ class Request:
             raise spec.InvalidInput(
                 "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
             )
-        return cls(
-            loss, logits, labels, want_grad, loss.layout(logits.shape, labels.shape, offsets), shared, joint, run
-        )
+        layout = loss.layout(logits.shape, labels.shape, offsets, may_be_empty=joint is not None)
+        return cls(loss, logits, labels, want_grad, layout, shared, joint, run)
 
     @property
     def grad_bytes(self) -> int:
@@ -244,6 +192,7 @@ class Response:
         grad: element type and shape of the gradient; None if none was wanted.
         grad_scale: a power of two: the gradient is sent multiplied by it.
         timing: where the server spent the time.
+        ranks: the number of ranks of the joint step; 1 without one.
     """
 
     loss: float
@@ -253,6 +202,7 @@ class Response:
     grad: TensorSpec | None
     grad_scale: float
     timing: spec.Timing
+    ranks: int = 1
 
     def to_proto(self) -> pb.ResponseHeader:
         timing = self.timing
@@ -266,6 +216,7 @@ class Response:
             union=self.union,
             grad=None if self.grad is None else self.grad.to_proto(),
             grad_scale=self.grad_scale,
+            ranks=self.ranks,
             timing=pb.ServerTiming(
                 receive_seconds=timing.receive_seconds,
                 queue_seconds=timing.queue_seconds,
@@ -333,4 +284,5 @@ class Response:
                 timing.joint_wait_seconds,
                 timing.copy_seconds,
             ),
+            ranks=message.ranks,
         )

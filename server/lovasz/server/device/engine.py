@@ -215,18 +215,21 @@ class Engine:
         # On a GPU a batch may have started before the one before it ended.
         self._metrics.device_busy_seconds.inc(now - max(running.started, self._busy_until))
         self._busy_until = now
-        callers = running.callers
-        self._metrics.observe_batch(len(callers), sum(job.elements for job in running.jobs))
-        for caller, (answer, scale) in zip(callers, hosted, strict=True):
-            if isinstance(answer, InvalidInput):
-                caller.refuse(answer)
-            elif isinstance(answer, JointFault):
-                caller.refuse(JointBrokenError(f"rank {answer.place}: {answer.fault}"))
-            else:
-                if math.isnan(answer.loss):
-                    self._metrics.nonfinite_results.inc()
-                timing = running.started, compute_seconds, copy_seconds
-                caller.answer(Answer(answer, scale, *timing, len(callers)))
+        requests = len(running.callers)
+        self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
+        remaining = iter(hosted)
+        for job in running.jobs:
+            for caller in job.callers:
+                answer, scale = next(remaining)
+                if isinstance(answer, InvalidInput):
+                    caller.refuse(answer)
+                elif isinstance(answer, JointFault):
+                    caller.refuse(JointBrokenError(f"rank {job.callers[answer.place].rank}: {answer.fault}"))
+                else:
+                    if math.isnan(answer.loss):
+                        self._metrics.nonfinite_results.inc()
+                    timing = running.started, compute_seconds, copy_seconds
+                    caller.answer(Answer(answer, scale, *timing, requests, len(job.callers), caller is job.callers[0]))
 
     def _split(self, jobs: list[Job], error: Exception) -> None:
         """Computes a batch that failed in halves, so that only a job that cannot be computed is refused."""

@@ -44,8 +44,8 @@ def wire_scale(grads: Sequence[torch.Tensor], dtype: torch.dtype) -> float:
     """The power of two that keeps float16 gradients from underflow; 1 for other element types."""
     if dtype != torch.float16:
         return 1.0
-    extremes = [_extremes(grad) for grad in grads]
-    peak = max(max(-smallest, largest) for smallest, largest in extremes)
+    extremes = [_extremes(grad) for grad in grads if grad.numel()]
+    peak = max((max(-smallest, largest) for smallest, largest in extremes), default=0.0)
     if not 0 < peak < math.inf:
         return 1.0
     # The scale itself must be a float32, so that the product is exact.

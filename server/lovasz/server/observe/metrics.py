@@ -48,6 +48,8 @@ class JointOutcome(enum.Enum):
     LEFT = "left"
     OVERLOADED = "overloaded"
     STOPPING = "stopping"
+    ABORTED = "aborted"
+    OUT_OF_STEP = "out_of_step"
 
 
 class Rejection(enum.Enum):
@@ -178,7 +180,8 @@ class Metrics:
         self.joint_groups = Counter(
             "lovasz_joint_groups",
             "Joint steps that ended: completed, or not, because ranks were missing at the timeout, all had left, there "
-            "was no room, or the server was stopping.",
+            "was no room, the server was stopping, a rank could not take part (aborted), or the ranks waited for each "
+            "other at different steps (out_of_step).",
             ["outcome"],
             registry=registry,
         )

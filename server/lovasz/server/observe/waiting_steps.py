@@ -18,6 +18,8 @@ class WaitingStep:
     Attributes:
         seconds: how long it has waited.
         missing: the ranks that it waits for, as text.
+        evaluation: whether it is a step without a gradient.
+        never_evaluated: those of the missing ranks that have made no step without a gradient, as text.
     """
 
     run: str
@@ -27,6 +29,8 @@ class WaitingStep:
     missing: str
     missing_ranks: int
     first_missing_rank: int
+    evaluation: bool = False
+    never_evaluated: str = ""
 
 
 _METRICS: dict[str, tuple[str, Callable[[WaitingStep], float]]] = {

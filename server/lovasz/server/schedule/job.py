@@ -35,6 +35,8 @@ class Answer:
         compute_seconds: from there until the batch was computed.
         copy_seconds: from there until the batch's gradients were in their places on the host.
         batch_requests: requests in the batch.
+        ranks: callers of its job.
+        is_first: whether it is the answer to the first of them.
     """
 
     result: Result[torch.Tensor]
@@ -43,6 +45,8 @@ class Answer:
     compute_seconds: float
     copy_seconds: float
     batch_requests: int
+    ranks: int = 1
+    is_first: bool = True
 
 
 @dataclass(eq=False)
@@ -53,6 +57,7 @@ class Caller:
         deadline: when the caller stops waiting (``time.monotonic``); None: never.
         staging: where the tensors are on the host, and where the gradient goes; None: anywhere.
         started: when the batch with the request was started (``time.monotonic``); None before.
+        rank: of a joint step; 0 without one.
         left: set once the caller has gone away.
     """
 
@@ -60,6 +65,7 @@ class Caller:
     deadline: float | None = None
     staging: Staging | None = None
     started: float | None = None
+    rank: int = 0
     left: threading.Event = field(default_factory=threading.Event)
     _future: Future[Answer] = field(default_factory=Future)
 

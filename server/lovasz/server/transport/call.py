@@ -59,12 +59,19 @@ class Pipeline:
 class Call:
     """One call, from its header to its last byte. At the end of its ``with``, it gives back all that it holds."""
 
-    def __init__(self, pipeline: Pipeline, method: str, context: grpc.ServicerContext) -> None:
+    def __init__(
+        self, pipeline: Pipeline, method: str, context: grpc.ServicerContext, *, loss: str = "unknown"
+    ) -> None:
+        """Begins the call.
+
+        Args:
+            loss: what the metrics show as the kind of its loss, until its header is read.
+        """
         self._pipeline = pipeline
         self._method = method
         self._context = context
         self._clock = CallClock()
-        self._loss = "unknown"
+        self._loss = loss
         self._run = ""
         self._inside = False
         self._permit: Permit | None = None
@@ -116,7 +123,7 @@ class Call:
         staging = self._staging = self._new_staging(header)
         receive(staging)
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
-        caller = Caller(staging.request(), self._deadline, staging)
+        caller = Caller(staging.request(), self._deadline, staging, rank=0 if seat is None else seat.joint.rank)
         try:
             answer = self._alone(caller, header) if seat is None else self._joined(seat, caller, staging)
         except Exception:
@@ -176,6 +183,7 @@ class Call:
             grad,
             answer.grad_scale,
             self._clock.timing(answer),
+            answer.ranks,
         ).to_proto()
 
     def __exit__(
@@ -217,7 +225,7 @@ class Call:
     def _observe_answer(self, header: wire.Request, answer: Answer) -> None:
         metrics = self._pipeline.metrics
         metrics.request_bytes.observe(header.payload_bytes)
-        if self._run and (header.joint is None or header.joint.rank == 0):
+        if self._run and answer.is_first:
             result = answer.result
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
 

@@ -1,4 +1,4 @@
-"""The loss service: its three methods, and how gRPC reads and writes their messages."""
+"""The loss service: its methods, and how gRPC reads and writes their messages."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from lovasz.wire import framing
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 _LOSSES = (*LOSS_KINDS, "cross_entropy+lovasz_softmax", "unknown")
+_WITHOUT_LOSS = (("AbortStep", "none"), ("LeaveRun", "none"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class LossServicer:
 
     def __post_init__(self) -> None:
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
-        for method, loss, code in itertools.product(("Compute", "ComputeStream"), _LOSSES, CODES):
+        kinds = [*itertools.product(("Compute", "ComputeStream"), _LOSSES), *_WITHOUT_LOSS]
+        for (method, loss), code in itertools.product(kinds, CODES):
             self.pipeline.metrics.requests.labels(method, loss, code.name)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -62,6 +64,16 @@ class LossServicer:
                 self.compute_stream,
                 request_deserializer=or_undecodable(framing.stream_message_decoder(pb.ComputeStreamRequest)),
                 response_serializer=framing.encode_stream_message,
+            ),
+            "AbortStep": grpc.unary_unary_rpc_method_handler(
+                self.abort_step,
+                request_deserializer=or_undecodable(pb.AbortStepRequest.FromString),
+                response_serializer=pb.AbortStepResponse.SerializeToString,
+            ),
+            "LeaveRun": grpc.unary_unary_rpc_method_handler(
+                self.leave_run,
+                request_deserializer=or_undecodable(pb.LeaveRunRequest.FromString),
+                response_serializer=pb.LeaveRunResponse.SerializeToString,
             ),
             "GetServerInfo": grpc.unary_unary_rpc_method_handler(
                 self.server_info,
@@ -102,6 +114,28 @@ class LossServicer:
                 receiver.stop()
             yield pb.ComputeStreamResponse(header=call.response_header(header, answer))
             yield from self.sending.watched(wire.chunks([payload.grad_bytes(answer)]), context.cancel)
+
+    def abort_step(
+        self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext
+    ) -> pb.AbortStepResponse:
+        """Ends a joint step in which a rank cannot take part."""
+        with Call(self.pipeline, "AbortStep", context, loss="none") as call:
+            call.enter()
+            if isinstance(request, Undecodable):
+                raise request.error("AbortStepRequest")
+            self.pipeline.joints.abort(wire.Abort.from_proto(request))
+            return pb.AbortStepResponse()
+
+    def leave_run(
+        self, request: pb.LeaveRunRequest | Undecodable, context: grpc.ServicerContext
+    ) -> pb.LeaveRunResponse:
+        """Lets the other ranks of a run go on without one."""
+        with Call(self.pipeline, "LeaveRun", context, loss="none") as call:
+            call.enter()
+            if isinstance(request, Undecodable):
+                raise request.error("LeaveRunRequest")
+            self.pipeline.joints.leave_run(wire.Leave.from_proto(request))
+            return pb.LeaveRunResponse()
 
     def server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> pb.GetServerInfoResponse:
         """Describes the server and its device."""

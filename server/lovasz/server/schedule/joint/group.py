@@ -18,11 +18,17 @@ from lovasz.server.schedule.job import Caller, Job
 
 
 class Step(NamedTuple):
-    """Names a joint step. A training and an evaluation count their steps separately: ``want_grad`` tells them apart."""
+    """Names a joint step. A training and an evaluation count their steps separately: ``want_grad`` tells them apart.
+    ``round``: how many times its ranks have left the run."""
 
     run: str
     number: int
     want_grad: bool
+    round: int = 0
+
+    @classmethod
+    def of(cls, joint: wire.Joint, want_grad: bool) -> Step:
+        return cls(joint.run, joint.step, want_grad, joint.round)
 
 
 class GroupState(enum.Enum):
@@ -63,6 +69,7 @@ class Seat:
         cancel: ends the call.
         caller: who waits; set while the state is ARRIVED.
         error: why the seat was lost.
+        taken: when it was taken (``time.monotonic``).
     """
 
     group: Group
@@ -74,6 +81,7 @@ class Seat:
     state: SeatState = SeatState.RECEIVING
     caller: Caller | None = None
     error: ServerError | None = None
+    taken: float = field(default_factory=time.monotonic)
 
     @property
     def completed(self) -> float | None:
@@ -87,7 +95,8 @@ class Group:
 
     Attributes:
         first: the request of the rank that came first, which those of the others have to fit.
-        share: bytes that are reserved for each rank that has not come.
+        absent: ranks that have left the run; nobody waits for them.
+        share: bytes that are reserved for each rank that has not come: those of the first rank that has images.
         permit: the room that is reserved for those ranks.
         deadline: until when the ranks wait for each other (``time.monotonic``).
         seats: by rank; those that are neither LOST nor DONE.
@@ -101,6 +110,7 @@ class Group:
     step: Step
     first: wire.Request
     world_size: int
+    absent: set[int]
     share: int
     permit: Permit
     deadline: float
@@ -114,17 +124,17 @@ class Group:
 
     @property
     def missing(self) -> list[int]:
-        """Ranks whose payload is not here."""
+        """Ranks whose payload is awaited."""
         return [
             rank
             for rank in range(self.world_size)
-            if rank not in self.seats or self.seats[rank].state is not SeatState.ARRIVED
+            if rank not in self.absent and (rank not in self.seats or self.seats[rank].state is not SeatState.ARRIVED)
         ]
 
     @property
     def is_full(self) -> bool:
-        """Whether all ranks have come, with their payloads."""
-        return len(self.seats) == self.world_size and not self.missing
+        """Whether all ranks that have not left have come, with their payloads."""
+        return len(self.seats) == self.world_size - len(self.absent) and not self.missing
 
     def take_seat(self, request: wire.Request, call: wire.Request | None, cancel: Callable[[], object]) -> Seat:
         """Gives a rank its seat.
@@ -135,6 +145,8 @@ class Group:
         joint = request.joint
         assert joint is not None
         nbytes = request.tensor_bytes
+        if not self.share:
+            self._share_out(nbytes)
         permit = self.permit.split(self.share)
         try:
             permit.resize(max(nbytes, self.share))
@@ -143,6 +155,31 @@ class Group:
             raise
         seat = self.seats[joint.rank] = Seat(self, joint, call, nbytes, permit, cancel)
         return seat
+
+    def _share_out(self, nbytes: int) -> None:
+        """All ranks before had no images: takes room of this many bytes for each rank.
+
+        Raises:
+            OverloadedError: there is no room; some may have been taken.
+        """
+        self.permit.resize(nbytes * (self.world_size - len(self.absent) - len(self.seats)))
+        for seat in self.seats.values():
+            seat.permit.resize(nbytes)
+        self.share = nbytes
+
+    def leave(self, rank: int) -> None:
+        """A rank that has not come has left the run."""
+        self.absent.add(rank)
+        self.permit.split(self.share).release()
+
+    def take_back(self, rank: int, permit: Permit) -> None:
+        """A rank that had left the run comes again.
+
+        Args:
+            permit: room for its share.
+        """
+        self.absent.remove(rank)
+        self.permit.absorb(permit)
 
     def lose(self, seat: Seat, error: ServerError) -> None:
         """A rank leaves before the group is complete: its share waits for it to come again."""
@@ -156,7 +193,7 @@ class Group:
 
     def complete(self) -> Job:
         """All ranks are here: returns what is to be computed. Each rank now holds no more room than it needs."""
-        seats = [self.seats[rank] for rank in range(self.world_size)]
+        seats = [self.seats[rank] for rank in sorted(self.seats)]
         for seat in seats:
             seat.permit.resize(seat.nbytes)
         self.state, self.completed = GroupState.COMPLETE, time.monotonic()

@@ -26,10 +26,13 @@ from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Answer, Caller
+from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
+from lovasz.server.schedule.joint.aborted import AbortedSteps
+from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, GroupState, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
+from lovasz.server.schedule.joint.out_of_step import out_of_step
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ class JointTable:
         self._seats: dict[wire.Request, Seat] = {}
         """By call, for calls that have a name."""
         self._kept = KeptAnswers()
+        self._attendance = Attendance()
+        self._aborted = AbortedSteps()
         admission.reclaim = self._reclaim
 
     @property
@@ -76,7 +81,7 @@ class JointTable:
         now = time.monotonic()
         with self._changed:
             groups = sorted(self._waiting.values(), key=lambda group: group.since)
-            return [texts.waiting_step(group, now) for group in groups]
+            return [texts.waiting_step(group, now, self._attendance) for group in groups]
 
     def join(self, request: wire.Request, cancel: Callable[[], object]) -> Seat | Kept:
         """Takes a seat, or the kept answer if the call was answered before. Either is given back by :meth:`leave`.
@@ -86,6 +91,7 @@ class JointTable:
 
         Raises:
             JointMismatchError: the request does not fit the ranks that wait.
+            JointBrokenError: another rank cannot take part in the step.
             OverloadedError, TooLargeError, StoppingError: as ``Admission.reserve``, for all ranks together.
         """
         joint = request.joint
@@ -123,15 +129,8 @@ class JointTable:
             seat.caller, seat.state = caller, SeatState.ARRIVED
             if not group.is_full:
                 return
-            del self._waiting[group.step]
-            job = group.complete()
-            self._metrics.joint_groups.labels(JointOutcome.COMPLETED.value).inc()
-            if time.monotonic() - group.since > STRAGGLER_SECONDS:
-                self._log("a joint step waited", group, last_rank=seat.joint.rank)
-        try:
-            self._batcher.put(job)
-        except StoppingError as stopping:
-            job.refuse(stopping)
+            job = self._complete(group, last_rank=seat.joint.rank)
+        self._queue(job)
 
     def wait(self, seat: Seat, staging: Staging) -> Kept:
         """Waits for the other ranks and for the computation, and gives the seat back.
@@ -178,6 +177,43 @@ class JointTable:
             self._vacate(place)
             place.permit.release()
 
+    def abort(self, abort: wire.Abort) -> None:
+        """A rank cannot take part in a step: the others are refused, those that wait and those that come soon.
+
+        Raises:
+            JointMismatchError: the rank does not fit those that wait, or is among them.
+        """
+        joint, step = abort.joint, Step.of(abort.joint, abort.want_grad)
+        text = f"rank {joint.rank}: {abort.reason or 'it cannot take part'}"
+        with self._changed:
+            group = self._waiting.get(step)
+            if group is not None and (difference := texts.misplaced(group, joint)) is not None:
+                raise JointMismatchError(difference)
+            self._come(joint, abort.want_grad)
+            told = {joint.rank: joint.call}
+            if group is not None:
+                told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
+                self._break(group, JointBrokenError(text), JointOutcome.ABORTED)
+            elif self._aborted.tell(step, joint) is not None:
+                return  # Another rank aborted the same attempt before.
+            self._aborted.add(step, text, told)
+
+    def leave_run(self, leave: wire.Leave) -> None:
+        """A rank takes no part in further steps of a run; those that wait for it go on without it."""
+        joint, jobs = leave.joint, []
+        with self._changed:
+            self._kept.acknowledge(joint)
+            self._attendance.leave(joint, leave.evaluation_step)
+            for step, group in list(self._waiting.items()):
+                is_meant = (step.run, step.round, group.world_size) == (joint.run, joint.round, joint.world_size)
+                first = joint.step if step.want_grad else leave.evaluation_step
+                if is_meant and step.number >= first and joint.rank not in group.seats.keys() | group.absent:
+                    group.leave(joint.rank)
+                    if group.seats and group.is_full:
+                        jobs.append(self._complete(group, last_rank=joint.rank))
+        for job in jobs:
+            self._queue(job)
+
     def stop(self) -> None:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
         with self._changed:
@@ -186,10 +222,17 @@ class JointTable:
                 self._break(group, StoppingError(text), JointOutcome.STOPPING)
 
     def check(self) -> None:
-        """A chore: drops answers that were kept for long enough, and logs which ranks steps wait for."""
+        """A chore: forgets what is old, ends steps whose ranks wait for each other, and logs which ranks steps wait
+        for."""
         now = time.monotonic()
         with self._changed:
             self._kept.drop_old()
+            self._aborted.forget_old()
+            self._attendance.forget_old()
+            for groups in out_of_step(self._waiting.values(), now):
+                text = texts.out_of_step(groups, self._attendance)
+                for group in groups:
+                    self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
             for group in self._waiting.values():
                 if not group.logged and now - group.since > STRAGGLER_SECONDS:
                     group.logged = True
@@ -214,27 +257,53 @@ class JointTable:
 
     def _group_of(self, request: wire.Request, joint: wire.Joint) -> Group:
         """The group that a request belongs to, a new one if none waits."""
-        step = Step(joint.run, joint.step, request.want_grad)
+        step = Step.of(joint, request.want_grad)
         group = self._waiting.get(step)
+        if group is not None and (difference := texts.mismatch(group, request)) is not None:
+            raise JointMismatchError(difference)
+        self._come(joint, request.want_grad)
+        aborted = self._aborted.tell(step, joint)
+        if aborted is not None:
+            raise aborted
         if group is None:
-            share, world_size = request.tensor_bytes, joint.world_size
+            absent = self._attendance.absent(step, joint.world_size)
+            share, present = request.tensor_bytes, joint.world_size - len(absent)
             group = self._waiting[step] = Group(
                 step=step,
                 first=request,
-                world_size=world_size,
+                world_size=joint.world_size,
+                absent=absent,
                 share=share,
-                permit=self._admission.reserve(world_size * share, world_size),
+                permit=self._admission.reserve(present * share, present),
                 deadline=time.monotonic() + self._timeout_seconds,
             )
-        elif (difference := texts.mismatch(group, request)) is not None:
-            raise JointMismatchError(difference)
+        elif joint.rank in group.absent:
+            group.take_back(joint.rank, self._admission.reserve(group.share))
         return group
+
+    def _come(self, joint: wire.Joint, want_grad: bool) -> None:
+        if self._attendance.come(joint, want_grad):
+            self._aborted.forget_run(joint.run)
+
+    def _complete(self, group: Group, last_rank: int) -> Job:
+        """All ranks of a group are here: returns what is to be queued."""
+        del self._waiting[group.step]
+        self._metrics.joint_groups.labels(JointOutcome.COMPLETED.value).inc()
+        if time.monotonic() - group.since > STRAGGLER_SECONDS:
+            self._log("a joint step waited", group, last_rank=last_rank)
+        return group.complete()
+
+    def _queue(self, job: Job) -> None:
+        try:
+            self._batcher.put(job)
+        except StoppingError as stopping:
+            job.refuse(stopping)
 
     def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
         """The refusal if the group with one more request is larger than the whole budget."""
         held = [max(seat.nbytes, group.share) for seat in group.seats.values()]
         held.append(request.tensor_bytes)
-        needed = sum(held) + group.share * (group.world_size - len(held))
+        needed = sum(held) + group.share * (group.world_size - len(group.absent) - len(held))
         budget = self._admission.budget_bytes
         return None if needed <= budget else TooLargeError(texts.too_large(group, needed, budget))
 
@@ -247,7 +316,7 @@ class JointTable:
             pass
         with self._changed:
             if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
-                text = texts.timed_out(group, self._timeout_seconds, self._waiting.values())
+                text = texts.timed_out(group, self._timeout_seconds, self._waiting.values(), self._attendance)
                 self._break(group, JointBrokenError(text), JointOutcome.TIMEOUT)
         return caller.wait()
 

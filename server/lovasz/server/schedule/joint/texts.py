@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from lovasz import wire
 from lovasz.server.config import format_bytes
 from lovasz.server.observe.waiting_steps import WaitingStep
-from lovasz.server.schedule.joint.group import Group
+from lovasz.server.schedule.joint.attendance import Attendance
+from lovasz.server.schedule.joint.group import Group, Step
 from lovasz.spec import WeightedSum
 
 _NAMED_RANKS = 20
@@ -20,9 +21,11 @@ def ranks(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:_NAMED_RANKS])) + (f" and {more} more" if more > 0 else "")
 
 
-def waiting_step(group: Group, now: float) -> WaitingStep:
+def waiting_step(group: Group, now: float, attendance: Attendance) -> WaitingStep:
     """Describes a group that waits for ranks."""
     missing = group.missing
+    is_evaluation = not group.step.want_grad
+    never_evaluated = attendance.never_evaluated(group.step.run, missing) if is_evaluation else []
     return WaitingStep(
         run=group.step.run,
         step=group.step.number,
@@ -31,6 +34,8 @@ def waiting_step(group: Group, now: float) -> WaitingStep:
         missing=ranks(missing),
         missing_ranks=len(missing),
         first_missing_rank=missing[0],
+        evaluation=is_evaluation,
+        never_evaluated=ranks(never_evaluated),
     )
 
 
@@ -38,19 +43,30 @@ def mismatch(group: Group, request: wire.Request) -> str | None:
     """Says why a request does not fit those of the other ranks; None if it does."""
     joint, first = request.joint, group.first
     assert joint is not None
-    where = f"joint: rank {joint.rank} at step {joint.step} of run {joint.run!r}"
+    if joint.world_size != group.world_size:
+        return misplaced(group, joint)
     compared: list[tuple[str, object, object]] = [
-        ("world_size", joint.world_size, group.world_size),
         ("loss", request.loss, first.loss),
         ("channels", request.layout.channels, first.layout.channels),
         ("element type of the logits", request.logits.dtype.name, first.logits.dtype.name),
     ]
     for name, got, expected in compared:
         if got != expected:
-            return f"{where}: {name} is {_text(got)}; the waiting ranks have {_text(expected)}"
+            return f"{_where(group, joint)}: {name} is {_text(got)}; the waiting ranks have {_text(expected)}"
+    return misplaced(group, joint)
+
+
+def misplaced(group: Group, joint: wire.Joint) -> str | None:
+    """Says why a rank has no place in a group; None if it has one."""
+    if joint.world_size != group.world_size:
+        return f"{_where(group, joint)}: world_size is {joint.world_size}; the waiting ranks have {group.world_size}"
     if joint.rank in group.seats:
-        return f"{where} is there already, from another call; expected each rank once"
+        return f"{_where(group, joint)} is there already, from another call; expected each rank once"
     return None
+
+
+def _where(group: Group, joint: wire.Joint) -> str:
+    return f"joint: rank {joint.rank} at {_step(group.step)} of run {joint.run!r}"
 
 
 def too_large(group: Group, needed: int, budget: int) -> str:
@@ -63,29 +79,54 @@ def too_large(group: Group, needed: int, budget: int) -> str:
 
 def missing_ranks(group: Group) -> str:
     """Says which ranks did not arrive."""
-    step = group.step
-    return f"{_named(group.missing)} of {group.world_size} did not arrive at step {step.number} of run {step.run!r}"
+    run = group.step.run
+    return f"{_named(group.missing)} of {group.world_size} did not arrive at {_step(group.step)} of run {run!r}"
 
 
-def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group]) -> str:
+def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group], attendance: Attendance) -> str:
     """Says which ranks did not arrive in time, and where other ranks of the same run wait.
 
     Args:
         waiting: all groups that wait.
     """
     text = f"{missing_ranks(group)} within {timeout_seconds:g} s (--joint-timeout)"
-    elsewhere = [
-        _elsewhere(other, group) for other in waiting if other is not group and other.step.run == group.step.run
-    ]
+    elsewhere = [_place(other) for other in waiting if other is not group and other.step.run == group.step.run]
     if elsewhere:
-        return f"{text}; other ranks of this run wait: {', '.join(elsewhere[:_NAMED_GROUPS])}"
+        text += f"; other ranks of this run wait: {', '.join(elsewhere[:_NAMED_GROUPS])}"
+    advice = _advice_on_evaluation(group, attendance)
+    if advice or elsewhere:
+        return text + advice
     return f"{text}; they have stopped, are late, or reached another server (see load_balancing)"
 
 
-def _elsewhere(other: Group, group: Group) -> str:
-    step = other.step
-    mode = "" if step.want_grad == group.step.want_grad else f" {'with' if step.want_grad else 'without'} a gradient"
-    return f"{_named(sorted(other.seats))} at step {step.number}{mode}"
+def out_of_step(groups: list[Group], attendance: Attendance) -> str:
+    """Says at which steps the ranks of a run wait for each other."""
+    groups = sorted(groups, key=lambda group: min(group.seats))
+    places = ", ".join(_place(group) for group in groups[:_NAMED_GROUPS])
+    text = f"the ranks of run {groups[0].step.run!r} wait for each other at different steps: {places}"
+    advice = next(filter(None, (_advice_on_evaluation(group, attendance) for group in groups)), "")
+    return text + (advice or "; all ranks must make the same calls: one has left out a call, or made one more")
+
+
+def _advice_on_evaluation(group: Group, attendance: Attendance) -> str:
+    """What to do if ranks do not evaluate; empty if the group is none of an evaluation, or they do."""
+    never = [] if group.step.want_grad else attendance.never_evaluated(group.step.run, group.missing)
+    if not never:
+        return ""
+    return (
+        f"; {_named(never)} made no evaluation step (a call without a gradient) in this run: evaluate on all ranks, or "
+        "with a RemoteLoss without joint"
+    )
+
+
+def _place(group: Group) -> str:
+    """Who waits where."""
+    round_text = f" of round {group.step.round}" if group.step.round else ""
+    return f"{_named(sorted(group.seats))} at {_step(group.step)}{round_text}"
+
+
+def _step(step: Step) -> str:
+    return f"step {step.number}" if step.want_grad else f"evaluation step {step.number}"
 
 
 def _named(numbers: list[int]) -> str:
