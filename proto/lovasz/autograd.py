@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+ResultT = TypeVar("ResultT")
 
 
 def with_gradient(
@@ -149,18 +150,34 @@ def operator(
     return lambda logits, labels, key, number, want_grad: made(logits, labels, key, number, want_grad)[0]
 
 
-def constant(function: Callable[..., str]) -> Callable[..., str]:
+def constant(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
     """Lets ``torch.compile`` call a function while it traces, and put the result into the graph."""
     # As torch.compiler.assume_constant_result does, which would import the compiler: a second at each start.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-def untraced(function: FunctionT) -> FunctionT:
-    """Makes ``torch.compile`` call a function as it is, between two graphs."""
-    # As torch.compiler.disable does, which would import the compiler.
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
+_between_graphs: dict[str, Callable[..., Any]] = {}
+
+
+def untraced(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
+    """Makes ``torch.compile`` call a function as it is, between two graphs, instead of tracing into it."""
+    key = f"{function.__module__}.{function.__qualname__}"
+
+    @constant
+    def registered() -> str:
+        # Run while the compiler traces, so that importing this module does not import the compiler.
+        _between_graphs.setdefault(key, torch.compiler.disable(function))
+        return key
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> ResultT:
+        if torch.compiler.is_compiling():
+            result: ResultT = _between_graphs[registered()](*args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return called
 
 
 def _dtype_of(logits: Tensor) -> torch.dtype:
