@@ -1,0 +1,117 @@
+"""IoU from counts of pixels: of one result, and summed over the batches and ranks of a data set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lovasz.spec.errors import InvalidInput
+
+Counts = npt.NDArray[np.int64]
+
+
+class HasCounts(Protocol):
+    """What has counts of pixels for each class: a ``Result``, or a ``DatasetIoU``."""
+
+    @property
+    def intersection(self) -> Counts: ...
+
+    @property
+    def union(self) -> Counts: ...
+
+
+def class_iou(intersection: Counts, union: Counts) -> npt.NDArray[np.float64]:
+    """float64, shape (C,): intersection over union; NaN for a class without a union."""
+    iou = np.full(union.shape, np.nan)
+    np.divide(intersection, union, out=iou, where=union > 0)
+    return iou
+
+
+def mean_iou(intersection: Counts, union: Counts) -> float:
+    """The mean over the classes that have a union; NaN if none has."""
+    iou = class_iou(intersection, union)[union > 0]
+    return float(iou.mean()) if len(iou) else math.nan
+
+
+class DatasetIoU:
+    """The IoU of a data set: counts of pixels, summed over batches and over ranks. ::
+
+        iou = DatasetIoU()
+        for images, labels in validation_loader:
+            iou.add(client.compute(model(images), labels, loss, want_grad=False))
+        iou.mean_iou
+
+    The IoU of a data set is a ratio of sums; the mean of the batches' IoUs is another number.
+
+    Attributes:
+        intersection: int64, shape (C,): the sum of what was added; shape (0,) before.
+        union: int64, shape (C,): likewise.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was added."""
+        self.intersection: Counts = np.zeros(0, np.int64)
+        self.union: Counts = np.zeros(0, np.int64)
+
+    def add(self, counts: HasCounts) -> None:
+        """Adds the counts of a batch or of another part of the data set.
+
+        A result of a joint step has the counts of all ranks' pixels already, on every rank: add it on each rank, and do
+        not call :meth:`all_reduce`.
+
+        Args:
+            counts: a :class:`Result`, or another :class:`DatasetIoU`; one that has no classes yet changes nothing.
+
+        Raises:
+            InvalidInput: its number of classes differs from that of what was added before.
+        """
+        self._set(_sum([(self.intersection, self.union), (counts.intersection, counts.union)]))
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Adds the counts of all ranks of a process group of ``torch.distributed``, on every rank.
+
+        All ranks have to call it, once, after their last batch: a second call would count each rank again. A rank that
+        added nothing takes part. After :meth:`reset`, the next pass over the data set can begin.
+
+        Args:
+            group: the process group; None: the default one. With NCCL, each rank must have set its CUDA device.
+
+        Raises:
+            InvalidInput: the ranks differ in the number of classes; raised on every rank.
+            ModuleNotFoundError: torch is not installed.
+        """
+        from torch import distributed
+
+        own = (self.intersection, self.union)
+        parts: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(parts, own, group=group)
+        self._set(_sum(parts or [own]))  # No parts: a rank outside the group, for which torch warns and does nothing.
+
+    @property
+    def class_iou(self) -> npt.NDArray[np.float64]:
+        """float64, shape (C,): intersection over union of arg-max and label; NaN for a class without a union."""
+        return class_iou(self.intersection, self.union)
+
+    @property
+    def mean_iou(self) -> float:
+        """The mean of ``class_iou`` over the classes that have one; NaN if none has."""
+        return mean_iou(self.intersection, self.union)
+
+    def _set(self, counts: tuple[Counts, Counts]) -> None:
+        self.intersection, self.union = counts
+
+
+def _sum(parts: list[tuple[Counts, Counts]]) -> tuple[Counts, Counts]:
+    """The sums of intersections and unions; parts without classes are left out."""
+    parts = [part for part in parts if len(part[1])] or parts[:1]
+    classes = sorted({len(union) for _, union in parts})
+    if len(classes) > 1:
+        raise InvalidInput("counts", f"got parts with {classes[0]} and {classes[-1]} classes; expected the same number")
+    intersections, unions = zip(*parts, strict=True)
+    return np.sum(intersections, axis=0), np.sum(unions, axis=0)
