@@ -63,7 +63,7 @@ class _Page:
     def blocks(self) -> Iterator[str]:
         yield "# API reference"
         yield (
-            "The public names: their arguments, results and errors. "
+            "The public names: their arguments, results and errors. [usage.md](usage.md) shows how to train with them. "
             "A name that stands under several modules is one thing, and is described once. `make docs` writes this "
             "page from the docstrings."
         )

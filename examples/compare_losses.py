@@ -3,7 +3,7 @@
 Alone, in a sum with cross-entropy, and after a start with cross-entropy. All trainings of a seed begin with the same
 weights, and see the same images in the same order. docs/usage.md has the results of:
 
-    python examples/compare_losses.py --seeds 0 1 2    # twenty minutes on one core
+    python examples/compare_losses.py --seeds 0 1 2    # twenty minutes on two CPU cores
 """
 
 from __future__ import annotations
