@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pytest
 from support.processes import run_python
 
-from lovasz.client import LossClient
+from lovasz.client import Joint, LossClient
 from lovasz.core import CrossEntropy, DatasetIoU, InvalidInput, LovaszHinge, LovaszSoftmax, Result, compute
+from lovasz.server.launch import ServerProcess
 
 CLASSES, VOID = 5, 255
 Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
@@ -122,20 +123,22 @@ distributed.init_process_group("gloo", init_method="file://{store}", rank=rank, 
 iou = DatasetIoU()
 for labels in held:
     iou.add(compute(np.ones((1, 1, 4), np.float32), np.array([[labels]]), LovaszHinge()))
+of_some, of_all = DatasetIoU(), DatasetIoU()
+of_some.add(iou)
+of_all.add(iou)
 some = distributed.new_group([0, 1])
-if rank < 2:
-    iou.all_reduce(some)
-else:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        iou.all_reduce(some)
-print(iou.intersection.tolist(), iou.union.tolist())
-mine = DatasetIoU()
-mine.add(iou)
-if rank == 1:
-    mine.reset()
-mine.all_reduce()
-print(mine.intersection.tolist(), mine.union.tolist())
+with warnings.catch_warnings():
+    if rank == 2:
+        warnings.simplefilter("ignore")  # Of torch: this rank is not in the group.
+    of_some.all_reduce(some)
+print(of_some.intersection.tolist(), of_some.union.tolist(), of_some.ranks)
+of_all.all_reduce()
+print(of_all.intersection.tolist(), of_all.union.tolist(), of_all.ranks)
+again = iou if rank else of_all
+try:
+    again.all_reduce()
+except InvalidInput as error:
+    print(error)
 other = DatasetIoU()
 other.intersection = other.union = np.ones(1 + (rank == 2), np.int64)
 try:
@@ -152,12 +155,29 @@ def test_ranks_add_up_even_if_one_has_no_batch(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         codes = [RANK.format(rank=rank, held=held[rank], store=tmp_path / "store") for rank in range(3)]
         printed = [output.splitlines() for output in pool.map(run_python, codes)]
-    refusal = "counts: got parts with 1 and 2 classes; expected the same number"
-    assert printed == [
-        ["[3] [8]", "[7] [12]", refusal],
-        ["[3] [8]", "[7] [12]", refusal],
-        ["[4] [4]", "[7] [12]", refusal],
+    refusals = [
+        "counts: got those of 3 ranks, already added; expected one rank's",
+        "counts: got parts with 1 and 2 classes; expected the same number",
     ]
+    assert printed == [
+        ["[3] [8] 2", "[7] [12] 3", *refusals],
+        ["[3] [8] 2", "[7] [12] 3", *refusals],
+        ["[4] [4] 1", "[7] [12] 3", *refusals],
+    ]
+
+
+def test_the_counts_of_a_joint_step_are_known_to_be_those_of_all_ranks(server: ServerProcess) -> None:
+    made = batches(2)
+    with LossClient(server.target) as client, ThreadPoolExecutor(2) as pool:
+
+        def call(rank: int) -> Result[object]:
+            joint = Joint("iou", rank, 2, step=0)
+            return client.compute(*made[rank], LovaszSoftmax(ignore_index=VOID), want_grad=False, joint=joint)
+
+        for result in pool.map(call, range(2)):
+            iou = summed([result])
+            np.testing.assert_array_equal(iou.union, from_confusion(made)[1])
+            assert iou.ranks == 2
 
 
 def test_without_a_process_group_torch_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -14,13 +15,16 @@ Counts: TypeAlias = npt.NDArray[np.int64]
 
 
 class HasCounts(Protocol):
-    """What has counts of pixels for each class: a ``Result``, or a ``DatasetIoU``."""
+    """What has counts of pixels for each class, of one rank or several: a ``Result``, or a ``DatasetIoU``."""
 
     @property
     def intersection(self) -> Counts: ...
 
     @property
     def union(self) -> Counts: ...
+
+    @property
+    def ranks(self) -> int: ...
 
 
 def class_iou(intersection: Counts, union: Counts) -> npt.NDArray[np.float64]:
@@ -49,6 +53,7 @@ class DatasetIoU:
     Attributes:
         intersection: int64, shape (C,): the sum of what was added; shape (0,) before.
         union: int64, shape (C,): likewise.
+        ranks: how many ranks' pixels the counts are of: 1, or more after :meth:`all_reduce` or with joint steps.
     """
 
     def __init__(self) -> None:
@@ -58,6 +63,7 @@ class DatasetIoU:
         """Forgets what was added."""
         self.intersection: Counts = np.zeros(0, np.int64)
         self.union: Counts = np.zeros(0, np.int64)
+        self.ranks = 1
 
     def add(self, counts: HasCounts) -> None:
         """Adds the counts of a batch or of another part of the data set.
@@ -71,27 +77,34 @@ class DatasetIoU:
         Raises:
             InvalidInput: its number of classes differs from that of what was added before.
         """
-        self._set(_sum([(self.intersection, self.union), (counts.intersection, counts.union)]))
+        self.intersection, self.union = _sum([self, counts])
+        self.ranks = max(self.ranks, counts.ranks)
 
     def all_reduce(self, group: Any = None) -> None:
         """Adds the counts of all ranks of a process group of ``torch.distributed``, on every rank.
 
-        All ranks have to call it, once, after their last batch: a second call would count each rank again. A rank that
-        added nothing takes part. After :meth:`reset`, the next pass over the data set can begin.
+        All ranks have to call it, once, after their last batch. A rank that added nothing takes part. After
+        :meth:`reset`, the next pass over the data set can begin.
 
         Args:
             group: the process group; None: the default one. With NCCL, each rank must have set its CUDA device.
 
         Raises:
-            InvalidInput: the ranks differ in the number of classes; raised on every rank.
+            InvalidInput: the ranks differ in the number of classes; or the counts of a rank are of several ranks
+                already, as after a joint step or a first call, and would be counted twice. Raised on every rank.
             ModuleNotFoundError: torch is not installed.
         """
         from torch import distributed
 
-        own = (self.intersection, self.union)
         parts: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(parts, own, group=group)
-        self._set(_sum(parts or [own]))  # No parts: a rank outside the group, for which torch warns and does nothing.
+        distributed.all_gather_object(parts, self, group=group)
+        parts = parts or [self]  # No parts: a rank outside the group, for which torch warns and does nothing.
+        if len(parts) > 1 and any(part.ranks > 1 for part in parts):
+            raise InvalidInput(
+                "counts", f"got those of {max(part.ranks for part in parts)} ranks, already added; expected one rank's"
+            )
+        self.intersection, self.union = _sum(parts)
+        self.ranks = max(self.ranks, len(parts))
 
     @property
     def class_iou(self) -> npt.NDArray[np.float64]:
@@ -103,15 +116,11 @@ class DatasetIoU:
         """The mean of ``class_iou`` over the classes that have one; NaN if none has."""
         return mean_iou(self.intersection, self.union)
 
-    def _set(self, counts: tuple[Counts, Counts]) -> None:
-        self.intersection, self.union = counts
 
-
-def _sum(parts: list[tuple[Counts, Counts]]) -> tuple[Counts, Counts]:
+def _sum(parts: Sequence[HasCounts]) -> tuple[Counts, Counts]:
     """The sums of intersections and unions; parts without classes are left out."""
-    parts = [part for part in parts if len(part[1])] or parts[:1]
-    classes = sorted({len(union) for _, union in parts})
+    parts = [part for part in parts if len(part.union)] or parts[:1]
+    classes = sorted({len(part.union) for part in parts})
     if len(classes) > 1:
         raise InvalidInput("counts", f"got parts with {classes[0]} and {classes[-1]} classes; expected the same number")
-    intersections, unions = zip(*parts, strict=True)
-    return np.sum(intersections, axis=0), np.sum(unions, axis=0)
+    return np.sum([part.intersection for part in parts], axis=0), np.sum([part.union for part in parts], axis=0)
