@@ -72,12 +72,10 @@ interpret: .venv-interpreter/.installed
 check: lint types proto-check docs-check deploy-check
 
 docs-check: $(INSTALLED)
-	$(BIN)/python docs/reference.py --check
-	$(BIN)/python deploy/grafana/dashboards.py --check
+	$(BIN)/python -m docs.generated --check
 
 docs: $(INSTALLED)
-	$(BIN)/python docs/reference.py
-	$(BIN)/python deploy/grafana/dashboards.py
+	$(BIN)/python -m docs.generated
 
 deploy-check: $(INSTALLED) .venv-deploy/.installed
 	@$(BIN)/python deploy/image_check.py --quick
@@ -107,8 +105,7 @@ else echo "buf $(firstword $(1)): skipped, as npx (Node.js) is not here or canno
 endef
 
 types: $(INSTALLED)
-	$(BIN)/mypy proto core client server examples benchmarks docs/figures
-	MYPYPATH=deploy/grafana $(BIN)/mypy docs/reference.py deploy/grafana
+	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana
 	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.

@@ -28,7 +28,7 @@ IMPORTS = {found for module, source in SOURCES.items() for found in read_imports
 
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "lovasz.version": (set(), set()),
-    "lovasz.spec": (set(), {"numpy"}),
+    "lovasz.spec": (set(), {"numpy", "torch"}),
     "lovasz.wire": ({"lovasz.spec", "lovasz.v1.loss_pb2"}, {"numpy", "google"}),
     "lovasz.autograd": ({"lovasz.spec"}, {"numpy", "torch"}),
     "lovasz.core": (
@@ -206,6 +206,11 @@ def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
     assert importers("lovasz.client.torch") == set()
 
 
+def test_spec_needs_torch_only_to_add_over_ranks() -> None:
+    assert importers("torch", of="lovasz.spec") == importers("torch", of="lovasz.spec", when=When.LAZILY)
+    assert importers("torch", of="lovasz.spec") == {"lovasz.spec.iou"}
+
+
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
@@ -255,6 +260,7 @@ PUBLIC = {
     "lovasz.core": {
         "BinaryCrossEntropy",
         "CrossEntropy",
+        "DatasetIoU",
         "InvalidInput",
         "LocalLoss",
         "LovaszHinge",
@@ -275,6 +281,7 @@ PUBLIC = {
         "CallCancelledError",
         "BinaryCrossEntropy",
         "CrossEntropy",
+        "DatasetIoU",
         "DeadlineExceededError",
         "Device",
         "IncompatibleServerError",
@@ -303,6 +310,7 @@ PUBLIC = {
         "MAX_TERMS",
         "BinaryCrossEntropy",
         "CrossEntropy",
+        "DatasetIoU",
         "InvalidInput",
         "Layout",
         "Loss",

@@ -18,6 +18,7 @@ from lovasz.client.target import Device, ServerInfo
 from lovasz.spec import (
     BinaryCrossEntropy,
     CrossEntropy,
+    DatasetIoU,
     LovaszHinge,
     LovaszSigmoid,
     LovaszSoftmax,
@@ -32,6 +33,7 @@ __all__ = [
     "CallAbortedError",
     "CallCancelledError",
     "CrossEntropy",
+    "DatasetIoU",
     "DeadlineExceededError",
     "Device",
     "IncompatibleServerError",

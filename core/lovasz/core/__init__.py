@@ -10,6 +10,7 @@ from lovasz.core.modules import LocalLoss, LovaszHingeLoss, LovaszSigmoidLoss, L
 from lovasz.spec import (
     BinaryCrossEntropy,
     CrossEntropy,
+    DatasetIoU,
     InvalidInput,
     LovaszHinge,
     LovaszSigmoid,
@@ -22,6 +23,7 @@ from lovasz.version import VERSION
 __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
+    "DatasetIoU",
     "InvalidInput",
     "LocalLoss",
     "LovaszHinge",

@@ -4,6 +4,7 @@ Needs numpy only: no torch, no protobuf.
 """
 
 from lovasz.spec.errors import InvalidInput
+from lovasz.spec.iou import DatasetIoU
 from lovasz.spec.layout import MAX_AXES, MAX_CLASSES, Layout
 from lovasz.spec.losses import (
     LOSS_KINDS,
@@ -30,6 +31,7 @@ __all__ = [
     "MAX_TERMS",
     "BinaryCrossEntropy",
     "CrossEntropy",
+    "DatasetIoU",
     "InvalidInput",
     "Layout",
     "Loss",

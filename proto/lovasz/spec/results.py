@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from lovasz.spec import iou
 
 ArrayT = TypeVar("ArrayT")
 
@@ -69,8 +70,8 @@ class Result(Generic[ArrayT]):
         intersection: int64, shape (C,): pixels where arg-max and label are both this class (binary losses: logit > 0
             and label 1). A pixel counts if at least one term counts it.
         union: int64, shape (C,): pixels where arg-max or label is this class; 0 for a class that every term ignores
-            (``ignore_index``), even if it is predicted on pixels that count. The IoU of a test set is the ratio of the
-            two, each summed over the set.
+            (``ignore_index``), even if it is predicted on pixels that count. :class:`DatasetIoU` sums both over a data
+            set.
         timing: where the server spent its time; None without a server.
         ranks: the number of ranks of the joint step, without those that have left; 1 without one.
     """
@@ -91,12 +92,9 @@ class Result(Generic[ArrayT]):
     @property
     def class_iou(self) -> npt.NDArray[np.float64]:
         """float64, shape (C,): intersection over union of arg-max and label; NaN for a class without a union."""
-        iou = np.full(self.union.shape, np.nan)
-        np.divide(self.intersection, self.union, out=iou, where=self.union > 0)
-        return iou
+        return iou.class_iou(self.intersection, self.union)
 
     @property
     def mean_iou(self) -> float:
         """The mean of ``class_iou`` over the classes that have one; NaN if none has."""
-        iou = self.class_iou[self.union > 0]
-        return float(iou.mean()) if len(iou) else math.nan
+        return iou.mean_iou(self.intersection, self.union)
