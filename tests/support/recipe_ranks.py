@@ -107,7 +107,7 @@ def with_accelerate(target: str) -> torch.nn.Module:
     from accelerate import Accelerator
 
     model = recipes.new_model()
-    Accelerator(cpu=True)  # makes the process group
+    Accelerator()  # makes the process group
     names = joint_criterion(target) | {"Accelerator": Accelerator, "model": model}
     names["loader"] = torch.utils.data.DataLoader(dataset() * 2 * STEPS, batch_size=2)  # type: ignore[arg-type]
     names["optimizer"] = torch.optim.SGD(model.parameters(), lr=recipes.RATE)

@@ -50,7 +50,7 @@ def new_model() -> torch.nn.Module:
 
 def weights(model: torch.nn.Module) -> Tensor:
     """All parameters, as one vector."""
-    return torch.cat([parameter.detach().double().reshape(-1) for parameter in model.parameters()])
+    return torch.cat([parameter.detach().cpu().double().reshape(-1) for parameter in model.parameters()])
 
 
 def trained(steps: int = 2, micro_batches: int = 1) -> Tensor:

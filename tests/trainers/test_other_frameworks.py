@@ -24,11 +24,23 @@ pytestmark = pytest.mark.filterwarnings("default")
 Lines = Callable[..., None]
 
 
-def test_jax(lines: Lines) -> None:
+@pytest.fixture(params=["inprocess", "on a server"])
+def lines_at(request: pytest.FixtureRequest, ran: Callable[[str, int], None], server: ServerProcess) -> Lines:
+    """Executes a block of a section in a namespace; its client's target is this process or a server."""
+
+    def run(section: str, block: int, namespace: dict[str, Any]) -> None:
+        ran(section, block)
+        target = server.target if request.param == "on a server" else request.param
+        recipes.run_lines(section, block, namespace, target)
+
+    return run
+
+
+def test_jax(lines_at: Lines) -> None:
     jax = pytest.importorskip("jax")
     logits, labels = normal(2, 5, 6, 7, seed=1, dtype=torch.float32), random_labels(2, 6, 7, values=5, seed=2, void=255)
     names: dict[str, Any] = {}
-    lines("JAX", 0, names)
+    lines_at("JAX", 0, names)
     criterion = names["criterion"]
     given = jax.numpy.asarray(logits.numpy()), jax.numpy.asarray(labels.numpy().astype(np.int32))
     expected, expected_grad = reference_answer(logits, labels, recipes.TERMS)
@@ -44,13 +56,13 @@ def test_jax(lines: Lines) -> None:
     names["client"].close()
 
 
-def test_tensorflow(lines: Lines) -> None:
+def test_tensorflow(lines_at: Lines) -> None:
     tf = pytest.importorskip("tensorflow")
     images, labels = recipes.batch()
     channels_last = images.movedim(1, -1).numpy()
     model = tf.keras.Sequential([tf.keras.Input((6, 8, 3)), tf.keras.layers.Conv2D(recipes.CLASSES, 1)])
     names: dict[str, Any] = {"model": model}
-    lines("TensorFlow", 0, names)
+    lines_at("TensorFlow", 0, names)
     logits = torch.from_numpy(model(channels_last).numpy()).movedim(-1, 1)
     expected, expected_grad = reference_answer(logits, labels, recipes.TERMS)
     with tf.GradientTape() as tape:

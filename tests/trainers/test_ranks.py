@@ -32,6 +32,8 @@ def weights_of_two_ranks(training: str, target: str, folder: Path) -> Tensor:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", "2", "-m", "support.recipe_ranks", training, target, str(saved)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    # accelerate joins ranks on CPUs only if it is told to, by this or by cpu=True.
+    environment["ACCELERATE_USE_CPU"] = "true"
     environment["PYTHONPATH"] = os.pathsep.join([str(recipes.REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=folder)
     assert ended.returncode == 0, ended.stderr[-4000:]
