@@ -196,6 +196,7 @@ def test_no_folders_import_each_other_in_a_circle() -> None:
 
 def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
     assert importers("torch", of="lovasz.client", when=When.AT_ONCE) == {
+        "lovasz.client.adapters",
         "lovasz.client.inprocess",
         "lovasz.client.torch",
     }
@@ -203,7 +204,7 @@ def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
         "lovasz.client.joint",
         "lovasz.client.tensors",
     }
-    assert importers("lovasz.client.torch") == set()
+    assert importers("lovasz.client.adapters", "lovasz.client.torch") == set()
 
 
 def test_spec_needs_torch_only_to_add_over_ranks() -> None:
@@ -301,6 +302,7 @@ PUBLIC = {
         "TermResult",
         "Timing",
     },
+    "lovasz.client.adapters": {"MMSegLoss"},
     "lovasz.client.torch": {"RemoteLoss"},
     "lovasz.spec": {
         "LOSS_KINDS",
