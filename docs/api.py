@@ -22,6 +22,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "lovasz.core.dispatch": ("Backend",),
     "lovasz.client": (),
     "lovasz.client.torch": (),
+    "lovasz.client.adapters": (),
     "lovasz.spec": (),
     "lovasz.server.launch": ("ServerProcess",),
 }
