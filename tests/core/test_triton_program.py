@@ -130,5 +130,5 @@ def test_hinge_tables_have_room_for_any_mix_of_errors(pixels: int) -> None:
     """Half of the bins are shared out in proportion; each cell with a pixel gets one more at most."""
     from lovasz.core.backends.triton import bins
 
-    count = bins.hinge_bins(bins.coarser_by(pixels))
+    count = bins.binary_bins(bins.coarser_by(pixels))
     assert count // 2 + min(pixels, bins.HINGE_CELLS) < count

@@ -6,7 +6,7 @@ where in the table they end. Bins are in descending order of the error. Errors o
 
 For softmax the cells are the octaves (SHIFT 23) and the map is fixed: errors are at most 1, and smaller ones weigh less
 in the gradient. Errors of the hinge have any scale and all weigh the same, so its cells (SHIFT 15, 256 per octave) get
-bins in proportion to the pixels that the first sweep has counted in them (``hinge.share_out``). Section 11 of
+bins in proportion to the pixels that the first sweep has counted in them (``binary.share_out``). Section 11 of
 docs/mathematics.md explains the numbers of bins.
 """
 
@@ -24,12 +24,12 @@ _CELL_BITS = (11, *[14] * 2, *[13] * 2, *[11] * 16, *[8] * 8, *[6] * 14, *[5] * 
 """log2 of the number of bins of each octave, in groups of at least 2^18 pixels."""
 SOFTMAX_CELLS = len(_CELL_BITS)
 
-HINGE_SHIFT = 15
-HINGE_TOP = 0x7F7FFFFF >> HINGE_SHIFT
+BINARY_SHIFT = 15
+HINGE_TOP = 0x7F7FFFFF >> BINARY_SHIFT
 """The leading bits of the errors in the first cell, which holds the largest finite error."""
-HINGE_CELLS = HINGE_TOP + 1 - ((127 - 24) << (23 - HINGE_SHIFT))
+HINGE_CELLS = HINGE_TOP + 1 - ((127 - 24) << (23 - BINARY_SHIFT))
 """The number of cells, down to errors of 2^-24: 1 - s x is 0 or not smaller than that."""
-HINGE_BINS = 1 << 17
+BINARY_BINS = 1 << 17
 
 STOP_BITS = 5
 """The low bits of a map's integers. An integer is (the end of the cell's bins) x 2^STOP_BITS + (the number of low bits
@@ -59,9 +59,9 @@ def softmax_bins(coarser: int) -> int:
     return int(softmax_map(coarser)[-1] >> STOP_BITS) + 1
 
 
-def hinge_bins(coarser: int) -> int:
+def binary_bins(coarser: int) -> int:
     """The number of bins of a hinge segment's table.
 
     Half of the bins are shared out in proportion to pixels; the other half suffices for one bin per cell with a pixel.
     """
-    return HINGE_BINS >> max(0, coarser - 3)
+    return BINARY_BINS >> max(0, coarser - 3)

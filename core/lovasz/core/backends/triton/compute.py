@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.triton.columns import Address, Cross, Group, HingeCounter, Outcome, Segment, SoftmaxCounter
+from lovasz.core.backends.triton.columns import Address, BinaryCounter, Cross, Group, Outcome, Segment, SoftmaxCounter
 from lovasz.core.backends.triton.graphs import GRAPHS
 from lovasz.core.backends.triton.layout import Kind
 from lovasz.core.backends.triton.program import Program, to_device
@@ -233,7 +233,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
             values = (np.ldexp(row[:, Cross.SUM].astype(np.float64), row[:, Cross.UNIT]) * mean)[None]
             terms.append(TermValues(values, np.ones_like(values, np.bool_)))
     # The first grouping has the joints as groups, and counts pixels that are valid for any rule.
-    fields = len(HingeCounter) if is_binary else len(SoftmaxCounter)
+    fields = len(BinaryCounter) if is_binary else len(SoftmaxCounter)
     counters = program.result("counters", results, -1)[: joints * fields * channels].reshape(joints, fields, channels)
     outcomes = (
         program.result("predictions", results, joints, len(Outcome), channels).astype(np.int64).transpose(1, 2, 0)

@@ -15,12 +15,12 @@ import torch
 from lovasz.core.backends.triton import bins, tables
 from lovasz.core.backends.triton.columns import (
     Address,
+    BinaryCounter,
     Cross,
     Factor,
     Group,
     Grouping,
     Half,
-    HingeCounter,
     Outcome,
     Plane,
     Rule,
@@ -46,7 +46,7 @@ RANKED_FOREGROUND = 4096
 RANKED_BUCKETS = 5
 """The number of buckets that are sorted for such a class."""
 
-BLOCK_PIXELS = {"softmax": 128, "hinge": 1024}
+BLOCK_PIXELS = {"softmax": 128, "binary": 1024}
 """The pixels of a block, on which one kernel instance of a sweep works."""
 
 INTERPRETED_BLOCK_PIXELS = 4096
@@ -141,7 +141,7 @@ class Layout:
         self._add_terms()
 
     def _add_planes(self) -> None:
-        """Adds the planes, ordered by joint, then by binary label (hinge), then by request."""
+        """Adds the planes, ordered by joint, then by binary label, then by request."""
         planes, label_maps = self._planes, self._label_maps
         plane, channel = np.tile(np.arange(len(planes)), label_maps), np.repeat(np.arange(label_maps), len(planes))
         order = np.lexsort((plane, channel, planes.joint[plane]))
@@ -152,7 +152,7 @@ class Layout:
         self.origin = Origin(planes.request[plane], first_logits, first_labels)
         self.pixels = int(pixels.sum())
         self.elements = self.pixels * (1 if self.plan.is_binary else self.channels)
-        self.block = BLOCK_PIXELS["hinge" if self.plan.is_binary else "softmax"]
+        self.block = BLOCK_PIXELS["binary" if self.plan.is_binary else "softmax"]
         if self.is_interpreted:
             self.block = INTERPRETED_BLOCK_PIXELS
         blocks = -(-pixels // self.block)
@@ -179,7 +179,7 @@ class Layout:
     def _add_groups(self) -> None:
         """Adds the groups of each Lovász term, and the groupings with their counters."""
         plan, rules = self.plan, self.plan.rules
-        fields = len(HingeCounter) if plan.is_binary else len(SoftmaxCounter)
+        fields = len(BinaryCounter) if plan.is_binary else len(SoftmaxCounter)
         wanted = dict.fromkeys(
             [(0 if len(rules) == 1 else -1, False), *((term.rule, term.per_image) for term in plan.terms)]
         )
@@ -204,7 +204,7 @@ class Layout:
             own[:, Group.TERM] = t
             own[:, Group.COUNTERS] = self.counters_of[term.rule, term.per_image]
             own[:, Group.COUNTERS] += np.arange(len(joint)) * fields * self.channels
-            # For the hinge, the planes of a joint's other labels come after those of its first label.
+            # For binary losses, the planes of a joint's other labels come after those of its first label.
             own[:, Group.FIRST_PLANE] = first_plane * self._label_maps + groups.first_plane - first_plane
             own[:, Group.PLANE_STEP], own[:, Group.PIXEL_STEP] = joints.planes[joint], joints.pixels[joint]
             own[:, Group.PLANES] = groups.planes
@@ -236,7 +236,7 @@ class Layout:
         large = pixels > SORTED_PIXELS
         coarser = np.array([bins.coarser_by(int(count)) for count in pixels[large]], np.int64)
         kinds = np.unique(coarser)
-        bins_of = bins.hinge_bins if is_binary else bins.softmax_bins
+        bins_of = bins.binary_bins if is_binary else bins.softmax_bins
         groups[large, Group.BINS] = [bins_of(int(c)) for c in coarser]
         if is_binary:
             groups[large, Group.MAP] = np.arange(len(coarser)) * channels * bins.HINGE_CELLS

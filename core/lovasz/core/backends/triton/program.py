@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lovasz.core.backends.triton import (
+    binary,
+    binary_backward,
+    binary_ranks,
     bins,
-    hinge,
-    hinge_backward,
-    hinge_ranks,
     segments,
     softmax,
     softmax_backward,
@@ -117,7 +117,7 @@ class Program:
             "cross_count": len(kind.plan.cross_entropies),
             "tolerance": PROBABILITY_TOLERANCE,
         }
-        self.launches = self._hinge() if kind.plan.is_binary else self._softmax()
+        self.launches = self._binary() if kind.plan.is_binary else self._softmax()
 
     # --- Launches -------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Program:
             launches.append(self._sweep(softmax_backward.softmax_backward, of_losses))
         return launches
 
-    def _hinge(self) -> list[Launch]:
+    def _binary(self) -> list[Launch]:
         kind, plan, layout = self.kind, self.kind.plan, self.layout
         of_pixels = {
             "LOGIT": _TYPES[kind.logits],
@@ -173,16 +173,16 @@ class Program:
         }
         any_table = {"ANY_TABLE": layout.any_table}
         launches = [
-            self._sweep(hinge.hinge_statistics, of_pixels | any_table | {"GROUPINGS": len(layout.counters_of)}),
-            Launch(hinge.plan_hinge, layout.segments, 4),
+            self._sweep(binary.binary_statistics, of_pixels | any_table | {"GROUPINGS": len(layout.counters_of)}),
+            Launch(binary.plan_binary, layout.segments, 4),
         ]
         if layout.any_table:
-            launches.append(self._sweep(hinge_ranks.hinge_count, of_pixels))
-            launches += self._scans(bins.HINGE_SHIFT, bins.HINGE_TOP, bins.HINGE_CELLS)
-        launches += [self._sweep(hinge_ranks.hinge_collect, of_pixels | any_table), self._sort_buckets()]
+            launches.append(self._sweep(binary_ranks.binary_count, of_pixels))
+            launches += self._scans(bins.BINARY_SHIFT, bins.HINGE_TOP, bins.HINGE_CELLS)
+        launches += [self._sweep(binary_ranks.binary_collect, of_pixels | any_table), self._sort_buckets()]
         launches += self._add_up()
         if kind.want_grad:
-            launches.append(self._sweep(hinge_backward.hinge_backward, of_pixels | any_table))
+            launches.append(self._sweep(binary_backward.binary_backward, of_pixels | any_table))
         return launches
 
     def _sweep(self, kernel: Any, constants: dict[str, Any]) -> Launch:
@@ -216,7 +216,7 @@ class Program:
             self.layout.buckets,
             warps,
             _SORT_REGISTERS,
-            HINGE=self.kind.plan.is_binary,
+            BINARY=self.kind.plan.is_binary,
             WANT_GRAD=self.kind.want_grad,
             HALVES=room == tables.BUCKET_ROOM.value and self.layout.any_table,
             ROOM=room,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lovasz.core.backends.triton.binary import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.columns import (
     ADDRESS_GRAD,
     GROUP_MAP,
@@ -15,7 +16,6 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_WEIGHT,
     TERM_COLUMNS,
 )
-from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.planes import (
     first_elements,
     group_on,
@@ -34,7 +34,7 @@ from lovasz.core.backends.triton.tables import (
 
 
 @triton.jit(do_not_specialize=["channels", "element_count"])
-def hinge_backward(
+def binary_backward(
     addresses,
     planes,
     block_planes,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lovasz.core.backends.triton.binary import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.columns import (
     ABSENT,
     GROUP_BUCKETS,
@@ -21,7 +22,6 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_STATE,
     TERM_COLUMNS,
 )
-from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.planes import (
     group_on,
     is_counted_by,
@@ -43,7 +43,7 @@ from lovasz.core.backends.triton.tables import (
 
 
 @triton.jit(do_not_specialize=["channels"])
-def hinge_count(
+def binary_count(
     addresses,
     planes,
     block_planes,
@@ -89,7 +89,7 @@ def hinge_count(
 
 
 @triton.jit(do_not_specialize=["channels"])
-def hinge_collect(
+def binary_collect(
     addresses,
     planes,
     block_planes,

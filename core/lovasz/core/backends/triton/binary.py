@@ -14,6 +14,11 @@ from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
     ABSENT,
     BAD_LABEL,
+    BINARY_COUNTERS,
+    BINARY_FOREGROUND,
+    BINARY_LARGEST,
+    BINARY_LEAST,
+    BINARY_VALID,
     GROUP_BINS,
     GROUP_COLUMNS,
     GROUP_COUNTERS,
@@ -24,11 +29,6 @@ from lovasz.core.backends.triton.columns import (
     GROUPING_COUNTERS,
     GROUPING_PER_IMAGE,
     GROUPING_RULE,
-    HINGE_COUNTERS,
-    HINGE_FOREGROUND,
-    HINGE_LARGEST,
-    HINGE_LEAST,
-    HINGE_VALID,
     NOT_FINITE,
     OUTCOME_HIT,
     OUTCOMES,
@@ -67,7 +67,7 @@ from lovasz.core.backends.triton.tables import (
     bits_of,
 )
 
-SHIFT = tl.constexpr(bins.HINGE_SHIFT)
+SHIFT = tl.constexpr(bins.BINARY_SHIFT)
 TOP = tl.constexpr(bins.HINGE_TOP)
 CELLS = tl.constexpr(bins.HINGE_CELLS)
 
@@ -92,7 +92,7 @@ def is_finite(logits, errors):
 
 
 @triton.jit(do_not_specialize=["channels"])
-def hinge_statistics(
+def binary_statistics(
     addresses,
     planes,
     block_planes,
@@ -116,7 +116,7 @@ def hinge_statistics(
     """The first sweep: counts pixels, and errors in cells.
 
     Args:
-        counters: int32, shape (HINGE_COUNTERS, channels) for each group of each grouping, 0 before.
+        counters: int32, shape (BINARY_COUNTERS, channels) for each group of each grouping, 0 before.
         predictions: int32, shape (joints, 2, channels), 0 before: the pixels that are predicted as foreground, and how
             many of them are foreground.
         faults: int32, shape (joints, faults), 0 before.
@@ -141,14 +141,14 @@ def hinge_statistics(
     for g in tl.static_range(GROUPINGS):
         grouping = groupings + g * GROUPING_COLUMNS
         own = counters + tl.load(grouping + GROUPING_COUNTERS) + channel
-        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * HINGE_COUNTERS * channels
+        own += of_plane(plane, tl.load(grouping + GROUPING_PER_IMAGE)) * BINARY_COUNTERS * channels
         counted = used & is_counted(counting, tl.load(grouping + GROUPING_RULE))
         in_front = counted & is_foreground
-        tl.atomic_add(own + HINGE_FOREGROUND * channels, tl.sum(in_front.to(tl.int32)), sem="relaxed")
-        tl.atomic_add(own + HINGE_VALID * channels, tl.sum(counted.to(tl.int32)), sem="relaxed")
+        tl.atomic_add(own + BINARY_FOREGROUND * channels, tl.sum(in_front.to(tl.int32)), sem="relaxed")
+        tl.atomic_add(own + BINARY_VALID * channels, tl.sum(counted.to(tl.int32)), sem="relaxed")
         inverted = tl.max(tl.where(in_front, NO_SIGN - bits, 0), axis=0)
-        tl.atomic_max(own + HINGE_LEAST * channels, inverted, sem="relaxed")
-        tl.atomic_max(own + HINGE_LARGEST * channels, tl.max(tl.where(counted, bits, 0), axis=0), sem="relaxed")
+        tl.atomic_max(own + BINARY_LEAST * channels, inverted, sem="relaxed")
+        tl.atomic_max(own + BINARY_LARGEST * channels, tl.max(tl.where(counted, bits, 0), axis=0), sem="relaxed")
     if ANY_TABLE:
         for t in tl.static_range(TERMS):
             term = terms + t * TERM_COLUMNS
@@ -173,7 +173,7 @@ def bins_of_cells(counts, total, bin_count, SHIFT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["channels"])
-def plan_hinge(
+def plan_binary(
     groups,
     term_weights,
     counters,
@@ -198,10 +198,10 @@ def plan_hinge(
     channel = number - row * channels
     group = groups + row * GROUP_COLUMNS
     own = counters + tl.load(group + GROUP_COUNTERS) + channel
-    foreground = tl.load(own + HINGE_FOREGROUND * channels)
-    valid = tl.load(own + HINGE_VALID * channels)
-    smallest = NO_SIGN - tl.load(own + HINGE_LEAST * channels)
-    largest = tl.load(own + HINGE_LARGEST * channels)
+    foreground = tl.load(own + BINARY_FOREGROUND * channels)
+    valid = tl.load(own + BINARY_VALID * channels)
+    smallest = NO_SIGN - tl.load(own + BINARY_LEAST * channels)
+    largest = tl.load(own + BINARY_LARGEST * channels)
     state = tl.where(valid > 0, tl.where(foreground > 0, SCORED, ABSENT), PASSED_OVER)
     weight = tl.load(term_weights + tl.load(group + GROUP_TERM)) / channels
     weight *= tl.load(group + GROUP_SHARE).to(tl.float64, bitcast=True)
