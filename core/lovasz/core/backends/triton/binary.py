@@ -1,10 +1,11 @@
-"""The first sweep of the hinge on a GPU, and from its counts how each segment is scored and the map of its table.
+"""The first sweep of the binary losses on a GPU, and functions that all of their sweeps share.
 
-Each binary label has planes of its own.
+Each binary label has planes of its own. The *margin* z of a pixel is its logit, with the sign changed on background:
+large where the logit is right. The hinge's errors are m = max(0, 1 - z), those of Lovász-Sigmoid m = sigmoid(-z).
 
-The errors m = max(0, 1 - s x), s = +-1, have any scale, and all weigh the same. So the first sweep counts them in
-cells, among which ``share_out`` divides the bins of the segment's table. There is a smallest positive error: 1 - s x is
-0 or at least 2^-24.
+Errors of the hinge have any scale, and all weigh the same. So the first sweep counts errors in cells, among which
+``binary_segments`` divides the bins of the segment's table. The hinge has a smallest positive error: 1 - z is 0 or at
+least 2^-24.
 """
 
 import triton
@@ -12,19 +13,15 @@ import triton.language as tl
 
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
-    ABSENT,
     BAD_LABEL,
     BINARY_COUNTERS,
     BINARY_FOREGROUND,
     BINARY_LARGEST,
     BINARY_LEAST,
     BINARY_VALID,
-    GROUP_BINS,
-    GROUP_COLUMNS,
-    GROUP_COUNTERS,
+    CROSS_COLUMNS,
+    CROSS_LARGEST,
     GROUP_MAP,
-    GROUP_SHARE,
-    GROUP_TERM,
     GROUPING_COLUMNS,
     GROUPING_COUNTERS,
     GROUPING_PER_IMAGE,
@@ -32,18 +29,11 @@ from lovasz.core.backends.triton.columns import (
     NOT_FINITE,
     OUTCOME_HIT,
     OUTCOMES,
-    PASSED_OVER,
     PLANE_CHANNEL,
     PLANE_JOINT,
-    SCORED,
-    SEGMENT_COLUMNS,
-    SEGMENT_FOREGROUND,
-    SEGMENT_STATE,
-    SEGMENT_UNIT,
-    SEGMENT_VALID,
-    SEGMENT_WEIGHT,
     TERM_COLUMNS,
 )
+from lovasz.core.backends.triton.elementary import exponential, log1p
 from lovasz.core.backends.triton.planes import (
     add_fault,
     first_elements,
@@ -55,43 +45,63 @@ from lovasz.core.backends.triton.planes import (
     of_plane,
     read_labels,
 )
-from lovasz.core.backends.triton.segments import (
-    FIXED_POINT_BITS,
-    buckets_to_rank,
-)
-from lovasz.core.backends.triton.tables import (
-    EXPONENT_BIAS,
-    MANTISSA_BITS,
-    NO_SIGN,
-    STOP_BITS,
-    bits_of,
-)
+from lovasz.core.backends.triton.tables import NO_SIGN, bits_of
 
 SHIFT = tl.constexpr(bins.BINARY_SHIFT)
-TOP = tl.constexpr(bins.HINGE_TOP)
-CELLS = tl.constexpr(bins.HINGE_CELLS)
-
-CELLS_AT_ONCE = tl.constexpr(1024)
 
 
 @triton.jit
-def load_errors(address, plane, pixels, inside, channels, rules, LOGIT: tl.constexpr, LABEL, RULES: tl.constexpr):
-    """(errors, logits, whether each pixel is foreground; one bit per rule for which it is valid; whether it is bad)."""
+def load_pixels(address, plane, pixels, inside, channels, rules, LOGIT: tl.constexpr, LABEL, RULES: tl.constexpr):
+    """(logits, margins, whether a pixel is foreground, one bit per rule for which it is valid, whether it is bad)."""
     elements = first_elements(plane, pixels, channels)
     logits = tl.load(first_logits(address, elements, LOGIT), mask=inside, other=0.0).to(tl.float32)
     labels, counting, is_bad = read_labels(address, elements, inside, rules, 2, LABEL, RULES)
     is_foreground = labels == 1
-    errors = tl.maximum(tl.where(is_foreground, 1.0 - logits, 1.0 + logits), 0.0)
-    return errors, logits, is_foreground, counting, is_bad
+    return logits, tl.where(is_foreground, logits, -logits), is_foreground, counting, is_bad
 
 
 @triton.jit
-def is_finite(logits, errors):
+def is_finite(logits, margins):
     """Whether each error is finite; a logit of minus infinity is allowed on background."""
-    return (logits < float("inf")) & (errors < float("inf"))
+    # 1 - z is finite where z is. The hinge needs it, too, and so keeps its registers.
+    return (logits < float("inf")) & (1.0 - margins < float("inf"))
 
 
-@triton.jit(do_not_specialize=["channels"])
+@triton.jit
+def sigmoids(margins):
+    """(sigmoid(-|z|), sigmoid(|z|)) of margins z, at most and at least 1/2; neither is a difference."""
+    power = exponential(-tl.abs(margins))
+    larger = tl.div_rn(1.0, 1.0 + power)
+    return power * larger, larger
+
+
+@triton.jit
+def sigmoid_errors(margins):
+    smaller, larger = sigmoids(margins)
+    return tl.where(margins >= 0, smaller, larger)
+
+
+@triton.jit
+def errors_of(margins, SIGMOID: tl.constexpr):
+    """The errors of Lovász-Sigmoid, or of the hinge."""
+    if SIGMOID:
+        return sigmoid_errors(margins)
+    else:
+        return tl.maximum(1.0 - margins, 0.0)
+
+
+@triton.jit
+def cross_entropies(margins, is_foreground, pos_weight, mask):
+    """The binary cross-entropy of each pixel, before the mean: float64; 0 where the mask is false.
+
+    Args:
+        pos_weight: float64: the factor on foreground.
+    """
+    losses = tl.maximum(-margins, 0.0) + log1p(exponential(-tl.abs(margins)))
+    return tl.where(mask, losses.to(tl.float64) * tl.where(is_foreground, pos_weight, 1.0), 0.0)
+
+
+@triton.jit(do_not_specialize=["channels", "joints"])
 def binary_statistics(
     addresses,
     planes,
@@ -104,13 +114,21 @@ def binary_statistics(
     predictions,
     faults,
     cells,
+    cross_rules,
+    pos_weights,
+    cross_sums,
     channels,
+    joints,
     LOGIT: tl.constexpr,
     LABEL: tl.constexpr,
+    SIGMOID: tl.constexpr,
     RULES: tl.constexpr,
     GROUPINGS: tl.constexpr,
     TERMS: tl.constexpr,
+    CROSS_TERMS: tl.constexpr,
     ANY_TABLE: tl.constexpr,
+    TOP: tl.constexpr,
+    CELLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The first sweep: counts pixels, and errors in cells.
@@ -121,12 +139,15 @@ def binary_statistics(
             many of them are foreground.
         faults: int32, shape (joints, faults), 0 before.
         cells: int32, CELLS for each segment that has a table, 0 before.
+        cross_rules: int64, one per cross-entropy term.
+        pos_weights: float64, shape (cross-entropy terms, channels).
     """
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
-    errors, logits, is_foreground, counting, is_bad = load_errors(
+    logits, margins, is_foreground, counting, is_bad = load_pixels(
         address, plane, pixels, inside, channels, rules, LOGIT, LABEL, RULES
     )
-    finite = is_finite(logits, errors)
+    errors = errors_of(margins, SIGMOID)
+    finite = is_finite(logits, margins)
     used = (counting != 0) & finite
     add_fault(faults, plane, BAD_LABEL, is_bad)
     add_fault(faults, plane, NOT_FINITE, (counting != 0) & ~finite)
@@ -158,93 +179,12 @@ def binary_statistics(
                 cell = TOP - (bits >> SHIFT)
                 counted = used & is_counted_by(term, counting) & (cell >= 0) & (cell < CELLS)
                 tl.atomic_add(own_cells + cell, 1, mask=counted, sem="relaxed")
-
-
-@triton.jit
-def bins_of_cells(counts, total, bin_count, SHIFT: tl.constexpr):
-    """log2 of the number of bins of each cell.
-
-    Half of ``bin_count`` is shared out in proportion to the pixels of each cell and rounded down to a power of two, but
-    a cell has at least one bin, and at most one per float.
-    """
-    shares = counts.to(tl.int64) * (bin_count // 2) // tl.maximum(total, 1)
-    logs = (tl.maximum(shares, 1).to(tl.float32).to(tl.int32, bitcast=True) >> MANTISSA_BITS) - EXPONENT_BIAS
-    return tl.minimum(logs, SHIFT)
-
-
-@triton.jit(do_not_specialize=["channels"])
-def plan_binary(
-    groups,
-    term_weights,
-    counters,
-    cells,
-    segments,
-    least,
-    ranked,
-    ranked_rows,
-    channels,
-):
-    """Decides how each segment is scored, and which bins its table has. One instance per segment.
-
-    Args:
-        term_weights: float64, one per term.
-        cells: int32: before, the counts of errors; after, the map of the segment's table.
-        least: int32, one per segment, written: the bits of the smallest error that is ranked, by counting or sorting.
-        ranked: int32, one per segment, written: the number of its buckets that are sorted.
-        ranked_rows: int32, one per group, 0 before: the largest ``ranked`` of its segments.
-    """
-    number = tl.program_id(0)
-    row = number // channels
-    channel = number - row * channels
-    group = groups + row * GROUP_COLUMNS
-    own = counters + tl.load(group + GROUP_COUNTERS) + channel
-    foreground = tl.load(own + BINARY_FOREGROUND * channels)
-    valid = tl.load(own + BINARY_VALID * channels)
-    smallest = NO_SIGN - tl.load(own + BINARY_LEAST * channels)
-    largest = tl.load(own + BINARY_LARGEST * channels)
-    state = tl.where(valid > 0, tl.where(foreground > 0, SCORED, ABSENT), PASSED_OVER)
-    weight = tl.load(term_weights + tl.load(group + GROUP_TERM)) / channels
-    weight *= tl.load(group + GROUP_SHARE).to(tl.float64, bitcast=True)
-    segment = segments + number.to(tl.int64) * SEGMENT_COLUMNS
-    tl.store(segment + SEGMENT_STATE, state.to(tl.int64))
-    unit = (largest >> MANTISSA_BITS) - (EXPONENT_BIAS - 1) - FIXED_POINT_BITS
-    tl.store(segment + SEGMENT_UNIT, unit.to(tl.int64))
-    tl.store(segment + SEGMENT_FOREGROUND, foreground.to(tl.int64))
-    tl.store(segment + SEGMENT_VALID, valid.to(tl.int64))
-    tl.store(segment + SEGMENT_WEIGHT, weight.to(tl.int64, bitcast=True))
-    bin_count = tl.load(group + GROUP_BINS).to(tl.int32)
-    counts_errors = (state == SCORED) & (bin_count > 0)
-    # In tables errors of 0 are not counted. In small groups all errors are sorted.
-    is_sorted = (state != PASSED_OVER) & (bin_count == 0)
-    tl.store(least + number, tl.where(counts_errors, tl.maximum(smallest, 1), tl.where(is_sorted, 0, NO_SIGN)))
-    buckets = tl.where(counts_errors, buckets_to_rank(group, foreground), 0)
-    tl.store(ranked + number, buckets)
-    tl.atomic_max(ranked_rows + row, buckets, sem="relaxed")
-    if counts_errors:
-        own_cells = cells + tl.load(group + GROUP_MAP) + channel * CELLS
-        share_out(own_cells, bin_count, smallest, largest)
-
-
-@triton.jit
-def share_out(cells, bin_count, smallest, largest):
-    """Turns a segment's counts into its map. Cells from the largest error to the smallest foreground error get bins."""
-    first = tl.maximum(TOP - (largest >> SHIFT), 0)
-    last = tl.minimum(TOP - (smallest >> SHIFT), CELLS - 1)
-    total = tl.zeros([CELLS_AT_ONCE], tl.int32)
-    for start in range(first, last + 1, CELLS_AT_ONCE):
-        cell = start + tl.arange(0, CELLS_AT_ONCE)
-        total += tl.load(cells + cell, mask=cell <= last, other=0)
-    pixels = tl.sum(total)
-    stop = 0
-    for start in range(first, last + 1, CELLS_AT_ONCE):
-        cell = start + tl.arange(0, CELLS_AT_ONCE)
-        counts = tl.load(cells + cell, mask=cell <= last, other=0)
-        bits = bins_of_cells(counts, pixels, bin_count, SHIFT)
-        widths = tl.where(counts > 0, 1 << bits, 0)
-        stops = stop + tl.cumsum(widths, 0)
-        tl.store(cells + cell, (stops << STOP_BITS) | (SHIFT - bits), mask=cell < CELLS)
-        stop += tl.sum(widths)
-    # No error in the cells after the last is counted, but the binary search for a bin's cell needs ascending ends.
-    for start in range(last + 1, CELLS, CELLS_AT_ONCE):
-        cell = start + tl.arange(0, CELLS_AT_ONCE)
-        tl.store(cells + cell, tl.zeros_like(cell) + (stop << STOP_BITS), mask=cell < CELLS)
+    for e in tl.static_range(CROSS_TERMS):
+        losses = cross_entropies(
+            margins=margins,
+            is_foreground=is_foreground,
+            pos_weight=tl.load(pos_weights + e * channels + channel),
+            mask=used & is_counted(counting, tl.load(cross_rules + e)),
+        )
+        row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
+        tl.atomic_max(row + CROSS_LARGEST, tl.max(losses.to(tl.int64, bitcast=True), axis=0), sem="relaxed")

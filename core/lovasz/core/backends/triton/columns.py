@@ -122,15 +122,16 @@ class Segment(enum.IntEnum):
 
 
 class Cross(enum.IntEnum):
-    """One row per cross-entropy term and joint; the host reads it."""
+    """One row per cross-entropy term, of softmax or binary, and joint; the host reads it."""
 
     SUM = 0
     """The sum of the pixels' losses, in units of 2^UNIT."""
     UNIT = 1
     LARGEST = 2
-    """The largest loss of a pixel, the bits of a float32."""
+    """The largest loss of a pixel, the bits of a float32; of binary cross-entropy, the bits of a float64."""
     MEAN = 3
-    """1 / (sum of the class weights of the pixels), the bits of a float64; 0 if the sum is 0."""
+    """The factor that makes a mean of the sum, the bits of a float64: 1 / (sum of the class weights of the pixels) or,
+    for binary cross-entropy, 1 / (the number of valid pixels over all labels); 0 if there is nothing to divide by."""
 
 
 class SoftmaxCounter(enum.IntEnum):

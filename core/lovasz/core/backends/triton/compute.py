@@ -26,7 +26,7 @@ from lovasz.core.computed import Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan
 from lovasz.core.scoring import State
 from lovasz.core.stop import Stop
-from lovasz.spec import LovaszHinge, LovaszSoftmax, WeightedSum
+from lovasz.spec import LovaszLoss, WeightedSum
 
 KEPT_PROGRAMS = 64
 """The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
@@ -213,7 +213,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     plan, layout = program.kind.plan, program.layout
     channels, joints, is_binary = layout.channels, layout.joints, plan.is_binary
     segments = program.result("segments", results, len(layout.groups), channels, len(Segment))
-    sums = program.result("cross_sums", results, len(plan.cross_entropies), joints, len(Cross))
+    sums = program.result("cross_sums", results, len(layout.entropies), joints, len(Cross))
     losses = np.ldexp(segments[..., Segment.LOSS].astype(np.float64), segments[..., Segment.UNIT])
     states = segments[..., Segment.STATE]
     largest = (segments[..., Segment.LARGEST] >> 32).astype(np.int32).view(np.float32)
@@ -224,7 +224,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     rows = iter(zip(layout.first_rows, [*layout.first_rows[1:], len(layout.groups)], strict=True))
     entropies = iter(sums)
     for term in plan.terms:
-        if isinstance(term.loss, LovaszSoftmax | LovaszHinge):
+        if isinstance(term.loss, LovaszLoss):
             own = slice(*next(rows))
             terms.append(TermValues(losses[own].T, scored[own].T))
         else:
