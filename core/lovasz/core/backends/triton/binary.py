@@ -158,6 +158,16 @@ def binary_statistics(
     tl.atomic_add(
         predicted + OUTCOME_HIT * channels, tl.sum((is_predicted & is_foreground).to(tl.int32)), sem="relaxed"
     )
+    # Before the groupings: after them, it would take up to sixteen registers more.
+    for e in tl.static_range(CROSS_TERMS):
+        losses = cross_entropies(
+            margins=margins,
+            is_foreground=is_foreground,
+            pos_weight=tl.load(pos_weights + e * channels + channel),
+            mask=used & is_counted(counting, tl.load(cross_rules + e)),
+        )
+        row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
+        tl.atomic_max(row + CROSS_LARGEST, tl.max(losses.to(tl.int64, bitcast=True), axis=0), sem="relaxed")
     bits = bits_of(errors)
     for g in tl.static_range(GROUPINGS):
         grouping = groupings + g * GROUPING_COLUMNS
@@ -179,12 +189,3 @@ def binary_statistics(
                 cell = TOP - (bits >> SHIFT)
                 counted = used & is_counted_by(term, counting) & (cell >= 0) & (cell < CELLS)
                 tl.atomic_add(own_cells + cell, 1, mask=counted, sem="relaxed")
-    for e in tl.static_range(CROSS_TERMS):
-        losses = cross_entropies(
-            margins=margins,
-            is_foreground=is_foreground,
-            pos_weight=tl.load(pos_weights + e * channels + channel),
-            mask=used & is_counted(counting, tl.load(cross_rules + e)),
-        )
-        row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
-        tl.atomic_max(row + CROSS_LARGEST, tl.max(losses.to(tl.int64, bitcast=True), axis=0), sem="relaxed")

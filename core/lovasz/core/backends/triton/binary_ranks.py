@@ -88,6 +88,16 @@ def binary_count(
     bits = bits_of(errors_of(margins, SIGMOID))
     place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
     channel = tl.load(plane + PLANE_CHANNEL)
+    # Before the Lovász terms: after them, it would take up to thirty registers more.
+    for e in tl.static_range(CROSS_TERMS):
+        losses = cross_entropies(
+            margins=margins,
+            is_foreground=is_foreground,
+            pos_weight=tl.load(pos_weights + e * channels + channel),
+            mask=finite & is_counted(counting, tl.load(cross_rules + e)),
+        )
+        row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
+        tl.atomic_add(row + CROSS_SUM, tl.sum(in_units(losses, tl.load(row + CROSS_UNIT))), sem="relaxed")
     if ANY_TABLE:
         for t in tl.static_range(TERMS):
             term = terms + t * TERM_COLUMNS
@@ -106,15 +116,6 @@ def binary_count(
                 if tl.load(segment + SEGMENT_STATE) == ABSENT:
                     keys = largest_error_key(bits, place, valid)
                     tl.atomic_max(segment + SEGMENT_LARGEST, tl.max(keys, axis=0), sem="relaxed")
-    for e in tl.static_range(CROSS_TERMS):
-        losses = cross_entropies(
-            margins=margins,
-            is_foreground=is_foreground,
-            pos_weight=tl.load(pos_weights + e * channels + channel),
-            mask=finite & is_counted(counting, tl.load(cross_rules + e)),
-        )
-        row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
-        tl.atomic_add(row + CROSS_SUM, tl.sum(in_units(losses, tl.load(row + CROSS_UNIT))), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["channels"])
