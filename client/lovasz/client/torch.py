@@ -41,7 +41,7 @@ class RemoteLoss(torch.nn.Module):
     With ``joint``, all ranks of a data-parallel training get the loss of all their pixels, and each rank gets its part
     of the one true gradient. ::
 
-        criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint=Joint.from_distributed("cityscapes-7"))
+        criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint="cityscapes-7")
 
     The module counts its calls, those with a gradient and those without separately, and calls of all ranks with the
     same number form a step. So every rank must make the same number of calls, also with gradient accumulation; a batch

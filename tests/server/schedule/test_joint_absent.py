@@ -436,18 +436,22 @@ def test_ranks_that_can_still_meet_wait_on(desk: Desk, calls: list[Rank]) -> Non
     ended(*waiting)
 
 
+@pytest.mark.parametrize("process", [b"new", b""], ids=["by its process", "by its patience"])
 def test_a_training_that_restarts_while_its_old_calls_still_wait_is_let_be(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, process: bytes
 ) -> None:
-    """Until the server knows that their processes are gone."""
-    monkeypatch.setattr(out_of_step, "GRACE_SECONDS", 3600.0)
+    """Until the server knows that their hosts are gone."""
+    monkeypatch.setattr(out_of_step, "GRACE_SECONDS", 0.0 if process else 3600.0)
     desk.compute()
+    first = ranks_of(3, step=8, process=b"old")
+    run_in_full(desk, first)
     callers = [Caller(), Caller()]
     old = [
-        desk.ask(Rank(rank=rank, world_size=3, step=9, blocking=True), caller) for rank, caller in enumerate(callers)
+        desk.ask(Rank(rank=rank, world_size=3, step=9, blocking=True, process=b"old"), caller)
+        for rank, caller in enumerate(callers)
     ]
     assert desk.waits_for(2)
-    ranks = ranks_of(3, blocking=True)
+    ranks = ranks_of(3, blocking=True, process=process)
     last = desk.ask(ranks[2])
     assert desk.waits_for(3)
     desk.joints.check()

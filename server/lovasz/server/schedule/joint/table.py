@@ -229,7 +229,7 @@ class JointTable:
             self._kept.drop_old()
             self._aborted.forget_old()
             self._attendance.forget_old()
-            for groups in out_of_step(self._waiting.values(), now):
+            for groups in out_of_step(self._waiting.values(), self._attendance, now):
                 text = texts.out_of_step(groups, self._attendance)
                 for group in groups:
                     self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
