@@ -122,7 +122,7 @@ def _by_numba(
     plan = Plan.of(batch, total, logits.device)
     thresholds = SORT_ALL if contender is Contender.SORTED else COUNT_ALL
     computed = numba_compute.compute(plan, batch, want_grad=True, thresholds=thresholds)
-    (answer,) = Pending(batch.requests, (Part((0,), plan, batch, computed),)).collect()
+    (answer,) = Pending(batch, (Part((0,), plan, batch, computed),), total, want_grad=True).collect()
     assert isinstance(answer, Result)
     assert answer.grad is not None
     return answer.loss, answer.grad

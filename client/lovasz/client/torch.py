@@ -150,7 +150,8 @@ class RemoteLoss(torch.nn.Module):
                 "logits",
                 f"got {type(logits).__name__}; expected a torch tensor (LossClient.compute takes other arrays)",
             )
-            self._abort(error, step)
+            with suppress(Exception):
+                self.abort(str(error), step=step)
             raise error
         want_grad = torch.is_grad_enabled() and logits.requires_grad
         if torch.compiler.is_compiling():
@@ -179,13 +180,26 @@ class RemoteLoss(torch.nn.Module):
         self.joint = self.joint.resolved()
         return replace(self.joint, step=self._first_step + self._calls[want_grad] if step is None else step)
 
-    def _abort(self, error: InvalidInputError, step: int | None) -> None:
-        """Tells the other ranks of the step that this one cannot take part; raises nothing."""
+    def abort(self, reason: str, *, step: int | None = None) -> bool:
+        """Ends the joint step of the next call for the other ranks: they get CallAbortedError with the reason.
+
+        Needed only where this rank fails before its call, in its model for example; a call with invalid arguments does
+        it by itself. It is a step with a gradient unless called under ``torch.no_grad``. It tries once, for at most two
+        seconds.
+
+        Args:
+            reason: for the other ranks; at most 1000 characters are passed on.
+            step: the number of the step; None: the one that the module counts.
+
+        Returns:
+            Whether the server knows it; False also without ``joint``.
+
+        Raises:
+            InvalidInputError: rank and world size are not known, or the step is invalid.
+        """
         want_grad = torch.is_grad_enabled()
-        with suppress(Exception):
-            place = self._place(want_grad, step)
-            if place is not None:
-                self.client.abort(place, str(error), want_grad=want_grad)
+        place = self._place(want_grad, step)
+        return place is not None and self.client.abort(place, reason, want_grad=want_grad)
 
     def leave(self) -> None:
         """This rank has no more data: from its next step on, the other ranks go on without it.
