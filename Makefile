@@ -14,7 +14,7 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo quick test interpret check lint types proto-check docs-check deploy-check docs proto compat image-check gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
@@ -24,6 +24,7 @@ help:
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
+	@echo "make trainers     run the lines of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
@@ -72,12 +73,10 @@ interpret: .venv-interpreter/.installed
 check: lint types proto-check docs-check deploy-check
 
 docs-check: $(INSTALLED)
-	$(BIN)/python docs/reference.py --check
-	$(BIN)/python deploy/grafana/dashboards.py --check
+	$(BIN)/python -m docs.generated --check
 
 docs: $(INSTALLED)
-	$(BIN)/python docs/reference.py
-	$(BIN)/python deploy/grafana/dashboards.py
+	$(BIN)/python -m docs.generated
 
 deploy-check: $(INSTALLED) .venv-deploy/.installed
 	@$(BIN)/python deploy/image_check.py --quick
@@ -107,8 +106,7 @@ else echo "buf $(firstword $(1)): skipped, as npx (Node.js) is not here or canno
 endef
 
 types: $(INSTALLED)
-	$(BIN)/mypy proto core client server examples benchmarks docs/figures
-	MYPYPATH=deploy/grafana $(BIN)/mypy docs/reference.py deploy/grafana
+	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana
 	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
@@ -131,7 +129,7 @@ proto-check: .venv-proto/.installed
 	@$(call with_buf,breaking --against ../tests/wire/released)
 
 # Versions that lie over those of .venv, so that nothing large is installed twice.
-.venv-oldest/.installed .venv-interpreter/.installed: .venv-%/.installed: tests/%.txt $(INSTALLED)
+.venv-oldest/.installed .venv-interpreter/.installed .venv-trainers/.installed: .venv-%/.installed: tests/%.txt $(INSTALLED)
 	@rm -rf .venv-$*
 	$(BIN)/python -m venv .venv-$*
 	PIP_CONSTRAINT= .venv-$*/bin/python -m pip install --quiet --no-deps --requirement $<
@@ -154,6 +152,10 @@ COMPATIBLE := tests/wire tests/client tests/server tests/end_to_end --ignore tes
 compat: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) $(SIDE_BY_SIDE)
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) -m alone
+
+# Ends with a table: which framework, which version, whether its lines passed.
+trainers: .venv-trainers/.installed
+	.venv-trainers/bin/python -m pytest tests/trainers
 
 gpu: export PYTHONPATH := proto:core:client:server
 gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
@@ -185,5 +187,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-inference-server .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-inference-server .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto core client server -name __pycache__ -type d -exec rm -rf {} +

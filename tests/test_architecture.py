@@ -28,7 +28,7 @@ IMPORTS = {found for module, source in SOURCES.items() for found in read_imports
 
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "lovasz.version": (set(), set()),
-    "lovasz.spec": (set(), {"numpy"}),
+    "lovasz.spec": (set(), {"numpy", "torch"}),
     "lovasz.wire": ({"lovasz.spec", "lovasz.v1.loss_pb2"}, {"numpy", "google"}),
     "lovasz.autograd": ({"lovasz.spec"}, {"numpy", "torch"}),
     "lovasz.core": (
@@ -196,6 +196,7 @@ def test_no_folders_import_each_other_in_a_circle() -> None:
 
 def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
     assert importers("torch", of="lovasz.client", when=When.AT_ONCE) == {
+        "lovasz.client.adapters",
         "lovasz.client.inprocess",
         "lovasz.client.torch",
     }
@@ -203,7 +204,12 @@ def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
         "lovasz.client.joint",
         "lovasz.client.tensors",
     }
-    assert importers("lovasz.client.torch") == set()
+    assert importers("lovasz.client.adapters", "lovasz.client.torch") == set()
+
+
+def test_spec_needs_torch_only_to_add_over_ranks() -> None:
+    assert importers("torch", of="lovasz.spec") == importers("torch", of="lovasz.spec", when=When.LAZILY)
+    assert importers("torch", of="lovasz.spec") == {"lovasz.spec.iou"}
 
 
 @pytest.mark.parametrize(
@@ -253,23 +259,30 @@ def test_no_file_is_long() -> None:
 
 PUBLIC = {
     "lovasz.core": {
+        "BinaryCrossEntropy",
         "CrossEntropy",
+        "DatasetIoU",
         "InvalidInput",
         "LocalLoss",
         "LovaszHinge",
         "LovaszHingeLoss",
+        "LovaszSigmoidLoss",
+        "LovaszSigmoid",
         "LovaszSoftmax",
         "LovaszSoftmaxLoss",
         "Result",
         "TermResult",
         "compute",
         "lovasz_hinge",
+        "lovasz_sigmoid",
         "lovasz_softmax",
     },
     "lovasz.client": {
         "CallAbortedError",
         "CallCancelledError",
+        "BinaryCrossEntropy",
         "CrossEntropy",
+        "DatasetIoU",
         "DeadlineExceededError",
         "Device",
         "IncompatibleServerError",
@@ -279,6 +292,7 @@ PUBLIC = {
         "LossClient",
         "LossError",
         "LovaszHinge",
+        "LovaszSigmoid",
         "LovaszSoftmax",
         "Result",
         "ServerFaultError",
@@ -288,18 +302,23 @@ PUBLIC = {
         "TermResult",
         "Timing",
     },
+    "lovasz.client.adapters": {"MMSegLoss"},
     "lovasz.client.torch": {"RemoteLoss"},
     "lovasz.spec": {
         "LOSS_KINDS",
         "MAX_AXES",
         "MAX_CLASSES",
+        "MAX_IMAGE_LOSSES",
         "MAX_TERMS",
+        "BinaryCrossEntropy",
         "CrossEntropy",
+        "DatasetIoU",
         "InvalidInput",
         "Layout",
         "Loss",
         "LossLike",
         "LovaszHinge",
+        "LovaszSigmoid",
         "LovaszSoftmax",
         "Result",
         "TermResult",

@@ -3,7 +3,8 @@
     python -m benchmarks.core.kernels [--classes 2 19 64 150 512]
 
 Registers and bytes of stack (spilled registers) for each thread, bytes of shared memory, and the seconds of compiling.
-The batch has everything: a large group in tables, a small one that is sorted, cross-entropy beside the loss.
+Each batch has everything: a large group in tables, a small one that is sorted. Softmax has cross-entropy beside the
+loss; the binary losses come alone, and with binary cross-entropy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 from lovasz.core.plan import Plan
 from lovasz.spec import LossLike, weighted_sum
 
@@ -35,7 +36,16 @@ except ModuleNotFoundError as error:
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", torch.float64: "*fp64"}
-HEADER = f"{'classes':>7}  {'kernel':<20}{'registers':>10}{'stack':>9}{'shared':>8}{'seconds':>9}"
+HEADER = f"{'loss':<28}{'kernel':<20}{'registers':>10}{'stack':>9}{'shared':>8}{'seconds':>9}"
+SIZES = ((512, 1024), (64, 64))
+SOFTMAX: LossLike = [(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax(ignore_index=255))]
+BINARY: dict[str, LossLike] = {
+    "hinge": LovaszHinge(ignore_index=255),
+    "hinge, cross-entropy": [(1.0, BinaryCrossEntropy(pos_weight=2.0)), (1.0, LovaszHinge(ignore_index=255))],
+    "sigmoid": LovaszSigmoid(ignore_index=255),
+    "sigmoid, cross-entropy": [(1.0, BinaryCrossEntropy(pos_weight=2.0)), (1.0, LovaszSigmoid(ignore_index=255))],
+    "binary cross-entropy": BinaryCrossEntropy(pos_weight=2.0),
+}
 
 
 def source_of(program: Program, launch: Launch) -> ASTSource:
@@ -66,18 +76,18 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1])
 
 
-def row(classes: int, program: Program, launch: Launch) -> str:
+def row(name: str, program: Program, launch: Launch) -> str:
     start = time.perf_counter()
     compiled = triton.compile(source_of(program, launch), target=TARGET, options=launch.options)
     seconds = time.perf_counter() - start
     registers, stack = resources(compiled.asm["cubin"])
-    name = launch.kernel.fn.__name__
-    return f"{classes:7}  {name:<20}{registers:10}{stack:9}{compiled.metadata.shared:8}{seconds:9.1f}"
+    kernel = launch.kernel.fn.__name__
+    return f"{name:<28}{kernel:<20}{registers:10}{stack:9}{compiled.metadata.shared:8}{seconds:9.1f}"
 
 
 def program_of(loss: LossLike, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Program:
     total = weighted_sum(loss)
-    layouts = tuple(total.layout(shape, shape if total.is_hinge else (shape[0], *shape[2:])) for shape in shapes)
+    layouts = tuple(total.layout(shape, shape if total.is_binary else (shape[0], *shape[2:])) for shape in shapes)
     device = torch.device("cuda")
     plan = Plan(total, layouts, (1,) * len(shapes), device)
     return Program(Kind(plan, dtype, torch.int64, want_grad=True))
@@ -90,15 +100,14 @@ def main() -> int:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     print(f"Triton {triton.__version__}, sm_90, {args.dtype} logits, int64 labels\n{HEADER}", flush=True)
-    mixed: LossLike = [(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax(ignore_index=255))]
-    sizes = ((512, 1024), (64, 64))
-    for classes in args.classes:
-        program = program_of(mixed, [(1, classes, *size) for size in sizes], dtype)
+    programs = {
+        f"softmax, {classes} classes": program_of(SOFTMAX, [(1, classes, *size) for size in SIZES], dtype)
+        for classes in args.classes
+    }
+    programs |= {name: program_of(loss, [(1, *size) for size in SIZES], dtype) for name, loss in BINARY.items()}
+    for name, program in programs.items():
         for launch in program.launches:
-            print(row(classes, program, launch), flush=True)
-    program = program_of(LovaszHinge(ignore_index=255), [(1, *size) for size in sizes], dtype)
-    for launch in program.launches:
-        print(row(1, program, launch), flush=True)
+            print(row(name, program, launch), flush=True)
     return 0
 
 

@@ -66,7 +66,7 @@ def encoded(workload: Workload, regime: Regime) -> bytes:
     ((logits, labels),) = workload.inputs(regime)
     target = remote.RemoteTarget("127.0.0.1:1", ClientOptions(transport=Transport.GRPC))  # Never connects.
     try:
-        call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None)
+        call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None, offsets=None)
         return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
     finally:
         target.close()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from panels import Panel, Sections, Table
+from deploy.grafana.panels import Panel, Sections, Table
 
 WIDTH, HEIGHT = 8, 8
 COLUMNS = 24

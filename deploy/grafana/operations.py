@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from panels import Panel, Sections, Table
-from promql import mean, of, quantile, rate, rise
-
+from deploy.grafana.panels import Panel, Sections, Table
+from deploy.grafana.promql import mean, of, quantile, rate, rise
 from lovasz.server.observe.metrics import PHASES
 
 REQUESTS = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from panels import Panel, Sections
-from promql import of
+from deploy.grafana.panels import Panel, Sections
+from deploy.grafana.promql import of
 
 
 def of_runs(metric: str, **labels: str) -> str:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+ResultT = TypeVar("ResultT")
 
-def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, factor: float = 1.0) -> Tensor:
-    """A 0-dim tensor with the value ``loss``, whose gradient in ``logits`` is ``grad`` x factor.
+
+def with_gradient(
+    logits: Tensor,
+    loss: float | Tensor,
+    grad: Tensor | None,
+    factor: float = 1.0,
+    offsets: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A tensor with the value ``loss``, whose gradient in ``logits`` is ``grad`` x factor.
 
     Args:
         logits: the tensor that the gradient flows to.
-        loss: a number, or a 0-dim tensor on the logits' device.
+        loss: a number, or a 0-dim tensor on the logits' device. Or one loss an image, shape (images,), each of which
+            has the gradient ``grad`` x factor in its own image, and none in others.
         grad: dloss/dlogits in the logits' shape; None if no gradient will be requested. It is scaled in its own dtype:
             float32 for 16-bit logits, so that a gradient scaler's factor is applied before rounding.
         factor: multiplies the gradient, not the loss.
+        offsets: where the images end along the first axis, if there is one loss an image; None: each item is one.
 
     Returns:
         float64 for float64 logits, else float32.
@@ -27,15 +38,17 @@ def with_gradient(logits: Tensor, loss: float | Tensor, grad: Tensor | None, fac
     value = loss if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
     if grad is None:
         return value
-    return _WithGradient.apply(logits, value, grad, factor)  # type: ignore[no-any-return, no-untyped-call]
+    return _WithGradient.apply(logits, value, grad, factor, offsets)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, grad: Tensor, factor: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, value: Tensor, grad: Tensor, factor: float, offsets: tuple[int, ...] | None
+    ) -> Tensor:
         # With the logits saved, a second derivative in them reaches _Scale.backward, which refuses it.
         ctx.save_for_backward(logits, grad)
-        ctx.factor = factor
+        ctx.factor, ctx.offsets = factor, offsets
         # Not the input itself: autograd takes that for a view, which must not be modified in place (`loss *= weight`).
         return value.detach()
 
@@ -43,9 +56,19 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, grad = ctx.saved_tensors
         scale = grad_outputs[0] if ctx.factor == 1 else grad_outputs[0] * ctx.factor
+        if scale.dim() == 1:
+            scale = _at_items(scale, ctx.offsets).view(-1, *[1] * (grad.dim() - 1))
         if not torch.is_grad_enabled() and not _graph_is_kept():
-            return _scale_in_place(grad, scale).to(logits.dtype), None, None, None
-        return _Scale.apply(scale, grad, logits), None, None, None  # type: ignore[no-untyped-call]
+            return _scale_in_place(grad, scale).to(logits.dtype), None, None, None, None
+        return _Scale.apply(scale, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
+
+
+def _at_items(of_images: Tensor, offsets: tuple[int, ...] | None) -> Tensor:
+    """The value of its image at each item of the first axis."""
+    if offsets is None:
+        return of_images
+    sizes = torch.tensor(offsets).diff(prepend=torch.tensor([0]))
+    return of_images.repeat_interleave(sizes.to(of_images.device), output_size=offsets[-1])
 
 
 def _graph_is_kept() -> bool:
@@ -59,7 +82,7 @@ def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
 
     On the CPU a factor of 1 costs nothing. On a GPU, reading the factor would wait for the device.
     """
-    if grad_output.device.type == "cpu" and grad_output.item() == 1:
+    if grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1:
         return grad
     return grad.mul_(grad_output.to(grad.dtype))
 
@@ -127,11 +150,34 @@ def operator(
     return lambda logits, labels, key, number, want_grad: made(logits, labels, key, number, want_grad)[0]
 
 
-def constant(function: Callable[..., str]) -> Callable[..., str]:
+def constant(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
     """Lets ``torch.compile`` call a function while it traces, and put the result into the graph."""
     # As torch.compiler.assume_constant_result does, which would import the compiler: a second at each start.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_between_graphs: dict[str, Callable[..., Any]] = {}
+
+
+def untraced(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
+    """Makes ``torch.compile`` call a function as it is, between two graphs, instead of tracing into it."""
+    key = f"{function.__module__}.{function.__qualname__}"
+
+    @constant
+    def registered() -> str:
+        # Run while the compiler traces, so that importing this module does not import the compiler.
+        _between_graphs.setdefault(key, torch.compiler.disable(function))
+        return key
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> ResultT:
+        if torch.compiler.is_compiling():
+            result: ResultT = _between_graphs[registered()](*args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return called
 
 
 def _dtype_of(logits: Tensor) -> torch.dtype:

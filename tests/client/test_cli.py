@@ -13,6 +13,7 @@ from support.scripted_server import serving, serving_nothing
 
 from lovasz.client import cli
 from lovasz.server.launch import ServerProcess
+from lovasz.spec import LOSS_KINDS
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
 
@@ -45,7 +46,7 @@ def test_ping_of_a_real_server(server: ServerProcess) -> None:
     ms = r"\d+\.\d\d ms"
     assert re.fullmatch(rf"  round trip  median {ms}, fastest {ms}, slowest {ms} \(3 calls\)", round_trip)
     assert re.fullmatch(r"  device      cpu \(.+\), healthy", device)
-    assert losses == "  losses      lovasz_softmax, lovasz_hinge, cross_entropy"
+    assert losses == f"  losses      {', '.join(LOSS_KINDS)}"
     assert re.fullmatch(r"  limits      [\d.]+ GiB of tensors, \d+ requests at a time", limits)
 
 

@@ -45,7 +45,7 @@ from lovasz.client import (
 from lovasz.client.errors import from_rpc_error
 from lovasz.client.remote import UNARY_BYTES
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import InvalidInput, LossLike
+from lovasz.spec import LOSS_KINDS, InvalidInput, LossLike
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
 
@@ -227,7 +227,7 @@ def test_logits_that_are_not_finite_make_nan(client: LossClient) -> None:
 def test_server_info(client: LossClient) -> None:
     info = client.server_info()
     assert info.version == VERSION
-    assert info.losses == ("lovasz_softmax", "lovasz_hinge", "cross_entropy")
+    assert info.losses == LOSS_KINDS
     assert [(device.name, device.healthy) for device in info.devices] == [("cpu", True)]
     assert info.memory_budget_bytes > 0
     assert info.max_requests > 0
@@ -249,7 +249,7 @@ def test_inprocess_is_a_target_like_another() -> None:
     logits, labels = SMALL.input()
     with LossClient("inprocess") as here:
         info = here.server_info()
-        assert (info.version, info.losses) == (VERSION, ("lovasz_softmax", "lovasz_hinge", "cross_entropy"))
+        assert (info.version, info.losses) == (VERSION, LOSS_KINDS)
         expected = lovasz.core.compute(logits, labels, MIX, want_grad=False)
         assert bits(here.submit(logits, labels, MIX, want_grad=False).result()) == bits(expected)
         with pytest.raises(InvalidInputError, match="labels: got shape"):

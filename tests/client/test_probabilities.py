@@ -102,7 +102,7 @@ def test_what_does_not_look_so(like: Callable[[torch.Tensor], torch.Tensor]) -> 
 @pytest.mark.parametrize("loss", [CrossEntropy(), LovaszSoftmax(input="probabilities"), LovaszHinge(multilabel=True)])
 def test_losses_that_take_no_softmax_of_them(loss: LossLike) -> None:
     logits, labels = some_input()
-    hinge = weighted_sum(loss).is_hinge
+    hinge = weighted_sum(loss).is_binary
     compute(logits.softmax(1), torch.zeros_like(logits, dtype=torch.uint8) if hinge else labels, loss)
     assert LOOKS_OF_PROCESS.left == LOOKS
 

@@ -86,7 +86,7 @@ def backward(criterion: torch.nn.Module, logits: Tensor, labels: Tensor) -> tupl
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
 def test_it_equals_the_local_loss_bit_for_bit(shared: LossClient, loss: LossLike) -> None:
-    logits, labels = some_input(hinge=weighted_sum(loss).is_hinge)
+    logits, labels = some_input(hinge=weighted_sum(loss).is_binary)
     remote, local = (backward(criterion, logits, labels) for criterion in (RemoteLoss(shared, loss), LocalLoss(loss)))
     assert remote[0].dtype == local[0].dtype == torch.float32
     assert remote[0].shape == ()

@@ -10,12 +10,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.comparison import norm_error, normal, noting_near_ties, reference_answer, shared_ties_answer
+from support.comparison import (
+    norm_error,
+    normal,
+    noting_near_ties,
+    random_labels,
+    reference_answer,
+    shared_ties_answer,
+)
 from support.ways import INTERPRETED, Way
 from torch import Tensor
 from torch.nn import functional
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute, reference
+from lovasz.core import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    compute,
+    reference,
+)
 from lovasz.spec import Loss, LossLike, Result, WeightedSum, weighted_sum
 
 random_cases = settings(deadline=None, max_examples=5 if INTERPRETED else 100)
@@ -105,7 +120,7 @@ def probability_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
 
 
 @st.composite
-def hinge_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
+def binary_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
     """Multiples of 1/2, so that errors tie (also at 0), or random numbers."""
     layout = draw(st.sampled_from(["plain", "one channel", "one channel, labels too", "multilabel"]))
     spatial = draw(spatial_axes)
@@ -124,7 +139,11 @@ def hinge_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, LossLike]:
     elif layout == "one channel":
         labels = labels.squeeze(1)
     ignore = ignored(void, 2)
-    term = st.builds(LovaszHinge, st.booleans(), ignore, st.just(layout == "multilabel"))
+    multilabel = st.just(layout == "multilabel")
+    lovasz = st.builds(draw(st.sampled_from([LovaszHinge, LovaszSigmoid])), st.booleans(), ignore, multilabel)
+    pos_weight = st.none() | st.sampled_from([0.0, 0.5, 3.0])
+    pos_weight |= st.lists(st.sampled_from([0.0, 0.25, 4.0]), min_size=channels, max_size=channels)
+    term = lovasz | st.builds(BinaryCrossEntropy, pos_weight, ignore, multilabel)
     return logits, labels, draw(term | st.lists(st.tuples(weights, term), min_size=1, max_size=3))
 
 
@@ -142,7 +161,7 @@ def assert_is_the_reference(
     for (_, term), (expected, _), answer in zip(terms, truths, result.terms, strict=True):
         assert answer.kind == term.kind
         assert answer.loss == pytest.approx(expected, rel=rel, abs=tiny)
-        if isinstance(term, CrossEntropy):
+        if isinstance(term, CrossEntropy | BinaryCrossEntropy):
             assert answer.per_class_loss.shape == (0,)
         else:
             per_class = reference.per_class_losses(logits.double(), labels, term).numpy()
@@ -225,8 +244,8 @@ def test_probabilities(
 
 @each_dtype
 @random_cases
-@given(hinge_cases())
-def test_hinge_losses(
+@given(binary_cases())
+def test_binary_losses(
     dtype: torch.dtype, way: Way, device: torch.device, case: tuple[Tensor, Tensor, LossLike]
 ) -> None:
     result = assert_is_the_reference(case, dtype, way, device)
@@ -261,6 +280,51 @@ def test_cross_entropy_is_torchs(
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     assert result.loss == pytest.approx(expected.item(), rel=tolerance)
     assert norm_error(result.grad, expected_grad) < tolerance
+
+
+@pytest.mark.parametrize("pos_weight", [None, 2.5, [0.5, 0.0, 4.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_binary_cross_entropy_is_torchs(
+    pos_weight: float | list[float] | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits = (normal(2, 3, 9, 7, seed=1) * 6).requires_grad_()
+    labels = torch.randint(0, 2, (2, 3, 9, 7), generator=torch.Generator().manual_seed(2))
+    weight = None if pos_weight is None else torch.tensor(pos_weight, dtype=torch.float64).reshape(-1, 1, 1)
+    expected = functional.binary_cross_entropy_with_logits(logits, labels.double(), pos_weight=weight)
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    loss = BinaryCrossEntropy(pos_weight, multilabel=True)
+    result = compute(logits.detach().to(device, dtype), labels.to(device), loss)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    assert result.loss == pytest.approx(expected.item(), rel=tolerance)
+    assert norm_error(result.grad, expected_grad) < tolerance
+
+
+@each_dtype
+def test_lovasz_sigmoid_is_lovasz_softmax_of_the_foreground(dtype: torch.dtype, way: Way, device: torch.device) -> None:
+    logits = normal(2, 1, 20, 30, seed=1, dtype=dtype) * 3
+    labels = random_labels(2, 20, 30, values=2, seed=2, void=VOID)
+    for per_image in (False, True):
+        detour = LovaszSoftmax(classes=[1], per_image=per_image, ignore_index=VOID)
+        truth, both = reference_answer(torch.cat([torch.zeros_like(logits), logits], 1), labels, detour)
+        loss = LovaszSigmoid(per_image=per_image, ignore_index=VOID)
+        result = compute(logits.to(device), labels.to(device), loss)
+        assert result.loss == pytest.approx(truth, rel=1e-6 if dtype == torch.float32 else 1e-12)
+        in_float32 = 1e-3 if way.counts(labels.numel()) else 1e-5  # a bin is one tie
+        assert norm_error(result.grad, both[:, 1:]) < (in_float32 if dtype == torch.float32 else 1e-12)
+
+
+@each_dtype
+def test_binary_losses_of_confident_pixels_keep_their_digits(dtype: torch.dtype, device: torch.device) -> None:
+    logits = torch.tensor([[12.0, 9.0, -14.0, 13.0, -40.0, 0.5]], dtype=dtype)
+    labels = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    for loss in (BinaryCrossEntropy(), LovaszSigmoid()):
+        truth, expected = reference_answer(logits, labels, loss)
+        result = compute(logits.to(device), labels.to(device), loss)
+        assert result.loss == pytest.approx(truth, rel=1e-6)
+        assert result.grad is not None
+        np.testing.assert_allclose(
+            result.grad.cpu(), expected, rtol=2e-6 if dtype == torch.float32 else 1e-9, atol=1e-16
+        )
 
 
 @each_dtype

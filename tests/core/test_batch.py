@@ -56,9 +56,9 @@ def tensors(
     logits = 2 * normal(images, channels, *spatial, seed=seed)
     if total.probabilities:
         logits = logits.softmax(1)
-    label_shape = logits.shape if total.is_hinge else shape
+    label_shape = logits.shape if total.is_binary else shape
     # Few classes in small requests, so that some are absent from one and present in another.
-    values = 2 if total.is_hinge else min(channels, 2 + seed % channels)
+    values = 2 if total.is_binary else min(channels, 2 + seed % channels)
     labels = random_labels(*label_shape, values=values, seed=seed, void=VOID)
     labels.view(-1)[0] = 1  # never wholly void
     return logits.to(dtype).to(device), labels.to(torch.uint8).to(device)

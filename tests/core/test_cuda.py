@@ -55,8 +55,8 @@ def batch_of(loss: WeightedSum, device: torch.device) -> list[tuple[Tensor, Tens
     members = []
     for seed, (images, height, width) in enumerate([(1, 64, 80), (3, 16, 16), (2, 1, 1)]):
         logits = normal(images, 4, height, width, seed=seed, dtype=torch.float32)
-        shape = logits.shape if loss.is_hinge else (images, height, width)
-        labels = random_labels(*shape, values=2 if loss.is_hinge else 4, seed=seed, void=VOID)
+        shape = logits.shape if loss.is_binary else (images, height, width)
+        labels = random_labels(*shape, values=2 if loss.is_binary else 4, seed=seed, void=VOID)
         members.append(((logits.softmax(1) if loss.probabilities else logits).to(device), labels.to(device)))
     return members
 
@@ -134,8 +134,8 @@ def test_run_to_run_no_bit_changes_on_a_large_batch(loss: LossLike, cuda: torch.
     total = weighted_sum(loss)
     logits = normal(2, 4, 512, 512, seed=1, dtype=torch.float32).to(cuda)
     logits = logits.softmax(1) if total.probabilities else logits
-    shape = logits.shape if total.is_hinge else (2, 512, 512)
-    labels = random_labels(*shape, values=2 if total.is_hinge else 4, seed=2, void=VOID).to(cuda)
+    shape = logits.shape if total.is_binary else (2, 512, 512)
+    labels = random_labels(*shape, values=2 if total.is_binary else 4, seed=2, void=VOID).to(cuda)
     assert len({bits(compute(logits, labels, loss)) for _ in range(5)}) == 1
 
 

@@ -133,14 +133,14 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
 def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")
-    from lovasz.core.backends.numba import cross_entropy, hinge, segments, softmax
+    from lovasz.core.backends.numba import binary, cross_entropy, segments, softmax
 
     loops = [
         softmax.prepare,
         softmax.prepare_probabilities,
         softmax.finish,
         cross_entropy.add_losses,
-        hinge.prepare,
+        binary.prepare,
         segments.score,
     ]
     dispatch.warm_up(CPU)
@@ -156,7 +156,7 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
         for dtype in (torch.float32, torch.float16):
             for label_dtype in (torch.uint8, torch.int64, torch.bool):
                 logits = normal(2, 2, 5, 6, seed=1, dtype=dtype).abs().clamp(max=1)
-                shape = logits.shape if total.is_hinge else (2, 5, 6)
+                shape = logits.shape if total.is_binary else (2, 5, 6)
                 labels = random_labels(*shape, values=2, seed=2).to(label_dtype)
                 for ranks in ("by sorting", "in tables"):
                     rank_on_cpu(ranks, monkeypatch)

@@ -40,10 +40,10 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 def some_input(loss: LossLike, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Two images of 6 x 5 pixels, 3 channels; no label is void."""
-    is_hinge = weighted_sum(loss).is_hinge
+    is_binary = weighted_sum(loss).is_binary
     logits = normal(2, 3, 6, 5, seed=1, dtype=dtype)
-    shape = logits.shape if is_hinge else (2, 6, 5)
-    return logits.to(device), random_labels(*shape, values=2 if is_hinge else 3, seed=2).to(device)
+    shape = logits.shape if is_binary else (2, 6, 5)
+    return logits.to(device), random_labels(*shape, values=2 if is_binary else 3, seed=2).to(device)
 
 
 # --- Element types and memory -------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_non_finite_logit_makes_the_answer_nan(
 ) -> None:
     logits, labels = some_input(loss, device, dtype)
     logits[1, 1, 2, 3] = bad
-    labels[(1, 1, 2, 3) if weighted_sum(loss).is_hinge else (1, 2, 3)] = 1  # where minus infinity is no mask
+    labels[(1, 1, 2, 3) if weighted_sum(loss).is_binary else (1, 2, 3)] = 1  # where minus infinity is no mask
     result = compute(logits, labels, loss)
     assert math.isnan(result.loss)
     assert result.grad is not None
@@ -219,7 +219,7 @@ def test_masked_classes_are_computed_as_the_textbook_has_them(
     loss, total = MASKABLE[name], weighted_sum(MASKABLE[name])
     logits, masked = normal(2, 4, 9, 7, seed=3, dtype=dtype), torch.zeros(2, 9, 7, dtype=torch.bool)
     masked[:, ::3] = True
-    if total.is_hinge:
+    if total.is_binary:
         labels = random_labels(2, 4, 9, 7, values=2, seed=4)
         labels[:, 3][masked] = 0
         labels[0, 0, 0, 0] = VOID
@@ -429,8 +429,8 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszSoftmax(),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
-            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
+            "(for a binary problem with one channel use LovaszHinge or LovaszSigmoid, or for probabilities p of the "
+            "foreground torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (
             zeros(2, 0, 4),
@@ -466,8 +466,8 @@ INTEGERS = torch.int64
             zeros(2, 3, 4),
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(),
-            "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4) "
+            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
             "LovaszSoftmax)",
         ),
         (

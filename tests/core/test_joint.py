@@ -31,7 +31,7 @@ def a_request(loss: LossLike, images: int, channels: int, spatial: tuple[int, ..
     logits = torch.randn(images, channels, *spatial, generator=random) * 2
     shape = logits.shape if total.multilabel else (images, *spatial)
     # Classes are spread unevenly: a request holds some only.
-    labels = torch.randint(seed % 2, 2 if total.is_hinge else 2 + seed % 3, shape, generator=random)
+    labels = torch.randint(seed % 2, 2 if total.is_binary else 2 + seed % 3, shape, generator=random)
     ignored = {term.ignore_index for _, term in total.terms} - {None, -100}
     if ignored:
         labels[torch.rand(shape, generator=random) < 0.2] = ignored.pop()

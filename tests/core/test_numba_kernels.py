@@ -279,7 +279,7 @@ CALLS: list[LossLike] = [
 def call(loss: LossLike, side: int = 60) -> tuple[object, ...]:
     logits = 3 * normal(2, 3, side, side, seed=6, dtype=torch.float32)
     logits[0, 1] = 1.0  # an error of 0 for the hinge
-    shape = logits.shape if weighted_sum(loss).is_hinge else (2, side, side)
+    shape = logits.shape if weighted_sum(loss).is_binary else (2, side, side)
     return bits(compute(logits, random_labels(*shape, values=2, seed=7, void=255), loss, backend=Backend.NUMBA))
 
 

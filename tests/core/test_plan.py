@@ -24,7 +24,7 @@ def batch_of(loss: LossLike, shapes: Sequence[tuple[int, ...]] = SHAPES, sizes: 
     total = weighted_sum(loss)
     requests = []
     for shape in shapes:
-        labels = torch.zeros(shape if total.is_hinge else (shape[0], *shape[2:]), dtype=torch.uint8)
+        labels = torch.zeros(shape if total.is_binary else (shape[0], *shape[2:]), dtype=torch.uint8)
         requests.append(Request.checked(torch.zeros(shape), labels, total))
     return Batch.of(requests, sizes)
 

@@ -35,7 +35,7 @@ Answer = tuple[float, bytes]
 def request(loss: LossLike, pixels: int = 40_000) -> Request:
     total = weighted_sum(loss)
     generator = torch.Generator().manual_seed(1)
-    if total.is_hinge:
+    if total.is_binary:
         labels = torch.randint(0, 2, (2, pixels), generator=generator)
         return Request.checked(torch.randn(2, pixels, generator=generator), labels, total)
     logits = torch.randn(2, 3, pixels, generator=generator)

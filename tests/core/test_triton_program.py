@@ -11,7 +11,7 @@ from support.comparison import bits, normal, random_labels
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax
+from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 from lovasz.core.backends.torch import compute as torch_compute
 from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
@@ -42,6 +42,17 @@ COMPOSITIONS: dict[str, tuple[LossLike, list[tuple[int, ...]]]] = {
     "probabilities": (LovaszSoftmax(input="probabilities"), [SMALL, MIDDLE]),
     "hinge": (LovaszHinge(ignore_index=VOID), [(2, 90, 90), (600, 500)]),
     "multilabel hinge, per image": (LovaszHinge(per_image=True, multilabel=True), [(3, 4, 80, 80), SMALL]),
+    "sigmoid": (LovaszSigmoid(ignore_index=VOID), [(2, 90, 90), (600, 500)]),
+    "hinge with cross-entropy": ([(1.0, BinaryCrossEntropy(pos_weight=2.0)), (1.0, LovaszHinge())], [(90, 90)]),
+    "multilabel, three terms": (
+        [
+            (1.0, BinaryCrossEntropy(pos_weight=WEIGHTS, multilabel=True)),
+            (1.0, LovaszSigmoid(per_image=True, multilabel=True)),
+            (-0.5, LovaszSigmoid(ignore_index=0, multilabel=True)),
+        ],
+        [(3, 4, 80, 80), SMALL],
+    ),
+    "binary cross-entropy alone": (BinaryCrossEntropy(ignore_index=VOID), [(2, 90, 90), (8, 9)]),
 }
 compositions = pytest.mark.parametrize("name", COMPOSITIONS)
 MOST_LAUNCHES = 10
@@ -54,8 +65,8 @@ def requests_of(name: str, device: torch.device) -> tuple[list[Request], LossLik
     for seed, shape in enumerate(shapes):
         logits = normal(*shape, seed=seed, dtype=torch.float32)
         logits = logits.softmax(1) if total.probabilities else logits
-        label_shape = shape if total.is_hinge else (shape[0], *shape[2:])
-        labels = random_labels(*label_shape, values=2 if total.is_hinge else 4, seed=seed)
+        label_shape = shape if total.is_binary else (shape[0], *shape[2:])
+        labels = random_labels(*label_shape, values=2 if total.is_binary else 4, seed=seed)
         requests.append(Request.checked(logits.to(device), labels.to(device), total))
     return requests, loss
 
@@ -125,10 +136,12 @@ def test_softmax_map_covers_all_errors_once(coarser: int) -> None:
     assert len(cells) == bins.SOFTMAX_CELLS == 127
 
 
+@pytest.mark.parametrize("is_sigmoid", [False, True])
 @pytest.mark.parametrize("pixels", [4097, 8191, 8192, 16383, 16384, 32767, 32768, 65535, 65536, 131072, 1 << 24])
-def test_hinge_tables_have_room_for_any_mix_of_errors(pixels: int) -> None:
+def test_binary_tables_have_room_for_any_mix_of_errors(pixels: int, is_sigmoid: bool) -> None:
     """Half of the bins are shared out in proportion; each cell with a pixel gets one more at most."""
     from lovasz.core.backends.triton import bins
 
-    count = bins.hinge_bins(bins.coarser_by(pixels))
-    assert count // 2 + min(pixels, bins.HINGE_CELLS) < count
+    count = bins.binary_bins(bins.coarser_by(pixels))
+    _, cells = bins.binary_cells(is_sigmoid=is_sigmoid)
+    assert count // 2 + min(pixels, cells) < count

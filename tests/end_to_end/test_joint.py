@@ -124,7 +124,7 @@ def test_ranks_get_to_the_bit_what_one_request_of_all_their_images_would_get(
     loss, channels = LOSSES[name]
     voids = (0.2, 1.0, 0.0, 0.5)
     parts = [
-        a_part(rank, channels, (20, 30), hinge=weighted_sum(loss).is_hinge, void=void)
+        a_part(rank, channels, (20, 30), hinge=weighted_sum(loss).is_binary, void=void)
         for rank, void in enumerate(voids)
     ]
     parts = [(logits.to(dtype), labels) for logits, labels in parts]

@@ -20,6 +20,7 @@ from support.waiting import eventually
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError, ServerUnavailableError
 from lovasz.server.launch import ServerProcess
+from lovasz.spec import LOSS_KINDS
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 from lovasz.version import VERSION
@@ -55,7 +56,7 @@ def test_server_info(server: ServerProcess) -> None:
         info = client.server_info()
     assert info.version == VERSION
     assert [(device.name, device.healthy) for device in info.devices] == [("cpu", True)]
-    assert info.losses == ("lovasz_softmax", "lovasz_hinge", "cross_entropy")
+    assert info.losses == LOSS_KINDS
     assert info.memory_budget_bytes == 4 << 30
 
 

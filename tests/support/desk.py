@@ -181,10 +181,10 @@ class Rank:
 
     @property
     def labels(self) -> torch.Tensor:
-        is_hinge = weighted_sum(self.loss).is_hinge
+        is_binary = weighted_sum(self.loss).is_binary
         shape = (self.shape[0], *self.shape[2:])
         generator = torch.Generator().manual_seed(self.seed + 1)
-        labels = torch.randint(0, 2 if is_hinge else CLASSES, shape, generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 2 if is_binary else CLASSES, shape, generator=generator, dtype=torch.uint8)
         if self.label is not None:
             labels.view(-1)[0] = self.label
         return labels

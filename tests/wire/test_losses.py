@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lovasz import spec, wire
-from lovasz.spec import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    InvalidInput,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    WeightedSum,
+    weighted_sum,
+)
 from lovasz.v1 import loss_pb2 as pb
 
 untimed = settings(deadline=None)
@@ -29,8 +38,12 @@ def lovasz_softmax(input_kind: spec.Input) -> st.SearchStrategy[LovaszSoftmax]:
 cross_entropy = st.builds(CrossEntropy, class_weights, ignore_index, st.floats(0, 1))
 
 
-def hinge(multilabel: bool) -> st.SearchStrategy[LovaszHinge]:
-    return st.builds(LovaszHinge, st.booleans(), ignore_index, st.just(multilabel))
+pos_weight = st.none() | st.floats(0, 1e6) | st.lists(st.floats(0, 1e6), min_size=1, max_size=5)
+
+
+def binary(kind: type[LovaszHinge | LovaszSigmoid], multilabel: bool) -> st.SearchStrategy[spec.Loss]:
+    lovasz = st.builds(kind, st.booleans(), ignore_index, st.just(multilabel))
+    return lovasz | st.builds(BinaryCrossEntropy, pos_weight, ignore_index, st.just(multilabel))
 
 
 losses = st.one_of(
@@ -38,8 +51,9 @@ losses = st.one_of(
     for terms in (
         lovasz_softmax("logits") | cross_entropy,
         lovasz_softmax("probabilities"),
-        hinge(multilabel=False),
-        hinge(multilabel=True),
+        binary(LovaszHinge, multilabel=False),
+        binary(LovaszHinge, multilabel=True),
+        binary(LovaszSigmoid, multilabel=True),
     )
 )
 
@@ -51,7 +65,11 @@ def test_every_loss_survives_protobuf(loss: WeightedSum) -> None:
     assert wire.loss_from_proto(pb.Loss.FromString(sent)) == loss
 
 
-@pytest.mark.parametrize("loss", [LovaszSoftmax(), LovaszHinge(), CrossEntropy()], ids=lambda loss: loss.kind)
+@pytest.mark.parametrize(
+    "loss",
+    [LovaszSoftmax(), LovaszHinge(), CrossEntropy(), LovaszSigmoid(), BinaryCrossEntropy()],
+    ids=lambda loss: loss.kind,
+)
 @pytest.mark.parametrize("value", [None, 0], ids=["none", "zero"])
 def test_no_ignore_index_is_not_label_0(loss: spec.Loss, value: int | None) -> None:
     described = weighted_sum(replace(loss, ignore_index=value))

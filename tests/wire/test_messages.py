@@ -88,7 +88,7 @@ def test_the_header_that_the_refusals_start_from_is_good() -> None:
         ),
         (header(LovaszSoftmax(classes=[3])), "classes: got class 3; expected class numbers in [0, 3)"),
         (header(CrossEntropy(class_weights=[1.0])), "class_weights: got 1 numbers; expected 3, one a class"),
-        (header(LovaszHinge()), "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4)"),
+        (header(LovaszHinge()), "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4)"),
     ],
 )
 def test_a_header_that_cannot_be_is_refused(message: pb.RequestHeader, text: str) -> None:

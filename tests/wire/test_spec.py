@@ -17,11 +17,13 @@ from lovasz.spec import (
     MAX_AXES,
     MAX_CLASSES,
     MAX_TERMS,
+    BinaryCrossEntropy,
     CrossEntropy,
     InvalidInput,
     Layout,
     LossLike,
     LovaszHinge,
+    LovaszSigmoid,
     LovaszSoftmax,
     Result,
     TermResult,
@@ -100,8 +102,33 @@ def test_softmax_options(options: dict[str, Any], text: str) -> None:
         ({"multilabel": 1}, "multilabel: got 1; expected True or False"),
     ],
 )
-def test_hinge_options(options: dict[str, Any], text: str) -> None:
-    assert refusal(lambda: LovaszHinge(**options)) == text
+@pytest.mark.parametrize("kind", [LovaszHinge, LovaszSigmoid])
+def test_hinge_options(kind: type[LovaszHinge | LovaszSigmoid], options: dict[str, Any], text: str) -> None:
+    assert refusal(lambda: kind(**options)) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"pos_weight": -1}, "pos_weight: got [-1.0]; expected a number >= 0, one number a label, or None"),
+        ({"pos_weight": [1, -2]}, "pos_weight: got [1.0, -2.0]; expected a number >= 0, one number a label, or None"),
+        ({"pos_weight": []}, "pos_weight: got []; expected a number >= 0, one number a label, or None"),
+        ({"pos_weight": "1"}, "pos_weight: got '1'; expected a number >= 0, one number a label, or None"),
+        ({"pos_weight": math.nan}, "pos_weight: got nan; expected a finite number"),
+        ({"pos_weight": [1, None]}, "pos_weight[1]: got None; expected a finite number"),
+        ({"ignore_index": 1.0}, "ignore_index: got 1.0; expected an integer"),
+        ({"multilabel": None}, "multilabel: got None; expected True or False"),
+    ],
+)
+def test_binary_cross_entropy_options(options: dict[str, Any], text: str) -> None:
+    assert refusal(lambda: BinaryCrossEntropy(**options)) == text
+
+
+def test_a_single_pos_weight_is_one_for_all_labels() -> None:
+    assert BinaryCrossEntropy(torch.tensor([3.0])) == BinaryCrossEntropy(np.float32(3)) == BinaryCrossEntropy(3)
+    text = "pos_weight: got 2 numbers; expected 3, one a label"
+    loss = weighted_sum(BinaryCrossEntropy([1, 2], multilabel=True))
+    assert refusal(lambda: loss.layout((1, 3, 4), (1, 3, 4))) == text
 
 
 @pytest.mark.parametrize(
@@ -174,6 +201,15 @@ DIFFERENT: list[LossLike] = [
     LovaszHinge(per_image=True),
     LovaszHinge(ignore_index=0),
     LovaszHinge(multilabel=True),
+    LovaszSigmoid(),
+    LovaszSigmoid(per_image=True),
+    LovaszSigmoid(ignore_index=0),
+    LovaszSigmoid(multilabel=True),
+    BinaryCrossEntropy(),
+    BinaryCrossEntropy(pos_weight=2),
+    BinaryCrossEntropy(pos_weight=[2, 1]),
+    BinaryCrossEntropy(ignore_index=0),
+    BinaryCrossEntropy(multilabel=True),
     CrossEntropy(),
     CrossEntropy([1, 1]),
     CrossEntropy(ignore_index=None),
@@ -214,7 +250,10 @@ def test_refusal_survives_pickling() -> None:
 
 # --- Sums ---------------------------------------------------------------------------------------------------------
 
-EXPECTED_LOSS = "expected LovaszSoftmax, LovaszHinge, CrossEntropy or a list of (weight, loss) pairs"
+EXPECTED_LOSS = (
+    "expected LovaszSoftmax, LovaszHinge, LovaszSigmoid, CrossEntropy, BinaryCrossEntropy or a list of (weight, loss) "
+    "pairs"
+)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +271,21 @@ EXPECTED_LOSS = "expected LovaszSoftmax, LovaszHinge, CrossEntropy or a list of 
         ([("1", CrossEntropy())], "loss[0] weight: got '1'; expected a finite number"),
         (
             [(1.0, LovaszHinge()), (1.0, LovaszSoftmax())],
-            "loss: LovaszHinge is combined with a softmax loss; expected only hinge terms or only softmax terms",
+            "loss: LovaszHinge is combined with a softmax loss; expected only binary terms (LovaszHinge or "
+            "LovaszSigmoid, BinaryCrossEntropy) or only softmax terms (LovaszSoftmax, CrossEntropy)",
         ),
         (
-            [(1.0, LovaszHinge()), (1.0, LovaszHinge(multilabel=True))],
-            "loss: hinge terms differ in multilabel; expected the same in all terms",
+            [(1.0, CrossEntropy()), (1.0, BinaryCrossEntropy())],
+            "loss: BinaryCrossEntropy is combined with a softmax loss; expected only binary terms (LovaszHinge or "
+            "LovaszSigmoid, BinaryCrossEntropy) or only softmax terms (LovaszSoftmax, CrossEntropy)",
+        ),
+        (
+            [(1.0, LovaszHinge()), (1.0, BinaryCrossEntropy(multilabel=True))],
+            "loss: binary terms differ in multilabel; expected the same in all terms",
+        ),
+        (
+            [(1.0, LovaszHinge()), (1.0, LovaszSigmoid())],
+            "loss: LovaszHinge is combined with LovaszSigmoid; expected only one of the two",
         ),
         (
             [(1.0, CrossEntropy()), (1.0, LovaszSoftmax(input="probabilities"))],
@@ -260,19 +309,20 @@ def test_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind", "is_hinge", "multilabel", "probabilities"),
+    ("loss", "kind", "is_binary", "multilabel", "probabilities"),
     [
         (LovaszSoftmax(), "lovasz_softmax", False, False, False),
         (LovaszSoftmax(input="probabilities"), "lovasz_softmax", False, False, True),
         (LovaszHinge(), "lovasz_hinge", True, False, False),
         (LovaszHinge(multilabel=True), "lovasz_hinge", True, True, False),
+        ([(1, LovaszSigmoid()), (1, BinaryCrossEntropy())], "binary_cross_entropy+lovasz_sigmoid", True, False, False),
         ([(1.0, LovaszSoftmax()), (2.0, CrossEntropy())], "cross_entropy+lovasz_softmax", False, False, False),
         ([(1.0, CrossEntropy()), (2.0, CrossEntropy([1, 2]))], "cross_entropy", False, False, False),
     ],
 )
-def test_what_a_sum_is(loss: LossLike, kind: str, is_hinge: bool, multilabel: bool, probabilities: bool) -> None:
+def test_what_a_sum_is(loss: LossLike, kind: str, is_binary: bool, multilabel: bool, probabilities: bool) -> None:
     total = weighted_sum(loss)
-    assert (total.kind, total.is_hinge, total.multilabel) == (kind, is_hinge, multilabel)
+    assert (total.kind, total.is_binary, total.multilabel) == (kind, is_binary, multilabel)
     assert total.probabilities == probabilities
 
 
@@ -349,8 +399,8 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 1, 4),
             (2, 4),
             "logits: got shape (2, 1, 4) with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
-            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
+            "(for a binary problem with one channel use LovaszHinge or LovaszSigmoid, or for probabilities p of the "
+            "foreground torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         ),
         (SOFTMAX, (2, -3, 4), (2, 4), "logits: got shape (2, -3, 4); expected sizes >= 1"),
         (SOFTMAX, (2, 3, 4), (2, -4), "labels: got shape (2, -4); expected sizes >= 1"),
@@ -362,16 +412,16 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             HINGE,
             (2, 3, 4),
             (2, 4),
-            "labels: got shape (2, 4) for hinge logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4) "
+            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
             "LovaszSoftmax)",
         ),
         (
             HINGE,
             (2, 1, 4),
             (2, 2, 4),
-            "labels: got shape (2, 2, 4) for hinge logits (2, 1, 4); expected (2, 4) "
-            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel "
+            "labels: got shape (2, 2, 4) for binary logits (2, 1, 4); expected (2, 4) "
+            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
             "LovaszSoftmax)",
         ),
         (HINGE, (0,), (0,), "logits: got shape (0,), which holds no element; expected at least one pixel"),
@@ -394,7 +444,7 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 3, 4, 5),
             (2, 3, 4, 5),
             "logits: got shape (2, 3, 4, 5); expected (N, 1, *spatial) (for 3 binary labels a pixel use "
-            "LovaszHinge(multilabel=True), for volumes (N, D, H, W) logits[:, None])",
+            "multilabel=True, for volumes (N, D, H, W) logits[:, None])",
         ),
         (
             MULTILABEL,

@@ -15,13 +15,25 @@ from lovasz.client.errors import (
 )
 from lovasz.client.joint import Joint
 from lovasz.client.target import Device, ServerInfo
-from lovasz.spec import CrossEntropy, LovaszHinge, LovaszSoftmax, Result, TermResult, Timing
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    DatasetIoU,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    Result,
+    TermResult,
+    Timing,
+)
 from lovasz.version import VERSION
 
 __all__ = [
+    "BinaryCrossEntropy",
     "CallAbortedError",
     "CallCancelledError",
     "CrossEntropy",
+    "DatasetIoU",
     "DeadlineExceededError",
     "Device",
     "IncompatibleServerError",
@@ -31,6 +43,7 @@ __all__ = [
     "LossClient",
     "LossError",
     "LovaszHinge",
+    "LovaszSigmoid",
     "LovaszSoftmax",
     "Result",
     "ServerFaultError",

@@ -18,7 +18,7 @@ from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checke
 from lovasz.client.remote import RemoteTarget
 from lovasz.client.submission import CallThreads
 from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, checked_target
-from lovasz.client.tensors import AnyArray
+from lovasz.client.tensors import AnyArray, with_mask
 
 _SUBMIT_THREADS = 16
 _ABORT_SECONDS = 2.0
@@ -105,6 +105,8 @@ class LossClient:
         labels: AnyArray,
         loss: spec.LossLike,
         *,
+        valid: AnyArray | None = None,
+        offsets: AnyArray | None = None,
         want_grad: bool = True,
         joint: Joint | None = None,
         timeout: float | None = None,
@@ -117,7 +119,11 @@ class LossClient:
                 (N, C, *spatial), or as the loss describes.
             labels: likewise; integers, bool, or floats that are whole numbers; shape (N, *spatial) or
                 (N, 1, *spatial), or as the loss describes.
-            loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
+            loss: one of the losses, such as :class:`LovaszSoftmax`, or a list of (weight, loss).
+            valid: bool, a mask in the shape of the labels, or with 1 along some axes: pixels where it is false are
+                ignored, as those of ``ignore_index`` are. In a joint step all ranks give one, or none does.
+            offsets: for terms with ``per_image``: where each image ends along the first axis, if an image has several
+                items there. For a batch of point clouds (P, C): the end of each cloud, as Pointcept's ``offset``.
             want_grad: False for validation: no gradient is computed or sent.
             joint: this rank's place in a joint step; its ``step`` must be set. Loss, per-class losses and counts are
                 then those of all ranks' pixels, and the gradient is that of the joint loss for this rank's logits. N
@@ -132,7 +138,8 @@ class LossClient:
             InvalidInputError: the request is invalid.
             LossError: one of its other subclasses.
         """
-        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout, blocking=True)
+        inputs = logits, labels, loss, valid, offsets
+        call, deadline = self._begin(*inputs, want_grad, joint, timeout, blocking=True)
         return self._finish(call, deadline)
 
     def submit(
@@ -141,6 +148,8 @@ class LossClient:
         labels: AnyArray,
         loss: spec.LossLike,
         *,
+        valid: AnyArray | None = None,
+        offsets: AnyArray | None = None,
         want_grad: bool = True,
         joint: Joint | None = None,
         timeout: float | None = None,
@@ -150,7 +159,8 @@ class LossClient:
         Arrays that are not on the host are copied before it returns. Do not change arrays on the host until the future
         is done. Errors of an invalid request are raised here, all others by the future.
         """
-        call, deadline = self._begin(logits, labels, loss, want_grad, joint, timeout, blocking=False)
+        inputs = logits, labels, loss, valid, offsets
+        call, deadline = self._begin(*inputs, want_grad, joint, timeout, blocking=False)
         try:
             # In the caller's context, so that the call belongs to the caller's trace.
             return self._threads.submit(partial(contextvars.copy_context().run, self._finish, call, deadline))
@@ -231,6 +241,8 @@ class LossClient:
         logits: AnyArray,
         labels: AnyArray,
         loss: spec.LossLike,
+        valid: AnyArray | None,
+        offsets: AnyArray | None,
         want_grad: bool,
         joint: Joint | None,
         timeout: float | None,
@@ -242,7 +254,10 @@ class LossClient:
         place = None if joint is None else joint.at(joint.step, blocking=blocking)
         with self._aborted_if_refused(place, want_grad), invalid_input_translated():
             deadline = time.monotonic() + self._seconds(timeout)
-            return self._target.prepare(logits, labels, spec.weighted_sum(loss), want_grad, place), deadline
+            total = spec.weighted_sum(loss)
+            if valid is not None:
+                labels, total = with_mask(logits, labels, valid, total)
+            return self._target.prepare(logits, labels, total, want_grad, place, offsets), deadline
 
     @contextmanager
     def _aborted_if_refused(self, place: wire.Joint | None, want_grad: bool) -> Iterator[None]:

@@ -33,7 +33,8 @@ class Call:
         """Computes it in this thread; the timeout has no effect."""
         started = time.monotonic()
         if self.layout.images:
-            result = core.compute(self.logits, self.labels, self.loss, want_grad=self.want_grad)
+            offsets = self.layout.offsets
+            result = core.compute(self.logits, self.labels, self.loss, offsets=offsets, want_grad=self.want_grad)
         else:
             result = self._of_no_images()
         timing = spec.Timing(0.0, 0.0, time.monotonic() - started, 1)
@@ -53,7 +54,13 @@ class InProcessTarget:
     """No server: for tests, laptops, and trainers that need none."""
 
     def prepare(
-        self, logits: AnyArray, labels: AnyArray, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+        self,
+        logits: AnyArray,
+        labels: AnyArray,
+        loss: spec.WeightedSum,
+        want_grad: bool,
+        joint: wire.Joint | None,
+        offsets: AnyArray | None,
     ) -> Call:
         if joint is not None and joint.world_size > 1:
             raise InvalidInput(
@@ -63,7 +70,7 @@ class InProcessTarget:
         narrow = labels if is_torch(labels) else encode_labels(labels).array()
         scores = as_tensor("logits", logits).detach()
         targets = as_tensor("labels", narrow).detach().to(scores.device)
-        layout = Request.checked(scores, targets, loss, may_be_empty=joint is not None).layout
+        layout = Request.checked(scores, targets, loss, offsets, may_be_empty=joint is not None).layout
         return Call(scores, targets, loss, layout, want_grad, as_numpy=not is_torch(logits))
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:

@@ -154,10 +154,18 @@ class RemoteTarget:
         self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
 
     def prepare(
-        self, logits: AnyArray, labels: AnyArray, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+        self,
+        logits: AnyArray,
+        labels: AnyArray,
+        loss: spec.WeightedSum,
+        want_grad: bool,
+        joint: wire.Joint | None,
+        offsets: AnyArray | None,
     ) -> Call:
         scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
-        request = wire.Request.checked(loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run)
+        request = wire.Request.checked(
+            loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run, offsets=offsets
+        )
         if scores.dtype != "bfloat16" or is_torch(scores.source):
             LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
         if self._shared is not None and self._is_shared(request):

@@ -128,7 +128,13 @@ class Target(Protocol):
     """Where losses are computed."""
 
     def prepare(
-        self, logits: AnyArray, labels: AnyArray, loss: spec.WeightedSum, want_grad: bool, joint: wire.Joint | None
+        self,
+        logits: AnyArray,
+        labels: AnyArray,
+        loss: spec.WeightedSum,
+        want_grad: bool,
+        joint: wire.Joint | None,
+        offsets: AnyArray | None,
     ) -> PreparedCall:
         """Checks a request and copies what it needs from arrays that are not on the host in the wire's form.
 

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz import wire
-from lovasz.spec import InvalidInput
+from lovasz.spec import InvalidInput, WeightedSum
 from lovasz.spec.arrays import numpy_array
 from lovasz.spec.labels import FLOAT_TYPES, too_large, whole_numbers, wrong_type
+from lovasz.spec.validity import masked
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,18 @@ def encode_labels(labels: AnyArray) -> Outgoing:
     if dtype is None:
         raise too_large(high)
     return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
+
+
+def with_mask(logits: AnyArray, labels: AnyArray, valid: AnyArray, loss: WeightedSum) -> tuple[Array, WeightedSum]:
+    """Labels that are void where ``valid`` is false, and the loss that ignores them.
+
+    Raises:
+        InvalidInput: see :func:`lovasz.spec.validity.masked`; or the shapes do not fit.
+    """
+    scores = logits if is_torch(logits) else numpy_array("logits", logits)
+    targets = labels if is_torch(labels) else numpy_array("labels", labels)
+    layout = loss.layout(tuple(scores.shape), tuple(targets.shape), may_be_empty=True)
+    return masked(targets, valid, loss, layout.label_values)
 
 
 def _detached(field: str, value: AnyArray) -> tuple[Array, str]:

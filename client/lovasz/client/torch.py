@@ -15,14 +15,16 @@ except ModuleNotFoundError:
 
 from torch import Tensor
 
-from lovasz.autograd import Computed, operator, with_gradient
+from lovasz.autograd import Computed, operator, untraced, with_gradient
 from lovasz.client.client import LossClient
-from lovasz.client.errors import InvalidInputError
+from lovasz.client.errors import InvalidInputError, invalid_input_translated
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
 from lovasz.client.target import checked_target
 from lovasz.client.tensors import AnyArray
-from lovasz.spec import LossLike, Result, weighted_sum
+from lovasz.spec import LossLike, Reduction, Result, weighted_sum
+from lovasz.spec.checks import reduction as checked_reduction
+from lovasz.spec.layout import checked_offsets
 
 __all__ = ["RemoteLoss"]
 
@@ -65,13 +67,14 @@ class RemoteLoss(torch.nn.Module):
         http_proxy: bool = False,
         joint: Joint | str | None = None,
         gradient_reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         """Checks its arguments. It connects at the first call.
 
         Args:
             target: as for :class:`LossClient`; or a client, which this module uses and does not close. The client's
                 own options then replace the next six.
-            loss: :class:`LovaszSoftmax`, :class:`LovaszHinge`, :class:`CrossEntropy`, or a list of (weight, loss).
+            loss: one of the losses, such as :class:`LovaszSoftmax`, or a list of (weight, loss).
             timeout: seconds for a call with all its retries.
             transport: as for :class:`LossClient`.
             wire_dtype: as for :class:`LossClient`.
@@ -85,6 +88,8 @@ class RemoteLoss(torch.nn.Module):
                 gradient. ``"active_mean"``, as DistributedDataParallel's ``join(divide_by_initial_world_size=False)``
                 does: they are multiplied by the number of ranks that have not left. ``"sum"``: they are left as they
                 are.
+            reduction: ``"mean"``; or ``"none"`` for one loss an image, shape (images,), if all terms are Lovász losses
+                with ``per_image``. Not with ``joint``: losses of images do not depend on other ranks.
 
         Raises:
             InvalidInput: the loss is invalid, or its terms cannot be combined.
@@ -93,6 +98,11 @@ class RemoteLoss(torch.nn.Module):
         super().__init__()
         if gradient_reduction not in ("mean", "active_mean", "sum"):
             raise ValueError(f"gradient_reduction: got {gradient_reduction!r}; expected 'mean', 'active_mean' or 'sum'")
+        self.reduction = checked_reduction(reduction)
+        if reduction == "none" and joint is not None:
+            raise ValueError(
+                "reduction: got 'none' with joint; expected 'mean', or no joint, which changes no loss of an image"
+            )
         self.joint = Joint(joint) if isinstance(joint, str) else joint
         self.gradient_reduction = gradient_reduction
         self._first_step = 0 if self.joint is None or self.joint.step is None else self.joint.step
@@ -125,13 +135,23 @@ class RemoteLoss(torch.nn.Module):
             self._client = LossClient.with_options(self._target, self._options)
         return self._client
 
-    def forward(self, logits: Tensor, labels: AnyArray, *others: object, step: int | None = None) -> Tensor:
-        """The loss as a 0-dim tensor (float64 for float64 logits, else float32), differentiable once.
+    def forward(
+        self,
+        logits: Tensor,
+        labels: AnyArray,
+        *others: object,
+        valid: AnyArray | None = None,
+        offsets: AnyArray | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """The loss (float64 for float64 logits, else float32), differentiable once: 0-dim, or of shape (images,).
 
         Args:
             logits: float32, float16, bfloat16 or float64 (which travels as float32), (N, C, *spatial), on any device.
             labels: integers, bool, or floats that are whole numbers, (N, *spatial) or (N, 1, *spatial), on any device.
             others: none; weights of pixels, which other losses take here, are refused.
+            valid: as for :meth:`LossClient.compute`.
+            offsets: as for :meth:`LossClient.compute`.
             step: the number of the joint step; None: the module counts, from the ``step`` of ``joint`` (0 if it has
                 none).
 
@@ -142,8 +162,8 @@ class RemoteLoss(torch.nn.Module):
         if others:
             raise TypeError(
                 f"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels. There are no "
-                "weights of pixels (for void pixels set ignore_index, for weights of classes class_weights in the "
-                "loss); the number of a joint step is given by name, step=..."
+                "weights of pixels (for void pixels set ignore_index or valid=, for weights of classes class_weights "
+                "in the loss); the number of a joint step is given by name, step=..."
             )
         if not isinstance(logits, Tensor):
             error = InvalidInputError(
@@ -154,14 +174,41 @@ class RemoteLoss(torch.nn.Module):
                 self.abort(str(error), step=step)
             raise error
         want_grad = torch.is_grad_enabled() and logits.requires_grad
-        if torch.compiler.is_compiling():
+        is_plain = valid is None and offsets is None and self.reduction == "mean"
+        if torch.compiler.is_compiling() and is_plain:
             return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
-        return with_gradient(logits, *self._compute(logits, labels, want_grad, step))
+        return self._differentiable(logits, labels, want_grad, step, valid, offsets)
 
-    def _compute(self, logits: Tensor, labels: AnyArray, want_grad: bool, step: int | None) -> tuple[float, Any, float]:
+    @untraced
+    def _differentiable(
+        self, logits: Tensor, labels: AnyArray, want_grad: bool, step: int | None, valid: Any, offsets: Any
+    ) -> Tensor:
+        if self.reduction == "mean":
+            return with_gradient(logits, *self._compute(logits, labels, want_grad, step, valid, offsets))
+        with invalid_input_translated():
+            ends = checked_offsets(offsets, logits.shape[0])
+            images = logits.shape[0] if ends is None else len(ends)
+            self.loss.check_losses_of_images(images)
+        _, grad, _ = self._compute(logits, labels, want_grad, step, valid, ends)
+        assert self.result is not None
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        losses = torch.from_numpy(self.loss.per_image_losses(self.result.terms)).to(logits.device, dtype)
+        return with_gradient(logits, losses, grad, images, ends)
+
+    def _compute(
+        self,
+        logits: Tensor,
+        labels: AnyArray,
+        want_grad: bool,
+        step: int | None,
+        valid: AnyArray | None = None,
+        offsets: AnyArray | None = None,
+    ) -> tuple[float, Any, float]:
         """Makes the call; returns the loss, its gradient, and what the gradient is still to be multiplied with."""
         joint = self._place(want_grad, step)
-        result = self.client.compute(logits, labels, self.loss, want_grad=want_grad, joint=joint)
+        result = self.client.compute(
+            logits, labels, self.loss, valid=valid, offsets=offsets, want_grad=want_grad, joint=joint
+        )
         self._calls[want_grad] += step is None
         self.result = replace(result, grad=None)
         factor = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,11 @@ from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault
 from lovasz.core.plan import Plan
 from lovasz.spec import (
-    CrossEntropy,
+    MAX_IMAGE_LOSSES,
+    BinaryLoss,
     InvalidInput,
-    LovaszHinge,
+    Loss,
+    LovaszLoss,
     LovaszSoftmax,
     Result,
     TermResult,
@@ -109,7 +111,8 @@ class Pending:
         if self.want_grad:
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             grad = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-        return Result(answer.loss, grad, answer.terms, answer.intersection.copy(), answer.union.copy())
+        terms = tuple(replace(term, per_image_loss=np.empty(0)) for term in answer.terms)
+        return Result(answer.loss, grad, terms, answer.intersection.copy(), answer.union.copy())
 
     def differentiable(self) -> tuple[Tensor | float, Tensor | None]:
         """The loss and the gradient of a single request; waits only until its faults are known, if the backend can.
@@ -150,16 +153,27 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
                 groups = images if term.per_image else slice(j, j + 1)
                 results.append(_term_result(term.loss, of_term.losses[:, groups], of_term.scored[:, groups]))
             total = sum(term.weight * result.loss for term, result in zip(plan.terms, results, strict=True))
-            for grad in grads:
+            first = 0
+            for request, grad in zip(joint, grads, strict=True):
+                own = slice(first, first + request.layout.scored_images)
+                first = own.stop
                 counts = values.hits[:, j].copy(), union[:, j].copy()
-                answers.append(Result(total, grad, tuple(results), *counts))
+                answers.append(Result(total, grad, tuple(_of_request(result, own) for result in results), *counts))
     return list(zip(part.places, answers, strict=True))
 
 
+def _of_request(result: TermResult, images: slice) -> TermResult:
+    """A term's result for one request of a joint, whose losses of images are of all requests."""
+    if len(result.per_image_loss) == 0:
+        return result
+    losses = result.per_image_loss[images if images.stop - images.start <= MAX_IMAGE_LOSSES else slice(0)]
+    return replace(result, per_image_loss=losses.copy())
+
+
 def _void_segments(loss: WeightedSum, segments: int) -> slice:
-    """The rows of counts whose class (hinge: foreground) every term ignores: they have no IoU."""
+    """The rows of counts whose class (binary losses: foreground) every term ignores: they have no IoU."""
     void = loss.void_label
-    if loss.is_hinge:
+    if loss.is_binary:
         return slice(segments if void == 1 else 0)
     return slice(0) if void is None or not 0 <= void < segments else slice(void, void + 1)
 
@@ -167,7 +181,7 @@ def _void_segments(loss: WeightedSum, segments: int) -> slice:
 def _nothing(loss: WeightedSum, channels: int) -> Result[Tensor]:
     """The answer to a joint without images: no class is scored."""
     terms = tuple(
-        TermResult(term.kind, 0.0, np.full(0 if isinstance(term, CrossEntropy) else channels, np.nan))
+        TermResult(term.kind, 0.0, np.full(channels if isinstance(term, LovaszLoss) else 0, np.nan))
         for _, term in loss.terms
     )
     counts = np.zeros(channels, np.int64)
@@ -175,9 +189,15 @@ def _nothing(loss: WeightedSum, channels: int) -> Result[Tensor]:
 
 
 def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> Result[Tensor]:
-    nan, channels = float("nan"), request.layout.channels
+    nan, channels, images = float("nan"), request.layout.channels, request.layout.scored_images
+    images = images if images <= MAX_IMAGE_LOSSES else 0
     terms = tuple(
-        TermResult(term.kind, nan, np.full(0 if isinstance(term, CrossEntropy) else channels, nan))
+        TermResult(
+            term.kind,
+            nan,
+            np.full(channels if isinstance(term, LovaszLoss) else 0, nan),
+            np.full(images if isinstance(term, LovaszLoss) and term.per_image else 0, nan),
+        )
         for _, term in loss.terms
     )
     counts = np.zeros(channels, np.int64)
@@ -190,31 +210,31 @@ def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
     return [JointFault(place, first) if fault is None else fault for fault in of_requests]
 
 
-def _term_result(
-    loss: LovaszSoftmax | LovaszHinge | CrossEntropy, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]
-) -> TermResult:
+def _term_result(loss: Loss, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]) -> TermResult:
     """The result of one term for one joint.
 
     Works on the arrays of this joint alone, so that the order in which NumPy sums does not depend on the batch.
     """
-    if isinstance(loss, CrossEntropy):
+    if not isinstance(loss, LovaszLoss):
         return TermResult(loss.kind, float(losses[0, 0]), np.empty(0))
     weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
     if losses.shape[1] == 1:  # One group, the common case: fewer NumPy calls, which matters for small requests.
         is_scored = scored[:, 0]
         own = np.where(is_scored, losses[:, 0], 0.0)
-        classes = len(own) if isinstance(loss, LovaszHinge) else max(int(np.count_nonzero(is_scored)), 1)
+        classes = len(own) if isinstance(loss, BinaryLoss) else max(int(np.count_nonzero(is_scored)), 1)
         total = own.sum() if weights is None else (np.asarray(weights) * own).sum()
-        return TermResult(loss.kind, float(total) / classes, np.where(is_scored, own, np.nan))
+        value = float(total) / classes
+        image = np.array([value]) if loss.per_image else np.empty(0)
+        return TermResult(loss.kind, value, np.where(is_scored, own, np.nan), image)
     losses = np.where(scored, losses, 0.0)
     scored_classes = np.maximum(scored.sum(0), 1)
-    if isinstance(loss, LovaszHinge):
+    if isinstance(loss, BinaryLoss):
         scored_classes = np.full(losses.shape[1], len(losses))
     weighted = losses if weights is None else np.asarray(weights)[:, None] * losses
     groups = weighted.sum(0) / scored_classes
     per_class = np.full(len(losses), np.nan)
     np.divide(losses.sum(1), scored.sum(1), out=per_class, where=scored.any(1))
-    return TermResult(loss.kind, float(groups.mean()), per_class)
+    return TermResult(loss.kind, float(groups.mean()), per_class, groups)
 
 
 def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
@@ -232,7 +252,7 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     expected = f"a value in [0, {request.layout.label_values}){ignore}"
     value = int(labels[place])
     cure = f"; for void pixels set ignore_index={value}" if value in _VOID_LABELS else ""
-    if value == 255 and isinstance(term, LovaszHinge):
+    if value == 255 and isinstance(term, BinaryLoss):
         cure += ", for masks of 0 and 255 pass labels > 0"
     return InvalidInput(
         "labels", f"got {value} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels{cure})"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,19 @@ class Request:
     grad: Tensor | None = None
 
     @classmethod
-    def checked(cls, logits: Tensor, labels: Tensor, loss: WeightedSum, *, may_be_empty: bool = False) -> Request:
+    def checked(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        loss: WeightedSum,
+        offsets: Any = None,
+        *,
+        may_be_empty: bool = False,
+    ) -> Request:
         """Makes a request after checking element types, shapes and devices.
 
         Args:
+            offsets: ``Layout.offsets``, as a sequence or an array.
             may_be_empty: whether there may be no images, as in one of several requests that are scored as one.
 
         Raises:
@@ -49,7 +59,29 @@ class Request:
             raise InvalidInput("labels", f"got device {labels.device}; expected {logits.device}, like the logits")
         if labels.dtype not in INTEGER_TYPES:
             labels = _integers(labels)
-        return cls(logits, labels, loss.layout(logits.shape, labels.shape, may_be_empty=may_be_empty))
+        return cls(logits, labels, loss.layout(logits.shape, labels.shape, offsets, may_be_empty=may_be_empty))
+
+    def images(self) -> tuple[Request, ...]:
+        """The images that ``Layout.offsets`` marks, each a request (1, K, pixels)."""
+        ends = self.layout.offsets or ()
+        return tuple(self._image(start, end) for start, end in zip((0, *ends), ends, strict=False))
+
+    def _image(self, start: int, end: int) -> Request:
+        layout = replace(self.layout, images=end - start, offsets=None)
+        logits = classes_first(self.logits[start:end], layout).unsqueeze(0)
+        labels = self.labels[start:end]
+        has_channels = labels.numel() == logits.numel()
+        labels = classes_first(labels, layout).unsqueeze(0) if has_channels else labels.reshape(1, -1)
+        return Request(logits, labels, replace(layout, images=1, pixels=logits.shape[2]))
+
+    def join(self, grads: Sequence[Tensor]) -> Tensor:
+        """The gradient of the logits, from those of ``images``."""
+        ends = self.layout.offsets or ()
+        parts = []
+        for start, end, grad in zip((0, *ends), ends, grads, strict=False):
+            logits = self.logits[start:end]
+            parts.append(images_first(grad[0], Request(logits, self.labels, replace(self.layout, images=end - start))))
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -81,6 +113,30 @@ class Batch:
         """The requests of each joint."""
         stops = list(accumulate(self.sizes))
         return tuple(self.requests[stop - size : stop] for stop, size in zip(stops, self.sizes, strict=True))
+
+    def divided(self, loss: WeightedSum) -> Batch:
+        """The batch with one request for each image, where ``Layout.offsets`` marks images that the loss scores.
+
+        Backends know no offsets: their images are the items of the first axis.
+        """
+        if not loss.scores_images or all(request.layout.offsets is None for request in self.requests):
+            return self
+        sizes = [sum(_parts(request) for request in joint) for joint in self.joints]
+        requests = [part for r in self.requests for part in (r.images() if r.layout.offsets else (r,))]
+        return Batch(tuple(requests), tuple(sizes))
+
+    def join(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradient of each request, from those of ``divided``."""
+        joined, first = [], 0
+        for request in self.requests:
+            own = grads[first : first + _parts(request)]
+            joined.append(request.join(own) if request.layout.offsets else own[0])
+            first += len(own)
+        return tuple(joined)
+
+
+def _parts(request: Request) -> int:
+    return len(request.layout.offsets or (1,))
 
 
 def _integers(labels: Tensor) -> Tensor:

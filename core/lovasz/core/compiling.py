@@ -9,7 +9,7 @@ from torch import Tensor
 from lovasz.autograd import Computed, constant, operator
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
-from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec import LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, WeightedSum, weighted_sum
 
 _losses: dict[str, WeightedSum] = {}
 """The losses that were asked for, by their text: an operator takes no objects."""
@@ -33,6 +33,17 @@ def softmax_key(*options: Any) -> str:
 def hinge_key(*options: Any) -> str:
     """The key of a Lovász hinge; the arguments are those of ``LovaszHinge``."""
     return key_of(LovaszHinge(*options))
+
+
+@constant
+def sigmoid_key(*options: Any) -> str:
+    """The key of a Lovász-Sigmoid loss; the arguments are those of ``LovaszSigmoid``."""
+    return key_of(LovaszSigmoid(*options))
+
+
+def is_plain(valid: Any, offsets: Any, reduction: str) -> bool:
+    """Whether ``loss_operator`` can compute a loss with these arguments; with others it is computed between graphs."""
+    return valid is None and offsets is None and reduction == "mean"
 
 
 def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:

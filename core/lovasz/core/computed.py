@@ -34,8 +34,9 @@ class TermValues:
     """The values of one term. The groups of a joint are consecutive.
 
     Attributes:
-        losses: float64, shape (K, groups): the loss of each segment before weights; cross-entropy: shape (1, joints).
-        scored: bool, the same shape: whether the term scores the segment; cross-entropy: all true.
+        losses: float64, shape (K, groups): the loss of each segment before weights; both
+            cross-entropies: shape (1, joints).
+        scored: bool, the same shape: whether the term scores the segment; cross-entropies: all true.
     """
 
     losses: npt.NDArray[np.float64]
@@ -50,7 +51,7 @@ class Values:
 
     Attributes:
         terms: one for each term of the loss.
-        labels: int64, shape (K, joints): pixels of each class (hinge: pixels whose label is 1).
+        labels: int64, shape (K, joints): pixels of each class (binary losses: pixels whose label is 1).
         predictions: int64, shape (K, joints): pixels that are predicted as each class.
         hits: int64, shape (K, joints): pixels that are predicted as each class and belong to it.
         faults: int64, shape (3, joints): the number of pixels with each ``Fault``. All other values of a joint with a

@@ -11,6 +11,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -25,7 +26,18 @@ from lovasz.core.computed import Computed
 from lovasz.core.plan import Plan
 from lovasz.core.stop import Stop
 from lovasz.core.tables import MAX_PIXELS
-from lovasz.spec import CrossEntropy, InvalidInput, LossLike, LovaszHinge, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    InvalidInput,
+    LossLike,
+    LovaszHinge,
+    LovaszLoss,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    WeightedSum,
+    weighted_sum,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +92,7 @@ def submit(
     """
     whole = Batch.of(requests, joined)
     filled = whole.with_images()
-    joints_of = _divide(filled, loss, device, backend)
+    joints_of = _divide(filled.divided(loss), loss, device, backend)
     numbers_of_filled = (
         np.arange(len(whole.requests))
         if filled is whole
@@ -94,8 +106,11 @@ def submit(
             own = Batch.of(
                 [request for j in numbers for request in filled.joints[j]], [filled.sizes[j] for j in numbers]
             )
-        plan = Plan.of(own, loss, device)
-        computed = compute(chosen, plan, own, want_grad=want_grad, want_total=want_total, stop=stop)
+        divided = own.divided(loss)
+        plan, want_total = Plan.of(divided, loss, device), want_total and divided is own
+        computed = compute(chosen, plan, divided, want_grad=want_grad, want_total=want_total, stop=stop)
+        if divided is not own and computed.grads is not None:
+            computed = replace(computed, grads=own.join(computed.grads))
         parts.append(Part(tuple(int(place) for j in numbers for place in places[j]), plan, own, computed))
     return Pending(whole, tuple(parts), loss, want_grad)
 
@@ -139,16 +154,16 @@ def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
     images = sum(request.layout.images for request in joint)
     pixels = sum(request.layout.images * request.layout.pixels for request in joint)
     channels = joint[0].layout.channels
-    of_terms = {term.per_image for _, term in loss.terms if isinstance(term, LovaszSoftmax | LovaszHinge)}
+    of_terms = {term.per_image for _, term in loss.terms if isinstance(term, LovaszLoss)}
     segments = channels * sum(images if per_image else 1 for per_image in of_terms)
     fits = segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS and numbered_pixels(joint, loss) < NUMBERED_PIXELS
-    return fits and (loss.is_hinge or channels <= TRITON_CLASSES)
+    return fits and (loss.is_binary or channels <= TRITON_CLASSES)
 
 
 def numbered_pixels(requests: Sequence[Request], loss: WeightedSum) -> int:
     """The number of pixels as Triton's kernels count them: for the hinge, once for each binary label."""
     layouts = [request.layout for request in requests]
-    return sum(layout.images * layout.pixels * (layout.channels if loss.is_hinge else 1) for layout in layouts)
+    return sum(layout.images * layout.pixels * (layout.channels if loss.is_binary else 1) for layout in layouts)
 
 
 def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Backend:
@@ -252,6 +267,7 @@ _KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
     ([(1.0, CrossEntropy(label_smoothing=0.1)), (1.0, LovaszSoftmax())], (1, 3, 4, 4)),
     (LovaszSoftmax(input="probabilities"), (1, 3, 4, 4)),
     (LovaszHinge(), (1, 4, 4)),
+    ([(1.0, BinaryCrossEntropy()), (1.0, LovaszSigmoid())], (1, 4, 4)),
     (LovaszSoftmax(), (1, 300, 4, 4)),  # Labels that do not fit in a byte.
 )
 
@@ -293,7 +309,7 @@ def _compute_zeros(
     loss: LossLike, shape: tuple[int, ...], backends: Sequence[Backend], device: torch.device, dtype: torch.dtype
 ) -> None:
     total = weighted_sum(loss)
-    labels = torch.zeros(shape if total.is_hinge else (shape[0], *shape[2:]), dtype=torch.uint8, device=device)
+    labels = torch.zeros(shape if total.is_binary else (shape[0], *shape[2:]), dtype=torch.uint8, device=device)
     labels.view(-1)[0] = 1
     batch = Batch.of([Request.checked(torch.zeros(shape, dtype=dtype, device=device), labels, total)])
     for backend, want_grad in itertools.product(backends, (True, False)):

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lovasz.autograd import with_gradient
+from lovasz.autograd import untraced, with_gradient
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
-from lovasz.core.compiling import hinge_key, loss_operator, softmax_key
+from lovasz.core.compiling import hinge_key, is_plain, loss_operator, sigmoid_key, softmax_key
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.spec import (
     Classes,
     Input,
     InvalidInput,
+    Loss,
     LossLike,
     LovaszHinge,
+    LovaszSigmoid,
     LovaszSoftmax,
+    Reduction,
     Result,
     WeightedSum,
     weighted_sum,
 )
+from lovasz.spec.checks import reduction as checked_reduction
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
+from lovasz.spec.validity import masked
 
 
 def compute(
-    logits: Any, labels: Any, loss: LossLike, *, want_grad: bool = True, backend: Backend | None = None
+    logits: Any,
+    labels: Any,
+    loss: LossLike,
+    *,
+    valid: Any = None,
+    offsets: Any = None,
+    want_grad: bool = True,
+    backend: Backend | None = None,
 ) -> Result[Tensor]:
     """Computes loss, gradient, per-class losses and IoU counts on the device of the logits. Not differentiable.
 
@@ -38,6 +50,10 @@ def compute(
         labels: (N, *spatial), or as the loss describes: integers, bool, or floats that are whole numbers. A tensor on
             the same device, or an array.
         loss: one of the losses, or a list of (weight, loss) pairs.
+        valid: bool, a mask in the shape of the labels, or with 1 along some axes: pixels where it is false are ignored,
+            as those of ``ignore_index`` are. None: all pixels take part.
+        offsets: for terms with ``per_image``: where each image ends along the first axis, if an image has several
+            items there. For a batch of point clouds (P, C): the end of each cloud, as Pointcept's ``offset`` has them.
         want_grad: whether to compute the gradient.
         backend: the backend to use; None for the fastest one that takes the request.
 
@@ -47,9 +63,9 @@ def compute(
     Raises:
         InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
-    parsed = weighted_sum(loss)
     logits = as_tensor("logits", logits)
-    request = Request.checked(logits, _labels(labels, logits), parsed)
+    targets, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
+    request = Request.checked(logits, targets, parsed, offsets)
     _look_at(logits, parsed)
     (answer,) = submit([request], parsed, logits.device, want_grad=want_grad, backend=backend).collect()
     if not isinstance(answer, Result):
@@ -57,25 +73,54 @@ def compute(
     return answer
 
 
-def differentiable(logits: Tensor, labels: Any, loss: LossLike) -> Tensor:
+@untraced
+def differentiable(
+    logits: Tensor,
+    labels: Any,
+    loss: LossLike,
+    *,
+    valid: Any = None,
+    offsets: Any = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """Computes a loss that autograd can differentiate with respect to the logits, which have to be a tensor.
 
     Takes the other arguments like ``compute``.
+
+    Args:
+        reduction: ``"mean"``, or ``"none"`` for one loss an image, shape (images,).
     """
     if not isinstance(logits, Tensor):
         raise InvalidInput(
             "logits", f"got {type(logits).__name__}; expected a torch tensor (lovasz.core.compute takes other arrays)"
         )
-    labels = _labels(labels, logits)
     want_grad = torch.is_grad_enabled() and logits.requires_grad
-    parsed = weighted_sum(loss)
-    known = replay(logits, labels, parsed) if want_grad else None
+    labels, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
+    is_mean = checked_reduction(reduction) == "mean"
+    known = replay(logits, labels, parsed) if want_grad and offsets is None and is_mean else None
     if known is not None:
         return with_gradient(logits, *known)
-    request = Request.checked(logits, labels, parsed)
+    request = Request.checked(logits, labels, parsed, offsets)
+    images = request.layout.scored_images
+    if not is_mean:
+        parsed.check_losses_of_images(images)
     _look_at(logits, parsed)
-    launched = submit([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad)
-    return with_gradient(logits, *launched.differentiable())
+    pending = submit([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad and is_mean)
+    if is_mean:
+        return with_gradient(logits, *pending.differentiable())
+    (answer,) = pending.collect()
+    if not isinstance(answer, Result):
+        raise answer
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = torch.from_numpy(parsed.per_image_losses(answer.terms)).to(logits.device, dtype)
+    return with_gradient(logits, losses, answer.grad, images, request.layout.offsets)
+
+
+def _masked(logits: Tensor, labels: Tensor, valid: Any, loss: WeightedSum) -> tuple[Tensor, WeightedSum]:
+    """Labels and loss after ``valid`` has been put into them."""
+    if valid is None:
+        return labels, loss
+    return masked(labels, valid, loss, loss.layout(logits.shape, labels.shape).label_values)
 
 
 def _look_at(logits: Tensor, loss: WeightedSum) -> None:
@@ -93,12 +138,16 @@ def _labels(labels: Any, logits: Tensor) -> Tensor:
 
 def lovasz_softmax(
     logits: Tensor,
-    labels: Tensor,
+    labels: Any,
     classes: Classes | Sequence[int] = "present",
     class_weights: Sequence[float] | None = None,
     per_image: bool = False,
     ignore_index: int | None = None,
     input: Input = "logits",
+    *,
+    valid: Any = None,
+    offsets: Any = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """The Lovász-Softmax loss, differentiable with respect to the logits (algorithm 1 of Berman et al., CVPR 2018).
 
@@ -107,26 +156,35 @@ def lovasz_softmax(
     Args:
         logits: float16, bfloat16, float32 or float64, shape (N, C, *spatial).
         labels: integers, bool, or floats that are whole numbers, shape (N, *spatial) or (N, 1, *spatial).
-        classes: this and the following arguments are the options of :class:`lovasz.spec.LovaszSoftmax`.
+        classes: this and the following four arguments are the options of :class:`lovasz.spec.LovaszSoftmax`.
+        valid: as for ``compute``.
+        offsets: as for ``compute``.
+        reduction: ``"mean"``; or with ``per_image`` ``"none"``, for the loss of each image.
 
     Returns:
-        A 0-dim tensor; float64 for float64 logits, otherwise float32.
+        A 0-dim tensor, or one of shape (images,) with ``reduction="none"``; float64 for float64 logits, otherwise
+        float32.
 
     Raises:
         InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
-    if torch.compiler.is_compiling():
-        key = softmax_key(classes, class_weights, per_image, ignore_index, input)
+    options = classes, class_weights, per_image, ignore_index, input
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction):
+        key = softmax_key(*options)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return differentiable(logits, labels, LovaszSoftmax(classes, class_weights, per_image, ignore_index, input))
+    return _with_options(LovaszSoftmax, options, logits, labels, valid, offsets, reduction)
 
 
 def lovasz_hinge(
     logits: Tensor,
-    labels: Tensor,
+    labels: Any,
     per_image: bool = False,
     ignore_index: int | None = None,
     multilabel: bool = False,
+    *,
+    valid: Any = None,
+    offsets: Any = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """The Lovász hinge, differentiable with respect to the logits (Yu and Blaschko 2015; Berman et al. 2018).
 
@@ -138,15 +196,62 @@ def lovasz_hinge(
             (N, 1, D, H, W); with ``multilabel`` (N, L, *spatial).
         labels: 0 and 1, integers, bool or floats, shape (N, *spatial) or (N, 1, *spatial); with ``multilabel``
             (N, L, *spatial).
-        per_image: this and the following arguments are the options of :class:`lovasz.spec.LovaszHinge`.
+        per_image: this and the following two arguments are the options of :class:`lovasz.spec.LovaszHinge`.
+        valid: as for ``compute``.
+        offsets: as for ``compute``.
+        reduction: as for ``lovasz_softmax``.
 
     Returns:
-        A 0-dim tensor; float64 for float64 logits, otherwise float32.
+        As ``lovasz_softmax``.
 
     Raises:
         InvalidInput: a shape, dtype, option or label is invalid; the text says which.
     """
-    if torch.compiler.is_compiling():
-        key = hinge_key(per_image, ignore_index, multilabel)
+    options = per_image, ignore_index, multilabel
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction):
+        key = hinge_key(*options)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return differentiable(logits, labels, LovaszHinge(per_image, ignore_index, multilabel))
+    return _with_options(LovaszHinge, options, logits, labels, valid, offsets, reduction)
+
+
+def lovasz_sigmoid(
+    logits: Tensor,
+    labels: Any,
+    per_image: bool = False,
+    ignore_index: int | None = None,
+    multilabel: bool = False,
+    *,
+    valid: Any = None,
+    offsets: Any = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The Lovász-Sigmoid loss, differentiable with respect to the logits (Berman et al., CVPR 2018, for one channel).
+
+    loss = sum_i m_i g_i with the errors m_i = |y_i - sigmoid(x_i)| in descending order.
+
+    Takes the arguments of ``lovasz_hinge``; its options are those of :class:`lovasz.spec.LovaszSigmoid`.
+
+    Returns:
+        As ``lovasz_softmax``.
+
+    Raises:
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
+    """
+    options = per_image, ignore_index, multilabel
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction):
+        key = sigmoid_key(*options)
+        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
+    return _with_options(LovaszSigmoid, options, logits, labels, valid, offsets, reduction)
+
+
+@untraced
+def _with_options(
+    kind: Callable[..., Loss],
+    options: tuple[Any, ...],
+    logits: Tensor,
+    labels: Any,
+    valid: Any,
+    offsets: Any,
+    reduction: Reduction,
+) -> Tensor:
+    return differentiable(logits, labels, kind(*options), valid=valid, offsets=offsets, reduction=reduction)

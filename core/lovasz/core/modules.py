@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lovasz.core.compiling import key_of, loss_operator
+from lovasz.core.compiling import is_plain, key_of, loss_operator
 from lovasz.core.functional import differentiable
-from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.spec import LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, Reduction, weighted_sum
+from lovasz.spec.checks import reduction as checked_reduction
 
 
 class LocalLoss(torch.nn.Module):
@@ -18,25 +19,37 @@ class LocalLoss(torch.nn.Module):
     The counterpart of :class:`lovasz.client.torch.RemoteLoss`.
     """
 
-    def __init__(self, loss: LossLike) -> None:
+    def __init__(self, loss: LossLike, *, reduction: Reduction = "mean") -> None:
         """Takes one loss, or a list of (weight, loss) pairs.
+
+        Args:
+            reduction: ``"mean"``; or ``"none"`` for one loss an image, shape (images,), if all terms are Lovász losses
+                with ``per_image``.
 
         Raises:
             InvalidInput: the terms cannot be combined.
         """
         super().__init__()
         self.loss = weighted_sum(loss)
+        self.reduction = checked_reduction(reduction)
         self._key = key_of(self.loss)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = key_of(self.loss)  # As this process may not know it.
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the loss as a 0-dim tensor, differentiable with respect to the logits."""
-        if torch.compiler.is_compiling():
+    def forward(self, logits: Tensor, labels: Any, *, valid: Any = None, offsets: Any = None) -> Tensor:
+        """Returns the loss, a 0-dim tensor unless ``reduction`` is ``"none"``, differentiable in the logits.
+
+        Args:
+            logits: (N, C, *spatial), or as the loss describes.
+            labels: (N, *spatial), or as the loss describes.
+            valid: as for :func:`lovasz.core.compute`.
+            offsets: as for :func:`lovasz.core.compute`.
+        """
+        if torch.compiler.is_compiling() and is_plain(valid, offsets, self.reduction):
             return loss_operator(logits, labels, self._key, 0, torch.is_grad_enabled() and logits.requires_grad)
-        return differentiable(logits, labels, self.loss)
+        return differentiable(logits, labels, self.loss, valid=valid, offsets=offsets, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{weight} * {loss}" for weight, loss in self.loss.terms)
@@ -54,3 +67,10 @@ class LovaszHingeLoss(LocalLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(LovaszHinge(**options))
+
+
+class LovaszSigmoidLoss(LocalLoss):
+    """The Lovász-Sigmoid loss as a module; takes the options of :class:`lovasz.spec.LovaszSigmoid`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(LovaszSigmoid(**options))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core.batch import Batch
-from lovasz.spec import CrossEntropy, Layout, LovaszHinge, LovaszSoftmax, WeightedSum
+from lovasz.spec import BinaryCrossEntropy, CrossEntropy, Layout, Loss, LovaszLoss, LovaszSoftmax, WeightedSum
 
 KEPT_PLANS = 64
 KEPT_IMAGES = 1 << 12
@@ -44,15 +44,17 @@ class Term:
         class_weights: float64, shape (K,); all 1 if the loss has none.
         listed: bool, shape (K,): the classes to score, present or not; None to score those that are present.
         label_smoothing: cross-entropy's s: the label keeps 1 - s of the target, s is spread over all K classes.
+        pos_weight: float64, shape (K,): binary cross-entropy's factor of the loss where the label is 1.
     """
 
     weight: float
-    loss: LovaszSoftmax | LovaszHinge | CrossEntropy
+    loss: Loss
     rule: int
     per_image: bool
     class_weights: npt.NDArray[np.float64]
     listed: npt.NDArray[np.bool_] | None
     label_smoothing: float
+    pos_weight: npt.NDArray[np.float64]
 
     @property
     def label_factor(self) -> float:
@@ -167,12 +169,16 @@ class Plan:
         return make(loss, layouts, batch.sizes, device)
 
     @property
-    def is_hinge(self) -> bool:
-        return self.loss.is_hinge
+    def is_binary(self) -> bool:
+        return self.loss.is_binary
+
+    @property
+    def is_sigmoid(self) -> bool:
+        return self.loss.is_sigmoid
 
     @cached_property
     def channels(self) -> int:
-        """K, the number of classes (softmax) or of binary labels (hinge)."""
+        """K, the number of classes (softmax losses) or of binary labels (binary losses)."""
         return self.layouts[0].channels
 
     @cached_property
@@ -182,7 +188,7 @@ class Plan:
 
     @cached_property
     def pixels(self) -> int:
-        """The number of pixels in the batch; for the hinge, a pixel counts once, however many labels it has."""
+        """The number of pixels in the batch; for binary losses, a pixel counts once, however many labels it has."""
         return sum(layout.images * layout.pixels for layout in self.layouts)
 
     @cached_property
@@ -205,10 +211,12 @@ class Plan:
     def terms(self) -> tuple[Term, ...]:
         return tuple(self._term(weight, loss) for weight, loss in self.loss.terms)
 
-    def _term(self, weight: float, loss: LovaszSoftmax | LovaszHinge | CrossEntropy) -> Term:
-        class_weights, listed = None, None
-        if not isinstance(loss, LovaszHinge):
+    def _term(self, weight: float, loss: Loss) -> Term:
+        class_weights, listed, pos_weight = None, None, None
+        if isinstance(loss, LovaszSoftmax | CrossEntropy):
             class_weights = loss.class_weights
+        if isinstance(loss, BinaryCrossEntropy):
+            pos_weight = loss.pos_weight
         if isinstance(loss, LovaszSoftmax) and loss.classes != "present":
             listed = np.full(self.channels, loss.classes == "all")
             if isinstance(loss.classes, tuple):
@@ -217,21 +225,27 @@ class Plan:
             weight=weight,
             loss=loss,
             rule=self.rules.index(loss.ignore_index),
-            per_image=not isinstance(loss, CrossEntropy) and loss.per_image,
+            per_image=isinstance(loss, LovaszLoss) and loss.per_image,
             class_weights=np.array(class_weights or [1.0] * self.channels, np.float64),
             listed=listed,
             label_smoothing=loss.label_smoothing if isinstance(loss, CrossEntropy) else 0.0,
+            pos_weight=np.full(self.channels, 1.0 if pos_weight is None else pos_weight, np.float64),
         )
 
     @cached_property
     def lovasz(self) -> tuple[Term, ...]:
         """The Lovász terms, which score segments."""
-        return tuple(term for term in self.terms if isinstance(term.loss, LovaszSoftmax | LovaszHinge))
+        return tuple(term for term in self.terms if isinstance(term.loss, LovaszLoss))
 
     @cached_property
     def cross_entropies(self) -> tuple[Term, ...]:
         """The cross-entropy terms."""
         return tuple(term for term in self.terms if isinstance(term.loss, CrossEntropy))
+
+    @cached_property
+    def binary_cross_entropies(self) -> tuple[Term, ...]:
+        """The binary cross-entropy terms."""
+        return tuple(term for term in self.terms if isinstance(term.loss, BinaryCrossEntropy))
 
     def planes(self, fuse_below: int) -> Planes:
         """The planes of the batch.
@@ -264,7 +278,7 @@ class Plan:
             image_pixels=image_pixels[request],
             start=np.cumsum(pixels) - pixels,
             logits=first * self.channels,
-            labels=first * (self.channels if self.is_hinge else 1),
+            labels=first * (self.channels if self.is_binary else 1),
             of_joint=np.bincount(joint, count, len(self.sizes)).astype(np.int64),
         )
 

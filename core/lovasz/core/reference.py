@@ -2,7 +2,7 @@
 
 Four steps (Berman, Triki and Blaschko, CVPR 2018, algorithm 1), for one class over the pixels of a group:
 
-1. the errors of the pixels (:func:`softmax_errors`, :func:`hinge_errors`);
+1. the errors of the pixels (:func:`softmax_errors`, :func:`hinge_errors`, :func:`sigmoid_errors`);
 2. the Jaccard loss as the pixels turn wrong one after the other, largest error first (:func:`jaccard_along_order`);
 3. its differences, the gradient of the Lovász extension (:func:`lovasz_grad`);
 4. the dot product of errors and differences (:func:`lovasz_extension`).
@@ -16,9 +16,22 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from lovasz.spec import CrossEntropy, InvalidInput, Layout, Loss, LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    BinaryLoss,
+    CrossEntropy,
+    InvalidInput,
+    Layout,
+    Loss,
+    LossLike,
+    LovaszHinge,
+    LovaszLoss,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    weighted_sum,
+)
 
 
 def softmax_errors(probabilities: Tensor, foreground: Tensor) -> Tensor:
@@ -40,6 +53,17 @@ def hinge_errors(logits: Tensor, foreground: Tensor) -> Tensor:
     """
     signs = torch.where(foreground, 1, -1)
     return 1 - logits * signs
+
+
+def sigmoid_errors(logits: Tensor, foreground: Tensor) -> Tensor:
+    """m_i = sigmoid(-s_i x_i) with the sign s_i = +1 for foreground, -1 for background: |y_i - sigmoid(x_i)|.
+
+    Args:
+        logits: the score x of the foreground at each pixel, shape (P,).
+        foreground: bool, shape (P,).
+    """
+    signs = torch.where(foreground, 1, -1)
+    return torch.sigmoid(-logits * signs)
 
 
 def jaccard_along_order(foreground_sorted: Tensor) -> Tensor:
@@ -95,8 +119,8 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
     """The loss of a batch, differentiable with respect to the logits: what every backend has to return.
 
     Args:
-        logits: shape (N, C, *spatial), any floating-point dtype; for the hinge see :class:`~lovasz.spec.LovaszHinge`;
-            probabilities if the loss has ``input="probabilities"``.
+        logits: shape (N, C, *spatial), any floating-point dtype; for binary losses see
+            :class:`~lovasz.spec.LovaszHinge`; probabilities if the loss has ``input="probabilities"``.
         labels: shape (N, *spatial), of an integer or bool dtype.
         loss: one loss, or a list of (weight, loss) pairs.
 
@@ -113,7 +137,7 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
         _check_labels(labels, term.ignore_index, layout.label_values)
 
     logits = logits.reshape(layout.images, layout.channels, layout.pixels)
-    labels = _flat_labels(labels, layout, is_hinge=total.is_hinge)
+    labels = _flat_labels(labels, layout, is_binary=total.is_binary)
     if not all(_is_finite(logits, labels, term) for _, term in total.terms):
         return (logits * math.nan).sum()
     result = _zero(logits)
@@ -122,8 +146,8 @@ def compute(logits: Tensor, labels: Tensor, loss: LossLike) -> Tensor:
     return result
 
 
-def per_class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> Tensor:
-    """The loss of each class (for the hinge, of each binary label) before class weights.
+def per_class_losses(logits: Tensor, labels: Tensor, loss: LovaszLoss) -> Tensor:
+    """The loss of each class (for binary losses, of each label) before class weights.
 
     Takes the arguments of :func:`compute`, with one Lovász loss.
 
@@ -134,7 +158,7 @@ def per_class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | Lovas
     layout = weighted_sum(loss).layout(tuple(logits.shape), tuple(labels.shape))
     _check_labels(labels, loss.ignore_index, layout.label_values)
     logits = logits.reshape(layout.images, layout.channels, layout.pixels)
-    groups = _class_losses(logits, _flat_labels(labels, layout, is_hinge=isinstance(loss, LovaszHinge)), loss)
+    groups = _class_losses(logits, _flat_labels(labels, layout, is_binary=isinstance(loss, BinaryLoss)), loss)
     means = []
     for c in range(layout.channels):
         values = [group[c] for group in groups if c in group]
@@ -142,33 +166,35 @@ def per_class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | Lovas
     return torch.stack(means)
 
 
-# In the functions below, logits have the shape (images, channels, pixels), and labels (images, pixels). For the hinge
-# each channel is a binary problem with its own labels, so labels have the shape (images, channels, pixels).
+# In the functions below, logits have the shape (images, channels, pixels), and labels (images, pixels). For binary
+# losses each channel is a problem with its own labels, so labels have the shape (images, channels, pixels).
 
 
 def _term(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     if isinstance(loss, CrossEntropy):
         return _cross_entropy(logits, labels, loss)
+    if isinstance(loss, BinaryCrossEntropy):
+        return _binary_cross_entropy(logits, labels, loss)
     groups = _class_losses(logits, labels, loss)
     result = _zero(logits)
     for losses in groups:
         weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
         weighted = [value if weights is None else weights[c] * value for c, value in losses.items()]
-        # The mean is over all labels of the hinge (one whose pixels are all void adds 0), but only over the classes of
-        # the softmax that the group scores.
-        scored = logits.shape[1] if isinstance(loss, LovaszHinge) else len(losses)
+        # The mean is over all labels of a binary loss (one whose pixels are all void adds 0), but only over the classes
+        # of the softmax that the group scores.
+        scored = logits.shape[1] if isinstance(loss, BinaryLoss) else len(losses)
         if weighted:
             result = result + torch.stack(weighted).sum() / scored
     return result / len(groups)
 
 
-def _class_losses(logits: Tensor, labels: Tensor, loss: LovaszSoftmax | LovaszHinge) -> list[dict[int, Tensor]]:
+def _class_losses(logits: Tensor, labels: Tensor, loss: LovaszLoss) -> list[dict[int, Tensor]]:
     """The loss of each scored class, by class, for each group."""
     images_per_group = 1 if loss.per_image else len(logits)
     groups = zip(torch.split(logits, images_per_group), torch.split(labels, images_per_group), strict=True)
-    if isinstance(loss, LovaszHinge):
-        return [_hinge_group(*group, loss) for group in groups]
-    return [_softmax_group(*group, loss) for group in groups]
+    if isinstance(loss, LovaszSoftmax):
+        return [_softmax_group(*group, loss) for group in groups]
+    return [_binary_group(*group, loss) for group in groups]
 
 
 def _softmax_group(logits: Tensor, labels: Tensor, loss: LovaszSoftmax) -> dict[int, Tensor]:
@@ -193,13 +219,14 @@ def _scored_classes(labels: Tensor, classes: int, loss: LovaszSoftmax) -> list[i
     return [int(c) for c in loss.classes]
 
 
-def _hinge_group(logits: Tensor, labels: Tensor, loss: LovaszHinge) -> dict[int, Tensor]:
+def _binary_group(logits: Tensor, labels: Tensor, loss: LovaszHinge | LovaszSigmoid) -> dict[int, Tensor]:
+    errors_of = sigmoid_errors if isinstance(loss, LovaszSigmoid) else hinge_errors
     losses = {}
     for c in range(logits.shape[1]):
         counted = _counted(labels[:, c], loss.ignore_index)
         if counted.any():
             foreground = labels[:, c][counted] == 1
-            errors = hinge_errors(logits[:, c][counted], foreground)
+            errors = errors_of(logits[:, c][counted], foreground)
             losses[c] = lovasz_extension(errors.relu(), foreground)
     return losses
 
@@ -213,6 +240,21 @@ def _cross_entropy(logits: Tensor, labels: Tensor, loss: CrossEntropy) -> Tensor
         return _zero(logits)
     pixels = logits.movedim(1, -1)[counted]
     return cross_entropy(pixels, labels, weight=weights, label_smoothing=loss.label_smoothing)
+
+
+def _binary_cross_entropy(logits: Tensor, labels: Tensor, loss: BinaryCrossEntropy) -> Tensor:
+    counted = _counted(labels, loss.ignore_index)
+    if not counted.any():
+        return _zero(logits)
+    weights = torch.ones(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    if loss.pos_weight is not None:
+        weights = weights * logits.new_tensor(loss.pos_weight)
+    weights = weights[:, None].expand(logits.shape)[counted]
+    # BCEWithLogitsLoss gives NaN for a masked pixel, as minus infinity times its label is NaN. So it is left out here.
+    masked = logits[counted] == -math.inf
+    values = torch.where(masked, 0, logits[counted])
+    losses = binary_cross_entropy_with_logits(values, labels[counted].to(logits), pos_weight=weights, reduction="none")
+    return torch.where(masked, 0, losses).mean()
 
 
 def _zero(logits: Tensor) -> Tensor:
@@ -232,7 +274,7 @@ def _is_finite(logits: Tensor, labels: Tensor, loss: Loss) -> bool:
     Minus infinity masks a class that is not the pixel's: its probability is 0. (Label smoothing has no such class.)
     """
     counted = _counted(labels, loss.ignore_index)
-    if isinstance(loss, LovaszHinge):
+    if isinstance(loss, BinaryLoss):
         errors = hinge_errors(logits[counted], labels[counted] == 1).relu()
         return bool((logits[counted] < math.inf).all() and (errors < math.inf).all())
     pixels, own = logits.movedim(1, -1)[counted], labels[counted]
@@ -246,8 +288,8 @@ def _reads_probabilities(loss: Loss) -> bool:
     return isinstance(loss, LovaszSoftmax) and loss.input == "probabilities"
 
 
-def _flat_labels(labels: Tensor, layout: Layout, *, is_hinge: bool) -> Tensor:
-    if is_hinge:
+def _flat_labels(labels: Tensor, layout: Layout, *, is_binary: bool) -> Tensor:
+    if is_binary:
         return labels.long().reshape(layout.images, layout.channels, layout.pixels)
     return labels.long().reshape(layout.images, layout.pixels)
 
@@ -270,5 +312,6 @@ __all__ = [
     "lovasz_extension",
     "lovasz_grad",
     "per_class_losses",
+    "sigmoid_errors",
     "softmax_errors",
 ]

@@ -1,6 +1,6 @@
 """Which segments a term scores, and with which weight: the same for all backends.
 
-A segment is one class (for the hinge, one binary label) over the pixels of one group.
+A segment is one class (for binary losses, one label) over the pixels of one group.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import enum
 from typing import Any
 
 from lovasz.core.plan import Term
-from lovasz.spec import LovaszHinge
+from lovasz.spec import LovaszSoftmax
 
 
 class State(enum.IntEnum):
@@ -29,7 +29,7 @@ def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, lis
     The arrays are all NumPy arrays, or all tensors on one device.
 
     Args:
-        counts: int64, shape (K, groups): valid pixels of each class (softmax), or of each binary label (hinge).
+        counts: int64, shape (K, groups): valid pixels of each class (softmax), or of each label (binary losses).
         share: float64, shape (groups,): ``Groups.share``.
         class_weights: ``Term.class_weights``.
         listed: ``Term.listed``.
@@ -38,11 +38,9 @@ def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, lis
         (scored, weights): bool and float64, shape (K, groups).
     """
     scored = counts > 0
-    if isinstance(term.loss, LovaszHinge):
+    if not isinstance(term.loss, LovaszSoftmax):
         # The last factor is true everywhere; it gives the weights the shape (K, groups).
-        return scored, term.weight / len(counts) * share * (
-            counts >= 0
-        )  # all true: gives the weights the shape (K, groups)
+        return scored, term.weight / len(counts) * share * (counts >= 0)
     if listed is not None:
         scored = scored.any(0) & listed[:, None]
     return scored, term.weight * share * class_weights[:, None] * scored / scored.sum(0).clip(1)

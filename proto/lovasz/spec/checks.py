@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,6 +73,27 @@ def class_weights(value: Sequence[float] | None) -> tuple[float, ...] | None:
         if weight < 0:
             raise InvalidInput(f"class_weights[{i}]", f"got {weight}; expected a number >= 0")
     return weights
+
+
+def reduction(value: Any) -> Literal["mean", "none"]:
+    """``"mean"`` or ``"none"``."""
+    if value not in ("mean", "none"):
+        raise InvalidInput("reduction", f"got {value!r}; expected 'mean', or 'none' for one loss an image")
+    return value  # type: ignore[no-any-return]
+
+
+def pos_weight(value: Any) -> float | tuple[float, ...] | None:
+    """A number >= 0, a sequence of such numbers (one alone counts as a number), or None."""
+    if value is None:
+        return None
+    expected = "a number >= 0, one number a label, or None"
+    plain = _plain(value)
+    is_one = isinstance(plain, int | float) or not hasattr(plain, "__iter__")
+    values = [value] if is_one else elements("pos_weight", value, expected)
+    weights = tuple(number("pos_weight" if is_one else f"pos_weight[{i}]", w) for i, w in enumerate(values))
+    if not weights or min(weights) < 0:
+        raise InvalidInput("pos_weight", f"got {list(weights)}; expected {expected}")
+    return weights[0] if len(weights) == 1 else weights
 
 
 def ignore_index(value: int | None) -> int | None:

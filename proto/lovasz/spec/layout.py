@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
 
 MAX_CLASSES = 65_536
@@ -20,20 +22,28 @@ class Layout:
 
     Attributes:
         images: N, the size of the first axis; 0 only for a rank of a joint step.
-        channels: the number of classes (softmax) or of binary labels (hinge).
+        channels: the number of classes (softmax) or of binary labels (binary losses).
         pixels: the product of the spatial axes.
-        label_values: how many values a label can take: C for a softmax loss, 2 for a hinge.
+        label_values: how many values a label can take: C for a softmax loss, 2 for a binary loss.
+        offsets: where the images of terms with ``per_image`` end along the first axis; None if each of its items is an
+            image. For a point cloud (P, C): the ends of the clouds.
     """
 
     images: int
     channels: int
     pixels: int
     label_values: int
+    offsets: tuple[int, ...] | None = None
 
     @property
     def elements(self) -> int:
         """Logits in the request."""
         return self.images * self.channels * self.pixels
+
+    @property
+    def scored_images(self) -> int:
+        """The images of terms with ``per_image``."""
+        return self.images if self.offsets is None else len(self.offsets)
 
 
 def softmax_layout(logits: Sequence[int], labels: Sequence[int], *, may_be_empty: bool = False) -> Layout:
@@ -61,13 +71,13 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int], *, may_be_empty
         raise InvalidInput(
             "logits",
             f"got shape {_text(logits)} with a single class, whose softmax is 1 everywhere; expected C >= 2 "
-            "(for a binary problem with one channel use LovaszHinge, or for probabilities p of the foreground "
-            "torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
+            "(for a binary problem with one channel use LovaszHinge or LovaszSigmoid, or for probabilities p of the "
+            "foreground torch.cat([1 - p, p], 1) with classes=[1] and input='probabilities')",
         )
     return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=logits[1])
 
 
-def hinge_layout(
+def binary_layout(
     logits: Sequence[int], labels: Sequence[int], multilabel: bool, *, may_be_empty: bool = False
 ) -> Layout:
     """The layout of logits and labels, each (N, *spatial) or (N, 1, *spatial).
@@ -99,17 +109,42 @@ def hinge_layout(
     if labels != squeezed and labels != (squeezed[0], 1, *squeezed[1:]):
         raise InvalidInput(
             "labels",
-            f"got shape {_text(labels)} for hinge logits {_text(logits)}; expected {_text(squeezed)} "
-            "(for several binary labels a pixel use LovaszHinge(multilabel=True), for one class a pixel LovaszSoftmax)",
+            f"got shape {_text(labels)} for binary logits {_text(logits)}; expected {_text(squeezed)} "
+            "(for several binary labels a pixel use multilabel=True, for one class a pixel LovaszSoftmax)",
         )
     _check_not_empty(logits, may_be_empty)
     if len(squeezed) > 3 and len(squeezed) == len(logits):
         raise InvalidInput(
             "logits",
             f"got shape {_text(logits)}; expected (N, 1, *spatial) (for {logits[1]} binary labels a pixel use "
-            "LovaszHinge(multilabel=True), for volumes (N, D, H, W) logits[:, None])",
+            "multilabel=True, for volumes (N, D, H, W) logits[:, None])",
         )
     return Layout(logits[0], 1, math.prod(logits[1:]), label_values=2)
+
+
+def checked_offsets(values: Any, images: int) -> tuple[int, ...] | None:
+    """Offsets as integers, in ascending order, the last one ``images``; None for none.
+
+    Args:
+        values: a sequence of integers, or an array of any framework with one axis.
+
+    Raises:
+        InvalidInput: they are not such numbers.
+    """
+    if values is None:
+        return None
+    expected = f"ascending integers, the end of each image along the first axis, the last one {images}"
+    elements = checks.elements("offsets", values, expected)
+    ends = tuple(checks.integer(f"offsets[{i}]", end) for i, end in enumerate(elements))
+    previous = 0
+    for i, end in enumerate(ends):
+        if end <= previous:
+            cure = " (leave out the leading 0)" if i == 0 and end == 0 else ""
+            raise InvalidInput(f"offsets[{i}]", f"got {end} after {previous}; expected {expected}{cure}")
+        previous = end
+    if previous != images:
+        raise InvalidInput("offsets", f"got {previous} as the last one; expected {expected}")
+    return ends
 
 
 def _cure_of_labels(logits: tuple[int, ...], labels: tuple[int, ...]) -> str:

@@ -1,4 +1,8 @@
-"""The losses: Lovász-Softmax, Lovász hinge and cross-entropy, each a frozen description that checks its options."""
+"""The losses, each a frozen description that checks its options.
+
+Softmax losses (Lovász-Softmax, cross-entropy) read one class a pixel, binary losses (Lovász hinge, Lovász-Sigmoid,
+binary cross-entropy) read one or several labels of 0 or 1.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from lovasz.spec.errors import InvalidInput
 
 Classes: TypeAlias = Literal["present", "all"] | tuple[int, ...]
 Input: TypeAlias = Literal["logits", "probabilities"]
+Reduction: TypeAlias = Literal["mean", "none"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,38 @@ class LovaszHinge:
 
 
 @dataclass(frozen=True)
+class LovaszSigmoid:
+    """The Lovász extension of the Jaccard loss at the errors |y - sigmoid(x)|, for one or several binary labels.
+
+    It is Lovász-Softmax (Berman, Triki and Blaschko, CVPR 2018) of the foreground alone, for one channel: the same as
+    ``LovaszSoftmax(classes=(1,))`` of the two channels (0, x). Shapes and labels are those of :class:`LovaszHinge`. If
+    a group has no foreground, its loss is its largest error.
+
+    Args:
+        per_image: as for :class:`LovaszSoftmax`.
+        ignore_index: as for :class:`LovaszSoftmax`.
+        multilabel: as for :class:`LovaszHinge`.
+
+    Raises:
+        InvalidInput: an option has an invalid value.
+    """
+
+    per_image: bool = False
+    ignore_index: int | None = None
+    multilabel: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per_image", checks.flag("per_image", self.per_image))
+        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
+        object.__setattr__(self, "multilabel", checks.flag("multilabel", self.multilabel))
+
+    @property
+    def kind(self) -> str:
+        """The name of this loss on the wire and in metrics."""
+        return "lovasz_sigmoid"
+
+
+@dataclass(frozen=True)
 class CrossEntropy:
     """Softmax cross-entropy with the semantics of ``torch.nn.functional.cross_entropy(reduction="mean")``.
 
@@ -134,5 +171,39 @@ class CrossEntropy:
         return "cross_entropy"
 
 
-Loss: TypeAlias = LovaszSoftmax | LovaszHinge | CrossEntropy
-LOSS_KINDS = ("lovasz_softmax", "lovasz_hinge", "cross_entropy")
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Cross-entropy of binary labels, as ``torch.nn.BCEWithLogitsLoss(reduction="mean")`` defines it.
+
+    Shapes and labels are those of :class:`LovaszHinge`, beside which it may be a term. The mean is over all pixels and
+    labels that are not ignored; if all are ignored, loss and gradient are 0.
+
+    Args:
+        pos_weight: the factor of the loss where the label is 1: a number >= 0, or with ``multilabel`` a sequence of L
+            numbers, one a label; None for 1. The mean does not divide by it.
+        ignore_index: as for :class:`LovaszSoftmax`.
+        multilabel: as for :class:`LovaszHinge`.
+
+    Raises:
+        InvalidInput: an option has an invalid value.
+    """
+
+    pos_weight: float | Sequence[float] | None = None
+    ignore_index: int | None = None
+    multilabel: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pos_weight", checks.pos_weight(self.pos_weight))
+        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
+        object.__setattr__(self, "multilabel", checks.flag("multilabel", self.multilabel))
+
+    @property
+    def kind(self) -> str:
+        """The name of this loss on the wire and in metrics."""
+        return "binary_cross_entropy"
+
+
+LovaszLoss: TypeAlias = LovaszSoftmax | LovaszHinge | LovaszSigmoid
+BinaryLoss: TypeAlias = LovaszHinge | LovaszSigmoid | BinaryCrossEntropy
+Loss: TypeAlias = LovaszSoftmax | LovaszHinge | CrossEntropy | LovaszSigmoid | BinaryCrossEntropy
+LOSS_KINDS = ("lovasz_softmax", "lovasz_hinge", "cross_entropy", "lovasz_sigmoid", "binary_cross_entropy")

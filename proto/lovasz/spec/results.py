@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from lovasz.spec import iou
+
 ArrayT = TypeVar("ArrayT")
+
+MAX_IMAGE_LOSSES = 65_536
+"""The most images of a request whose losses are returned: they must fit in one message."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +21,19 @@ class TermResult:
     """One term of the weighted sum, before its weight.
 
     Attributes:
-        kind: ``"lovasz_softmax"``, ``"lovasz_hinge"`` or ``"cross_entropy"``.
+        kind: the loss's kind, one of ``lovasz.spec.LOSS_KINDS``.
         loss: the term's value.
-        per_class_loss: float64, shape (C,): the loss of each class (hinge: of each label) before class weights,
-            averaged over the groups that score it; NaN if none does. Empty for cross-entropy.
+        per_class_loss: float64, shape (C,): the loss of each class (binary losses: of each label) before class weights,
+            averaged over the groups that score it; NaN if none does. Empty for both cross-entropies.
+        per_image_loss: float64, shape (images of this request,): for a term with ``per_image`` the loss of each image,
+            0 where all pixels are ignored; ``loss`` is their mean (in a joint step, that of all ranks). Empty for
+            other terms, and for more than 65,536 images.
     """
 
     kind: str
     loss: float
     per_class_loss: npt.NDArray[np.float64]
+    per_image_loss: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,11 @@ class Result(Generic[ArrayT]):
         grad: dloss/dlogits (dloss/dprobabilities for that input), in the logits' shape and dtype; float32 for 16-bit
             logits, as float16 would underflow. All NaN if ``loss`` is NaN; None if no gradient was wanted.
         terms: each term's own loss, in the order in which the terms were given.
-        intersection: int64, shape (C,): pixels where arg-max and label are both this class (hinge: logit > 0 and
-            label 1). A pixel counts if at least one term counts it.
+        intersection: int64, shape (C,): pixels where arg-max and label are both this class (binary losses: logit > 0
+            and label 1). A pixel counts if at least one term counts it.
         union: int64, shape (C,): pixels where arg-max or label is this class; 0 for a class that every term ignores
-            (``ignore_index``), even if it is predicted on pixels that count. The IoU of a test set is the ratio of the
-            two, each summed over the set.
+            (``ignore_index``), even if it is predicted on pixels that count. :class:`DatasetIoU` sums both over a data
+            set.
         timing: where the server spent its time; None without a server.
         ranks: the number of ranks of the joint step, without those that have left; 1 without one.
     """
@@ -84,12 +92,9 @@ class Result(Generic[ArrayT]):
     @property
     def class_iou(self) -> npt.NDArray[np.float64]:
         """float64, shape (C,): intersection over union of arg-max and label; NaN for a class without a union."""
-        iou = np.full(self.union.shape, np.nan)
-        np.divide(self.intersection, self.union, out=iou, where=self.union > 0)
-        return iou
+        return iou.class_iou(self.intersection, self.union)
 
     @property
     def mean_iou(self) -> float:
         """The mean of ``class_iou`` over the classes that have one; NaN if none has."""
-        iou = self.class_iou[self.union > 0]
-        return float(iou.mean()) if len(iou) else math.nan
+        return iou.mean_iou(self.intersection, self.union)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
-from lovasz.spec.layout import Layout, hinge_layout, softmax_layout
-from lovasz.spec.losses import CrossEntropy, Loss, LovaszHinge, LovaszSoftmax
+from lovasz.spec.layout import Layout, binary_layout, checked_offsets, softmax_layout
+from lovasz.spec.losses import (
+    BinaryCrossEntropy,
+    BinaryLoss,
+    Loss,
+    LovaszHinge,
+    LovaszLoss,
+    LovaszSigmoid,
+    LovaszSoftmax,
+)
+from lovasz.spec.results import MAX_IMAGE_LOSSES, TermResult
 
 MAX_TERMS = 16
 """Most terms of a weighted sum."""
@@ -19,13 +31,15 @@ MAX_TERMS = 16
 class WeightedSum:
     """Losses with weights, summed and computed in one call. ``compute`` turns its ``loss`` argument into this.
 
-    All terms are softmax losses (:class:`LovaszSoftmax`, :class:`CrossEntropy`), or all are hinges: the two read
-    logits in different ways.
+    All terms are softmax losses (:class:`LovaszSoftmax`, :class:`CrossEntropy`), or all are binary losses
+    (:class:`LovaszHinge` or :class:`LovaszSigmoid`, :class:`BinaryCrossEntropy`): the two read logits in different
+    ways.
 
     Attributes:
         terms: pairs (weight, loss).
-        is_hinge: whether the terms are hinges.
-        multilabel: whether they are multilabel hinges.
+        is_binary: whether the terms are binary losses.
+        is_sigmoid: whether its Lovász terms are :class:`LovaszSigmoid`.
+        multilabel: whether they read several binary labels.
         probabilities: whether they read probabilities instead of logits.
 
     Raises:
@@ -33,7 +47,8 @@ class WeightedSum:
     """
 
     terms: tuple[tuple[float, Loss], ...]
-    is_hinge: bool = field(init=False, compare=False)
+    is_binary: bool = field(init=False, compare=False)
+    is_sigmoid: bool = field(init=False, compare=False)
     multilabel: bool = field(init=False, compare=False)
     probabilities: bool = field(init=False, compare=False)
 
@@ -41,22 +56,28 @@ class WeightedSum:
         if not 1 <= len(self.terms) <= MAX_TERMS:
             raise InvalidInput("loss", f"got {len(self.terms)} terms; expected 1 to {MAX_TERMS}")
         losses = [loss for _, loss in self.terms]
-        hinges = [loss for loss in losses if isinstance(loss, LovaszHinge)]
+        binary = [loss for loss in losses if isinstance(loss, BinaryLoss)]
         inputs = {loss.input if isinstance(loss, LovaszSoftmax) else "logits" for loss in losses}
-        if hinges and len(hinges) != len(losses):
+        if binary and len(binary) != len(losses):
             raise InvalidInput(
-                "loss", "LovaszHinge is combined with a softmax loss; expected only hinge terms or only softmax terms"
+                "loss",
+                f"{type(binary[0]).__name__} is combined with a softmax loss; expected only binary terms (LovaszHinge "
+                "or LovaszSigmoid, BinaryCrossEntropy) or only softmax terms (LovaszSoftmax, CrossEntropy)",
             )
-        if len({hinge.multilabel for hinge in hinges}) > 1:
-            raise InvalidInput("loss", "hinge terms differ in multilabel; expected the same in all terms")
+        if len({loss.multilabel for loss in binary}) > 1:
+            raise InvalidInput("loss", "binary terms differ in multilabel; expected the same in all terms")
+        sigmoid = any(isinstance(loss, LovaszSigmoid) for loss in losses)
+        if sigmoid and any(isinstance(loss, LovaszHinge) for loss in losses):
+            raise InvalidInput("loss", "LovaszHinge is combined with LovaszSigmoid; expected only one of the two")
         if len(inputs) > 1:
             raise InvalidInput(
                 "loss",
                 "one term reads input='probabilities', another one logits; expected the same input in all terms "
                 "(CrossEntropy reads logits)",
             )
-        object.__setattr__(self, "is_hinge", bool(hinges))
-        object.__setattr__(self, "multilabel", bool(hinges) and hinges[0].multilabel)
+        object.__setattr__(self, "is_binary", bool(binary))
+        object.__setattr__(self, "is_sigmoid", sigmoid)
+        object.__setattr__(self, "multilabel", bool(binary) and binary[0].multilabel)
         object.__setattr__(self, "probabilities", inputs == {"probabilities"})
 
     @property
@@ -70,28 +91,59 @@ class WeightedSum:
         ignored = {loss.ignore_index for _, loss in self.terms}
         return ignored.pop() if len(ignored) == 1 else None
 
-    def layout(self, logits: Sequence[int], labels: Sequence[int], *, may_be_empty: bool = False) -> Layout:
+    @property
+    def scores_images(self) -> bool:
+        """Whether a term has ``per_image``."""
+        return any(isinstance(loss, LovaszLoss) and loss.per_image for _, loss in self.terms)
+
+    def per_image_losses(self, results: Sequence[TermResult]) -> npt.NDArray[np.float64]:
+        """The loss of each image, from the results of the terms: float64, shape (images,)."""
+        losses = [weight * term.per_image_loss for (weight, _), term in zip(self.terms, results, strict=True)]
+        return np.sum(losses, axis=0)  # type: ignore[no-any-return]
+
+    def check_losses_of_images(self, images: int) -> None:
+        """Checks that each image has a loss of its own, and that there are not too many images.
+
+        Raises:
+            InvalidInput: a term is no Lovász loss with ``per_image``, or there are more than ``MAX_IMAGE_LOSSES``.
+        """
+        if images > MAX_IMAGE_LOSSES:
+            raise InvalidInput("reduction", f"got 'none' with {images} images; expected at most {MAX_IMAGE_LOSSES}")
+        for _, loss in self.terms:
+            if not (isinstance(loss, LovaszLoss) and loss.per_image):
+                raise InvalidInput(
+                    "reduction",
+                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True",
+                )
+
+    def layout(
+        self, logits: Sequence[int], labels: Sequence[int], offsets: Any = None, *, may_be_empty: bool = False
+    ) -> Layout:
         """Checks the shapes of a request, and the options that depend on them.
 
         Args:
             logits: shape of the logits.
             labels: shape of the labels.
+            offsets: ``Layout.offsets``, as a sequence or an array.
             may_be_empty: whether there may be no images, as for one of several requests that are computed as one.
 
         Raises:
             InvalidInput: a shape that does not fit the loss, or an option that does not fit the number of classes.
         """
-        if self.is_hinge:
-            layout = hinge_layout(logits, labels, self.multilabel, may_be_empty=may_be_empty)
+        if self.is_binary:
+            layout = binary_layout(logits, labels, self.multilabel, may_be_empty=may_be_empty)
         else:
             layout = softmax_layout(logits, labels, may_be_empty=may_be_empty)
         for _, loss in self.terms:
             _check_class_options(loss, layout.channels)
-        return layout
+        ends = checked_offsets(offsets, layout.images)
+        return layout if ends is None else replace(layout, offsets=ends)
 
 
 def _check_class_options(loss: Loss, classes: int) -> None:
-    if isinstance(loss, LovaszHinge):
+    if isinstance(loss, BinaryCrossEntropy) and isinstance(loss.pos_weight, tuple) and len(loss.pos_weight) != classes:
+        raise InvalidInput("pos_weight", f"got {len(loss.pos_weight)} numbers; expected {classes}, one a label")
+    if isinstance(loss, BinaryLoss):
         return
     if loss.class_weights is not None and len(loss.class_weights) != classes:
         raise InvalidInput("class_weights", f"got {len(loss.class_weights)} numbers; expected {classes}, one a class")
@@ -111,11 +163,13 @@ def weighted_sum(loss: LossLike) -> WeightedSum:
     """
     if isinstance(loss, WeightedSum):
         return loss
-    if isinstance(loss, LovaszSoftmax | LovaszHinge | CrossEntropy):
+    if isinstance(loss, Loss):
         return WeightedSum(((1.0, loss),))
     if not isinstance(loss, Sequence) or isinstance(loss, str):
         raise InvalidInput(
-            "loss", f"got {loss!r}; expected LovaszSoftmax, LovaszHinge, CrossEntropy or a list of (weight, loss) pairs"
+            "loss",
+            f"got {loss!r}; expected LovaszSoftmax, LovaszHinge, LovaszSigmoid, CrossEntropy, BinaryCrossEntropy or a "
+            "list of (weight, loss) pairs",
         )
     terms = []
     for i, pair in enumerate(loss):

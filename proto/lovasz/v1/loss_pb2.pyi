@@ -89,17 +89,41 @@ class CrossEntropy(_message.Message):
     label_smoothing: float
     def __init__(self, class_weights: _Optional[_Iterable[float]] = ..., ignore_index: _Optional[int] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
 
+class LovaszSigmoid(_message.Message):
+    __slots__ = ("per_image", "ignore_index", "multilabel")
+    PER_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    MULTILABEL_FIELD_NUMBER: _ClassVar[int]
+    per_image: bool
+    ignore_index: int
+    multilabel: bool
+    def __init__(self, per_image: bool = ..., ignore_index: _Optional[int] = ..., multilabel: bool = ...) -> None: ...
+
+class BinaryCrossEntropy(_message.Message):
+    __slots__ = ("pos_weight", "ignore_index", "multilabel")
+    POS_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    MULTILABEL_FIELD_NUMBER: _ClassVar[int]
+    pos_weight: _containers.RepeatedScalarFieldContainer[float]
+    ignore_index: int
+    multilabel: bool
+    def __init__(self, pos_weight: _Optional[_Iterable[float]] = ..., ignore_index: _Optional[int] = ..., multilabel: bool = ...) -> None: ...
+
 class Term(_message.Message):
-    __slots__ = ("weight", "lovasz_softmax", "lovasz_hinge", "cross_entropy")
+    __slots__ = ("weight", "lovasz_softmax", "lovasz_hinge", "cross_entropy", "lovasz_sigmoid", "binary_cross_entropy")
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     LOVASZ_SOFTMAX_FIELD_NUMBER: _ClassVar[int]
     LOVASZ_HINGE_FIELD_NUMBER: _ClassVar[int]
     CROSS_ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    LOVASZ_SIGMOID_FIELD_NUMBER: _ClassVar[int]
+    BINARY_CROSS_ENTROPY_FIELD_NUMBER: _ClassVar[int]
     weight: float
     lovasz_softmax: LovaszSoftmax
     lovasz_hinge: LovaszHinge
     cross_entropy: CrossEntropy
-    def __init__(self, weight: _Optional[float] = ..., lovasz_softmax: _Optional[_Union[LovaszSoftmax, _Mapping]] = ..., lovasz_hinge: _Optional[_Union[LovaszHinge, _Mapping]] = ..., cross_entropy: _Optional[_Union[CrossEntropy, _Mapping]] = ...) -> None: ...
+    lovasz_sigmoid: LovaszSigmoid
+    binary_cross_entropy: BinaryCrossEntropy
+    def __init__(self, weight: _Optional[float] = ..., lovasz_softmax: _Optional[_Union[LovaszSoftmax, _Mapping]] = ..., lovasz_hinge: _Optional[_Union[LovaszHinge, _Mapping]] = ..., cross_entropy: _Optional[_Union[CrossEntropy, _Mapping]] = ..., lovasz_sigmoid: _Optional[_Union[LovaszSigmoid, _Mapping]] = ..., binary_cross_entropy: _Optional[_Union[BinaryCrossEntropy, _Mapping]] = ...) -> None: ...
 
 class Loss(_message.Message):
     __slots__ = ("terms",)
@@ -108,7 +132,7 @@ class Loss(_message.Message):
     def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
 
 class RequestHeader(_message.Message):
-    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors", "joint", "run")
+    __slots__ = ("loss", "logits", "labels", "want_grad", "shared_tensors", "joint", "run", "offsets")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +140,7 @@ class RequestHeader(_message.Message):
     SHARED_TENSORS_FIELD_NUMBER: _ClassVar[int]
     JOINT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
     loss: Loss
     logits: TensorInfo
     labels: TensorInfo
@@ -123,7 +148,8 @@ class RequestHeader(_message.Message):
     shared_tensors: SharedTensors
     joint: Joint
     run: str
-    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ..., run: _Optional[str] = ...) -> None: ...
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ..., run: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Joint(_message.Message):
     __slots__ = ("run", "step", "rank", "world_size", "call", "round", "blocking", "process")
@@ -194,12 +220,14 @@ class ComputeStreamRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class TermResult(_message.Message):
-    __slots__ = ("loss", "per_class_loss")
+    __slots__ = ("loss", "per_class_loss", "per_image_loss")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     PER_CLASS_LOSS_FIELD_NUMBER: _ClassVar[int]
+    PER_IMAGE_LOSS_FIELD_NUMBER: _ClassVar[int]
     loss: float
     per_class_loss: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, loss: _Optional[float] = ..., per_class_loss: _Optional[_Iterable[float]] = ...) -> None: ...
+    per_image_loss: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, loss: _Optional[float] = ..., per_class_loss: _Optional[_Iterable[float]] = ..., per_image_loss: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ServerTiming(_message.Message):
     __slots__ = ("receive_seconds", "queue_seconds", "compute_seconds", "batch_requests", "joint_wait_seconds", "copy_seconds")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire.enums import enum_text
@@ -42,10 +44,24 @@ def _term_to_proto(weight: float, loss: spec.Loss) -> pb.Term:
     if isinstance(loss, spec.LovaszHinge):
         hinge = pb.LovaszHinge(per_image=loss.per_image, ignore_index=loss.ignore_index, multilabel=loss.multilabel)
         return pb.Term(weight=weight, lovasz_hinge=hinge)
+    if isinstance(loss, spec.LovaszSigmoid):
+        sigmoid = pb.LovaszSigmoid(per_image=loss.per_image, ignore_index=loss.ignore_index, multilabel=loss.multilabel)
+        return pb.Term(weight=weight, lovasz_sigmoid=sigmoid)
+    if isinstance(loss, spec.BinaryCrossEntropy):
+        binary = pb.BinaryCrossEntropy(
+            pos_weight=_pos_weight_to_proto(loss.pos_weight), ignore_index=loss.ignore_index, multilabel=loss.multilabel
+        )
+        return pb.Term(weight=weight, binary_cross_entropy=binary)
     cross_entropy = pb.CrossEntropy(
         class_weights=loss.class_weights or (), ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing
     )
     return pb.Term(weight=weight, cross_entropy=cross_entropy)
+
+
+def _pos_weight_to_proto(value: float | Sequence[float] | None) -> Sequence[float]:
+    if value is None:
+        return ()
+    return value if isinstance(value, Sequence) else (value,)
 
 
 def loss_from_proto(message: pb.Loss) -> spec.WeightedSum:
@@ -82,10 +98,22 @@ def _term_from_proto(i: int, term: pb.Term) -> spec.Loss:
             ignore_index=_optional_ignore_index(term.cross_entropy),
             label_smoothing=term.cross_entropy.label_smoothing,
         )
+    if kind == "lovasz_sigmoid":
+        sigmoid = term.lovasz_sigmoid
+        return spec.LovaszSigmoid(
+            per_image=sigmoid.per_image, ignore_index=_optional_ignore_index(sigmoid), multilabel=sigmoid.multilabel
+        )
+    if kind == "binary_cross_entropy":
+        binary = term.binary_cross_entropy
+        weights = tuple(binary.pos_weight)
+        return spec.BinaryCrossEntropy(
+            pos_weight=weights[0] if len(weights) == 1 else weights or None,
+            ignore_index=_optional_ignore_index(binary),
+            multilabel=binary.multilabel,
+        )
     raise spec.InvalidInput(
         f"loss.terms[{i}].loss",
-        "is not set, or is of a kind that this server does not know; expected one of "
-        "lovasz_softmax, lovasz_hinge, cross_entropy",
+        f"is not set, or is of a kind that this server does not know; expected one of {', '.join(spec.LOSS_KINDS)}",
     )
 
 
@@ -123,5 +151,7 @@ def _softmax_from_proto(message: pb.LovaszSoftmax) -> spec.LovaszSoftmax:
     )
 
 
-def _optional_ignore_index(message: pb.LovaszSoftmax | pb.LovaszHinge | pb.CrossEntropy) -> int | None:
+def _optional_ignore_index(
+    message: pb.LovaszSoftmax | pb.LovaszHinge | pb.CrossEntropy | pb.LovaszSigmoid | pb.BinaryCrossEntropy,
+) -> int | None:
     return message.ignore_index if message.HasField("ignore_index") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,7 @@ class Request:
         shared: SharedTensors | None = None,
         joint: Joint | None = None,
         run: str = "",
+        offsets: Any = None,
     ) -> Request:
         """A request whose shapes were checked against its loss.
 
@@ -119,7 +121,7 @@ class Request:
             raise spec.InvalidInput(
                 "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
             )
-        layout = loss.layout(logits.shape, labels.shape, may_be_empty=joint is not None)
+        layout = loss.layout(logits.shape, labels.shape, offsets, may_be_empty=joint is not None)
         return cls(loss, logits, labels, want_grad, layout, shared, joint, run)
 
     @property
@@ -146,6 +148,7 @@ class Request:
             shared_tensors=None if self.shared is None else self.shared.to_proto(),
             joint=None if self.joint is None else self.joint.to_proto(),
             run=self.run,
+            offsets=self.layout.offsets or (),
         )
 
     @classmethod
@@ -163,6 +166,7 @@ class Request:
             SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
             Joint.from_proto(header.joint) if header.HasField("joint") else None,
             header.run,
+            tuple(header.offsets) or None,
         )
 
 
@@ -204,7 +208,10 @@ class Response:
         timing = self.timing
         return pb.ResponseHeader(
             loss=self.loss,
-            terms=[pb.TermResult(loss=term.loss, per_class_loss=term.per_class_loss) for term in self.terms],
+            terms=[
+                pb.TermResult(loss=term.loss, per_class_loss=term.per_class_loss, per_image_loss=term.per_image_loss)
+                for term in self.terms
+            ],
             intersection=self.intersection,
             union=self.union,
             grad=None if self.grad is None else self.grad.to_proto(),
@@ -231,12 +238,18 @@ class Response:
         if len(message.terms) != len(kinds):
             raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(kinds)}")
         channels = request.layout.channels
-        for kind, term in zip(kinds, message.terms, strict=True):
-            expected = 0 if kind == "cross_entropy" else channels
-            if len(term.per_class_loss) != expected:
-                raise spec.InvalidInput(
-                    "response.per_class_loss", f"got {len(term.per_class_loss)} for {kind}; expected {expected}"
-                )
+        images = request.layout.scored_images if request.layout.scored_images <= spec.MAX_IMAGE_LOSSES else 0
+        for (_, loss), term in zip(request.loss.terms, message.terms, strict=True):
+            per_class = channels if isinstance(loss, spec.LovaszLoss) else 0
+            per_image = images if isinstance(loss, spec.LovaszLoss) and loss.per_image else 0
+            for name, losses, expected in (
+                ("per_class_loss", term.per_class_loss, per_class),
+                ("per_image_loss", term.per_image_loss, per_image),
+            ):
+                if len(losses) != expected:
+                    raise spec.InvalidInput(
+                        f"response.{name}", f"got {len(losses)} for {loss.kind}; expected {expected}"
+                    )
         for name, counts in (("intersection", message.intersection), ("union", message.union)):
             if len(counts) != channels:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
@@ -251,7 +264,12 @@ class Response:
         return cls(
             loss=message.loss,
             terms=tuple(
-                spec.TermResult(kind, term.loss, np.asarray(term.per_class_loss, np.float64))
+                spec.TermResult(
+                    kind,
+                    term.loss,
+                    np.asarray(term.per_class_loss, np.float64),
+                    np.asarray(term.per_image_loss, np.float64),
+                )
                 for kind, term in zip(kinds, message.terms, strict=True)
             ),
             intersection=np.asarray(message.intersection, np.int64),

@@ -214,7 +214,11 @@ def test_what_cannot_be(arguments: tuple[str, ...], text: str, capsys: pytest.Ca
         (["--duration", "inf"], "--duration: got 'inf'; expected seconds > 0"),
         (["--warmup", "long"], "--warmup: got 'long'; expected seconds >= 0"),
         (["--timeout", "nan"], "--timeout: got 'nan'; expected seconds > 0"),
-        (["--loss", "l2"], "--loss: got 'l2'; expected lovasz_softmax, lovasz_hinge or cross_entropy"),
+        (
+            ["--loss", "l2"],
+            "--loss: got 'l2'; expected lovasz_softmax, lovasz_hinge, cross_entropy, lovasz_sigmoid or "
+            "binary_cross_entropy",
+        ),
         (["--json", "/no/where/x"], "--json: got '/no/where/x'; expected a file in a directory that exists"),
         (["--plot", "/"], "--plot: got '/'; expected a file in a directory that exists"),
     ],

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from lovasz.client import CrossEntropy, LossClient, LovaszHinge, LovaszSoftmax
+from lovasz.client import BinaryCrossEntropy, CrossEntropy, LossClient, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 from lovasz.client.bench.workload import Workload, loss_for
-from lovasz.spec import InvalidInput, Loss
+from lovasz.spec import LOSS_KINDS, BinaryLoss, InvalidInput, Loss
 
 SHAPE = (2, 3, 8, 8)
 SOFTMAX = LovaszSoftmax()
@@ -22,6 +22,8 @@ SOFTMAX = LovaszSoftmax()
         (CrossEntropy(), (4000, 3), (4000,)),
         (LovaszHinge(), (2, 1, 64, 64), (2, 64, 64)),
         (LovaszHinge(multilabel=True), (2, 4, 64, 64), (2, 4, 64, 64)),
+        (LovaszSigmoid(), (2, 1, 64, 64), (2, 64, 64)),
+        (BinaryCrossEntropy(multilabel=True), (2, 4, 64, 64), (2, 4, 64, 64)),
     ],
 )
 def test_tensors_are_those_of_a_network_half_trained(
@@ -32,7 +34,7 @@ def test_tensors_are_those_of_a_network_half_trained(
     again = Workload(shape, loss, concurrency=3).tensors()
     assert np.array_equal(again[0], logits)
     assert np.array_equal(again[1], labels)
-    if isinstance(loss, LovaszHinge):
+    if isinstance(loss, BinaryLoss):
         right = (logits.reshape(label_shape) > 0) == labels
         assert set(np.unique(labels)) == {0, 1}
     else:
@@ -48,12 +50,12 @@ def test_labels_beyond_a_byte() -> None:
     assert labels.dtype == np.int16
 
 
-@pytest.mark.parametrize("kind", ["lovasz_softmax", "lovasz_hinge", "cross_entropy"])
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 @pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 1, 16, 16)])
 def test_a_loss_of_every_kind_for_a_shape(kind: str, shape: tuple[int, ...]) -> None:
     loss = loss_for(kind, shape)
     assert loss.kind == kind
-    if isinstance(loss, LovaszHinge):
+    if isinstance(loss, BinaryLoss):
         assert loss.multilabel == (shape[1] > 1)
     elif shape[1] == 1:
         with pytest.raises(InvalidInput, match="single class"):

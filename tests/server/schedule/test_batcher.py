@@ -27,7 +27,7 @@ def job(
     deadline: float | None = None,
 ) -> Job:
     parsed = weighted_sum(loss)
-    shape = (1, side, side) if parsed.is_hinge else (1, classes, side, side)
+    shape = (1, side, side) if parsed.is_binary else (1, classes, side, side)
     labels = torch.zeros(1, side, side, dtype=torch.uint8)
     request = Request.checked(torch.zeros(shape, dtype=dtype), labels, parsed)
     return Job((Caller(request, deadline),), parsed, want_grad)

@@ -22,17 +22,21 @@ _CONFIDENCE = 3.0
 
 
 def loss_for(kind: str, shape: tuple[int, ...]) -> spec.Loss:
-    """The loss of this kind with default options; the hinge is multilabel if the shape has several channels.
+    """The loss of this kind with default options; a binary loss is multilabel if the shape has several channels.
 
     Raises:
         InvalidInput: there is no such kind.
     """
-    if kind == "lovasz_softmax":
-        return spec.LovaszSoftmax()
+    softmax: dict[str, spec.Loss] = {"lovasz_softmax": spec.LovaszSoftmax(), "cross_entropy": spec.CrossEntropy()}
+    if kind in softmax:
+        return softmax[kind]
+    multilabel = len(shape) > 1 and shape[1] > 1
     if kind == "lovasz_hinge":
-        return spec.LovaszHinge(multilabel=len(shape) > 1 and shape[1] > 1)
-    if kind == "cross_entropy":
-        return spec.CrossEntropy()
+        return spec.LovaszHinge(multilabel=multilabel)
+    if kind == "lovasz_sigmoid":
+        return spec.LovaszSigmoid(multilabel=multilabel)
+    if kind == "binary_cross_entropy":
+        return spec.BinaryCrossEntropy(multilabel=multilabel)
     raise spec.InvalidInput("loss", f"got {kind!r}; expected one of {', '.join(spec.LOSS_KINDS)}")
 
 
@@ -67,7 +71,7 @@ class Workload:
 
     @property
     def label_shape(self) -> tuple[int, ...]:
-        multilabel = isinstance(self.loss, spec.LovaszHinge) and self.loss.multilabel
+        multilabel = isinstance(self.loss, spec.BinaryLoss) and self.loss.multilabel
         return self.shape if multilabel else (*self.shape[:1], *self.shape[2:])
 
     @property
@@ -93,7 +97,7 @@ class Workload:
         labels = random.integers(self.label_values, size=self.label_shape).astype(self.label_dtype.numpy)
         right = random.random(self.label_shape, np.float32) < _SHARE_RIGHT
         lead = np.where(right, np.float32(_CONFIDENCE), np.float32(0))
-        if isinstance(self.loss, spec.LovaszHinge):
+        if isinstance(self.loss, spec.BinaryLoss):
             logits += np.where(labels == 1, lead, -lead).reshape(self.shape)
         else:
             index = labels[:, None].astype(np.intp)

@@ -27,7 +27,8 @@ from lovasz.wire import framing
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
-_LOSSES = (*LOSS_KINDS, "cross_entropy+lovasz_softmax", "unknown")
+_SUMS = ("cross_entropy+lovasz_softmax", "binary_cross_entropy+lovasz_hinge", "binary_cross_entropy+lovasz_sigmoid")
+_LOSSES = (*LOSS_KINDS, *_SUMS, "unknown")
 _WITHOUT_LOSS = (("AbortStep", "none"), ("LeaveRun", "none"))
 
 

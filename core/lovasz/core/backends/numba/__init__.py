@@ -7,7 +7,7 @@ multiply-add is always an explicit :func:`~lovasz.core.backends.numba.intrinsics
 On the host: ``compute`` (the steps of a batch), ``call`` (one computation: its tensors, tasks, threads and scratch),
 ``extension`` (which segments of a term are sorted, which are counted), ``workers``, ``scratch``.
 
-Compiled: ``planes`` (reads logits and labels), ``softmax`` and ``hinge`` (errors and counts, and the way back),
+Compiled: ``planes`` (reads logits and labels), ``softmax`` and ``binary`` (errors and counts, and the way back),
 ``cross_entropy``, ``segments`` (the segments of a term, one after another), ``sorting`` (a segment sorted), ``tables``
 and ``bins`` (a segment counted), ``elementary`` (exp and log), ``intrinsics``.
 """

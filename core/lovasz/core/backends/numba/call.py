@@ -71,7 +71,7 @@ class Call:
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
         pairs = list(zip(batch.requests, fused, strict=True))
         self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
-        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_hinge) for r, is_fused in pairs]
+        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_binary) for r, is_fused in pairs]
         self.grads = [_room(r, is_fused, want_grad) for r, is_fused in pairs]
         self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
         self.planes = self._planes()
@@ -81,7 +81,7 @@ class Call:
         self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
         labels, predictions, hits = np.zeros((3, len(self.plan_planes) * plan.channels), np.int64)
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
-        self.errors = self._rows("errors", plan.channels, np.float32)
+        self.errors = self.rows("errors", plan.channels, np.float32)
 
     def _planes(self) -> Planes:
         layout = self.plan_planes
@@ -121,16 +121,16 @@ class Call:
         index = term.loss.ignore_index
         return self.labelling.void if index is None or not 0 <= index < self.labelling.values else index
 
-    def _rows(self, name: str, rows: int, dtype: Any) -> npt.NDArray[Any]:
+    def rows(self, name: str, rows: int, dtype: Any) -> npt.NDArray[Any]:
         """Rows of scratch with one element per pixel, and padding, so that the array of all rows stays contiguous."""
         padded = self.plan.pixels + (_ROW_PADDING if rows > 1 else 0)
         return self.scratch.array(name, (rows, padded), dtype)
 
     def codes(self) -> npt.NDArray[Any]:
-        """Memory for codes: (1, pixels); for the hinge, one row per binary label."""
+        """Memory for codes: (1, pixels); for binary losses, one row per label."""
         wide = self.labelling.void > np.iinfo(np.uint8).max
         name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
-        return self._rows(name, self.plan.channels if self.plan.is_hinge else 1, dtype)
+        return self.rows(name, self.plan.channels if self.plan.is_binary else 1, dtype)
 
     def run(self, loop: Callable[..., None], *, threads: int | None = None, **arguments: Any) -> None:
         """Runs a compiled loop over its tasks; see ``Workers.run``."""

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import extension, hinge, softmax
+from lovasz.core.backends.numba import binary, extension, softmax
+from lovasz.core.backends.numba.binary import BinaryCrossEntropies
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses
+from lovasz.core.backends.numba.elementary import ROUNDED_BITS
 from lovasz.core.backends.numba.extension import Thresholds, score_term
 from lovasz.core.backends.numba.scratch import SCRATCH
 from lovasz.core.batch import Batch
@@ -22,7 +24,7 @@ from lovasz.core.computed import FIXED_POINT_BITS, PROBABILITY_TOLERANCE, Comput
 from lovasz.core.plan import Plan, Term
 from lovasz.core.scoring import select_segments
 from lovasz.core.stop import Stop
-from lovasz.spec import LovaszSoftmax
+from lovasz.spec import BinaryCrossEntropy, LovaszSoftmax
 
 
 def compute(
@@ -41,7 +43,7 @@ def compute(
     """
     with SCRATCH.borrow() as scratch:
         call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop)
-        terms = (_hinge if plan.is_hinge else _softmax)(call, thresholds or extension.THRESHOLDS)
+        terms = (_binary if plan.is_binary else _softmax)(call, thresholds or extension.THRESHOLDS)
     labels, predictions, hits = (call.per_joint(counts) for counts in call.counts[:3])
     values = Values(tuple(terms), labels, predictions, hits, call.counts.faults.reshape(-1, len(plan.sizes)))
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)
@@ -83,34 +85,45 @@ def _softmax(call: Call, thresholds: Thresholds) -> list[TermValues]:
     return terms
 
 
-def _hinge(call: Call, thresholds: Thresholds) -> list[TermValues]:
-    codes, count = call.codes(), len(call.counts.labels)
+def _binary(call: Call, thresholds: Thresholds) -> list[TermValues]:
+    plan, codes, count = call.plan, call.codes(), len(call.counts.labels)
     valid, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    entropies = _binary_cross_entropies(call)
+    inputs: dict[str, Any] = {
+        "logits_kind": call.logits_kind,
+        "labelling": call.labelling,
+        "is_sigmoid": plan.is_sigmoid,
+        "entropies": entropies,
+        "codes": codes,
+    }
     call.run_blocks(
-        hinge.prepare,
-        logits_kind=call.logits_kind,
-        channels=call.plan.channels,
-        labelling=call.labelling,
+        binary.prepare,
+        channels=plan.channels,
         errors=call.errors,
-        codes=codes,
         counts=call.counts,
         valid=valid,
         largest=largest,
+        **inputs,
     )
-    scored_planes = np.zeros((len(call.plan_planes), call.plan.channels), np.bool_)
-    add = _prepare_grads(call)
+    scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
+    add, numbers = _prepare_grads(call), itertools.count()
     terms = []
-    for term in call.plan.terms:
+    for term in plan.terms:
         foreground, counted = call.per_group(term, call.counts.labels), call.per_group(term, valid)
         ignored = call.ignored_code(term)
         if ignored == 1:
             counted, foreground = counted - foreground, np.zeros_like(foreground)
         elif ignored == 0:
             counted = foreground
+        if isinstance(term.loss, BinaryCrossEntropy):
+            terms.append(_binary_cross_entropy(call, term, next(numbers), entropies, counted.sum(0), codes))
+            continue
         groups = call.plan_planes.groups(term)
-        tops = np.maximum.reduceat(largest.reshape(-1, call.plan.channels), groups.first_plane, axis=0).T
+        tops = np.maximum.reduceat(largest.reshape(-1, plan.channels), groups.first_plane, axis=0).T
         terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
-    if call.want_grad:
+    if call.want_grad and (plan.is_sigmoid or plan.binary_cross_entropies):
+        call.run_blocks(binary.finish, scored=scored_planes, **inputs)
+    elif call.want_grad:
         call.clear_grads(scored_planes)
     return terms
 
@@ -174,13 +187,64 @@ def _cross_entropy(call: Call, term: Term, t: int, entropies: CrossEntropies) ->
     # One joint at a time, since the order in which NumPy sums the rows of a matrix depends on the number of rows.
     total = np.array([(of_joint * term.class_weights).sum() for of_joint in counts.T])
     mean = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
-    # A joint's sum is at most its largest pixel loss times the number of its pixels.
-    largest = entropies.largest[t * joints : (t + 1) * joints].astype(np.int32).view(np.float32)
-    bounds = np.where(np.isfinite(largest), largest, 0.0).astype(np.float64) * call.plan_planes.joints.pixels
-    scales = np.ldexp(1.0, np.minimum(FIXED_POINT_BITS - np.frexp(bounds)[1], 1000))
+    scales = _scales(entropies.largest[t * joints : (t + 1) * joints], call.plan_planes.joints.pixels)
     sums = np.zeros(joints, np.int64)
     call.run_blocks(add_losses, losses=entropies.losses[t], scales=scales, sums=sums)
     entropies.pull[t] = term.label_factor * mean
     entropies.spread[t] = term.spread_factor * mean
     losses = (sums / scales * mean)[None]
     return TermValues(losses, np.ones_like(losses, np.bool_))
+
+
+def _binary_cross_entropies(call: Call) -> BinaryCrossEntropies:
+    """The binary cross-entropy terms of a batch; ``_binary_cross_entropy`` fills in the factors of their gradients."""
+    terms, joints, channels = call.plan.binary_cross_entropies, len(call.plan.sizes), call.plan.channels
+    return BinaryCrossEntropies(
+        ignored=np.array([call.ignored_code(term) for term in terms], np.int64),
+        pos_weight=np.array([term.pos_weight for term in terms]).reshape(len(terms), channels),
+        losses=call.rows("pixel losses of labels", channels if terms else 0, np.float32),
+        largest=np.zeros(joints, np.int64),
+        factor=np.zeros((len(terms), joints)),
+    )
+
+
+def _binary_cross_entropy(
+    call: Call,
+    term: Term,
+    t: int,
+    entropies: BinaryCrossEntropies,
+    counted: npt.NDArray[np.int64],
+    codes: npt.NDArray[Any],
+) -> TermValues:
+    """Computes the loss of a term, the mean over its pixels and labels, and the factor of its gradient.
+
+    Args:
+        counted: int64, shape (joints,): the number of its pixels, once for each label.
+    """
+    joints = len(call.plan.sizes)
+    mean = np.divide(1.0, counted, out=np.zeros(joints), where=counted > 0)
+    pixels = call.plan_planes.joints.pixels * call.plan.channels
+    scales = _scales(entropies.largest, pixels, max(1.0, term.pos_weight.max()))
+    sums = np.zeros(joints, np.int64)
+    call.run_blocks(binary.add_losses, codes=codes, entropies=entropies, term=t, scales=scales, sums=sums)
+    entropies.factor[t] = term.weight * mean
+    losses = (sums / scales * mean)[None]
+    return TermValues(losses, np.ones_like(losses, np.bool_))
+
+
+def _scales(
+    largest: npt.NDArray[np.int64], pixels: npt.NDArray[np.int64], weight: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """The scale of the integers that the losses of each joint's pixels are added as.
+
+    Args:
+        largest: the bits of the largest loss of a pixel.
+        pixels: the number of summands.
+        weight: the largest factor of a pixel's loss.
+    """
+    losses = largest.astype(np.int32).view(np.float32)
+    bounds = np.where(np.isfinite(losses), losses, 0.0).astype(np.float64) * pixels * weight
+    # The sum is below 2^bits. No summand exceeds 2^51, as it is at most a bound's share.
+    bits = np.minimum(FIXED_POINT_BITS, ROUNDED_BITS + np.frexp(pixels)[1] - 1)
+    scales: npt.NDArray[np.float64] = np.ldexp(1.0, np.minimum(bits - np.frexp(bounds)[1], 1000))
+    return scales

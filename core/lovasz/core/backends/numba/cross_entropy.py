@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
 
-from lovasz.core.backends.numba.elementary import log, log1p
+from lovasz.core.backends.numba.elementary import log, log1p, rounded
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
 from lovasz.core.backends.numba.planes import Blocks, Codes, Floats, Integers, Planes, claim
 
@@ -106,9 +106,9 @@ def add_losses(
             break
         plane = blocks.plane[task]
         start, joint = planes.start[plane], planes.joint[plane]
-        local = np.int64(0)
+        local, scale = np.int64(0), scales[joint]
         for i in range(start + blocks.first[task], start + blocks.last[task]):
-            local += np.int64(np.rint(np.float64(losses[i]) * scales[joint]))
+            local += rounded(np.float64(losses[i]) * scale)
         atomic_add(sums, joint, local)
 
 

@@ -26,7 +26,7 @@ class Thresholds(NamedTuple):
     Attributes:
         pixels: a segment with fewer pixels is sorted.
         foreground: a segment with fewer foreground pixels is sorted.
-        order_error: a hinge segment is sorted if ``tables.order_error`` of its table exceeds this.
+        order_error: a segment of a binary loss is sorted if ``tables.order_error`` of its table exceeds this.
     """
 
     pixels: int
@@ -77,16 +77,17 @@ def score_term(
     order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
     row, group = row[order], group[order]
     pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
-    is_hinge = call.plan.is_hinge
-    # Gradients are with respect to probabilities or hinge logits; for softmax, the backward pass applies the sign.
-    sign = -1.0 if is_hinge or call.plan.loss.probabilities else 1.0
+    is_binary = call.plan.is_binary
+    # Gradients are with respect to probabilities, or the margins of binary losses; for softmax, the backward pass
+    # applies the sign.
+    sign = -1.0 if is_binary or call.plan.loss.probabilities else 1.0
     enough = (pixels >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
     found = Segments(
         state=np.where(foreground_count == 0, State.ABSENT, State.SCORED).astype(np.int64),
         counted=enough & (foreground_count > 0) & (pixels < MAX_PIXELS),
         row=row,
-        code_row=row if is_hinge else np.zeros_like(row),
-        foreground=np.ones_like(row) if is_hinge else row,
+        code_row=row if is_binary else np.zeros_like(row),
+        foreground=np.ones_like(row) if is_binary else row,
         foreground_count=foreground_count,
         first_plane=groups.first_plane[group],
         stop_plane=groups.first_plane[group] + groups.planes[group],
@@ -96,8 +97,9 @@ def score_term(
         weight=weight,
         foreground_weight=sign * weight,
     )
-    order_error = thresholds.order_error if is_hinge else math.inf
-    rules = Rules(call.labelling.void, call.ignored_code(term), is_hinge, call.want_grad, add, order_error)
+    order_error = thresholds.order_error if is_binary else math.inf
+    cut = is_binary and not call.plan.is_sigmoid
+    rules = Rules(call.labelling.void, call.ignored_code(term), cut, call.want_grad, add, order_error)
     losses = np.zeros(len(row))
     fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
     divided = found.counted & (pixels > fair) & (call.threads > 1)

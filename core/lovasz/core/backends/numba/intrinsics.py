@@ -91,6 +91,16 @@ def bits_double(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def double_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float64 as an int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), generate
+
+
+@intrinsic
 def pointer(typing: Any, address: Any) -> Any:
     """An address (uint64) as a pointer for ``numba.carray``."""
 

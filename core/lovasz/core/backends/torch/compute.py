@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lovasz.core.backends.torch.binary import Sigmoid, binary_cross_entropy
 from lovasz.core.backends.torch.cross_entropy import Part, cross_entropy
 from lovasz.core.backends.torch.flat import Flat
 from lovasz.core.backends.torch.segments import Groups, lovasz_extension, on_device
@@ -17,7 +18,7 @@ from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, TermVal
 from lovasz.core.plan import Plan, Term
 from lovasz.core.scoring import select_segments
 from lovasz.core.stop import Stop
-from lovasz.spec import LovaszSoftmax
+from lovasz.spec import BinaryCrossEntropy, LovaszSoftmax
 
 
 def compute(
@@ -26,7 +27,7 @@ def compute(
     """Queues the computation of a batch; offers no ``Computed.total`` and ignores ``stop``."""
     with torch.no_grad():
         flat = Flat.of(plan, batch)
-        results = (_hinge if plan.is_hinge else _softmax)(flat, want_grad)
+        results = (_binary if plan.is_binary else _softmax)(flat, want_grad)
         grads = None if results.grad is None else flat.split(results.grad, batch)
     return Computed(grads, results.read)
 
@@ -148,28 +149,46 @@ def _lovasz_softmax(
     return losses, scored
 
 
-def _hinge(flat: Flat, want_grad: bool) -> _Results:
-    validity = _Validity(flat)
+def _binary(flat: Flat, want_grad: bool) -> _Results:
+    validity, plan = _Validity(flat), flat.plan
     logits, foreground = flat.logits, validity.safe_labels == 1
-    errors = torch.where(foreground, 1 - logits, 1 + logits).clamp_(min=0)
-    g = torch.zeros_like(logits) if want_grad else None
+    margins = torch.where(foreground, logits, -logits)
+    sigmoid = Sigmoid.of(margins) if plan.is_sigmoid or plan.binary_cross_entropies else None
+    errors, slope = (1 - margins).clamp_(min=0), torch.empty(0)
+    if sigmoid is not None and plan.is_sigmoid:
+        errors, slope = sigmoid.errors, sigmoid.slope
+    g = torch.zeros_like(logits) if want_grad and plan.lovasz else None
     losses: list[Tensor] = []
     scored: list[Tensor] = []
-    for term in flat.plan.terms:
+    parts: list[Tensor] = []
+    for term in plan.terms:
         valid, groups = validity.of_rule[term.rule], flat.groups(term)
-        class_weights = on_device(term.class_weights, logits.device)
-        is_scored, weights = select_segments(term, groups.sum(valid), groups.share, class_weights, None)
-        counts = groups.sum(foreground & valid)
-        weights = weights.to(logits.dtype)
-        losses.append(lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights, g))
+        if isinstance(term.loss, BinaryCrossEntropy):
+            assert sigmoid is not None
+            of_term, part = binary_cross_entropy(term, flat, margins, sigmoid, foreground, valid)
+            is_scored = torch.ones_like(of_term, dtype=torch.bool)
+            parts.append(part)
+        else:
+            class_weights = on_device(term.class_weights, logits.device)
+            is_scored, weights = select_segments(term, groups.sum(valid), groups.share, class_weights, None)
+            counts = groups.sum(foreground & valid)
+            weights = weights.to(logits.dtype)
+            of_term = lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights, g)
+        losses.append(of_term)
         scored.append(is_scored)
-    grad = None if g is None else torch.where(foreground, -g, g).mul_(errors > 0)
-    if grad is not None and not validity.all_counted:
-        grad.masked_fill_(~validity.counted, 0)
+    grad = None
+    if want_grad:
+        grad = torch.zeros_like(logits) if g is None else g.mul_(slope if plan.is_sigmoid else errors > 0)
+        for part in parts:
+            grad += part
+        grad = torch.where(foreground, -grad, grad)
+        if not validity.all_counted:
+            grad.masked_fill_(~validity.counted, 0)
     predicted = logits > 0
     masks = foreground, predicted, predicted & foreground
     counts = torch.stack([flat.joints.sum(mask & validity.counted) for mask in masks])
-    return _Results(losses, scored, grad, counts, _faults(flat, validity, (logits < torch.inf) & (errors < torch.inf)))
+    finite = (logits < torch.inf) & (margins > -torch.inf)
+    return _Results(losses, scored, grad, counts, _faults(flat, validity, finite))
 
 
 def _class_counts(classes: Tensor, counted: Tensor, groups: Groups, channels: int) -> Tensor:

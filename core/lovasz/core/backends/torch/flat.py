@@ -38,7 +38,7 @@ class Flat:
             logits.append(classes_first(on_device, request.layout).to(compute_type))
             label = request.labels.to(device, non_blocking=True)
             labels.append(
-                (classes_first(label, request.layout) if plan.is_hinge else label.reshape(-1)).to(torch.int64)
+                (classes_first(label, request.layout) if plan.is_binary else label.reshape(-1)).to(torch.int64)
             )
         if len(logits) == 1:
             return cls(plan, logits[0], labels[0])

@@ -5,9 +5,9 @@ floats. A *map* holds one integer per cell, which says how many bins the cell is
 where in the table they end. Bins are in descending order of the error. Errors outside all cells share the last bin.
 
 For softmax the cells are the octaves (SHIFT 23) and the map is fixed: errors are at most 1, and smaller ones weigh less
-in the gradient. Errors of the hinge have any scale and all weigh the same, so its cells (SHIFT 15, 256 per octave) get
-bins in proportion to the pixels that the first sweep has counted in them (``hinge.share_out``). Section 11 of
-docs/mathematics.md explains the numbers of bins.
+in the gradient. Errors of the hinge have any scale and all weigh the same, so the cells of binary losses (SHIFT 15, 256
+per octave) get bins in proportion to the pixels that the first sweep has counted in them
+(``binary_segments.share_out``). Section 11 of docs/mathematics.md explains the numbers of bins.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ _CELL_BITS = (11, *[14] * 2, *[13] * 2, *[11] * 16, *[8] * 8, *[6] * 14, *[5] * 
 """log2 of the number of bins of each octave, in groups of at least 2^18 pixels."""
 SOFTMAX_CELLS = len(_CELL_BITS)
 
-HINGE_SHIFT = 15
-HINGE_TOP = 0x7F7FFFFF >> HINGE_SHIFT
+BINARY_SHIFT = 15
+BINARY_BINS = 1 << 17
+_CELLS_PER_OCTAVE = 1 << (23 - BINARY_SHIFT)
+
+HINGE_TOP = 0x7F7FFFFF >> BINARY_SHIFT
 """The leading bits of the errors in the first cell, which holds the largest finite error."""
-HINGE_CELLS = HINGE_TOP + 1 - ((127 - 24) << (23 - HINGE_SHIFT))
+HINGE_CELLS = HINGE_TOP + 1 - (127 - 24) * _CELLS_PER_OCTAVE
 """The number of cells, down to errors of 2^-24: 1 - s x is 0 or not smaller than that."""
-HINGE_BINS = 1 << 17
+
+SIGMOID_TOP = 127 * _CELLS_PER_OCTAVE
+"""The leading bits of the errors in the first cell, which holds 1, the largest error."""
+SIGMOID_CELLS = SIGMOID_TOP + 1 - _CELLS_PER_OCTAVE
+"""The number of cells, down to the smallest normal float."""
 
 STOP_BITS = 5
 """The low bits of a map's integers. An integer is (the end of the cell's bins) x 2^STOP_BITS + (the number of low bits
@@ -59,9 +66,14 @@ def softmax_bins(coarser: int) -> int:
     return int(softmax_map(coarser)[-1] >> STOP_BITS) + 1
 
 
-def hinge_bins(coarser: int) -> int:
-    """The number of bins of a hinge segment's table.
+def binary_bins(coarser: int) -> int:
+    """The number of bins of a segment's table, for a binary loss.
 
     Half of the bins are shared out in proportion to pixels; the other half suffices for one bin per cell with a pixel.
     """
-    return HINGE_BINS >> max(0, coarser - 3)
+    return BINARY_BINS >> max(0, coarser - 3)
+
+
+def binary_cells(*, is_sigmoid: bool) -> tuple[int, int]:
+    """(the leading bits of the errors in the first cell, the number of cells) of a binary loss."""
+    return (SIGMOID_TOP, SIGMOID_CELLS) if is_sigmoid else (HINGE_TOP, HINGE_CELLS)

@@ -1,6 +1,6 @@
 """The columns of the arrays that host and kernels share: int64, unless noted otherwise.
 
-:mod:`lovasz.core.plan` defines planes and groups; for the hinge, each binary label has planes of its own. Segments are
+:mod:`lovasz.core.plan` defines planes and groups; for binary losses, each label has planes of its own. Segments are
 numbered (row of the group) x channels + channel. Groups with few pixels have no tables; their segments are sorted.
 """
 
@@ -72,16 +72,16 @@ class Term(enum.IntEnum):
 
 
 class Group(enum.IntEnum):
-    """One row per group of each Lovász term. For the hinge, planes and pixels are those of the first channel."""
+    """One row per group of each Lovász term. For binary losses, planes and pixels are those of the first channel."""
 
     TERM = 0
     COUNTERS = 1
     """Where the counters of the group begin."""
     FIRST_PLANE = 2
     PLANE_STEP = 3
-    """For the hinge, the number of planes from one channel of the group to the next."""
+    """For binary losses, the number of planes from one channel of the group to the next."""
     PIXEL_STEP = 4
-    """For the hinge, the number of pixels from one channel of the group to the next."""
+    """For binary losses, the number of pixels from one channel of the group to the next."""
     PLANES = 5
     FIRST_PIXEL = 6
     PIXELS = 7
@@ -92,7 +92,7 @@ class Group(enum.IntEnum):
     WORDS = 10
     """Where the group's first table begins among the words."""
     MAP = 11
-    """Where the map of the group's tables begins; for the hinge, the map of its first table."""
+    """Where the map of the group's tables begins; for binary losses, the map of its first table."""
     LIST = 12
     """Where the list of the group's first segment begins."""
     LIST_ROOM = 13
@@ -122,15 +122,16 @@ class Segment(enum.IntEnum):
 
 
 class Cross(enum.IntEnum):
-    """One row per cross-entropy term and joint; the host reads it."""
+    """One row per cross-entropy term, of softmax or binary, and joint; the host reads it."""
 
     SUM = 0
     """The sum of the pixels' losses, in units of 2^UNIT."""
     UNIT = 1
     LARGEST = 2
-    """The largest loss of a pixel, the bits of a float32."""
+    """The largest loss of a pixel, the bits of a float32; of binary cross-entropy, the bits of a float64."""
     MEAN = 3
-    """1 / (sum of the class weights of the pixels), the bits of a float64; 0 if the sum is 0."""
+    """The factor that makes a mean of the sum, the bits of a float64: 1 / (sum of the class weights of the pixels) or,
+    for binary cross-entropy, 1 / (the number of valid pixels over all labels); 0 if there is nothing to divide by."""
 
 
 class SoftmaxCounter(enum.IntEnum):
@@ -142,7 +143,7 @@ class SoftmaxCounter(enum.IntEnum):
     """The bits of the smallest foreground error, inverted so that a maximum finds it."""
 
 
-class HingeCounter(enum.IntEnum):
+class BinaryCounter(enum.IntEnum):
     """The counters of each group, K of each; int32."""
 
     FOREGROUND = 0
@@ -258,11 +259,11 @@ CROSS_COLUMNS = tl.constexpr(len(Cross))
 SOFTMAX_LEAST = tl.constexpr(SoftmaxCounter.INVERTED_LEAST.value)
 SOFTMAX_COUNTERS = tl.constexpr(len(SoftmaxCounter))
 
-HINGE_FOREGROUND = tl.constexpr(HingeCounter.FOREGROUND.value)
-HINGE_VALID = tl.constexpr(HingeCounter.VALID.value)
-HINGE_LEAST = tl.constexpr(HingeCounter.INVERTED_LEAST.value)
-HINGE_LARGEST = tl.constexpr(HingeCounter.LARGEST.value)
-HINGE_COUNTERS = tl.constexpr(len(HingeCounter))
+BINARY_FOREGROUND = tl.constexpr(BinaryCounter.FOREGROUND.value)
+BINARY_VALID = tl.constexpr(BinaryCounter.VALID.value)
+BINARY_LEAST = tl.constexpr(BinaryCounter.INVERTED_LEAST.value)
+BINARY_LARGEST = tl.constexpr(BinaryCounter.LARGEST.value)
+BINARY_COUNTERS = tl.constexpr(len(BinaryCounter))
 
 OUTCOME_HIT = tl.constexpr(Outcome.HIT.value)
 OUTCOMES = tl.constexpr(len(Outcome))

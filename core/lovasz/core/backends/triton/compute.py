@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.triton.columns import Address, Cross, Group, HingeCounter, Outcome, Segment, SoftmaxCounter
+from lovasz.core.backends.triton.columns import Address, BinaryCounter, Cross, Group, Outcome, Segment, SoftmaxCounter
 from lovasz.core.backends.triton.graphs import GRAPHS
 from lovasz.core.backends.triton.layout import Kind
 from lovasz.core.backends.triton.program import Program, to_device
@@ -26,7 +26,7 @@ from lovasz.core.computed import Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan
 from lovasz.core.scoring import State
 from lovasz.core.stop import Stop
-from lovasz.spec import LovaszHinge, LovaszSoftmax, WeightedSum
+from lovasz.spec import LovaszLoss, WeightedSum
 
 KEPT_PROGRAMS = 64
 """The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
@@ -211,9 +211,9 @@ def addresses_of(
 def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     """Reads the values of a batch from the bytes of its results."""
     plan, layout = program.kind.plan, program.layout
-    channels, joints, is_hinge = layout.channels, layout.joints, plan.is_hinge
+    channels, joints, is_binary = layout.channels, layout.joints, plan.is_binary
     segments = program.result("segments", results, len(layout.groups), channels, len(Segment))
-    sums = program.result("cross_sums", results, len(plan.cross_entropies), joints, len(Cross))
+    sums = program.result("cross_sums", results, len(layout.entropies), joints, len(Cross))
     losses = np.ldexp(segments[..., Segment.LOSS].astype(np.float64), segments[..., Segment.UNIT])
     states = segments[..., Segment.STATE]
     largest = (segments[..., Segment.LARGEST] >> 32).astype(np.int32).view(np.float32)
@@ -224,7 +224,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     rows = iter(zip(layout.first_rows, [*layout.first_rows[1:], len(layout.groups)], strict=True))
     entropies = iter(sums)
     for term in plan.terms:
-        if isinstance(term.loss, LovaszSoftmax | LovaszHinge):
+        if isinstance(term.loss, LovaszLoss):
             own = slice(*next(rows))
             terms.append(TermValues(losses[own].T, scored[own].T))
         else:
@@ -233,7 +233,7 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
             values = (np.ldexp(row[:, Cross.SUM].astype(np.float64), row[:, Cross.UNIT]) * mean)[None]
             terms.append(TermValues(values, np.ones_like(values, np.bool_)))
     # The first grouping has the joints as groups, and counts pixels that are valid for any rule.
-    fields = len(HingeCounter) if is_hinge else len(SoftmaxCounter)
+    fields = len(BinaryCounter) if is_binary else len(SoftmaxCounter)
     counters = program.result("counters", results, -1)[: joints * fields * channels].reshape(joints, fields, channels)
     outcomes = (
         program.result("predictions", results, joints, len(Outcome), channels).astype(np.int64).transpose(1, 2, 0)

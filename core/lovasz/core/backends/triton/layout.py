@@ -15,12 +15,12 @@ import torch
 from lovasz.core.backends.triton import bins, tables
 from lovasz.core.backends.triton.columns import (
     Address,
+    BinaryCounter,
     Cross,
     Factor,
     Group,
     Grouping,
     Half,
-    HingeCounter,
     Outcome,
     Plane,
     Rule,
@@ -36,8 +36,8 @@ SORTED_PIXELS = 4096
 """The most pixels of a group without tables, each of whose segments is sorted by one kernel instance."""
 
 RANKED_PIXELS = 1 << 18
-"""In a group with tables and fewer pixels than this, all buckets are sorted. The same holds for every group of the
-hinge, whose small errors weigh as much as its large ones."""
+"""In a group with tables and fewer pixels than this, all buckets are sorted. The same holds for every group of binary
+losses: the hinge's small errors weigh as much as its large ones."""
 RANKED_ELEMENTS = 1 << 21
 """In a group with tables and at most this many logits, all buckets are sorted."""
 
@@ -46,7 +46,7 @@ RANKED_FOREGROUND = 4096
 RANKED_BUCKETS = 5
 """The number of buckets that are sorted for such a class."""
 
-BLOCK_PIXELS = {"softmax": 128, "hinge": 1024}
+BLOCK_PIXELS = {"softmax": 128, "binary": 1024}
 """The pixels of a block, on which one kernel instance of a sweep works."""
 
 INTERPRETED_BLOCK_PIXELS = 4096
@@ -123,6 +123,7 @@ class Layout:
         scratch: the buffer whose contents are undefined at the start of each call.
         groups: shape (rows, columns of ``Group``): the groups of each Lovász term.
         first_rows: the row of the first group of each Lovász term.
+        entropies: the cross-entropy terms, of softmax or binary.
         counters_of: where the counters of each grouping (rule or -1, ``per_image``) begin.
     """
 
@@ -130,6 +131,7 @@ class Layout:
         self.kind, self.plan = kind, kind.plan
         self.is_interpreted = self.plan.device.type != "cuda"
         self.channels, self.joints = self.plan.channels, len(self.plan.sizes)
+        self.entropies = self.plan.cross_entropies + self.plan.binary_cross_entropies
         self.static: dict[str, npt.NDArray[Any]] = {}
         self.zeroed, self.scratch = Rooms("zeroed"), Rooms("scratch")
         self._planes = self.plan.planes(FUSE_ALL)
@@ -141,18 +143,18 @@ class Layout:
         self._add_terms()
 
     def _add_planes(self) -> None:
-        """Adds the planes, ordered by joint, then by binary label (hinge), then by request."""
+        """Adds the planes, ordered by joint, then by binary label, then by request."""
         planes, label_maps = self._planes, self._label_maps
         plane, channel = np.tile(np.arange(len(planes)), label_maps), np.repeat(np.arange(label_maps), len(planes))
         order = np.lexsort((plane, channel, planes.joint[plane]))
         plane, channel = plane[order], channel[order]
         pixels = planes.pixels[plane]
         first_logits = planes.logits[plane] + channel * planes.image_pixels[plane]
-        first_labels = first_logits if self.plan.is_hinge else planes.labels[plane]
+        first_labels = first_logits if self.plan.is_binary else planes.labels[plane]
         self.origin = Origin(planes.request[plane], first_logits, first_labels)
         self.pixels = int(pixels.sum())
-        self.elements = self.pixels * (1 if self.plan.is_hinge else self.channels)
-        self.block = BLOCK_PIXELS["hinge" if self.plan.is_hinge else "softmax"]
+        self.elements = self.pixels * (1 if self.plan.is_binary else self.channels)
+        self.block = BLOCK_PIXELS["binary" if self.plan.is_binary else "softmax"]
         if self.is_interpreted:
             self.block = INTERPRETED_BLOCK_PIXELS
         blocks = -(-pixels // self.block)
@@ -174,12 +176,12 @@ class Layout:
 
     @property
     def _label_maps(self) -> int:
-        return self.channels if self.plan.is_hinge else 1
+        return self.channels if self.plan.is_binary else 1
 
     def _add_groups(self) -> None:
         """Adds the groups of each Lovász term, and the groupings with their counters."""
         plan, rules = self.plan, self.plan.rules
-        fields = len(HingeCounter) if plan.is_hinge else len(SoftmaxCounter)
+        fields = len(BinaryCounter) if plan.is_binary else len(SoftmaxCounter)
         wanted = dict.fromkeys(
             [(0 if len(rules) == 1 else -1, False), *((term.rule, term.per_image) for term in plan.terms)]
         )
@@ -204,7 +206,7 @@ class Layout:
             own[:, Group.TERM] = t
             own[:, Group.COUNTERS] = self.counters_of[term.rule, term.per_image]
             own[:, Group.COUNTERS] += np.arange(len(joint)) * fields * self.channels
-            # For the hinge, the planes of a joint's other labels come after those of its first label.
+            # For binary losses, the planes of a joint's other labels come after those of its first label.
             own[:, Group.FIRST_PLANE] = first_plane * self._label_maps + groups.first_plane - first_plane
             own[:, Group.PLANE_STEP], own[:, Group.PIXEL_STEP] = joints.planes[joint], joints.pixels[joint]
             own[:, Group.PLANES] = groups.planes
@@ -221,9 +223,9 @@ class Layout:
         self.static |= {"terms": terms, "groups": self.groups}
 
     def _add_results(self) -> None:
-        zeroed, entropies = self.zeroed, len(self.plan.cross_entropies)
+        zeroed = self.zeroed
         zeroed.add("segments", torch.int64, self.segments * len(Segment))
-        zeroed.add("cross_sums", torch.int64, entropies * self.joints * len(Cross))
+        zeroed.add("cross_sums", torch.int64, len(self.entropies) * self.joints * len(Cross))
         zeroed.add("counters", torch.int32, self.counters)
         zeroed.add("predictions", torch.int32, self.joints * len(Outcome) * self.channels)
         zeroed.add("faults", torch.int32, self.joints * len(Fault))
@@ -231,24 +233,25 @@ class Layout:
 
     def _add_tables(self) -> None:
         """Decides which groups have tables; adds tables, their maps, and the lists and buckets of all groups."""
-        groups, channels, is_hinge = self.groups, self.channels, self.plan.is_hinge
+        groups, channels, is_binary = self.groups, self.channels, self.plan.is_binary
         pixels = groups[:, Group.PIXELS]
         large = pixels > SORTED_PIXELS
         coarser = np.array([bins.coarser_by(int(count)) for count in pixels[large]], np.int64)
         kinds = np.unique(coarser)
-        bins_of = bins.hinge_bins if is_hinge else bins.softmax_bins
+        _, cells = bins.binary_cells(is_sigmoid=self.plan.is_sigmoid)
+        bins_of = bins.binary_bins if is_binary else bins.softmax_bins
         groups[large, Group.BINS] = [bins_of(int(c)) for c in coarser]
-        if is_hinge:
-            groups[large, Group.MAP] = np.arange(len(coarser)) * channels * bins.HINGE_CELLS
+        if is_binary:
+            groups[large, Group.MAP] = np.arange(len(coarser)) * channels * cells
         else:
             groups[large, Group.MAP] = np.searchsorted(kinds, coarser) * bins.SOFTMAX_CELLS
-        maps = [] if is_hinge else [bins.softmax_map(int(c)) for c in kinds]
+        maps = [] if is_binary else [bins.softmax_map(int(c)) for c in kinds]
         self.static["maps"] = np.concatenate([np.zeros(0, np.int32), *maps])
         words = len(Half) * channels * groups[:, Group.BINS]
         groups[:, Group.WORDS] = np.cumsum(words) - words
 
         step, crowd = tables.BUCKET_STEP.value, tables.CROWD.value
-        all_ranked = large & (is_hinge | (pixels < RANKED_PIXELS) | (pixels * channels <= RANKED_ELEMENTS))
+        all_ranked = large & (is_binary | (pixels < RANKED_PIXELS) | (pixels * channels <= RANKED_ELEMENTS))
         buckets = np.where(all_ranked, pixels // step + 1, np.where(large, RANKED_BUCKETS, 1))
         listed = np.where(large & ~all_ranked, RANKED_BUCKETS * step + crowd, pixels)
         groups[large, Group.RANKED_BELOW] = np.where(all_ranked, pixels + 1, RANKED_FOREGROUND)[large]
@@ -273,14 +276,14 @@ class Layout:
         zeroed.add("ranked_rows", torch.int32, len(groups))
         zeroed.add("bucket_befores", torch.int64, self.buckets)
         zeroed.add("bucket_counts", torch.int32, self.buckets)
-        zeroed.add("cells", torch.int32, len(coarser) * channels * bins.HINGE_CELLS if is_hinge else 0)
+        zeroed.add("cells", torch.int32, len(coarser) * channels * cells if is_binary else 0)
         zeroed.add("words", torch.int64, int(words.sum()))
         scratch.add("totals", torch.int64, self.chunks)
         scratch.add("lists", torch.int64, int(listed.sum()) * channels)
 
     def _add_pixels(self) -> None:
         """Adds the values that are kept for each pixel between the sweeps."""
-        statistics = 0 if self.plan.is_hinge else self.pixels
+        statistics = 0 if self.plan.is_binary else self.pixels
         exponentials = 0 if self.plan.loss.probabilities else statistics
         for name in ("maxima", "reciprocals"):
             self.scratch.add(name, torch.float32, exponentials)
@@ -290,10 +293,16 @@ class Layout:
 
     def _add_terms(self) -> None:
         """Adds the weights of the terms and of their classes."""
-        plan, entropies = self.plan, self.plan.cross_entropies
-        self.static["cross_weights"] = np.array([term.weight for term in entropies], np.float64)
-        if plan.is_hinge:
+        plan, entropies, pixels = self.plan, self.entropies, self._planes.joints.pixels
+        self.static |= {
+            "cross_weights": np.array([term.weight for term in entropies], np.float64),
+            "cross_rules": np.array([term.rule for term in entropies], np.int64),
+            "cross_counters": np.array([self.counters_of[term.rule, False] for term in entropies], np.int64),
+            "cross_sizes": (pixels * self._label_maps).astype(np.float64),
+        }
+        if plan.is_binary:
             self.static["term_weights"] = np.array([term.weight for term in plan.lovasz], np.float64)
+            self.static["pos_weights"] = np.array([term.pos_weight for term in entropies], np.float64)
             return
         listed = [term.listed if term.listed is not None else np.zeros(self.channels) for term in plan.lovasz]
         factors = np.zeros((len(entropies), len(Factor)))
@@ -302,12 +311,9 @@ class Layout:
         self.static |= {
             "class_weights": np.array([term.weight * term.class_weights for term in plan.lovasz], np.float64),
             "class_flags": np.array(listed, np.int64),
-            "cross_rules": np.array([term.rule for term in entropies], np.int64),
-            "cross_counters": np.array([self.counters_of[term.rule, False] for term in entropies], np.int64),
             "cross_class_weights": np.array([term.class_weights for term in entropies], np.float64),
             "cross_smoothings": np.array([term.label_smoothing for term in entropies], np.float64),
             "cross_factors": factors,
-            "cross_sizes": self._planes.joints.pixels.astype(np.float64),
         }
         self.scratch.add("cross_scales", torch.float32, self.joints * len(entropies) * len(Scale))
         self.scratch.add("pixel_losses", torch.float32, len(entropies) * self.pixels)

@@ -46,7 +46,7 @@ def locate(addresses, planes, block_planes, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_elements(plane, pixels, channels):
-    """The offset of each pixel's first class (hinge: of its binary label) from the plane's first logit."""
+    """The offset of each pixel's first class (binary losses: of its label) from the plane's first logit."""
     image_pixels = tl.load(plane + PLANE_IMAGE_PIXELS).to(tl.int32)
     return pixels + (pixels // image_pixels).to(tl.int64) * (channels - 1) * image_pixels
 

@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lovasz.core.backends.triton import (
+    binary,
+    binary_backward,
+    binary_ranks,
+    binary_segments,
     bins,
-    hinge,
-    hinge_backward,
-    hinge_ranks,
     segments,
     softmax,
     softmax_backward,
@@ -101,7 +102,7 @@ class Program:
             static.add(name, _TORCH_TYPES[array.dtype.type], array.size)
         self._host = _packed(layout.static, static)
         self.rooms = layout.addresses | static.rooms | layout.zeroed.rooms | layout.scratch.rooms
-        if kind.plan.is_hinge:
+        if kind.plan.is_binary:
             self.rooms["maps"] = self.rooms["cells"]
         self.address_bytes = self.rooms["addresses"].stop
         self.workspace_bytes = layout.zeroed.nbytes + layout.scratch.nbytes
@@ -114,10 +115,10 @@ class Program:
             "pixel_count": layout.pixels,
             "rows": len(layout.groups),
             "segment_count": layout.segments,
-            "cross_count": len(kind.plan.cross_entropies),
+            "cross_count": len(layout.entropies),
             "tolerance": PROBABILITY_TOLERANCE,
         }
-        self.launches = self._hinge() if kind.plan.is_hinge else self._softmax()
+        self.launches = self._binary() if kind.plan.is_binary else self._softmax()
 
     # --- Launches -------------------------------------------------------------------------------------------------
 
@@ -162,27 +163,35 @@ class Program:
             launches.append(self._sweep(softmax_backward.softmax_backward, of_losses))
         return launches
 
-    def _hinge(self) -> list[Launch]:
+    def _binary(self) -> list[Launch]:
         kind, plan, layout = self.kind, self.kind.plan, self.layout
-        of_pixels = {
+        top, cells = bins.binary_cells(is_sigmoid=plan.is_sigmoid)
+        of_cells = {"TOP": top, "CELLS": cells}
+        of_terms = of_cells | {
             "LOGIT": _TYPES[kind.logits],
             "LABEL": _TYPES[kind.labels],
+            "SIGMOID": plan.is_sigmoid,
             "RULES": len(plan.rules),
             "TERMS": len(plan.lovasz),
+            "ANY_TABLE": layout.any_table,
             "BLOCK": layout.block,
         }
-        any_table = {"ANY_TABLE": layout.any_table}
+        cross_terms = {"CROSS_TERMS": len(layout.entropies)}
+        of_losses = of_terms | cross_terms
+        rows = layout.segments + len(layout.entropies) * layout.joints
         launches = [
-            self._sweep(hinge.hinge_statistics, of_pixels | any_table | {"GROUPINGS": len(layout.counters_of)}),
-            Launch(hinge.plan_hinge, layout.segments, 4),
+            self._sweep(binary.binary_statistics, of_losses | {"GROUPINGS": len(layout.counters_of)}),
+            Launch(binary_segments.plan_binary, rows, 4, **of_cells, **cross_terms),
         ]
+        if layout.any_table or layout.entropies:
+            launches.append(self._sweep(binary_ranks.binary_count, of_losses))
         if layout.any_table:
-            launches.append(self._sweep(hinge_ranks.hinge_count, of_pixels))
-            launches += self._scans(bins.HINGE_SHIFT, bins.HINGE_TOP, bins.HINGE_CELLS)
-        launches += [self._sweep(hinge_ranks.hinge_collect, of_pixels | any_table), self._sort_buckets()]
+            launches += self._scans(bins.BINARY_SHIFT, top, cells)
+        if layout.buckets:
+            launches += [self._sweep(binary_ranks.binary_collect, of_terms), self._sort_buckets()]
         launches += self._add_up()
         if kind.want_grad:
-            launches.append(self._sweep(hinge_backward.hinge_backward, of_pixels | any_table))
+            launches.append(self._sweep(binary_backward.binary_backward, of_losses))
         return launches
 
     def _sweep(self, kernel: Any, constants: dict[str, Any]) -> Launch:
@@ -216,7 +225,7 @@ class Program:
             self.layout.buckets,
             warps,
             _SORT_REGISTERS,
-            HINGE=self.kind.plan.is_hinge,
+            BINARY=self.kind.plan.is_binary,
             WANT_GRAD=self.kind.want_grad,
             HALVES=room == tables.BUCKET_ROOM.value and self.layout.any_table,
             ROOM=room,

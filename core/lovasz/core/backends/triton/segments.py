@@ -55,6 +55,13 @@ def buckets_to_rank(group, foreground):
     return tl.where(foreground < tl.load(group + GROUP_RANKED_BELOW), buckets, 0)
 
 
+@triton.jit
+def unit_of_sum(largest, count):
+    """The unit, as an exponent of 2, in which a sum of ``count`` pixel losses of at most ``largest`` fits; float64."""
+    bound = (largest * count).to(tl.int64, bitcast=True)
+    return tl.where(largest > 0, ((bound >> 52) & 0x7FF) - 1022 - FIXED_POINT_BITS, 0)
+
+
 @triton.jit(do_not_specialize=["rows", "channels", "joints"])
 def plan_softmax(
     groups,
@@ -134,11 +141,8 @@ def plan_softmax(
         total = tl.sum(counts * tl.load(cross_class_weights + entropy * channels + k, mask=inside, other=0.0))
         mean = tl.where(total > 0, 1.0 / total, 0.0)
         row = cross_sums + (program - rows) * CROSS_COLUMNS
-        # A joint's sum is at most its largest pixel loss times the number of its pixels.
         largest = tl.load(row + CROSS_LARGEST).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
-        bound = (largest * tl.load(cross_sizes + joint)).to(tl.int64, bitcast=True)
-        unit = ((bound >> 52) & 0x7FF) - 1022 - FIXED_POINT_BITS
-        tl.store(row + CROSS_UNIT, tl.where(largest > 0, unit, 0))
+        tl.store(row + CROSS_UNIT, unit_of_sum(largest, tl.load(cross_sizes + joint)))
         tl.store(row + CROSS_MEAN, mean.to(tl.int64, bitcast=True))
         scales = cross_scales + SCALES * (joint * ((tl.num_programs(0) - rows) // joints) + entropy)
         tl.store(scales + SCALE_PULL, (mean * tl.load(cross_factors + FACTORS * entropy + FACTOR_LABEL)).to(tl.float32))

@@ -100,7 +100,7 @@ def hand_out(
     term,
     channels,
     channel,
-    HINGE: tl.constexpr,
+    BINARY: tl.constexpr,
 ):
     """Writes each pixel's g to the gradient's memory for the first term, or to ``more_grads`` for the other terms."""
     pixel = (keys & PIXEL_MASK).to(tl.int32) ^ PIXEL_MASK
@@ -109,12 +109,12 @@ def hand_out(
         own = pixel - tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32)
         mask = is_key & (own >= 0) & (own < tl.load(plane + PLANE_PIXELS).to(tl.int32))
         element = first_elements(plane, tl.where(mask, own, 0), channels)
-        if not HINGE:
+        if not BINARY:
             element += channel * tl.load(plane + PLANE_IMAGE_PIXELS)
         base = tl.load(addresses + number * ADDRESS_COLUMNS + ADDRESS_GRAD).to(tl.pointer_type(tl.float32))
         if term > 0:
             base = more_grads + (term - 1) * element_count
-            if HINGE:
+            if BINARY:
                 element = pixel.to(tl.int64)
             else:
                 element += tl.load(plane + PLANE_FIRST_PIXEL) * channels
@@ -135,7 +135,7 @@ def rank_bucket(
     more_grads,
     channels,
     element_count,
-    HINGE: tl.constexpr,
+    BINARY: tl.constexpr,
     WANT_GRAD: tl.constexpr,
     ROOM: tl.constexpr,
     THREADS: tl.constexpr,
@@ -153,7 +153,7 @@ def rank_bucket(
     if WANT_GRAD:
         weight = tl.load(segment + SEGMENT_WEIGHT).to(tl.float64, bitcast=True).to(tl.float32)
         first_plane = tl.load(group + GROUP_FIRST_PLANE)
-        if HINGE:
+        if BINARY:
             first_plane += channel * tl.load(group + GROUP_PLANE_STEP)
         hand_out(
             keys=keys,
@@ -168,7 +168,7 @@ def rank_bucket(
             term=tl.load(group + GROUP_TERM),
             channels=channels,
             channel=channel,
-            HINGE=HINGE,
+            BINARY=BINARY,
         )
 
 
@@ -185,7 +185,7 @@ def sort_buckets(
     more_grads,
     channels,
     element_count,
-    HINGE: tl.constexpr,
+    BINARY: tl.constexpr,
     WANT_GRAD: tl.constexpr,
     HALVES: tl.constexpr,
     ROOM: tl.constexpr,
@@ -233,7 +233,7 @@ def sort_buckets(
             more_grads=more_grads,
             channels=channels,
             element_count=element_count,
-            HINGE=HINGE,
+            BINARY=BINARY,
             WANT_GRAD=WANT_GRAD,
             ROOM=ROOM // 2,
             THREADS=THREADS,
@@ -252,7 +252,7 @@ def sort_buckets(
             more_grads=more_grads,
             channels=channels,
             element_count=element_count,
-            HINGE=HINGE,
+            BINARY=BINARY,
             WANT_GRAD=WANT_GRAD,
             ROOM=ROOM,
             THREADS=THREADS,

@@ -1,24 +1,28 @@
-"""The last sweep of the hinge on a GPU: the gradient with respect to the logits."""
+"""The last sweep of the binary losses on a GPU: the gradient with respect to the logits."""
 
 import triton
 import triton.language as tl
 
+from lovasz.core.backends.triton.binary import SHIFT, errors_of, is_finite, load_pixels, sigmoid_errors, sigmoids
 from lovasz.core.backends.triton.columns import (
     ADDRESS_GRAD,
+    CROSS_COLUMNS,
+    CROSS_MEAN,
     GROUP_MAP,
     GROUP_WORDS,
     HALVES_OF_TABLE,
     PLANE_CHANNEL,
     PLANE_FIRST_PIXEL,
+    PLANE_JOINT,
     SEGMENT_COLUMNS,
     SEGMENT_LARGEST,
     SEGMENT_WEIGHT,
     TERM_COLUMNS,
 )
-from lovasz.core.backends.triton.hinge import CELLS, SHIFT, TOP, is_finite, load_errors
 from lovasz.core.backends.triton.planes import (
     first_elements,
     group_on,
+    is_counted,
     is_counted_by,
     locate,
 )
@@ -33,8 +37,8 @@ from lovasz.core.backends.triton.tables import (
 )
 
 
-@triton.jit(do_not_specialize=["channels", "element_count"])
-def hinge_backward(
+@triton.jit(do_not_specialize=["channels", "element_count", "joints"])
+def binary_backward(
     addresses,
     planes,
     block_planes,
@@ -46,13 +50,22 @@ def hinge_backward(
     segments,
     least,
     more_grads,
+    cross_rules,
+    cross_weights,
+    pos_weights,
+    cross_sums,
     channels,
     element_count,
+    joints,
     LOGIT: tl.constexpr,
     LABEL: tl.constexpr,
+    SIGMOID: tl.constexpr,
     RULES: tl.constexpr,
     TERMS: tl.constexpr,
+    CROSS_TERMS: tl.constexpr,
     ANY_TABLE: tl.constexpr,
+    TOP: tl.constexpr,
+    CELLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The last sweep: looks up each pixel's g, adds up the terms, and writes the gradient.
@@ -61,11 +74,14 @@ def hinge_backward(
         words: int64: the entries that the scan has written.
         more_grads: float32, shape (terms - 1, element_count): the g of sorted pixels, for the terms after the first.
             Those of the first term are in the gradient's memory.
+        cross_weights: float64, one per cross-entropy term.
+        pos_weights: float64, shape (cross-entropy terms, channels).
     """
     address, plane, pixels, inside = locate(addresses, planes, block_planes, BLOCK)
-    errors, logits, is_foreground, counting, is_bad = load_errors(
+    logits, margins, is_foreground, counting, is_bad = load_pixels(
         address, plane, pixels, inside, channels, rules, LOGIT, LABEL, RULES
     )
+    errors = errors_of(margins, SIGMOID)
     bits = bits_of(errors)
     place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
     grads = tl.load(address + ADDRESS_GRAD).to(tl.pointer_type(tl.float32)) + first_elements(plane, pixels, channels)
@@ -73,7 +89,7 @@ def hinge_backward(
     g = tl.zeros([BLOCK], tl.float32)
     for t in tl.static_range(TERMS):
         term = terms + t * TERM_COLUMNS
-        valid = is_finite(logits, errors) & is_counted_by(term, counting)
+        valid = is_finite(logits, margins) & is_counted_by(term, counting)
         row, group, bin_count = group_on(plane, term, groups)
         number = row * channels + channel
         counted = valid & (bits >= tl.load(least + number))
@@ -95,6 +111,16 @@ def hinge_backward(
             g += tl.load(grads, mask=is_sorted, other=0.0)
         else:
             g += tl.load(more_grads + (t - 1) * tl.cast(element_count, tl.int64) + place, mask=is_sorted, other=0.0)
-    # The gradient is exactly 0 on void pixels, and where relu is 0.
-    grad = tl.where(errors > 0, tl.where(is_foreground, -g, g), 0.0)
-    tl.store(grads, grad, mask=inside)
+    # The gradient is exactly 0 on void pixels, whatever their logits, and where the hinge's relu is 0.
+    if SIGMOID:
+        smaller, larger = sigmoids(margins)
+        pull = tl.where(counting != 0, g * (smaller * larger), 0.0)
+    else:
+        pull = tl.where(errors > 0, g, 0.0)
+    for e in tl.static_range(CROSS_TERMS):
+        row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
+        factor = tl.load(cross_weights + e) * tl.load(row + CROSS_MEAN).to(tl.float64, bitcast=True)
+        pos_factor = factor * tl.load(pos_weights + e * channels + channel)
+        part = sigmoid_errors(margins) * tl.where(is_foreground, pos_factor.to(tl.float32), factor.to(tl.float32))
+        pull += tl.where(is_counted(counting, tl.load(cross_rules + e)), part, 0.0)
+    tl.store(grads, tl.where(is_foreground, 0.0 - pull, pull), mask=inside)

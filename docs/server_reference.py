@@ -1,16 +1,9 @@
-"""Writes metrics.md and configuration.md from the code that they describe.
-
-python docs/reference.py            # make docs
-python docs/reference.py --check    # fails if a page is not up to date
-"""
+"""The pages metrics.md and configuration.md, from the code that they describe."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 
 from prometheus_client import Metric
 
@@ -18,7 +11,6 @@ from lovasz.server.config import ServerConfig, format_bytes, variable_of
 from lovasz.server.observe.metrics import GAUGES, Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 
-FOLDER = Path(__file__).parent
 SUFFIX = {"counter": "_total", "info": "_info"}
 
 
@@ -80,26 +72,3 @@ def _setting_rows() -> Iterator[str]:
         yield f"| `{flag} {field.metadata['metavar']}` | `{variable_of(flag)}` | `{default}` | {text} |\n".replace(
             "on|off", "on\\|off"
         )
-
-
-PAGES = {"metrics.md": metrics_page, "configuration.md": configuration_page}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
-    check = parser.parse_args().check
-    stale = []
-    for name, written in PAGES.items():
-        page = FOLDER / name
-        if check and (not page.exists() or page.read_text() != written()):
-            stale.append(name)
-        elif not check:
-            page.write_text(written())
-    if stale:
-        print(f"not up to date: {', '.join(stale)}; run make docs", file=sys.stderr)
-    return 1 if stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

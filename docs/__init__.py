@@ -1,0 +1,1 @@
+"""Writes the pages of this folder that are made from code: python -m docs.generated."""

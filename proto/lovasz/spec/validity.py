@@ -1,0 +1,88 @@
+"""A mask of valid pixels, beside ``ignore_index``: it is put into the labels, as a label that all terms ignore."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lovasz.spec.arrays import numpy_array
+from lovasz.spec.errors import InvalidInput
+from lovasz.spec.terms import WeightedSum
+
+_BYTE = 255
+
+
+def masked(labels: Any, valid: Any, loss: WeightedSum, label_values: int) -> tuple[Any, WeightedSum]:
+    """Labels that are void where ``valid`` is false, and the loss that ignores them.
+
+    Args:
+        labels: an array of NumPy or a tensor of torch.
+        valid: bool, in the shape of the labels, or one that broadcasts to it; a tensor, or an array of any framework.
+        label_values: the labels are in [0, label_values).
+
+    Raises:
+        InvalidInput: the mask is not such an array, or the terms ignore different labels.
+    """
+    void = _void_label(loss, label_values)
+    is_array = isinstance(labels, np.ndarray)
+    mask = _mask_like(labels, valid)
+    if mask.ndim != labels.ndim or any(m not in (1, n) for m, n in zip(mask.shape, labels.shape, strict=True)):
+        raise InvalidInput(
+            "valid",
+            f"got shape {tuple(mask.shape)}; expected {tuple(labels.shape)}, as the labels have, or 1 along some axes",
+        )
+    if is_array:
+        return np.where(mask, _wide(labels, void), void), _ignoring(loss, void)
+    return _wide(labels, void).masked_fill(~mask, void), _ignoring(loss, void)
+
+
+def _mask_like(labels: Any, valid: Any) -> Any:
+    """The mask as the labels are: an array, or a tensor on their device."""
+    if isinstance(labels, np.ndarray):
+        valid = valid.detach().cpu() if hasattr(valid, "detach") else valid
+        mask: Any = numpy_array("valid", valid)
+        is_bool = mask.dtype == np.bool_
+    elif hasattr(valid, "detach"):
+        mask = valid.detach().to(labels.device)
+        is_bool = str(mask.dtype) == "torch.bool"
+    else:
+        array = numpy_array("valid", valid)
+        is_bool = array.dtype == np.bool_
+        mask = labels.new_tensor(array if is_bool else 0).bool()
+        valid = array
+    if not is_bool:
+        raise InvalidInput("valid", f"got element type {valid.dtype}; expected bool (True: the pixel takes part)")
+    return mask
+
+
+def _wide(labels: Any, void: int) -> Any:
+    """Labels of a type that holds ``void``."""
+    name = str(labels.dtype).removeprefix("torch.")
+    fits = 0 <= void <= _BYTE and name not in ("bool", "int8")
+    if fits or not (name == "bool" or name.startswith(("int", "uint"))):
+        return labels
+    return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
+
+
+def _void_label(loss: WeightedSum, label_values: int) -> int:
+    """A label that all terms ignore, or that they can ignore as it is no other label."""
+    ignored = {term.ignore_index for _, term in loss.terms}
+    labels = ignored - {None}
+    if not labels:
+        return _BYTE if label_values <= _BYTE else -1
+    void = min(label for label in labels if label is not None)
+    if len(labels) > 1 or (None in ignored and 0 <= void < label_values):
+        given = ", ".join(map(str, sorted(ignored, key=str)))
+        raise InvalidInput(
+            "valid",
+            f"got a mask for terms whose ignore_index differs ({given}); expected the same in all terms",
+        )
+    return void
+
+
+@lru_cache(maxsize=64)
+def _ignoring(loss: WeightedSum, void: int) -> WeightedSum:
+    return WeightedSum(tuple((weight, replace(term, ignore_index=void)) for weight, term in loss.terms))
