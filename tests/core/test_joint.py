@@ -9,7 +9,17 @@ from support.ways import Way
 from lovasz.core.answers import Answer, JointFault
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
-from lovasz.spec import CrossEntropy, InvalidInput, LossLike, LovaszHinge, LovaszSoftmax, Result, weighted_sum
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    InvalidInput,
+    LossLike,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    Result,
+    weighted_sum,
+)
 
 LOSSES: dict[str, tuple[LossLike, int]] = {
     "softmax": (LovaszSoftmax(ignore_index=255), 5),
@@ -22,6 +32,7 @@ LOSSES: dict[str, tuple[LossLike, int]] = {
     "weighted cross-entropy": (CrossEntropy(class_weights=(1, 2, 0, 3, 0.5)), 5),
     "hinge": (LovaszHinge(), 1),
     "multilabel": (LovaszHinge(multilabel=True, per_image=True, ignore_index=7), 3),
+    "binary": ([(1.0, BinaryCrossEntropy(pos_weight=3.0)), (1.0, LovaszSigmoid(per_image=True))], 1),
 }
 
 
@@ -165,17 +176,20 @@ def test_a_request_without_images_changes_nothing_and_gets_the_answer_of_its_joi
 
 
 @pytest.mark.parametrize("want_grad", [True, False])
-def test_the_loss_of_no_images_is_0(want_grad: bool, device: torch.device) -> None:
-    loss = weighted_sum([(1.0, LovaszSoftmax(per_image=True, classes="all")), (1.0, CrossEntropy())])
-    empty, other = an_empty_request(loss, 5, (9, 7)), a_request(loss, 2, 5, (9, 7))
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_of_no_images_is_0(name: str, want_grad: bool, device: torch.device) -> None:
+    loss, channels = weighted_sum(LOSSES[name][0]), LOSSES[name][1]
+    empty, other = an_empty_request(loss, channels, (9, 7)), a_request(loss, 2, channels, (9, 7))
     for requests, joined in (([empty], (1,)), ([empty, empty, other], (2, 1))):
         answers = submit(requests, loss, device, joined=joined, want_grad=want_grad).collect()
         for answer in answers[: joined[0]]:
             assert isinstance(answer, Result)
-            assert (answer.loss, [term.loss for term in answer.terms]) == (0.0, [0.0, 0.0])
-            assert answer.per_class_loss.shape == answer.intersection.shape == answer.union.shape == (5,)
+            assert (answer.loss, {term.loss for term in answer.terms}) == (0.0, {0.0})
+            for term in answer.terms:
+                assert term.per_class_loss.shape == (0 if "cross_entropy" in term.kind else channels,)
+            assert answer.intersection.shape == answer.union.shape == (channels,)
             assert not answer.union.any()
-            assert (None if answer.grad is None else answer.grad.shape) == ((0, 5, 9, 7) if want_grad else None)
+            assert (None if answer.grad is None else answer.grad.shape) == ((0, channels, 9, 7) if want_grad else None)
 
 
 def test_the_position_of_a_fault_counts_requests_without_images(device: torch.device) -> None:

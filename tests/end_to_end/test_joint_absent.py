@@ -127,8 +127,10 @@ def test_ranks_that_all_have_no_images_get_0_and_alone_none_is_refused(server: S
 
 
 def test_a_module_with_an_empty_batch_gives_the_model_a_gradient_of_0(server: ServerProcess) -> None:
+    nets = [model(), model()]
+
     def work(rank: int) -> tuple[float, torch.Tensor]:
-        net = model()
+        net = nets[rank]
         images, labels = batch(0, 0, rank)  # Two images, and none.
         criterion = RemoteLoss(server.target, SOFTMAX, joint=Joint("empty batch", rank, 2), gradient_reduction="sum")
         loss = criterion(net(images), labels)
@@ -216,6 +218,12 @@ def test_a_rank_that_fails_before_its_call_can_say_so(server: ServerProcess) -> 
         assert client.abort(Joint("fails", 1, 2, step=0), "out of memory", want_grad=False)
         with pytest.raises(CallAbortedError, match="rank 1: out of memory"):
             waiting.result()
+        waiting = client.submit(*GOOD, SOFTMAX, joint=Joint("fails", 0, 2, step=7))
+        assert eventually(lambda: waiting_ranks(server) == 1)
+        assert RemoteLoss(client, SOFTMAX, joint=Joint("fails", 1, 2, step=7)).abort("an image is gone")
+        with pytest.raises(CallAbortedError, match="rank 1: an image is gone"):
+            waiting.result()
+        assert not RemoteLoss(client, SOFTMAX).abort("no joint")
 
 
 @pytest.mark.parametrize("target", ["127.0.0.1:9", "unix:/nowhere", "inprocess"])

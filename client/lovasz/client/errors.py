@@ -53,8 +53,8 @@ class DeadlineExceededError(LossError, TimeoutError):
 class CallAbortedError(LossError):
     """The joint step was given up, or the call stalled.
 
-    A step is given up when a rank is missing or cannot be computed; the text names the rank. All ranks can try the step
-    again.
+    A step is given up when a rank is missing or cannot be computed, or when all ranks wait at different steps; the text
+    names the ranks. All ranks can try the step again.
     """
 
 

@@ -43,7 +43,7 @@ class RemoteLoss(torch.nn.Module):
     With ``joint``, all ranks of a data-parallel training get the loss of all their pixels, and each rank gets its part
     of the one true gradient. ::
 
-        criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint=Joint.from_distributed("cityscapes-7"))
+        criterion = RemoteLoss("localhost:50051", LovaszSoftmax(), joint="cityscapes-7")
 
     The module counts its calls, those with a gradient and those without separately, and calls of all ranks with the
     same number form a step. So every rank must make the same number of calls, also with gradient accumulation; a batch
@@ -170,7 +170,8 @@ class RemoteLoss(torch.nn.Module):
                 "logits",
                 f"got {type(logits).__name__}; expected a torch tensor (LossClient.compute takes other arrays)",
             )
-            self._abort(error, step)
+            with suppress(Exception):
+                self.abort(str(error), step=step)
             raise error
         want_grad = torch.is_grad_enabled() and logits.requires_grad
         is_plain = valid is None and offsets is None and self.reduction == "mean"
@@ -226,13 +227,26 @@ class RemoteLoss(torch.nn.Module):
         self.joint = self.joint.resolved()
         return replace(self.joint, step=self._first_step + self._calls[want_grad] if step is None else step)
 
-    def _abort(self, error: InvalidInputError, step: int | None) -> None:
-        """Tells the other ranks of the step that this one cannot take part; raises nothing."""
+    def abort(self, reason: str, *, step: int | None = None) -> bool:
+        """Ends the joint step of the next call for the other ranks: they get CallAbortedError with the reason.
+
+        Needed only where this rank fails before its call, in its model for example; a call with invalid arguments does
+        it by itself. It is a step with a gradient unless called under ``torch.no_grad``. It tries once, for at most two
+        seconds.
+
+        Args:
+            reason: for the other ranks; at most 1000 characters are passed on.
+            step: the number of the step; None: the one that the module counts.
+
+        Returns:
+            Whether the server knows it; False also without ``joint``.
+
+        Raises:
+            InvalidInputError: rank and world size are not known, or the step is invalid.
+        """
         want_grad = torch.is_grad_enabled()
-        with suppress(Exception):
-            place = self._place(want_grad, step)
-            if place is not None:
-                self.client.abort(place, str(error), want_grad=want_grad)
+        place = self._place(want_grad, step)
+        return place is not None and self.client.abort(place, reason, want_grad=want_grad)
 
     def leave(self) -> None:
         """This rank has no more data: from its next step on, the other ranks go on without it.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from support.desk import (
     ABORTED,
     CLASSES,
     FAILED_PRECONDITION,
+    INVALID_ARGUMENT,
     OK,
     RESOURCE_EXHAUSTED,
     Caller,
     Desk,
+    Ended,
     Outcome,
     Rank,
     alone,
@@ -31,6 +34,8 @@ from lovasz.server.schedule.joint import aborted, attendance, out_of_step
 from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Step
 from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire import framing
 
 NOTHING = (0, CLASSES, 6)
 
@@ -213,6 +218,57 @@ def test_steps_that_are_remembered_as_aborted_are_bounded(desk: Desk, monkeypatc
     for step in range(5):
         desk.abort(Rank(rank=1, step=step), "reason")
     assert len(desk.joints._aborted) == 3
+
+
+def unchecked(desk: Desk, rank: Rank, change: Callable[[pb.RequestHeader], object], cut: int = 0) -> Outcome:
+    """The call of another client, which checks nothing; of its labels, so many bytes are not sent."""
+    logits, labels = rank.payload
+    message = framing.UnaryRequest(rank.request.to_proto(), logits, labels[cut:])
+    change(message.header)
+    caller = Caller()
+    with pytest.raises(Ended):
+        desk.service.compute(message, cast("Any", caller))
+    return Outcome(caller.code, caller.text)
+
+
+def test_a_header_or_payload_that_the_server_refuses_ends_the_step(desk: Desk) -> None:
+    desk.compute()
+    ranks = ranks_of(3)
+    for step, (change, cut, text) in enumerate(
+        (
+            (lambda header: header.labels.shape.append(2), 0, "labels: got shape (1, 6, 2)"),
+            (lambda header: None, 1, "labels: got 5 bytes; expected 6"),
+        )
+    ):
+        here = [replace(rank, step=step) for rank in ranks]
+        waiting = desk.ask(here[0])
+        assert desk.waits_for(1)
+        refused = unchecked(desk, here[1], change, cut)
+        assert refused.code is INVALID_ARGUMENT
+        assert refused.text.startswith(text)
+        for outcome in ended(waiting, desk.ask(here[2])):
+            assert (outcome.code, outcome.text) == (ABORTED, f"rank 1: {refused.text}")
+        run_in_full(desk, [rank.again() for rank in here])
+
+
+def test_a_header_that_names_no_place_ends_no_step(desk: Desk) -> None:
+    desk.compute()
+    ranks = ranks_of(2)
+    first = desk.ask(ranks[0])
+    assert desk.waits_for(1)
+
+    def at(rank: int) -> Callable[[pb.RequestHeader], None]:
+        def change(header: pb.RequestHeader) -> None:
+            header.joint.rank = rank
+            header.labels.shape.append(2)
+
+        return change
+
+    texts = [unchecked(desk, ranks[1], at(rank)).text for rank in (9, 0)]
+    for place, outcome in enumerate(ended(first, desk.ask(ranks[1]))):
+        assert_right(outcome, place, ranks)
+    assert texts[0] == "joint.rank: got 9; expected a rank in [0, 2)"
+    assert texts[1].startswith("labels: got shape (1, 6, 2)")
 
 
 @pytest.mark.parametrize("other", [{"rank": 0}, {"rank": 2, "world_size": 3}], ids=["a rank that is there", "size"])
@@ -436,18 +492,22 @@ def test_ranks_that_can_still_meet_wait_on(desk: Desk, calls: list[Rank]) -> Non
     ended(*waiting)
 
 
+@pytest.mark.parametrize("process", [b"new", b""], ids=["by its process", "by its patience"])
 def test_a_training_that_restarts_while_its_old_calls_still_wait_is_let_be(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, process: bytes
 ) -> None:
-    """Until the server knows that their processes are gone."""
-    monkeypatch.setattr(out_of_step, "GRACE_SECONDS", 3600.0)
+    """Until the server knows that their hosts are gone."""
+    monkeypatch.setattr(out_of_step, "GRACE_SECONDS", 0.0 if process else 3600.0)
     desk.compute()
+    first = ranks_of(3, step=8, process=b"old")
+    run_in_full(desk, first)
     callers = [Caller(), Caller()]
     old = [
-        desk.ask(Rank(rank=rank, world_size=3, step=9, blocking=True), caller) for rank, caller in enumerate(callers)
+        desk.ask(Rank(rank=rank, world_size=3, step=9, blocking=True, process=b"old"), caller)
+        for rank, caller in enumerate(callers)
     ]
     assert desk.waits_for(2)
-    ranks = ranks_of(3, blocking=True)
+    ranks = ranks_of(3, blocking=True, process=process)
     last = desk.ask(ranks[2])
     assert desk.waits_for(3)
     desk.joints.check()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -28,6 +29,7 @@ from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
+from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -100,7 +102,13 @@ class Call:
         Raises:
             InvalidInput: a value in it is invalid.
         """
-        header = wire.Request.from_proto(message)
+        try:
+            header = wire.Request.from_proto(message)
+        except InvalidInput as error:
+            if message.HasField("joint"):
+                with suppress(InvalidInput, ServerError):  # It may have no place in the step.
+                    self._abort_step(wire.Joint.from_proto(message.joint), message.want_grad, error)
+            raise
         self._loss = header.loss.kind
         self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
@@ -121,7 +129,12 @@ class Call:
                 return place.answer
             seat = place
         staging = self._staging = self._new_staging(header)
-        receive(staging)
+        try:
+            receive(staging)
+        except InvalidInput as error:
+            if seat is not None:
+                self._abort_step(seat.joint, header.want_grad, error, seat)
+            raise
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
         caller = Caller(staging.request(), self._deadline, staging, rank=0 if seat is None else seat.joint.rank)
         try:
@@ -135,6 +148,10 @@ class Call:
         self._clock.answered(answer)
         self._observe_answer(header, answer)
         return answer
+
+    def _abort_step(self, joint: wire.Joint, want_grad: bool, error: InvalidInput, seat: Seat | None = None) -> None:
+        """Tells the other ranks of a joint step that this one is refused before the step is complete."""
+        self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat)
 
     def _new_staging(self, header: wire.Request) -> Staging:
         try:

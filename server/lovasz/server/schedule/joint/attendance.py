@@ -5,6 +5,7 @@ Nothing here takes a lock: ``JointTable`` does.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -27,7 +28,8 @@ class _Run:
         processes: the process of each rank that came and said it.
         evaluated: ranks that came to a step without a gradient.
         left: by round and rank: the first steps with and without a gradient that the rank takes no part in.
-        used: when a rank came or left (``time.monotonic``).
+        since: when it was first heard of (``time.monotonic``).
+        used: when a rank came or left.
         counted: its entries, as far as they were counted for :data:`MAX_ENTRIES`.
     """
 
@@ -35,6 +37,7 @@ class _Run:
     processes: dict[int, bytes] = field(default_factory=dict)
     evaluated: set[int] = field(default_factory=set)
     left: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
     used: float = 0.0
     counted: int = 0
 
@@ -92,6 +95,11 @@ class Attendance:
         """Those of the ranks that have come to no step without a gradient."""
         known = self._runs.get(run)
         return [rank for rank in ranks if known is None or rank not in known.evaluated]
+
+    def since(self, run: str) -> float:
+        """When a run was first heard of, or was restarted (``time.monotonic``)."""
+        known = self._runs.get(run)
+        return math.inf if known is None else known.since
 
     def forget_old(self) -> None:
         """Forgets runs that nobody has come to for long."""

@@ -18,8 +18,11 @@ from lovasz.server.schedule.job import Caller, Job
 
 
 class Step(NamedTuple):
-    """Names a joint step. A training and an evaluation count their steps separately: ``want_grad`` tells them apart.
-    ``round``: how many times its ranks have left the run."""
+    """Names a joint step.
+
+    A training and an evaluation count their steps separately: ``want_grad`` tells them apart. ``round`` says how many
+    times its ranks have left the run.
+    """
 
     run: str
     number: int

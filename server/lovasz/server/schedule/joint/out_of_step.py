@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, Seat, SeatState
 
 GRACE_SECONDS = 1.0
-"""How long they must have waited: a training may just be restarting, and its old calls not yet be gone."""
+"""How long they must have waited: calls of a process that has just ended may not be gone yet."""
 
 
-def out_of_step(waiting: Iterable[Group], now: float) -> Iterator[list[Group]]:
+def out_of_step(waiting: Iterable[Group], attendance: Attendance, now: float) -> Iterator[list[Group]]:
     """The groups of each such run.
 
-    Each rank must have said that it makes no other call while it waits. Of several calls of a rank the last one counts:
-    the others are of a process that has ended.
+    Each rank must have said that it makes no other call while it waits. Of several calls of a rank the last one counts,
+    and none from before its training was restarted: the server may not know yet that the host of such a call is gone.
 
     Args:
         waiting: all groups that wait.
@@ -24,12 +25,13 @@ def out_of_step(waiting: Iterable[Group], now: float) -> Iterator[list[Group]]:
     groups_of: defaultdict[tuple[str, int], list[Group]] = defaultdict(list)
     for group in waiting:
         groups_of[group.step.run, group.world_size].append(group)
-    for (_, world_size), groups in groups_of.items():
+    for (run, world_size), groups in groups_of.items():
         if len(groups) < 2:
             continue
         seats: dict[int, Seat] = {}
         for seat in sorted((seat for group in groups for seat in group.seats.values()), key=lambda seat: seat.taken):
-            seats[seat.joint.rank] = seat
+            if seat.taken >= attendance.since(run):
+                seats[seat.joint.rank] = seat
         absent = set.intersection(*(group.absent for group in groups))
         is_certain = all(
             seat.joint.blocking and seat.state is SeatState.ARRIVED and now - seat.taken >= GRACE_SECONDS

@@ -177,25 +177,33 @@ class JointTable:
             self._vacate(place)
             place.permit.release()
 
-    def abort(self, abort: wire.Abort) -> None:
+    def abort(self, abort: wire.Abort, seat: Seat | None = None) -> None:
         """A rank cannot take part in a step: the others are refused, those that wait and those that come soon.
 
+        Args:
+            seat: its seat, if it has one; nothing is done if the group of the seat waits no more.
+
         Raises:
-            JointMismatchError: the rank does not fit those that wait, or is among them.
+            JointMismatchError: the rank does not fit those that wait, or is among them with another seat.
         """
         joint, step = abort.joint, Step.of(abort.joint, abort.want_grad)
         text = f"rank {joint.rank}: {abort.reason or 'it cannot take part'}"
         with self._changed:
             group = self._waiting.get(step)
-            if group is not None and (difference := texts.misplaced(group, joint)) is not None:
+            if seat is not None and (seat.group is not group or group.seats.get(joint.rank) is not seat):
+                return
+            if seat is None and group is not None and (difference := texts.misplaced(group, joint)) is not None:
                 raise JointMismatchError(difference)
             self._come(joint, abort.want_grad)
             told = {joint.rank: joint.call}
             if group is not None:
                 told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
                 self._break(group, JointBrokenError(text), JointOutcome.ABORTED)
-            elif self._aborted.tell(step, joint) is not None:
-                return  # Another rank aborted the same attempt before.
+            else:
+                fields = {"run": step.run, "step": step.number, "reason": text}
+                _log.warning("a rank cannot take part in a joint step", extra=fields)
+                if self._aborted.tell(step, joint) is not None:
+                    return  # Another rank aborted the same attempt before.
             self._aborted.add(step, text, told)
 
     def leave_run(self, leave: wire.Leave) -> None:
@@ -222,14 +230,13 @@ class JointTable:
                 self._break(group, StoppingError(text), JointOutcome.STOPPING)
 
     def check(self) -> None:
-        """A chore: forgets what is old, ends steps whose ranks wait for each other, and logs which ranks steps wait
-        for."""
+        """A chore: forgets what is old, ends steps whose ranks wait for each other, and logs others that wait."""
         now = time.monotonic()
         with self._changed:
             self._kept.drop_old()
             self._aborted.forget_old()
             self._attendance.forget_old()
-            for groups in out_of_step(self._waiting.values(), now):
+            for groups in out_of_step(self._waiting.values(), self._attendance, now):
                 text = texts.out_of_step(groups, self._attendance)
                 for group in groups:
                     self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
