@@ -12,10 +12,12 @@ from support.ways import Way
 from torch import Tensor
 
 from lovasz.core import (
+    BinaryCrossEntropy,
     CrossEntropy,
     LocalLoss,
     LovaszHinge,
     LovaszHingeLoss,
+    LovaszSigmoid,
     LovaszSoftmax,
     LovaszSoftmaxLoss,
     compute,
@@ -58,6 +60,7 @@ def test_gradcheck_hinge(per_image: bool, multilabel: bool, torch_device: torch.
 HINGE_LOSSES: list[LossLike] = [
     LovaszHinge(multilabel=True),
     [(0.5, LovaszHinge(multilabel=True, per_image=True, ignore_index=1)), (-2.0, LovaszHinge(multilabel=True))],
+    [(0.5, LovaszSigmoid(multilabel=True)), (2.0, BinaryCrossEntropy([1.0, 3.0, 0.0], multilabel=True))],
 ]
 
 

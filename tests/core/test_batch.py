@@ -11,7 +11,15 @@ from support.comparison import bits, norm_error, normal, random_labels, referenc
 from support.ways import WAYS, Way
 from torch import Tensor
 
-from lovasz.core import CrossEntropy, InvalidInput, LovaszHinge, LovaszSoftmax, compute
+from lovasz.core import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    InvalidInput,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    compute,
+)
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import LossLike, Result, weighted_sum
@@ -36,6 +44,10 @@ LOSSES: list[LossLike] = [
     [
         (1.0, LovaszHinge(multilabel=True, per_image=True, ignore_index=VOID)),
         (0.3, LovaszHinge(multilabel=True, ignore_index=VOID)),
+    ],
+    [
+        (1.0, BinaryCrossEntropy(pos_weight=2.0, multilabel=True, ignore_index=VOID)),
+        (0.5, LovaszSigmoid(multilabel=True, per_image=True, ignore_index=VOID)),
     ],
 ]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
@@ -171,6 +183,10 @@ LARGE_LOSSES: list[LossLike] = [
     [
         (1.0, LovaszHinge(multilabel=True, ignore_index=VOID)),
         (0.3, LovaszHinge(multilabel=True, per_image=True, ignore_index=VOID)),
+    ],
+    [
+        (1.0, LovaszSigmoid(multilabel=True, ignore_index=VOID)),
+        (0.3, BinaryCrossEntropy(pos_weight=[1.0, 0.0, 3.0], multilabel=True, ignore_index=VOID)),
     ],
 ]
 each_large_loss = pytest.mark.parametrize("loss", LARGE_LOSSES, ids=lambda loss: weighted_sum(loss).kind)

@@ -11,7 +11,7 @@ import torch
 from support.comparison import bits, normal, random_labels
 from torch import Tensor
 
-from lovasz.core import CrossEntropy, LocalLoss, LovaszHinge, LovaszSoftmax, compute
+from lovasz.core import BinaryCrossEntropy, CrossEntropy, LocalLoss, LovaszHinge, LovaszSigmoid, LovaszSoftmax, compute
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
 from lovasz.spec import LossLike, Result, WeightedSum, weighted_sum
@@ -29,6 +29,10 @@ LOSSES: list[LossLike] = [
     ],
     LovaszHinge(multilabel=True, ignore_index=VOID),
     LovaszHinge(multilabel=True, per_image=True, ignore_index=VOID),
+    [
+        (1.0, BinaryCrossEntropy(pos_weight=2.0, multilabel=True, ignore_index=VOID)),
+        (0.5, LovaszSigmoid(multilabel=True, per_image=True, ignore_index=VOID)),
+    ],
 ]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
 

@@ -9,7 +9,7 @@ import torch
 from support.comparison import bits, normal, random_labels
 from support.ways import SORTED_BELOW_PIXELS, rank_on_cpu
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
+from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, dispatch
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend, choose, submit
 from lovasz.core.tables import MAX_PIXELS
@@ -141,6 +141,8 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
         softmax.finish,
         cross_entropy.add_losses,
         binary.prepare,
+        binary.add_losses,
+        binary.finish,
         segments.score,
     ]
     dispatch.warm_up(CPU)
@@ -151,6 +153,7 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
         [(1.0, CrossEntropy(ignore_index=1)), (0.5, LovaszSoftmax(classes="all"))],
         LovaszSoftmax(input="probabilities"),
         LovaszHinge(multilabel=True),
+        [(1.0, BinaryCrossEntropy([1, 2], multilabel=True)), (1.0, LovaszSigmoid(multilabel=True, per_image=True))],
     ):
         total = weighted_sum(loss)
         for dtype in (torch.float32, torch.float16):

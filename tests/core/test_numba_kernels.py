@@ -18,7 +18,7 @@ import torch
 from support.comparison import bits, normal, random_labels, slow_bin
 from support.ways import rank_on_cpu
 
-from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, compute, reference
+from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, compute, reference
 from lovasz.core.backends.numba import bins, elementary, planes, scratch, sorting, tables
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.workers import Workers
@@ -273,6 +273,7 @@ CALLS: list[LossLike] = [
     [(1.0, LovaszSoftmax(per_image=True, ignore_index=255)), (1.0, LovaszSoftmax([1], ignore_index=255))],
     LovaszHinge(multilabel=True, ignore_index=255),
     LovaszHinge(multilabel=True, per_image=True, ignore_index=255),
+    [(1.0, LovaszSigmoid(multilabel=True, ignore_index=255)), (1.0, BinaryCrossEntropy(None, 255, True))],
 ]
 
 

@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from lovasz.core import reference
-from lovasz.spec import Classes, CrossEntropy, InvalidInput, Loss, LossLike, LovaszHinge, LovaszSoftmax
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    Classes,
+    CrossEntropy,
+    InvalidInput,
+    Loss,
+    LossLike,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+)
 
 # The first calls of torch take longer than Hypothesis allows one example.
 no_deadline = settings(deadline=None)
@@ -257,8 +267,17 @@ def test_gradcheck_softmax(loss: LossLike) -> None:
     assert torch.autograd.gradcheck(lambda x: reference.compute(x, labels, loss), logits)
 
 
-@pytest.mark.parametrize("loss", [LovaszHinge(), LovaszHinge(per_image=True), LovaszHinge(multilabel=True)], ids=str)
-def test_gradcheck_hinge(loss: LovaszHinge) -> None:
+BINARY: list[Loss] = [
+    LovaszHinge(),
+    LovaszHinge(per_image=True),
+    LovaszHinge(multilabel=True),
+    LovaszSigmoid(),
+    BinaryCrossEntropy(pos_weight=2),
+]
+
+
+@pytest.mark.parametrize("loss", BINARY, ids=str)
+def test_gradcheck_binary(loss: Loss) -> None:
     logits = normal(2, 3, 7, seed=5).requires_grad_()
     labels = random_labels(2, 3, 7, values=2, seed=6)
     assert torch.autograd.gradcheck(lambda x: reference.compute(x, labels, loss), logits)

@@ -16,7 +16,15 @@ from support.ways import rank_on_cpu
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
 from lovasz.core.stop import Stop, Stopped
-from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.spec import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    LossLike,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    weighted_sum,
+)
 
 pytest.importorskip("numba", reason="only compiled loops can be stopped")
 
@@ -24,6 +32,7 @@ CPU = torch.device("cpu")
 LOSSES: dict[str, LossLike] = {
     "softmax": LovaszSoftmax(classes="all"),
     "hinge": LovaszHinge(),
+    "binary sum": [(1.0, BinaryCrossEntropy()), (1.0, LovaszSigmoid())],
     "sum": [(0.5, CrossEntropy()), (1.0, LovaszSoftmax(per_image=True)), (1.0, LovaszSoftmax())],
     "probabilities": LovaszSoftmax(input="probabilities"),
 }
