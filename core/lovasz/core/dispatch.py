@@ -275,6 +275,7 @@ _LARGE_KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
     (LovaszSoftmax(), (1, 19, 512, 513)),
     ([(1.0, CrossEntropy()), (1.0, LovaszSoftmax())], (1, 19, 512, 513)),
     (LovaszHinge(), (1, 512, 513)),
+    ([(1.0, BinaryCrossEntropy()), (1.0, LovaszSigmoid())], (1, 512, 513)),
 )
 """Losses and shapes whose groups are counted in tables."""
 

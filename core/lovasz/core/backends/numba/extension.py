@@ -100,13 +100,15 @@ def score_term(
     order_error = thresholds.order_error if is_binary else math.inf
     cut = is_binary and not call.plan.is_sigmoid
     rules = Rules(call.labelling.void, call.ignored_code(term), cut, call.want_grad, add, order_error)
-    losses = np.zeros(len(row))
     fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
     divided = found.counted & (pixels > fair) & (call.threads > 1)
-    if divided.any():
+    if not divided.any():
+        losses = _score_whole(call, found, codes, rules)
+    else:
+        losses = np.zeros(len(row))
         losses[divided] = _score_in_parts(call, _pick(found, divided), fair, codes, rules)
-    if not divided.all():
-        losses[~divided] = _score_whole(call, _pick(found, ~divided), codes, rules)
+        if not divided.all():
+            losses[~divided] = _score_whole(call, _pick(found, ~divided), codes, rules)
     of_groups = np.zeros(scored.shape)
     of_groups[row, group] = losses
     return of_groups
