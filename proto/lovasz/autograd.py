@@ -157,6 +157,32 @@ def constant(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
     return function
 
 
+def check_only_two(name: str, others: tuple[object, ...]) -> None:
+    """Refuses positional arguments after logits and labels, where other losses take weights of pixels.
+
+    Raises:
+        TypeError: there are some.
+    """
+    if others:
+        raise TypeError(
+            f"{name}: got {2 + len(others)} positional arguments; expected logits and labels. There are no weights of "
+            "pixels (for void pixels set ignore_index or valid=, for weights of classes class_weights in the loss); "
+            "other arguments are given by name"
+        )
+
+
+def no_tensor(logits: object, for_arrays: str) -> str:
+    """The problem with logits that are no tensor.
+
+    Args:
+        for_arrays: what takes arrays of other frameworks.
+    """
+    cure = f"{for_arrays} takes other arrays"
+    if isinstance(logits, list | tuple | dict):  # as networks with auxiliary heads return them
+        cure = 'pass one of its tensors, such as outputs["out"] or outputs[0], and add the losses of several'
+    return f"got {type(logits).__name__}; expected a torch tensor ({cure})"
+
+
 _between_graphs: dict[str, Callable[..., Any]] = {}
 
 

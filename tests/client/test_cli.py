@@ -91,7 +91,7 @@ def test_ping_where_nobody_is() -> None:
         target = f"127.0.0.1:{taken.getsockname()[1]}"
         status, out, err = lovasz("ping", target)
     assert (status, out) == (1, "")
-    assert err.startswith(f"lovasz: {target}: failed to connect")
+    assert err.startswith(f"lovasz: {target}: no server answers there; is it running")
     assert err.count("\n") == 1
 
 

@@ -375,7 +375,7 @@ def test_weights_of_pixels_are_refused(recording: RecordingClient) -> None:
     logits, labels = some_input()
     criterion = RemoteLoss(recording, LovaszSoftmax())
     for others in ((torch.ones(2, 6, 5),), (None,), (7,), (torch.ones(3), 255)):
-        text = rf"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels\. .* step="
+        text = rf"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels\. .* valid="
         with pytest.raises(TypeError, match=text):
             criterion(logits, labels, *others)
     assert recording.answers == []

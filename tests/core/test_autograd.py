@@ -18,6 +18,7 @@ from lovasz.core import (
     LovaszHinge,
     LovaszHingeLoss,
     LovaszSigmoid,
+    LovaszSigmoidLoss,
     LovaszSoftmax,
     LovaszSoftmaxLoss,
     compute,
@@ -235,3 +236,22 @@ def test_modules_say_what_they_compute(module: LocalLoss, text: str) -> None:
 def test_modules_refuse_bad_options_when_built(build: Callable[[], LocalLoss], text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         build()
+
+
+def test_what_other_losses_take_is_refused_with_its_cure() -> None:
+    logits, labels = torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
+    criterion = LocalLoss(LovaszSoftmax())
+    with pytest.raises(TypeError, match=r"^LocalLoss: got 3 positional arguments; .* no weights of pixels .*valid="):
+        criterion(logits, labels, torch.ones(2, 4))
+    with pytest.raises(InvalidInput, match=r"^logits: got dict; expected a torch tensor \(pass one of its tensors"):
+        criterion({"out": logits}, labels)
+    with pytest.raises(InvalidInput, match=r"^per_image: got Tensor of shape \(2, 4\); .*by name: valid=\.\.\.\)$"):
+        lovasz_hinge(logits[:, 0], labels, torch.ones(2, 4))  # type: ignore[arg-type]
+
+
+def test_modules_of_one_loss_take_a_reduction() -> None:
+    logits, labels = normal(2, 3, 4, seed=1), random_labels(2, 4, values=3, seed=2)
+    losses = LovaszSoftmaxLoss(per_image=True, reduction="none")(logits, labels)
+    assert losses.shape == (2,)
+    for kind in (LovaszHingeLoss, LovaszSigmoidLoss):
+        assert kind(per_image=True, reduction="none")(logits[:, 0], labels % 2).shape == (2,)

@@ -171,10 +171,10 @@ def test_offsets_make_images_of_several_items(
     assert first.tolist() == [v for a in answers if isinstance(a, Result) for v in a.terms[0].per_image_loss.tolist()]
 
 
-def test_offsets_change_nothing_without_per_image(device: torch.device) -> None:
+def test_offsets_without_per_image_are_refused(device: torch.device) -> None:
     logits, labels = tensors(LovaszSoftmax(), (40, 5), device)
-    plain = compute(logits, labels, LovaszSoftmax())
-    assert bits(compute(logits, labels, LovaszSoftmax(), offsets=[10, 40])) == bits(plain)
+    with pytest.raises(InvalidInput, match=r"^offsets: got them for a loss that scores all images together; expected "):
+        compute(logits, labels, LovaszSoftmax(), offsets=[10, 40])
 
 
 def test_reduction_none_with_offsets(device: torch.device) -> None:
@@ -274,6 +274,15 @@ def test_masks_of_labels_of_any_type(dtype: torch.dtype, device: torch.device) -
     assert compute(logits, labels, LovaszSoftmax(), valid=valid.cpu().numpy()).loss == pytest.approx(
         expected.terms[1].loss, rel=1e-6
     )
+
+
+def test_the_axis_of_the_channel_may_be_there_or_not(device: torch.device) -> None:
+    logits, labels = tensors(LovaszSoftmax(), (2, 4, 5, 6), device)
+    valid = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(1)).to(device) < 0.5
+    expected = bits(compute(logits, labels, LovaszSoftmax(), valid=valid))
+    assert bits(compute(logits, labels, LovaszSoftmax(), valid=valid[:, None])) == expected
+    assert bits(compute(logits, labels[:, None], LovaszSoftmax(), valid=valid)) == expected
+    assert bits(compute(logits, labels[:, None], LovaszSoftmax(), valid=valid[:, None])) == expected
 
 
 def test_a_mask_beside_void_labels_in_a_loss_that_autograd_takes(device: torch.device) -> None:

@@ -361,7 +361,7 @@ def test_hinge_label_out_of_range(device: torch.device) -> None:
         "labels: got 2 at index [1, 5, 4]; expected a value in [0, 2) (1 such pixels)"
     )
     assert refusal(logits[:, 0], 255 * (labels == 1).int(), LovaszHinge()).endswith(
-        "such pixels; for void pixels set ignore_index=255, for masks of 0 and 255 pass labels > 0)"
+        "such pixels; for masks of 0 and 255 pass labels > 0, for void pixels set ignore_index=255)"
     )
     with pytest.raises(InvalidInput, match=r"labels: got 2 at index \[1, 0, 5, 4\]"):
         lovasz_hinge(logits[:, :1], labels.unsqueeze(1))

@@ -183,3 +183,8 @@ def test_the_counts_of_a_joint_step_are_known_to_be_those_of_all_ranks(server: S
 def test_without_a_process_group_torch_says_so() -> None:
     with pytest.raises(ValueError, match="process group has not been initialized"):
         DatasetIoU().all_reduce()
+
+
+def test_what_is_no_result_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"^counts: got float; expected a result "):
+        DatasetIoU().add(0.5)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.foreign import FOREIGN
 
+from lovasz.core import LocalLoss
 from lovasz.spec import (
     MAX_AXES,
     MAX_CLASSES,
@@ -68,7 +69,7 @@ BY_NAME = "(per_image comes after class_weights; give it by name)"
         ({"class_weights": torch.tensor([1.0, -1.0])}, "class_weights[1]: got -1.0; expected a number >= 0"),
         ({"per_image": torch.tensor(1)}, "per_image: got tensor(1); expected True or False"),
         ({"ignore_index": torch.tensor(1.5)}, "ignore_index: got tensor(1.5000); expected an integer"),
-        ({"ignore_index": torch.tensor([1])}, "ignore_index: got tensor([1]); expected an integer"),
+        ({"ignore_index": torch.tensor([1])}, "ignore_index: got Tensor of shape (1,); expected an integer"),
         ({"classes": None}, f"classes: got None; {EXPECTED_CLASSES}"),
         ({"classes": []}, "classes: got an empty list; expected at least one class number"),
         ({"classes": [1, 2, 1]}, "classes: got [1, 2, 1]; expected each class once"),
@@ -261,12 +262,24 @@ EXPECTED_LOSS = (
     [
         (None, f"loss: got None; {EXPECTED_LOSS}"),
         ("lovasz_softmax", f"loss: got 'lovasz_softmax'; {EXPECTED_LOSS}"),
-        (LovaszSoftmax, f"loss: got {LovaszSoftmax!r}; {EXPECTED_LOSS}"),
+        (LovaszSoftmax, f"loss: got {LovaszSoftmax!r}; {EXPECTED_LOSS} (write LovaszSoftmax())"),
         ([], "loss: got 0 terms; expected 1 to 16"),
         ([(1.0, CrossEntropy())] * 17, "loss: got 17 terms; expected 1 to 16"),
         ([CrossEntropy()], f"loss[0]: got {CrossEntropy()!r}; expected a pair (weight, loss)"),
         ([(1.0, CrossEntropy()), (1.0,)], "loss[1]: got (1.0,); expected a pair (weight, loss)"),
-        ([(CrossEntropy(), 1.0)], f"loss[0]: got {(CrossEntropy(), 1.0)!r}; expected a pair (weight, loss)"),
+        (
+            [(CrossEntropy(), 1.0)],
+            f"loss[0]: got {(CrossEntropy(), 1.0)!r}; expected a pair (weight, loss) "
+            "(the weight comes first: (1.0, CrossEntropy(...)))",
+        ),
+        (
+            [(1.0, torch.nn.CrossEntropyLoss())],
+            "loss[0]: got (1.0, CrossEntropyLoss()); expected a pair (weight, loss) (write CrossEntropy())",
+        ),
+        (
+            LocalLoss(LovaszHinge()),
+            f"loss: got {LocalLoss(LovaszHinge())!r}; {EXPECTED_LOSS} (of a criterion: criterion.loss)",
+        ),
         ([(math.inf, CrossEntropy())], "loss[0] weight: got inf; expected a finite number"),
         ([("1", CrossEntropy())], "loss[0] weight: got '1'; expected a finite number"),
         (

@@ -85,6 +85,7 @@ _BY_CODE: dict[grpc.StatusCode, type[LossError]] = {
 }
 _NO_GRPC = ("Failed parsing HTTP/2", "Trying to connect an http1.x server")
 """gRPC's texts where something answers in HTTP/1, or does not speak HTTP at all."""
+_NOT_REACHED = "failed to connect to all addresses"
 
 
 def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossError:
@@ -98,6 +99,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")
         return InvalidInputError(field, problem)
+    if code is grpc.StatusCode.UNAVAILABLE and _NOT_REACHED in details:
+        details = f"no server answers there; is it running (lovasz-server --listen {target})? {details}"
     return _BY_CODE.get(code, ServerFaultError)(f"{target}: {details or code.name} ({code.name}){remark}")
 
 

@@ -15,7 +15,7 @@ except ModuleNotFoundError:
 
 from torch import Tensor
 
-from lovasz.autograd import Computed, operator, untraced, with_gradient
+from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untraced, with_gradient
 from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
 from lovasz.client.joint import Joint
@@ -159,17 +159,9 @@ class RemoteLoss(torch.nn.Module):
             LossError: one of its subclasses; see :meth:`LossClient.compute`.
             TypeError: a further positional argument was given.
         """
-        if others:
-            raise TypeError(
-                f"RemoteLoss: got {2 + len(others)} positional arguments; expected logits and labels. There are no "
-                "weights of pixels (for void pixels set ignore_index or valid=, for weights of classes class_weights "
-                "in the loss); the number of a joint step is given by name, step=..."
-            )
+        check_only_two("RemoteLoss", others)
         if not isinstance(logits, Tensor):
-            error = InvalidInputError(
-                "logits",
-                f"got {type(logits).__name__}; expected a torch tensor (LossClient.compute takes other arrays)",
-            )
+            error = InvalidInputError("logits", no_tensor(logits, "LossClient.compute"))
             with suppress(Exception):
                 self.abort(str(error), step=step)
             raise error

@@ -253,7 +253,7 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     value = int(labels[place])
     cure = f"; for void pixels set ignore_index={value}" if value in _VOID_LABELS else ""
     if value == 255 and isinstance(term, BinaryLoss):
-        cure += ", for masks of 0 and 255 pass labels > 0"
+        cure = "; for masks of 0 and 255 pass labels > 0, for void pixels set ignore_index=255"
     return InvalidInput(
         "labels", f"got {value} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels{cure})"
     )

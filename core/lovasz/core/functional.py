@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lovasz.autograd import untraced, with_gradient
+from lovasz.autograd import no_tensor, untraced, with_gradient
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
 from lovasz.core.compiling import hinge_key, is_plain, loss_operator, sigmoid_key, softmax_key
@@ -91,9 +91,7 @@ def differentiable(
         reduction: ``"mean"``, or ``"none"`` for one loss an image, shape (images,).
     """
     if not isinstance(logits, Tensor):
-        raise InvalidInput(
-            "logits", f"got {type(logits).__name__}; expected a torch tensor (lovasz.core.compute takes other arrays)"
-        )
+        raise InvalidInput("logits", no_tensor(logits, "lovasz.core.compute"))
     want_grad = torch.is_grad_enabled() and logits.requires_grad
     labels, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
     is_mean = checked_reduction(reduction) == "mean"

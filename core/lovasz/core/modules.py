@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lovasz.autograd import check_only_two
 from lovasz.core.compiling import is_plain, key_of, loss_operator
 from lovasz.core.functional import differentiable
 from lovasz.spec import LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, Reduction, weighted_sum
@@ -38,15 +39,17 @@ class LocalLoss(torch.nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = key_of(self.loss)  # As this process may not know it.
 
-    def forward(self, logits: Tensor, labels: Any, *, valid: Any = None, offsets: Any = None) -> Tensor:
+    def forward(self, logits: Tensor, labels: Any, *others: object, valid: Any = None, offsets: Any = None) -> Tensor:
         """Returns the loss, a 0-dim tensor unless ``reduction`` is ``"none"``, differentiable in the logits.
 
         Args:
             logits: (N, C, *spatial), or as the loss describes.
             labels: (N, *spatial), or as the loss describes.
+            others: none; weights of pixels, which other losses take here, are refused.
             valid: as for :func:`lovasz.core.compute`.
             offsets: as for :func:`lovasz.core.compute`.
         """
+        check_only_two("LocalLoss", others)
         if torch.compiler.is_compiling() and is_plain(valid, offsets, self.reduction):
             return loss_operator(logits, labels, self._key, 0, torch.is_grad_enabled() and logits.requires_grad)
         return differentiable(logits, labels, self.loss, valid=valid, offsets=offsets, reduction=self.reduction)
@@ -58,19 +61,19 @@ class LocalLoss(torch.nn.Module):
 class LovaszSoftmaxLoss(LocalLoss):
     """The Lovász-Softmax loss as a module; takes the options of :class:`lovasz.spec.LovaszSoftmax`."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszSoftmax(**options))
+    def __init__(self, *, reduction: Reduction = "mean", **options: Any) -> None:
+        super().__init__(LovaszSoftmax(**options), reduction=reduction)
 
 
 class LovaszHingeLoss(LocalLoss):
     """The Lovász hinge as a module; takes the options of :class:`lovasz.spec.LovaszHinge`."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszHinge(**options))
+    def __init__(self, *, reduction: Reduction = "mean", **options: Any) -> None:
+        super().__init__(LovaszHinge(**options), reduction=reduction)
 
 
 class LovaszSigmoidLoss(LocalLoss):
     """The Lovász-Sigmoid loss as a module; takes the options of :class:`lovasz.spec.LovaszSigmoid`."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(LovaszSigmoid(**options))
+    def __init__(self, *, reduction: Reduction = "mean", **options: Any) -> None:
+        super().__init__(LovaszSigmoid(**options), reduction=reduction)

@@ -6,6 +6,7 @@ Options may be tensors or arrays of any framework; those of one element without 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
@@ -13,13 +14,23 @@ import numpy as np
 
 from lovasz.spec.errors import InvalidInput
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def shown(value: object) -> str:
+    """A value as errors show it; of an array only the type and the shape."""
+    if getattr(value, "ndim", 0):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+    return _REPR.repr(value)
+
 
 def integer(name: str, value: object) -> int:
     """An integer; True and False are not accepted."""
     plain = _plain(value)
     if isinstance(plain, int) and not isinstance(plain, bool):
         return int(plain)
-    raise InvalidInput(name, f"got {value!r}; expected an integer")
+    raise InvalidInput(name, f"got {shown(value)}; expected an integer")
 
 
 def number(name: str, value: object) -> float:
@@ -27,7 +38,7 @@ def number(name: str, value: object) -> float:
     plain = _plain(value)
     if isinstance(plain, int | float) and not isinstance(plain, bool) and math.isfinite(plain):
         return float(plain)
-    raise InvalidInput(name, f"got {value!r}; expected a finite number")
+    raise InvalidInput(name, f"got {shown(value)}; expected a finite number")
 
 
 def flag(name: str, value: object) -> bool:
@@ -35,7 +46,8 @@ def flag(name: str, value: object) -> bool:
     plain = _plain(value)
     if isinstance(plain, bool):
         return plain
-    raise InvalidInput(name, f"got {value!r}; expected True or False")
+    cure = " (a mask of pixels is given by name: valid=...)" if getattr(value, "ndim", 0) > 0 else ""
+    raise InvalidInput(name, f"got {shown(value)}; expected True or False{cure}")
 
 
 def elements(name: str, value: Any, expected: str) -> Sequence[object]:

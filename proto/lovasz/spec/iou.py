@@ -75,8 +75,13 @@ class DatasetIoU:
             counts: a :class:`Result`, or another :class:`DatasetIoU`; one that has no classes yet changes nothing.
 
         Raises:
-            InvalidInput: its number of classes differs from that of what was added before.
+            InvalidInput: it is no result, or its number of classes differs from that of what was added before.
         """
+        if not hasattr(counts, "union"):
+            raise InvalidInput(
+                "counts",
+                f"got {type(counts).__name__}; expected a result (of compute, or RemoteLoss.result) or a DatasetIoU",
+            )
         self.intersection, self.union = _sum([self, counts])
         self.ranks = max(self.ranks, counts.ranks)
 

@@ -158,6 +158,8 @@ def _cure_of_labels(logits: tuple[int, ...], labels: tuple[int, ...]) -> str:
         return " (labels.squeeze(-1))"
     if images == 1 and labels == tuple(spatial):
         return " (labels[None])"
+    if len(labels) > 1 and labels == logits[1:]:
+        return " (for a single image: logits[None] and labels[None])"
     if labels == logits[:-1]:
         return " (for logits with the classes last: logits.movedim(-1, 1))"
     if len(labels) > 1 and len(labels) == len(expected) and labels[0] == images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -50,11 +51,19 @@ class Looks:
                 "logits: they look like probabilities (all are in [0, 1] and sum to 1 over the classes), and "
                 "LovaszSoftmax takes their softmax again; pass the scores before the softmax, or set "
                 'input="probabilities"',
-                stacklevel=3,
+                stacklevel=_level_of_caller(),
             )
 
 
 LOOKS_OF_PROCESS = Looks()
+
+
+def _level_of_caller() -> int:
+    """The ``stacklevel`` of the innermost frame that is neither here nor in torch: the line that called the loss."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lovasz", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _takes_softmax(loss: WeightedSum) -> bool:

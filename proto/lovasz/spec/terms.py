@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from lovasz.spec import checks
+from lovasz.spec.checks import shown
 from lovasz.spec.errors import InvalidInput
 from lovasz.spec.layout import Layout, binary_layout, checked_offsets, softmax_layout
 from lovasz.spec.losses import (
@@ -113,7 +114,8 @@ class WeightedSum:
             if not (isinstance(loss, LovaszLoss) and loss.per_image):
                 raise InvalidInput(
                     "reduction",
-                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True",
+                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True (compute others apart, "
+                    "and add them)",
                 )
 
     def layout(
@@ -137,6 +139,10 @@ class WeightedSum:
         for _, loss in self.terms:
             _check_class_options(loss, layout.channels)
         ends = checked_offsets(offsets, layout.images)
+        if ends is not None and not self.scores_images:
+            raise InvalidInput(
+                "offsets", "got them for a loss that scores all images together; expected per_image=True"
+            )
         return layout if ends is None else replace(layout, offsets=ends)
 
 
@@ -149,6 +155,17 @@ def _check_class_options(loss: Loss, classes: int) -> None:
         raise InvalidInput("class_weights", f"got {len(loss.class_weights)} numbers; expected {classes}, one a class")
     if isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str) and max(loss.classes) >= classes:
         raise InvalidInput("classes", f"got class {max(loss.classes)}; expected class numbers in [0, {classes})")
+
+
+def _cure_of_loss(value: Any) -> str:
+    """What makes a loss of something that is none, in brackets; empty if nothing comes to mind."""
+    if isinstance(getattr(value, "loss", None), WeightedSum):
+        return " (of a criterion: criterion.loss)"
+    kinds = {kind.__name__: kind for kind in get_args(Loss)}
+    name = value.__name__ if isinstance(value, type) else type(value).__name__
+    of_torch = {"CrossEntropyLoss": "CrossEntropy", "BCEWithLogitsLoss": "BinaryCrossEntropy"}
+    name = of_torch.get(name, name)
+    return f" (write {name}())" if name in kinds else ""
 
 
 LossLike: TypeAlias = Loss | WeightedSum | Sequence[tuple[float, Loss]]
@@ -168,12 +185,16 @@ def weighted_sum(loss: LossLike) -> WeightedSum:
     if not isinstance(loss, Sequence) or isinstance(loss, str):
         raise InvalidInput(
             "loss",
-            f"got {loss!r}; expected LovaszSoftmax, LovaszHinge, LovaszSigmoid, CrossEntropy, BinaryCrossEntropy or a "
-            "list of (weight, loss) pairs",
+            f"got {shown(loss)}; expected LovaszSoftmax, LovaszHinge, LovaszSigmoid, CrossEntropy, BinaryCrossEntropy "
+            f"or a list of (weight, loss) pairs{_cure_of_loss(loss)}",
         )
     terms = []
     for i, pair in enumerate(loss):
         if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[1], Loss):
-            raise InvalidInput(f"loss[{i}]", f"got {pair!r}; expected a pair (weight, loss)")
+            is_pair = isinstance(pair, Sequence) and len(pair) == 2
+            cure = _cure_of_loss(pair[1]) if is_pair else ""
+            if is_pair and isinstance(pair[0], Loss):
+                cure = f" (the weight comes first: ({pair[1]!r}, {type(pair[0]).__name__}(...)))"
+            raise InvalidInput(f"loss[{i}]", f"got {shown(pair)}; expected a pair (weight, loss){cure}")
         terms.append((checks.number(f"loss[{i}] weight", pair[0]), pair[1]))
     return WeightedSum(tuple(terms))

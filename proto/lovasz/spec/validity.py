@@ -20,7 +20,8 @@ def masked(labels: Any, valid: Any, loss: WeightedSum, label_values: int) -> tup
 
     Args:
         labels: an array of NumPy or a tensor of torch.
-        valid: bool, in the shape of the labels, or one that broadcasts to it; a tensor, or an array of any framework.
+        valid: bool, in the shape of the labels, or with 1 along some axes; an axis of size 1 after the first may be
+            there or not. A tensor, or an array of any framework.
         label_values: the labels are in [0, label_values).
 
     Raises:
@@ -29,6 +30,10 @@ def masked(labels: Any, valid: Any, loss: WeightedSum, label_values: int) -> tup
     void = _void_label(loss, label_values)
     is_array = isinstance(labels, np.ndarray)
     mask = _mask_like(labels, valid)
+    if mask.ndim == labels.ndim + 1 and mask.shape[1] == 1:  # (N, 1, H, W) for labels (N, H, W)
+        mask = mask.reshape(mask.shape[0], *mask.shape[2:])
+    elif mask.ndim == labels.ndim - 1 and mask.ndim > 0 and labels.shape[1] == 1:
+        mask = mask.reshape(mask.shape[0], 1, *mask.shape[1:])
     if mask.ndim != labels.ndim or any(m not in (1, n) for m, n in zip(mask.shape, labels.shape, strict=True)):
         raise InvalidInput(
             "valid",
@@ -54,7 +59,10 @@ def _mask_like(labels: Any, valid: Any) -> Any:
         mask = labels.new_tensor(array if is_bool else 0).bool()
         valid = array
     if not is_bool:
-        raise InvalidInput("valid", f"got element type {valid.dtype}; expected bool (True: the pixel takes part)")
+        raise InvalidInput(
+            "valid",
+            f"got element type {valid.dtype}; expected bool: True where the pixel takes part (valid.bool(), valid > 0)",
+        )
     return mask
 
 

@@ -100,7 +100,8 @@ class Runs(Collector):
             GaugeMetricFamily("lovasz_run_loss", "The last loss of a run, in training and evaluation.", labels=labels),
             GaugeMetricFamily(
                 "lovasz_run_miou",
-                "Mean IoU of a run's last requests, over the classes that are in them and not ignored.",
+                "Mean IoU of about the last fifty requests of a run (each counts 0.98 times as much as the next), over "
+                "the classes that are in them and not ignored.",
                 labels=labels,
             ),
             GaugeMetricFamily(

@@ -72,8 +72,10 @@ def score_term(
     Returns:
         The losses: float64, shape (K, groups), 0 for segments that are not scored.
     """
-    groups = call.plan_planes.groups(term)
+    groups, of_groups = call.plan_planes.groups(term), np.zeros(scored.shape)
     row, group = np.nonzero(scored)
+    if len(row) == 0:
+        return of_groups
     order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
     row, group = row[order], group[order]
     pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
@@ -109,7 +111,6 @@ def score_term(
         losses[divided] = _score_in_parts(call, _pick(found, divided), fair, codes, rules)
         if not divided.all():
             losses[~divided] = _score_whole(call, _pick(found, ~divided), codes, rules)
-    of_groups = np.zeros(scored.shape)
     of_groups[row, group] = losses
     return of_groups
 
