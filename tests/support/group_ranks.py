@@ -316,7 +316,7 @@ def check_other_failures(rank: int, world: int) -> None:
         return case.request(), weighted_sum(case.loss)
 
     with pytest.raises(
-        RuntimeError, match="^the joint loss failed on rank 0: MemoryError: no room for labels$"
+        RuntimeError, match=r"^the joint loss failed on rank 0: MemoryError: no room for labels$"
     ) as raised:
         compute_joint(prepare, "world", want_grad=True)
     assert isinstance(raised.value.__cause__, MemoryError) == (rank == 0)
