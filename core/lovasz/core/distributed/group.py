@@ -1,7 +1,8 @@
-"""A process group of ``torch.distributed``, and the three exchanges that the joint loss makes in it."""
+"""A process group of ``torch.distributed``, and the exchanges that the joint loss makes in it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,12 @@ class Group:
         distributed.all_gather(list(received), sent, group=self._group)
         return received.cpu().numpy()
 
+    def add(self, numbers: Sequence[Tensor]) -> None:
+        """Replaces tensors on the CPU by their sums over the ranks; each has the same size on all ranks."""
+        works = [distributed.all_reduce(part, group=self._group, async_op=True) for part in numbers]
+        for work in works:
+            work.wait()
+
     def objects(self, own: Any) -> list[Any]:
         """The objects of all ranks, which are pickled; only for what is rare and small."""
         received: list[Any] = [None] * self.size
@@ -73,6 +80,27 @@ class Group:
         received = list(own.new_empty(self.size, len(own)))
         distributed.all_gather(received, own, group=self._group)
         return received
+
+
+class Parts:
+    """The ranks of a group to a backend, each with its part of the joint (:class:`lovasz.core.ranks.Ranks`)."""
+
+    def __init__(self, group: Group, images: Sequence[int], pixels: Sequence[int]) -> None:
+        self._group, self.rank = group, group.rank
+        self.images, self.pixels = tuple(images), tuple(pixels)
+
+    def add(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
+        self._group.add([torch.from_numpy(array) for array in arrays if array.size])
+
+    def maximum(self, array: npt.NDArray[np.int64]) -> None:
+        array[...] = self._group.numbers(array.ravel()).max(0).reshape(array.shape)
+
+    def gather(self, own: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        counts = self._group.numbers(np.array([own.nbytes]))[:, 0].tolist()
+        sent = np.zeros(max(1, *counts), np.uint8)
+        sent[: own.nbytes] = own.view(np.uint8)
+        received = self._group.bytes(torch.from_numpy(sent))
+        return [data.numpy()[:count].view(own.dtype) for data, count in zip(received, counts, strict=True)]
 
 
 def _found(given: Any) -> Any:

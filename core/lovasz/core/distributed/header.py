@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +110,7 @@ def exchange(group: Group, own: tuple[tuple[str, ...], Sizes] | Exception) -> li
     digests = headers[:, 1 : 1 + len(_SETTINGS)]
     if headers[:, 0].any():
         fault = own if isinstance(own, Exception) else None
-        _raise_fault(group.objects(_told(fault)), fault)
+        raise_first(group, fault)
     if (digests != digests[0]).any():
         assert not isinstance(own, Exception)
         _raise_difference(group.objects(own[0]))
@@ -129,7 +130,9 @@ def _told(fault: Exception | None) -> tuple[str, str] | None:
     return "", f"{type(fault).__name__}: {fault}"
 
 
-def _raise_fault(told: Sequence[tuple[str, str] | None], own: Exception | None) -> None:
+def raise_first(group: Group, own: Exception | None) -> NoReturn:
+    """Raises the fault of the first rank that has one, on every rank; all ranks call it, at least one with a fault."""
+    told: list[tuple[str, str] | None] = group.objects(_told(own))
     rank, (field, problem) = next((rank, fault) for rank, fault in enumerate(told) if fault is not None)
     if field:
         raise InvalidInput(f"rank {rank}: {field}", problem) from own
