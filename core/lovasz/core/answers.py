@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lovasz.core.batch import Batch, Request
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, Values
 from lovasz.core.plan import Plan
 from lovasz.spec import (
     MAX_IMAGE_LOSSES,
@@ -141,18 +141,12 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
         images = slice(image, image + count)
         image = images.stop
         grads = [None] * len(joint) if grads_of_all is None else grads_of_all[len(answers) :][: len(joint)]
-        if values.faults[Fault.BAD_LABEL, j]:
-            answers += _faults([_label_error(request, plan.loss) for request in joint])
-        elif values.faults[Fault.OUT_OF_RANGE, j]:
-            answers += _faults([_probability_error(request, plan.loss) for request in joint])
+        if values.faults[Fault.BAD_LABEL, j] or values.faults[Fault.OUT_OF_RANGE, j]:
+            answers += _faults([fault_of(request, plan.loss, values, j) for request in joint])
         elif values.faults[Fault.NOT_FINITE, j]:
             answers += [_not_a_number(plan.loss, request, grad) for request, grad in zip(joint, grads, strict=True)]
         else:
-            results = []
-            for term, of_term in zip(plan.terms, values.terms, strict=True):
-                groups = images if term.per_image else slice(j, j + 1)
-                results.append(_term_result(term.loss, of_term.losses[:, groups], of_term.scored[:, groups]))
-            total = sum(term.weight * result.loss for term, result in zip(plan.terms, results, strict=True))
+            total, results = _loss(plan, values, j, images)
             first = 0
             for request, grad in zip(joint, grads, strict=True):
                 own = slice(first, first + request.layout.scored_images)
@@ -160,6 +154,39 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
                 counts = values.hits[:, j].copy(), union[:, j].copy()
                 answers.append(Result(total, grad, tuple(_of_request(result, own) for result in results), *counts))
     return list(zip(part.places, answers, strict=True))
+
+
+def result_of_rank(plan: Plan, request: Request, grad: Tensor | None, values: Values, first: int) -> Result[Tensor]:
+    """The result of one rank's request, from the values of a joint whose other requests are in other processes.
+
+    Args:
+        plan: of this rank's part.
+        values: of the joint, which has neither bad labels nor numbers out of range.
+        first: the number of images of the ranks before this one.
+    """
+    if values.faults[Fault.NOT_FINITE, 0]:
+        return _not_a_number(plan.loss, request, grad)
+    union = values.union
+    union[_void_segments(plan.loss, len(union))] = 0
+    total, results = _loss(plan, values, 0, slice(None))
+    own = slice(first, first + request.layout.scored_images)
+    return Result(total, grad, tuple(_of_request(result, own) for result in results), values.hits[:, 0], union[:, 0])
+
+
+def fault_of(request: Request, loss: WeightedSum, values: Values, joint: int) -> InvalidInput | None:
+    """The worst fault of a joint's labels or probabilities, if this request has it."""
+    if values.faults[Fault.BAD_LABEL, joint]:
+        return _label_error(request, loss)
+    return _probability_error(request, loss) if values.faults[Fault.OUT_OF_RANGE, joint] else None
+
+
+def _loss(plan: Plan, values: Values, joint: int, images: slice) -> tuple[float, list[TermResult]]:
+    """The loss of a joint without faults, and the results of its terms."""
+    results = []
+    for term, of_term in zip(plan.terms, values.terms, strict=True):
+        groups = images if term.per_image else slice(joint, joint + 1)
+        results.append(_term_result(term.loss, of_term.losses[:, groups], of_term.scored[:, groups]))
+    return sum(term.weight * result.loss for term, result in zip(plan.terms, results, strict=True)), results
 
 
 def _of_request(result: TermResult, images: slice) -> TermResult:

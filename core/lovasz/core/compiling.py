@@ -41,9 +41,9 @@ def sigmoid_key(*options: Any) -> str:
     return key_of(LovaszSigmoid(*options))
 
 
-def is_plain(valid: Any, offsets: Any, reduction: str) -> bool:
+def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:
     """Whether ``loss_operator`` can compute a loss with these arguments; with others it is computed between graphs."""
-    return valid is None and offsets is None and reduction == "mean"
+    return valid is None and offsets is None and reduction == "mean" and group is None
 
 
 def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
 from lovasz.core.compiling import hinge_key, is_plain, loss_operator, sigmoid_key, softmax_key
 from lovasz.core.dispatch import Backend, replay, submit
+from lovasz.core.distributed.joint import compute_joint
 from lovasz.spec import (
     Classes,
+    GradientReduction,
     Input,
     InvalidInput,
     Loss,
@@ -27,6 +30,7 @@ from lovasz.spec import (
     WeightedSum,
     weighted_sum,
 )
+from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
 from lovasz.spec.checks import reduction as checked_reduction
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
 from lovasz.spec.validity import masked
@@ -41,6 +45,7 @@ def compute(
     offsets: Any = None,
     want_grad: bool = True,
     backend: Backend | None = None,
+    group: Any = None,
 ) -> Result[Tensor]:
     """Computes loss, gradient, per-class losses and IoU counts on the device of the logits. Not differentiable.
 
@@ -55,18 +60,27 @@ def compute(
         offsets: for terms with ``per_image``: where each image ends along the first axis, if an image has several
             items there. For a batch of point clouds (P, C): the end of each cloud, as Pointcept's ``offset`` has them.
         want_grad: whether to compute the gradient.
-        backend: the backend to use; None for the fastest one that takes the request.
+        backend: the backend to use; None for the fastest one that takes the request. Not with ``group``.
+        group: None: the loss of these pixels. A process group of ``torch.distributed``, or ``"world"`` for its default
+            group: the loss of the pixels of all ranks, which all have to make this call; ``grad`` is for this rank's
+            logits, of which there may be none (N = 0).
 
     Returns:
         The result; its ``grad`` is float64 for float64 logits, otherwise float32.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, on every rank, as
+            if the ranks differ in loss, element type, number of classes or ``want_grad``.
+        RuntimeError: with ``group``: another rank failed for another reason.
     """
+    if group is not None:
+        if backend is not None:
+            raise InvalidInput("backend", f"got {backend} with group; expected None")
+        return compute_joint(
+            lambda: _prepared(as_tensor("logits", logits), labels, loss, valid, offsets), group, want_grad=want_grad
+        )
     logits = as_tensor("logits", logits)
-    targets, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
-    request = Request.checked(logits, targets, parsed, offsets)
-    _look_at(logits, parsed)
+    request, parsed = _prepared(logits, labels, loss, valid, offsets, may_be_empty=False)
     (answer,) = submit([request], parsed, logits.device, want_grad=want_grad, backend=backend).collect()
     if not isinstance(answer, Result):
         raise answer
@@ -90,8 +104,7 @@ def differentiable(
     Args:
         reduction: ``"mean"``, or ``"none"`` for one loss an image, shape (images,).
     """
-    if not isinstance(logits, Tensor):
-        raise InvalidInput("logits", no_tensor(logits, "lovasz.core.compute"))
+    _check_is_tensor(logits)
     want_grad = torch.is_grad_enabled() and logits.requires_grad
     labels, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
     is_mean = checked_reduction(reduction) == "mean"
@@ -114,11 +127,69 @@ def differentiable(
     return with_gradient(logits, losses, answer.grad, images, request.layout.offsets)
 
 
+@untraced
+def differentiable_joint(
+    logits: Tensor,
+    labels: Any,
+    loss: Callable[[], LossLike],
+    *,
+    valid: Any,
+    offsets: Any,
+    group: Any,
+    gradient_reduction: GradientReduction,
+    reduction: Reduction = "mean",
+) -> tuple[Tensor, Result[Tensor]]:
+    """Computes the loss of all ranks of a group, which autograd can differentiate; takes arguments like ``compute``.
+
+    Args:
+        loss: makes the loss. What it raises is raised on every rank.
+        gradient_reduction: how the trainer combines the gradients of the ranks.
+
+    Returns:
+        (loss, result): the result's own gradient is None.
+    """
+
+    def prepare() -> tuple[Request, WeightedSum]:
+        checked_gradient_reduction(gradient_reduction)
+        check_mean(reduction)
+        _check_is_tensor(logits)
+        return _prepared(logits, labels, loss(), valid, offsets)
+
+    want_grad = isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad
+    result = compute_joint(prepare, group, want_grad=want_grad)
+    factor = result.ranks if gradient_reduction == "mean" else 1
+    return with_gradient(logits, result.loss, result.grad, factor), replace(result, grad=None)
+
+
+def check_mean(reduction: Reduction) -> None:
+    """Checks that the loss of a group's pixels is asked for, not the loss of each image."""
+    if checked_reduction(reduction) != "mean":
+        raise InvalidInput(
+            "reduction", "got 'none' with group; expected 'mean', or no group, which changes no loss of an image"
+        )
+
+
+def _check_is_tensor(logits: Any) -> None:
+    if not isinstance(logits, Tensor):
+        raise InvalidInput("logits", no_tensor(logits, "lovasz.core.compute"))
+
+
+def _prepared(
+    logits: Tensor, labels: Any, loss: LossLike, valid: Any, offsets: Any, *, may_be_empty: bool = True
+) -> tuple[Request, WeightedSum]:
+    """A request, and the loss that ignores what ``valid`` leaves out."""
+    targets, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
+    request = Request.checked(logits, targets, parsed, offsets, may_be_empty=may_be_empty)
+    _look_at(logits, parsed)
+    return request, parsed
+
+
 def _masked(logits: Tensor, labels: Tensor, valid: Any, loss: WeightedSum) -> tuple[Tensor, WeightedSum]:
     """Labels and loss after ``valid`` has been put into them."""
     if valid is None:
         return labels, loss
-    return masked(labels, valid, loss, loss.layout(logits.shape, labels.shape).label_values)
+    layout = loss.layout(logits.shape, labels.shape, may_be_empty=True)
+    return masked(labels, valid, loss, layout.label_values)
 
 
 def _look_at(logits: Tensor, loss: WeightedSum) -> None:
@@ -146,6 +217,8 @@ def lovasz_softmax(
     valid: Any = None,
     offsets: Any = None,
     reduction: Reduction = "mean",
+    group: Any = None,
+    gradient_reduction: GradientReduction = "mean",
 ) -> Tensor:
     """The Lovász-Softmax loss, differentiable with respect to the logits (algorithm 1 of Berman et al., CVPR 2018).
 
@@ -157,20 +230,24 @@ def lovasz_softmax(
         classes: this and the following four arguments are the options of :class:`lovasz.spec.LovaszSoftmax`.
         valid: as for ``compute``.
         offsets: as for ``compute``.
-        reduction: ``"mean"``; or with ``per_image`` ``"none"``, for the loss of each image.
+        reduction: ``"mean"``; or with ``per_image`` ``"none"``, for the loss of each image; not with ``group``.
+        group: as for ``compute``.
+        gradient_reduction: with ``group``: how the trainer combines the gradients of its ranks. ``"mean"``, as
+            DistributedDataParallel does: gradients are multiplied by the number of ranks, so that their mean is the
+            true gradient. ``"sum"``: they are left as they are.
 
     Returns:
         A 0-dim tensor, or one of shape (images,) with ``reduction="none"``; float64 for float64 logits, otherwise
         float32.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
     """
     options = classes, class_weights, per_image, ignore_index, input
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction):
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
         key = softmax_key(*options)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return _with_options(LovaszSoftmax, options, logits, labels, valid, offsets, reduction)
+    return _with_options(LovaszSoftmax, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
 
 
 def lovasz_hinge(
@@ -183,6 +260,8 @@ def lovasz_hinge(
     valid: Any = None,
     offsets: Any = None,
     reduction: Reduction = "mean",
+    group: Any = None,
+    gradient_reduction: GradientReduction = "mean",
 ) -> Tensor:
     """The Lovász hinge, differentiable with respect to the logits (Yu and Blaschko 2015; Berman et al. 2018).
 
@@ -197,19 +276,19 @@ def lovasz_hinge(
         per_image: this and the following two arguments are the options of :class:`lovasz.spec.LovaszHinge`.
         valid: as for ``compute``.
         offsets: as for ``compute``.
-        reduction: as for ``lovasz_softmax``.
+        reduction: this and the following two arguments are as for ``lovasz_softmax``.
 
     Returns:
         As ``lovasz_softmax``.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
     """
     options = per_image, ignore_index, multilabel
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction):
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
         key = hinge_key(*options)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return _with_options(LovaszHinge, options, logits, labels, valid, offsets, reduction)
+    return _with_options(LovaszHinge, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
 
 
 def lovasz_sigmoid(
@@ -222,6 +301,8 @@ def lovasz_sigmoid(
     valid: Any = None,
     offsets: Any = None,
     reduction: Reduction = "mean",
+    group: Any = None,
+    gradient_reduction: GradientReduction = "mean",
 ) -> Tensor:
     """The Lovász-Sigmoid loss, differentiable with respect to the logits (Berman et al., CVPR 2018, for one channel).
 
@@ -233,13 +314,13 @@ def lovasz_sigmoid(
         As ``lovasz_softmax``.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which.
+        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
     """
     options = per_image, ignore_index, multilabel
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction):
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
         key = sigmoid_key(*options)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return _with_options(LovaszSigmoid, options, logits, labels, valid, offsets, reduction)
+    return _with_options(LovaszSigmoid, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
 
 
 @untraced
@@ -251,5 +332,19 @@ def _with_options(
     valid: Any,
     offsets: Any,
     reduction: Reduction,
+    group: Any,
+    gradient_reduction: GradientReduction,
 ) -> Tensor:
+    if group is not None:
+        loss, _ = differentiable_joint(
+            logits,
+            labels,
+            lambda: kind(*options),
+            valid=valid,
+            offsets=offsets,
+            group=group,
+            gradient_reduction=gradient_reduction,
+            reduction=reduction,
+        )
+        return loss
     return differentiable(logits, labels, kind(*options), valid=valid, offsets=offsets, reduction=reduction)

@@ -9,30 +9,64 @@ from torch import Tensor
 
 from lovasz.autograd import check_only_two
 from lovasz.core.compiling import is_plain, key_of, loss_operator
-from lovasz.core.functional import differentiable
-from lovasz.spec import LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, Reduction, weighted_sum
+from lovasz.core.functional import check_mean, differentiable, differentiable_joint
+from lovasz.spec import (
+    GradientReduction,
+    LossLike,
+    LovaszHinge,
+    LovaszSigmoid,
+    LovaszSoftmax,
+    Reduction,
+    Result,
+    weighted_sum,
+)
+from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
 from lovasz.spec.checks import reduction as checked_reduction
 
 
 class LocalLoss(torch.nn.Module):
     """A loss, or a weighted sum of losses, computed in this process: ``LocalLoss(LovaszSoftmax(ignore_index=255))``.
 
-    The counterpart of :class:`lovasz.client.torch.RemoteLoss`.
+    The counterpart of :class:`lovasz.client.torch.RemoteLoss`. With ``group``, all ranks of a data-parallel training
+    get the loss of all their pixels, and each rank gets its part of the one true gradient. ::
+
+        criterion = LocalLoss(LovaszSoftmax(ignore_index=255), group="world")
+
+    Attributes:
+        result: with ``group``, the last result, without its gradient: per-class losses and IoU counts of all ranks.
+            None before the first, and without ``group``.
     """
 
-    def __init__(self, loss: LossLike, *, reduction: Reduction = "mean") -> None:
+    def __init__(
+        self,
+        loss: LossLike,
+        *,
+        reduction: Reduction = "mean",
+        group: Any = None,
+        gradient_reduction: GradientReduction = "mean",
+    ) -> None:
         """Takes one loss, or a list of (weight, loss) pairs.
 
         Args:
             reduction: ``"mean"``; or ``"none"`` for one loss an image, shape (images,), if all terms are Lovász losses
-                with ``per_image``.
+                with ``per_image``. Not with ``group``: losses of images do not depend on other ranks.
+            group: None: the loss of this process's pixels. A process group of ``torch.distributed``: the loss of the
+                pixels of all its ranks, which have to make the same number of calls; a batch may be empty (N = 0).
+                ``"world"``: the default group at the time of a call. A module with a process group can be neither
+                pickled nor copied; one with ``"world"`` can.
+            gradient_reduction: as for :func:`lovasz.core.lovasz_softmax`.
 
         Raises:
-            InvalidInput: the terms cannot be combined.
+            InvalidInput: the terms cannot be combined, or an argument is invalid.
         """
         super().__init__()
         self.loss = weighted_sum(loss)
         self.reduction = checked_reduction(reduction)
+        if group is not None:
+            check_mean(reduction)
+        self.group = group
+        self.gradient_reduction = checked_gradient_reduction(gradient_reduction)
+        self.result: Result[Tensor] | None = None
         self._key = key_of(self.loss)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -50,8 +84,19 @@ class LocalLoss(torch.nn.Module):
             offsets: as for :func:`lovasz.core.compute`.
         """
         check_only_two("LocalLoss", others)
-        if torch.compiler.is_compiling() and is_plain(valid, offsets, self.reduction):
+        if torch.compiler.is_compiling() and is_plain(valid, offsets, self.reduction, self.group):
             return loss_operator(logits, labels, self._key, 0, torch.is_grad_enabled() and logits.requires_grad)
+        if self.group is not None:
+            value, self.result = differentiable_joint(
+                logits,
+                labels,
+                lambda: self.loss,
+                valid=valid,
+                offsets=offsets,
+                group=self.group,
+                gradient_reduction=self.gradient_reduction,
+            )
+            return value
         return differentiable(logits, labels, self.loss, valid=valid, offsets=offsets, reduction=self.reduction)
 
     def extra_repr(self) -> str:
@@ -59,21 +104,45 @@ class LocalLoss(torch.nn.Module):
 
 
 class LovaszSoftmaxLoss(LocalLoss):
-    """The Lovász-Softmax loss as a module; takes the options of :class:`lovasz.spec.LovaszSoftmax`."""
+    """The Lovász-Softmax loss as a module; takes the options of :class:`lovasz.spec.LovaszSoftmax`, and ``group``."""
 
-    def __init__(self, *, reduction: Reduction = "mean", **options: Any) -> None:
-        super().__init__(LovaszSoftmax(**options), reduction=reduction)
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        group: Any = None,
+        gradient_reduction: GradientReduction = "mean",
+        **options: Any,
+    ) -> None:
+        loss = LovaszSoftmax(**options)
+        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)
 
 
 class LovaszHingeLoss(LocalLoss):
-    """The Lovász hinge as a module; takes the options of :class:`lovasz.spec.LovaszHinge`."""
+    """The Lovász hinge as a module; takes the options of :class:`lovasz.spec.LovaszHinge`, and ``group``."""
 
-    def __init__(self, *, reduction: Reduction = "mean", **options: Any) -> None:
-        super().__init__(LovaszHinge(**options), reduction=reduction)
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        group: Any = None,
+        gradient_reduction: GradientReduction = "mean",
+        **options: Any,
+    ) -> None:
+        loss = LovaszHinge(**options)
+        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)
 
 
 class LovaszSigmoidLoss(LocalLoss):
-    """The Lovász-Sigmoid loss as a module; takes the options of :class:`lovasz.spec.LovaszSigmoid`."""
+    """The Lovász-Sigmoid loss as a module; takes the options of :class:`lovasz.spec.LovaszSigmoid`, and ``group``."""
 
-    def __init__(self, *, reduction: Reduction = "mean", **options: Any) -> None:
-        super().__init__(LovaszSigmoid(**options), reduction=reduction)
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        group: Any = None,
+        gradient_reduction: GradientReduction = "mean",
+        **options: Any,
+    ) -> None:
+        loss = LovaszSigmoid(**options)
+        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)

@@ -17,6 +17,7 @@ from lovasz.spec.losses import (
 )
 from lovasz.spec.losses import BinaryLoss as BinaryLoss  # For annotations and checks; not in __all__.
 from lovasz.spec.losses import Classes as Classes
+from lovasz.spec.losses import GradientReduction as GradientReduction
 from lovasz.spec.losses import Input as Input
 from lovasz.spec.losses import LovaszLoss as LovaszLoss
 from lovasz.spec.losses import Reduction as Reduction

@@ -94,6 +94,13 @@ def reduction(value: Any) -> Literal["mean", "none"]:
     return value  # type: ignore[no-any-return]
 
 
+def gradient_reduction(value: Any) -> Literal["mean", "sum"]:
+    """``"mean"`` or ``"sum"``."""
+    if value not in ("mean", "sum"):
+        raise InvalidInput("gradient_reduction", f"got {value!r}; expected 'mean' or 'sum'")
+    return value  # type: ignore[no-any-return]
+
+
 def pos_weight(value: Any) -> float | tuple[float, ...] | None:
     """A number >= 0, a sequence of such numbers (one alone counts as a number), or None."""
     if value is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from lovasz.core.backends.numba.workers import WORKERS, thread_count
 from lovasz.core.batch import Batch, Request, classes_first, images_first
 from lovasz.core.computed import Fault
 from lovasz.core.plan import Plan, Term
+from lovasz.core.ranks import Ranks
 from lovasz.core.stop import Stop
 from lovasz.spec import Layout
 
@@ -55,16 +56,40 @@ _ROW_PADDING = 1040
 """Elements between two rows of scratch. Rows at a distance of a power of two would compete for the same cache lines."""
 
 
+class JointCounts(NamedTuple):
+    """Numbers of pixels of each joint, over all its ranks: int64, (K, joints); faults: (3, joints).
+
+    ``valid`` is of binary losses alone.
+    """
+
+    labels: npt.NDArray[np.int64]
+    predictions: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.int64]
+    valid: npt.NDArray[np.int64]
+    faults: npt.NDArray[np.int64]
+
+
 class Call:
     """The computation of one batch.
 
     Attributes:
+        ranks: if the batch is one rank's part of a joint: all ranks of it.
         grads: one per request, float32, flat, in the order of the planes; empty if no gradient is wanted.
         counts: labels, predictions, hits and faults.
         errors: float32, shape (K, pixels + padding).
     """
 
-    def __init__(self, plan: Plan, batch: Batch, scratch: Scratch, *, want_grad: bool, stop: Stop | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        batch: Batch,
+        scratch: Scratch,
+        *,
+        want_grad: bool,
+        stop: Stop | None,
+        ranks: Ranks | None,
+    ) -> None:
+        self.ranks = ranks
         self.plan, self.scratch, self.want_grad, self._stop = plan, scratch, want_grad, stop
         self.plan_planes = plan.planes(_FUSE_BELOW_PIXELS)
         self._requests, fused = batch.requests, self.plan_planes.fused
@@ -145,14 +170,37 @@ class Call:
         """Rearranges flat (planes x K) counts as (K, planes)."""
         return counts.reshape(-1, self.plan.channels).T.copy()
 
-    def per_joint(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sums flat (planes x K) counts over each joint: (K, joints)."""
-        sums = np.add.reduceat(counts.reshape(-1, self.plan.channels), self.plan_planes.joints.first_plane, axis=0)
-        return sums.T.copy()
+    def joint_counts(self, valid: npt.NDArray[np.int64] | None = None) -> JointCounts:
+        """The counts of each joint, once all blocks have been counted.
 
-    def per_group(self, term: Term, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sums flat (planes x K) counts over each group of a term: (K, groups)."""
-        return self.per_plane(counts) if term.per_image else self.per_joint(counts)
+        Args:
+            valid: flat (planes x K), as ``counts``.
+        """
+        joints, counts = self.plan_planes.joints, self.counts
+        of_planes = [counts.labels, counts.predictions, counts.hits, counts.labels if valid is None else valid]
+        of_joints = (
+            np.add.reduceat(np.stack(of_planes).reshape(4, -1, self.plan.channels), joints.first_plane, axis=1)
+            .swapaxes(1, 2)
+            .copy()
+        )
+        faults = counts.faults.reshape(-1, len(self.plan.sizes))
+        if self.ranks is not None:
+            self.ranks.add([of_joints, faults])
+        return JointCounts(*of_joints, faults)
+
+    @property
+    def joint_pixels(self) -> npt.NDArray[np.int64]:
+        """The number of pixels of each joint, over all its ranks."""
+        if self.ranks is None:
+            return self.plan_planes.joints.pixels
+        return np.array([sum(self.ranks.pixels)])
+
+    def share(self, term: Term) -> npt.NDArray[np.float64]:
+        """Each group's share of its joint's loss, as ``Groups.share``."""
+        share = self.plan_planes.groups(term).share
+        if self.ranks is None or not term.per_image:
+            return share
+        return np.full_like(share, 1.0 / sum(self.ranks.images))
 
 
 def _contiguous(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lovasz.core.backends.numba import binary, extension, softmax
 from lovasz.core.backends.numba.binary import BinaryCrossEntropies
-from lovasz.core.backends.numba.call import Call
+from lovasz.core.backends.numba.call import Call, JointCounts
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses
 from lovasz.core.backends.numba.elementary import ROUNDED_BITS
 from lovasz.core.backends.numba.extension import Thresholds, score_term
@@ -22,6 +22,7 @@ from lovasz.core.backends.numba.scratch import SCRATCH
 from lovasz.core.batch import Batch
 from lovasz.core.computed import FIXED_POINT_BITS, PROBABILITY_TOLERANCE, Computed, TermValues, Values
 from lovasz.core.plan import Plan, Term
+from lovasz.core.ranks import Ranks
 from lovasz.core.scoring import select_segments
 from lovasz.core.stop import Stop
 from lovasz.spec import BinaryCrossEntropy, LovaszSoftmax
@@ -35,21 +36,25 @@ def compute(
     want_total: bool = False,
     stop: Stop | None = None,
     thresholds: Thresholds | None = None,
+    ranks: Ranks | None = None,
 ) -> Computed:
     """Computes a batch of any element type except float64; offers no ``Computed.total``.
+
+    Args:
+        ranks: the batch is this rank's part of a joint, one with images: the values are those of the whole joint, and
+            the gradients those of the batch. If a rank has a fault, there are no values but the counts.
 
     Raises:
         Stopped: the computation was asked to end early.
     """
     with SCRATCH.borrow() as scratch:
-        call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop)
-        terms = (_binary if plan.is_binary else _softmax)(call, thresholds or extension.THRESHOLDS)
-    labels, predictions, hits = (call.per_joint(counts) for counts in call.counts[:3])
-    values = Values(tuple(terms), labels, predictions, hits, call.counts.faults.reshape(-1, len(plan.sizes)))
+        call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop, ranks=ranks)
+        terms, counts = (_binary if plan.is_binary else _softmax)(call, thresholds or extension.THRESHOLDS)
+    values = Values(tuple(terms), counts.labels, counts.predictions, counts.hits, counts.faults)
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)
 
 
-def _softmax(call: Call, thresholds: Thresholds) -> list[TermValues]:
+def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
     plan, labelling, codes = call.plan, call.labelling, call.codes()
     inputs: dict[str, Any] = {"labelling": labelling, "errors": call.errors, "codes": codes[0]}
     entropies = _cross_entropies(call)
@@ -66,26 +71,31 @@ def _softmax(call: Call, thresholds: Thresholds) -> list[TermValues]:
     else:
         inputs |= {"label_probability": probability, "entropies": entropies}
         call.run_blocks(softmax.prepare, logits_kind=call.logits_kind, counts=call.counts, **inputs)
+    of_joints = call.joint_counts()
+    if call.ranks is not None:
+        if of_joints.faults.any():
+            return [], of_joints
+        call.ranks.maximum(entropies.largest)
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []
     for term in plan.terms:
         if isinstance(term.loss, LovaszSoftmax):
-            counts = call.per_group(term, call.counts.labels)
+            counts = call.per_plane(call.counts.labels) if term.per_image else of_joints.labels.copy()
             ignored = call.ignored_code(term)
             if ignored != labelling.void:
                 counts[ignored] = 0
             terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
         else:
-            terms.append(_cross_entropy(call, term, next(numbers), entropies))
+            terms.append(_cross_entropy(call, term, next(numbers), entropies, of_joints.labels))
     if call.want_grad and plan.loss.probabilities:
         call.clear_grads(scored_planes)
     elif call.want_grad:
         call.run_blocks(softmax.finish, scored=scored_planes, **inputs)
-    return terms
+    return terms, of_joints
 
 
-def _binary(call: Call, thresholds: Thresholds) -> list[TermValues]:
+def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
     plan, codes, count = call.plan, call.codes(), len(call.counts.labels)
     valid, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
     entropies = _binary_cross_entropies(call)
@@ -105,11 +115,21 @@ def _binary(call: Call, thresholds: Thresholds) -> list[TermValues]:
         largest=largest,
         **inputs,
     )
+    of_joints = call.joint_counts(valid)
+    largest = call.per_plane(largest)
+    largest_of_joints = np.maximum.reduceat(largest, call.plan_planes.joints.first_plane, axis=1)
+    if call.ranks is not None:
+        if of_joints.faults.any():
+            return [], of_joints
+        call.ranks.maximum(largest_of_joints)
+        call.ranks.maximum(entropies.largest)
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []
     for term in plan.terms:
-        foreground, counted = call.per_group(term, call.counts.labels), call.per_group(term, valid)
+        foreground, counted, tops = of_joints.labels, of_joints.valid, largest_of_joints
+        if term.per_image:
+            foreground, counted, tops = call.per_plane(call.counts.labels), call.per_plane(valid), largest
         ignored = call.ignored_code(term)
         if ignored == 1:
             counted, foreground = counted - foreground, np.zeros_like(foreground)
@@ -118,14 +138,12 @@ def _binary(call: Call, thresholds: Thresholds) -> list[TermValues]:
         if isinstance(term.loss, BinaryCrossEntropy):
             terms.append(_binary_cross_entropy(call, term, next(numbers), entropies, counted.sum(0), codes))
             continue
-        groups = call.plan_planes.groups(term)
-        tops = np.maximum.reduceat(largest.reshape(-1, plan.channels), groups.first_plane, axis=0).T
         terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
     if call.want_grad and (plan.is_sigmoid or plan.binary_cross_entropies):
         call.run_blocks(binary.finish, scored=scored_planes, **inputs)
     elif call.want_grad:
         call.clear_grads(scored_planes)
-    return terms
+    return terms, of_joints
 
 
 def _prepare_grads(call: Call) -> bool:
@@ -155,10 +173,16 @@ def _score(
         scored_planes: bool, shape (planes, K); set to true where the term scores the plane's segment.
     """
     groups = call.plan_planes.groups(term)
-    scored, weights = select_segments(term, counted, groups.share, term.class_weights, term.listed)
+    scored, weights = select_segments(term, counted, call.share(term), term.class_weights, term.listed)
     losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, largest)
     scored_planes |= scored.T[np.repeat(np.arange(len(groups.planes)), groups.planes)]
-    return TermValues(losses, scored)
+    if call.ranks is None or not term.per_image:
+        return TermValues(losses, scored)
+    losses_of_ranks, scored_of_ranks = call.ranks.gather(losses.T.ravel()), call.ranks.gather(scored.T.ravel())
+    return TermValues(
+        np.concatenate(losses_of_ranks).reshape(-1, len(losses)).T.copy(),
+        np.concatenate(scored_of_ranks).reshape(-1, len(losses)).T.copy(),
+    )
 
 
 def _cross_entropies(call: Call) -> CrossEntropies:
@@ -180,16 +204,24 @@ def _cross_entropies(call: Call) -> CrossEntropies:
     )
 
 
-def _cross_entropy(call: Call, term: Term, t: int, entropies: CrossEntropies) -> TermValues:
-    """Computes the loss of a term, the weighted mean over its pixels, and the factors of its gradient."""
+def _cross_entropy(
+    call: Call, term: Term, t: int, entropies: CrossEntropies, labels: npt.NDArray[np.int64]
+) -> TermValues:
+    """Computes the loss of a term, the weighted mean over its pixels, and the factors of its gradient.
+
+    Args:
+        labels: the pixels of each class in each joint.
+    """
     joints = len(call.plan.sizes)
-    counts = call.per_joint(call.counts.labels) * entropies.counted[t, :-1, None]
+    counts = labels * entropies.counted[t, :-1, None]
     # One joint at a time, since the order in which NumPy sums the rows of a matrix depends on the number of rows.
     total = np.array([(of_joint * term.class_weights).sum() for of_joint in counts.T])
     mean = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
-    scales = _scales(entropies.largest[t * joints : (t + 1) * joints], call.plan_planes.joints.pixels)
+    scales = _scales(entropies.largest[t * joints : (t + 1) * joints], call.joint_pixels)
     sums = np.zeros(joints, np.int64)
     call.run_blocks(add_losses, losses=entropies.losses[t], scales=scales, sums=sums)
+    if call.ranks is not None:
+        call.ranks.add([sums])
     entropies.pull[t] = term.label_factor * mean
     entropies.spread[t] = term.spread_factor * mean
     losses = (sums / scales * mean)[None]
@@ -223,10 +255,12 @@ def _binary_cross_entropy(
     """
     joints = len(call.plan.sizes)
     mean = np.divide(1.0, counted, out=np.zeros(joints), where=counted > 0)
-    pixels = call.plan_planes.joints.pixels * call.plan.channels
+    pixels = call.joint_pixels * call.plan.channels
     scales = _scales(entropies.largest, pixels, max(1.0, term.pos_weight.max()))
     sums = np.zeros(joints, np.int64)
     call.run_blocks(binary.add_losses, codes=codes, entropies=entropies, term=t, scales=scales, sums=sums)
+    if call.ranks is not None:
+        call.ranks.add([sums])
     entropies.factor[t] = term.weight * mean
     losses = (sums / scales * mean)[None]
     return TermValues(losses, np.ones_like(losses, np.bool_))

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import segments, tables
+from lovasz.core.backends.numba import joint_segments, segments, tables
 from lovasz.core.backends.numba.bins import LOWEST_TOP, SOFTMAX_TOP
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.segments import Parts, Rules, Segments
 from lovasz.core.plan import Term
+from lovasz.core.ranks import Ranks
 from lovasz.core.scoring import State
 from lovasz.core.tables import MAX_PIXELS
 
@@ -64,10 +65,10 @@ def score_term(
 
     Args:
         scored, weights: the results of ``select_segments``, shape (K, groups).
-        foreground: the foreground pixels of each segment, shape (K, groups).
+        foreground: the foreground pixels of each segment, shape (K, groups); those of all ranks for a joint.
         add: whether gradients are added to those of other terms.
-        largest: the bits of each segment's largest error, shape (K, groups); None for softmax, whose errors are at
-            most 1.
+        largest: the bits of each segment's largest error, shape (K, groups), as ``foreground``; None for softmax, whose
+            errors are at most 1.
 
     Returns:
         The losses: float64, shape (K, groups), 0 for segments that are not scored.
@@ -79,14 +80,15 @@ def score_term(
     order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
     row, group = row[order], group[order]
     pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
-    is_binary = call.plan.is_binary
+    ranks, is_binary = None if term.per_image else call.ranks, call.plan.is_binary
+    of_all = pixels if ranks is None else np.full_like(pixels, sum(ranks.pixels))
     # Gradients are with respect to probabilities, or the margins of binary losses; for softmax, the backward pass
     # applies the sign.
     sign = -1.0 if is_binary or call.plan.loss.probabilities else 1.0
-    enough = (pixels >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
+    enough = (of_all >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
     found = Segments(
         state=np.where(foreground_count == 0, State.ABSENT, State.SCORED).astype(np.int64),
-        counted=enough & (foreground_count > 0) & (pixels < MAX_PIXELS),
+        counted=enough & (foreground_count > 0) & (of_all < MAX_PIXELS),
         row=row,
         code_row=row if is_binary else np.zeros_like(row),
         foreground=np.ones_like(row) if is_binary else row,
@@ -103,14 +105,14 @@ def score_term(
     cut = is_binary and not call.plan.is_sigmoid
     rules = Rules(call.labelling.void, call.ignored_code(term), cut, call.want_grad, add, order_error)
     fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
-    divided = found.counted & (pixels > fair) & (call.threads > 1)
+    divided = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
     if not divided.any():
-        losses = _score_whole(call, found, codes, rules)
+        losses = _score_others(call, ranks, found, codes, rules)
     else:
         losses = np.zeros(len(row))
-        losses[divided] = _score_in_parts(call, _pick(found, divided), fair, codes, rules)
+        losses[divided] = _score_in_parts(call, ranks, _pick(found, divided), fair, codes, rules)
         if not divided.all():
-            losses[~divided] = _score_whole(call, _pick(found, ~divided), codes, rules)
+            losses[~divided] = _score_others(call, ranks, _pick(found, ~divided), codes, rules)
     of_groups[row, group] = losses
     return of_groups
 
@@ -123,6 +125,13 @@ def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _pick(found: Segments, which: Flags) -> Segments:
     columns: tuple[Any, ...] = found
     return Segments(*(column[which] for column in columns))
+
+
+def _score_others(call: Call, ranks: Ranks | None, found: Segments, codes: npt.NDArray[Any], rules: Rules) -> Floats:
+    """Scores segments that are not counted in parts."""
+    if ranks is None:
+        return _score_whole(call, found, codes, rules)
+    return joint_segments.sort_sent(call, ranks, found, codes, rules)
 
 
 def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Rules) -> Floats:
@@ -154,8 +163,14 @@ def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Ru
     return losses
 
 
-def _score_in_parts(call: Call, found: Segments, part_pixels: int, codes: npt.NDArray[Any], rules: Rules) -> Floats:
-    """Counts large segments in parts, one table per part, so that no thread is idle while another scores a segment."""
+def _score_in_parts(
+    call: Call, ranks: Ranks | None, found: Segments, part_pixels: int, codes: npt.NDArray[Any], rules: Rules
+) -> Floats:
+    """Counts segments in parts, one table per part, so that no thread is idle while another scores a segment.
+
+    Args:
+        ranks: the ranks that have parts of these segments, too; None if there are none.
+    """
     pixels = found.stop - found.start
     per_segment = np.minimum(-(-pixels // part_pixels), call.threads)
     segment = np.repeat(np.arange(len(pixels)), per_segment)
@@ -167,6 +182,9 @@ def _score_in_parts(call: Call, found: Segments, part_pixels: int, codes: npt.ND
     losses, is_fine = np.zeros(len(pixels)), np.ones(len(pixels), np.bool_)
     tasks: dict[str, Any] = {"parts": parts, "segments": found, "rules": rules, "part_tables": part_tables}
     call.run(segments.count_parts, errors=call.errors, codes=codes, **tasks)
+    call.run(segments.add_parts, firsts=firsts, parts=parts, part_tables=part_tables)
+    if ranks is not None:
+        joint_segments.add_tables(ranks, part_tables, firsts, parts)
     call.run(segments.scan_parts, firsts=firsts, losses=losses, is_fine=is_fine, **tasks)
     if rules.want_grad:
         call.run(
@@ -182,5 +200,6 @@ def _score_in_parts(call: Call, found: Segments, part_pixels: int, codes: npt.ND
         tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
     if not is_fine.all():
         others = _pick(found, ~is_fine)
-        losses[~is_fine] = _score_whole(call, others._replace(counted=np.zeros_like(others.counted)), codes, rules)
+        others = others._replace(counted=np.zeros_like(others.counted))
+        losses[~is_fine] = _score_others(call, ranks, others, codes, rules)
     return losses

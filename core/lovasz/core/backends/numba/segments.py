@@ -252,21 +252,11 @@ def count_parts(
 
 
 @compiled
-def scan_parts(
-    tasks: Integers,
-    firsts: Integers,
-    parts: Parts,
-    segments: Segments,
-    rules: Rules,
-    losses: npt.NDArray[np.float64],
-    is_fine: npt.NDArray[np.bool_],
-    part_tables: npt.NDArray[np.int64],
-) -> None:
-    """Adds the tables of each segment's parts to the table of its first part, and scans that.
+def add_parts(tasks: Integers, firsts: Integers, parts: Parts, part_tables: npt.NDArray[np.int64]) -> None:
+    """Adds the tables of each segment's parts to the table of its first part.
 
     Args:
         firsts: the first part of each segment.
-        is_fine: one per segment, written: the result of ``keeps_order``; if false, the table is not scanned.
     """
     while True:
         task = claim(tasks, len(firsts))
@@ -283,10 +273,36 @@ def scan_parts(
             tables.clear(other, low, high)
             lowest, highest = min(lowest, low), max(highest, high)
             p += 1
+        parts.lowest[first], parts.highest[first] = lowest, highest
+
+
+@compiled
+def scan_parts(
+    tasks: Integers,
+    firsts: Integers,
+    parts: Parts,
+    segments: Segments,
+    rules: Rules,
+    losses: npt.NDArray[np.float64],
+    is_fine: npt.NDArray[np.bool_],
+    part_tables: npt.NDArray[np.int64],
+) -> None:
+    """Scans the table of each segment, that of its first part.
+
+    Args:
+        firsts: the first part of each segment.
+        is_fine: one per segment, written: the result of ``keeps_order``; if false, the table is not scanned.
+    """
+    while True:
+        task = claim(tasks, len(firsts))
+        if task >= len(firsts):
+            break
+        first = firsts[task]
+        s, table = parts.segment[first], part_tables[first]
+        lowest, highest = parts.lowest[first], parts.highest[first]
         is_fine[s] = keeps_order(segments, s, rules, lowest, highest, table)
         if is_fine[s]:
             losses[s] = scan(segments, s, lowest, highest, table)
-        parts.lowest[first], parts.highest[first] = lowest, highest
 
 
 @compiled

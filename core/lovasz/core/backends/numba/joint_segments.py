@@ -1,0 +1,144 @@
+"""Segments whose pixels are held by several ranks: their tables are added; of others, the pixels that matter are sent.
+
+Every rank computes the whole segment from that, so all have the same bits, and writes the gradient of its own pixels.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from lovasz.core.backends.numba import sorting, tables
+from lovasz.core.backends.numba.call import Call
+from lovasz.core.backends.numba.intrinsics import compiled, pointer
+from lovasz.core.backends.numba.planes import Floats, Integers, Planes
+from lovasz.core.backends.numba.segments import ABSENT, Parts, Rules, Segments
+from lovasz.core.ranks import Ranks
+
+_VOID, _FOREGROUND = 2, 1
+"""Codes of the pixels that were sent; background is 0."""
+
+
+def add_tables(ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integers, parts: Parts) -> None:
+    """Adds each segment's table over the ranks, and sets the range of its bins to that of all ranks.
+
+    Bins below the smallest foreground error are left out: background there has g = 0.
+
+    Args:
+        firsts: the first part of each segment, whose table holds those of the other parts.
+        parts: ``lowest`` and ``highest`` are changed.
+    """
+    bounds = np.empty((2, len(firsts)), np.int64)
+    for s, first in enumerate(firsts):
+        foreground = part_tables[first, tables.BINS : 2 * tables.BINS]
+        used = np.flatnonzero(foreground[: parts.highest[first] + 1])
+        bounds[:, s] = -parts.lowest[first], used[-1] if len(used) else -1
+    ranks.maximum(bounds)
+    summed = []
+    for s, first in enumerate(firsts):
+        low, stop = -bounds[0, s], bounds[1, s] + 1
+        summed += [part_tables[first, start + low : start + stop] for start in (0, tables.BINS)]
+        parts.lowest[first], parts.highest[first] = low, max(parts.highest[first], stop - 1)
+    ranks.add(summed)
+
+
+def sort_sent(
+    call: Call, ranks: Ranks, found: Segments, codes: npt.NDArray[np.uint8], rules: Rules
+) -> npt.NDArray[np.float64]:
+    """Scores segments by sorting; returns their losses.
+
+    Each rank sends its foreground and the background above the smallest foreground error of all ranks: other
+    background has g = 0. Of a segment without foreground it sends its first largest error.
+    """
+    own = [_pixels(call, found, s, codes, rules) for s in range(len(found.row))]
+    smallest = np.array([-_bits(error[code == _FOREGROUND].min(initial=np.inf)) for error, code in own], np.int64)
+    ranks.maximum(smallest)
+    places = []
+    for s, (error, code) in enumerate(own):
+        if found.state[s] == ABSENT:
+            valid = np.flatnonzero(code != _VOID)
+            first = error[valid].argmax() if len(valid) else 0
+            places.append(valid[first : first + 1])
+        else:
+            floor = np.int32(-smallest[s]).view(np.float32)
+            places.append(np.flatnonzero((code == _FOREGROUND) | ((code != _VOID) & (error > floor))))
+    counts = np.array(ranks.gather(np.array([len(some) for some in places], np.int64)))
+    signed = [
+        np.where(code[some] == _FOREGROUND, -error[some], error[some])
+        for (error, code), some in zip(own, places, strict=True)
+    ]
+    sent = ranks.gather(np.concatenate(signed))
+    ends = np.cumsum(counts, axis=1)
+    losses = np.zeros(len(own))
+    for s, some in enumerate(places):
+        parts = zip(sent, ends[:, s], counts[:, s], strict=True)
+        values = np.concatenate([data[end - n : end] for data, end, n in parts])
+        loss, g = _sorted(values, found, s, rules)
+        losses[s] = loss
+        if rules.want_grad:
+            first = int(counts[: ranks.rank, s].sum())
+            _write(found, s, rules, call.planes, some, g[first : first + len(some)])
+    return losses
+
+
+def _bits(error: np.float32) -> int:
+    return int(np.float32(error).view(np.int32))
+
+
+def _pixels(
+    call: Call, found: Segments, s: int, codes: npt.NDArray[np.uint8], rules: Rules
+) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """The errors of a segment's pixels on this rank, and their codes as they are sent."""
+    pixels = slice(found.start[s], found.stop[s])
+    code = codes[found.code_row[s], pixels]
+    own = np.zeros(len(code), np.uint8)
+    own[code == found.foreground[s]] = _FOREGROUND
+    own[(code == rules.void) | (code == rules.ignored)] = _VOID
+    return call.errors[found.row[s], pixels], own
+
+
+def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[float, Floats]:
+    """Loss and gradient of the pixels that were sent; errors of foreground have the sign bit set."""
+    error, code = np.abs(values), np.signbit(values).astype(np.uint8)
+    g = np.empty(len(values) if rules.want_grad else 0, np.float32)
+    if found.state[s] == ABSENT:
+        return sorting.largest(error, code, _VOID, _VOID, found.weight[s], rules.cut, g), g
+    keys = np.empty((2, len(values)), np.uint64)
+    loss = sorting.extension(
+        error,
+        code,
+        _FOREGROUND,
+        _VOID,
+        _VOID,
+        found.weight[s],
+        found.foreground_weight[s],
+        rules.cut,
+        keys[0],
+        keys[1],
+        g,
+    )
+    return loss, g
+
+
+@compiled
+def _write(segments: Segments, s: int, rules: Rules, planes: Planes, places: Integers, g: Floats) -> None:
+    """Writes a segment's gradient, which is 0 but at some of its pixels.
+
+    Args:
+        places: these pixels, in ascending order, counted from the first one of the segment.
+        g: their gradient.
+    """
+    n = 0
+    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+        pixels, begin = planes.pixels[plane], planes.start[plane] - segments.start[s]
+        address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
+        grads = numba.carray(pointer(address), (pixels,), np.float32)
+        if not rules.add:
+            grads[:] = np.float32(0)
+        while n < len(places) and places[n] < begin + pixels:
+            if rules.add:
+                grads[places[n] - begin] += g[n]
+            else:
+                grads[places[n] - begin] = g[n]
+            n += 1

@@ -1,0 +1,148 @@
+"""What a rank tells the others before it sends pixels: its fault if it has one, its settings, and its sizes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lovasz.core.batch import FLOAT_TYPES, INTEGER_TYPES, Request
+from lovasz.core.distributed.group import Group
+from lovasz.spec import InvalidInput, WeightedSum
+from lovasz.spec.layout import MAX_AXES
+from lovasz.version import VERSION
+
+_NO_OFFSETS = -1
+_SETTINGS = ("loss", "logits", "channels", "gradient", "backend", "lovasz")
+"""What all ranks must have in common, as ``settings`` describes it."""
+
+_SIZES = 3 + 2 * (1 + MAX_AXES)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is needed to read a rank's tensors.
+
+    Attributes:
+        logits_dtype: the element type of the logits.
+        labels_dtype: the element type of the labels as they are sent.
+        logits: the shape of the logits.
+        labels: the shape of the labels.
+        offsets: the number of ``Layout.offsets``; None if there are none.
+    """
+
+    logits_dtype: torch.dtype
+    labels_dtype: torch.dtype
+    logits: tuple[int, ...]
+    labels: tuple[int, ...]
+    offsets: int | None
+
+    @classmethod
+    def of(cls, request: Request, labels_dtype: torch.dtype) -> Sizes:
+        offsets = request.layout.offsets
+        return cls(
+            request.logits.dtype,
+            labels_dtype,
+            tuple(request.logits.shape),
+            tuple(request.labels.shape),
+            None if offsets is None else len(offsets),
+        )
+
+    def encoded(self) -> npt.NDArray[np.int64]:
+        numbers = np.zeros(_SIZES, np.int64)
+        numbers[0] = FLOAT_TYPES.index(self.logits_dtype)
+        numbers[1] = INTEGER_TYPES.index(self.labels_dtype)
+        numbers[2] = _NO_OFFSETS if self.offsets is None else self.offsets
+        for start, shape in ((3, self.logits), (4 + MAX_AXES, self.labels)):
+            numbers[start] = len(shape)
+            numbers[start + 1 : start + 1 + len(shape)] = shape
+        return numbers
+
+    @classmethod
+    def decoded(cls, numbers: npt.NDArray[np.int64]) -> Sizes:
+        return cls(
+            FLOAT_TYPES[int(numbers[0])],
+            INTEGER_TYPES[int(numbers[1])],
+            _shape(numbers[3:]),
+            _shape(numbers[4 + MAX_AXES :]),
+            None if numbers[2] == _NO_OFFSETS else int(numbers[2]),
+        )
+
+
+def _shape(numbers: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """A shape from the number of its axes and their sizes."""
+    return tuple(numbers[1 : 1 + int(numbers[0])].tolist())
+
+
+def settings(request: Request, loss: WeightedSum, want_grad: bool, backend: str) -> tuple[str, ...]:
+    """What all ranks must have in common, in the order of ``_SETTINGS``."""
+    terms = ", ".join(f"{weight:g} * {term}" for weight, term in loss.terms)
+    dtype = str(request.logits.dtype).removeprefix("torch.")
+    return (
+        terms,
+        f"element type {dtype}",
+        f"{request.layout.channels}",
+        "with a gradient" if want_grad else "without a gradient",
+        f"{backend} on {request.logits.device.type}",
+        f"version {VERSION}",
+    )
+
+
+def exchange(group: Group, own: tuple[tuple[str, ...], Sizes] | Exception) -> list[Sizes]:
+    """Tells all ranks of this rank's settings and sizes, or of its fault; returns the sizes of all ranks.
+
+    Raises:
+        InvalidInput: the input of a rank is invalid, or the ranks' settings differ; on every rank, with the same text.
+        RuntimeError: a rank failed for another reason; on every rank.
+    """
+    header = np.zeros(1 + len(_SETTINGS) + _SIZES, np.int64)
+    if isinstance(own, Exception):
+        header[0] = 1
+    else:
+        header[1 : 1 + len(_SETTINGS)] = [_digest(text) for text in own[0]]
+        header[1 + len(_SETTINGS) :] = own[1].encoded()
+    headers = group.numbers(header)
+    digests = headers[:, 1 : 1 + len(_SETTINGS)]
+    if headers[:, 0].any():
+        fault = own if isinstance(own, Exception) else None
+        raise_first(group, fault)
+    if (digests != digests[0]).any():
+        assert not isinstance(own, Exception)
+        _raise_difference(group.objects(own[0]))
+    return [Sizes.decoded(numbers) for numbers in headers[:, 1 + len(_SETTINGS) :]]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _told(fault: Exception | None) -> tuple[str, str] | None:
+    """A fault as (field, problem); the field is empty unless the input is at fault."""
+    if fault is None:
+        return None
+    if isinstance(fault, InvalidInput):
+        return fault.field, fault.problem
+    return "", f"{type(fault).__name__}: {fault}"
+
+
+def raise_first(group: Group, own: Exception | None) -> NoReturn:
+    """Raises the fault of the first rank that has one, on every rank; all ranks call it, at least one with a fault."""
+    told: list[tuple[str, str] | None] = group.objects(_told(own))
+    rank, (field, problem) = next((rank, fault) for rank, fault in enumerate(told) if fault is not None)
+    if field:
+        raise InvalidInput(f"rank {rank}: {field}", problem) from own
+    raise RuntimeError(f"the joint loss failed on rank {rank}: {problem}") from own
+
+
+def _raise_difference(of_ranks: Sequence[tuple[str, ...]]) -> None:
+    for place, field in enumerate(_SETTINGS):
+        for rank, texts in enumerate(of_ranks):
+            if texts[place] != of_ranks[0][place]:
+                raise InvalidInput(
+                    f"rank {rank}: {field}", f"got {texts[place]}; expected {of_ranks[0][place]}, like rank 0"
+                )

@@ -1,0 +1,81 @@
+"""The joint loss of the ranks of a process group: processes of their own, which run the checks of ``group_ranks``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import group_ranks
+
+from lovasz.core import InvalidInput, LovaszSoftmax, compute
+
+SECONDS = 100
+
+CHECKS = (
+    "one_request+",
+    "options+",
+    "probabilities+",
+    "masks_and_offsets+",
+    "all_are_empty+",
+    "at_random+",
+    "not_finite+",
+    "faults",
+    "other_failures",
+    "parts_of_the_ranks",
+    "group_arguments",
+    "copies",
+    "trainings",
+)
+"""With +: with the Numba backend, and without."""
+
+
+def run_ranks(store: Path, world: int, *checks: str) -> list[list[str]]:
+    """What each rank prints: the checks that it has ended."""
+    command = [sys.executable, group_ranks.__file__, "--world", str(world), "--store", str(store), *checks]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, "--rank", str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "PYTHONPATH": str(Path(group_ranks.__file__).parents[1])},
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    # The rank that fails first has the reason; the others lose their peer.
+    failed = [
+        f"rank {number}:\n{said}{errors}"
+        for number, (rank, (said, errors)) in enumerate(zip(ranks, outputs, strict=True))
+        if rank.returncode != 0
+    ]
+    assert not failed, "\n".join(failed)
+    return [said.splitlines() for said, _ in outputs]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_have_the_loss_and_the_gradient_of_one_process(world: int, tmp_path: Path) -> None:
+    printed = run_ranks(tmp_path / "store", world, *CHECKS)
+    assert printed == [list(CHECKS)] * world
+
+
+def test_no_rank_waits_for_one_that_has_ended(tmp_path: Path) -> None:
+    printed = run_ranks(tmp_path / "store", 3, "a_rank_that_ends")
+    assert printed[2] == ["ended"]
+    for told in printed[:2]:
+        assert len(told) == 1
+        assert told[0].startswith("told: ")
+
+
+def test_the_default_group_has_to_exist() -> None:
+    with pytest.raises(InvalidInput, match="group: got 'world', and there is no default group"):
+        compute(torch.zeros(1, 2, 3), torch.zeros(1, 3, dtype=torch.long), LovaszSoftmax(), group="world")
