@@ -65,7 +65,7 @@ SERVER_LAYERS = (
 """The modules and folders of the server, lowest first. Each imports only from itself and from lower layers."""
 
 BACKENDS = ("lovasz.core.backends.torch", "lovasz.core.backends.numba", "lovasz.core.backends.triton")
-ABOVE_BACKENDS = ("dispatch", "answers", "functional", "modules")
+ABOVE_BACKENDS = ("dispatch", "answers", "distributed", "functional", "modules")
 """Modules of the core that use the backends."""
 
 GRPC = ("grpc", "grpc_health", "grpc_reflection", "lovasz.v1.loss_pb2_grpc")

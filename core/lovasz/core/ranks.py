@@ -25,11 +25,11 @@ class Ranks(Protocol):
     pixels: tuple[int, ...]
 
     def add(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
-        """Replaces each array by its sum over the ranks; the arrays are contiguous, and their sizes are the same."""
+        """Replaces each array by its sum over the ranks; the arrays are contiguous, and may be large."""
         ...
 
-    def maximum(self, array: npt.NDArray[np.int64]) -> None:
-        """Replaces an array by its maximum over the ranks."""
+    def reduce(self, sums: Sequence[npt.NDArray[np.int64]], maxima: Sequence[npt.NDArray[np.int64]]) -> None:
+        """Replaces small arrays by their sum, and others by their maximum over the ranks, in one exchange."""
         ...
 
     def gather(self, own: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:

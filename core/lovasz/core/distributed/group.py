@@ -92,8 +92,14 @@ class Parts:
     def add(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
         self._group.add([torch.from_numpy(array) for array in arrays if array.size])
 
-    def maximum(self, array: npt.NDArray[np.int64]) -> None:
-        array[...] = self._group.numbers(array.ravel()).max(0).reshape(array.shape)
+    def reduce(self, sums: Sequence[npt.NDArray[np.int64]], maxima: Sequence[npt.NDArray[np.int64]]) -> None:
+        arrays = [*sums, *maxima]
+        numbers = self._group.numbers(np.concatenate([array.ravel() for array in arrays]))
+        first = 0
+        for place, array in enumerate(arrays):
+            of_ranks = numbers[:, first : first + array.size]
+            first += array.size
+            array[...] = (of_ranks.sum(0) if place < len(sums) else of_ranks.max(0)).reshape(array.shape)
 
     def gather(self, own: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         counts = self._group.numbers(np.array([own.nbytes]))[:, 0].tolist()

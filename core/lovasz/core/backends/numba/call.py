@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,11 +170,14 @@ class Call:
         """Rearranges flat (planes x K) counts as (K, planes)."""
         return counts.reshape(-1, self.plan.channels).T.copy()
 
-    def joint_counts(self, valid: npt.NDArray[np.int64] | None = None) -> JointCounts:
+    def joint_counts(
+        self, valid: npt.NDArray[np.int64] | None = None, maxima: Sequence[npt.NDArray[np.int64]] = ()
+    ) -> JointCounts:
         """The counts of each joint, once all blocks have been counted.
 
         Args:
             valid: flat (planes x K), as ``counts``.
+            maxima: written: if there are other ranks, the maximum over all of them.
         """
         joints, counts = self.plan_planes.joints, self.counts
         of_planes = [counts.labels, counts.predictions, counts.hits, counts.labels if valid is None else valid]
@@ -185,7 +188,7 @@ class Call:
         )
         faults = counts.faults.reshape(-1, len(self.plan.sizes))
         if self.ranks is not None:
-            self.ranks.add([of_joints, faults])
+            self.ranks.reduce([of_joints, faults], maxima)
         return JointCounts(*of_joints, faults)
 
     @property

@@ -71,11 +71,9 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
     else:
         inputs |= {"label_probability": probability, "entropies": entropies}
         call.run_blocks(softmax.prepare, logits_kind=call.logits_kind, counts=call.counts, **inputs)
-    of_joints = call.joint_counts()
-    if call.ranks is not None:
-        if of_joints.faults.any():
-            return [], of_joints
-        call.ranks.maximum(entropies.largest)
+    of_joints = call.joint_counts(maxima=[entropies.largest])
+    if call.ranks is not None and of_joints.faults.any():
+        return [], of_joints
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []
@@ -115,14 +113,11 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         largest=largest,
         **inputs,
     )
-    of_joints = call.joint_counts(valid)
     largest = call.per_plane(largest)
     largest_of_joints = np.maximum.reduceat(largest, call.plan_planes.joints.first_plane, axis=1)
-    if call.ranks is not None:
-        if of_joints.faults.any():
-            return [], of_joints
-        call.ranks.maximum(largest_of_joints)
-        call.ranks.maximum(entropies.largest)
+    of_joints = call.joint_counts(valid, maxima=[largest_of_joints, entropies.largest])
+    if call.ranks is not None and of_joints.faults.any():
+        return [], of_joints
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []

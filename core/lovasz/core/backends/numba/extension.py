@@ -46,6 +46,9 @@ THRESHOLDS = Thresholds(
     # Estimates up to this value were at least 0.98 of the true error (docs/mathematics.md, section 11).
     order_error=1.8e-5,
 )
+MOST_TABLES = 32
+"""The most segments that are counted in parts at a time: each of their tables takes 3 MB."""
+
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf)
 COUNT_ALL = Thresholds(0, 0, math.inf)
 
@@ -110,7 +113,8 @@ def score_term(
         losses = _score_others(call, ranks, found, codes, rules)
     else:
         losses = np.zeros(len(row))
-        losses[divided] = _score_in_parts(call, ranks, _pick(found, divided), fair, codes, rules)
+        for some in _portions(divided, MOST_TABLES):
+            losses[some] = _score_in_parts(call, ranks, _pick(found, some), fair, codes, rules)
         if not divided.all():
             losses[~divided] = _score_others(call, ranks, _pick(found, ~divided), codes, rules)
     of_groups[row, group] = losses
@@ -122,9 +126,15 @@ def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.maximum((bits >> 23) - 127, LOWEST_TOP)
 
 
-def _pick(found: Segments, which: Flags) -> Segments:
+def _pick(found: Segments, which: npt.NDArray[Any]) -> Segments:
     columns: tuple[Any, ...] = found
     return Segments(*(column[which] for column in columns))
+
+
+def _portions(which: Flags, most: int) -> list[npt.NDArray[np.int64]]:
+    """The positions of the flags that are true, in portions of at most so many."""
+    places = np.flatnonzero(which)
+    return [places[first : first + most] for first in range(0, len(places), most)]
 
 
 def _score_others(call: Call, ranks: Ranks | None, found: Segments, codes: npt.NDArray[Any], rules: Rules) -> Floats:

@@ -31,16 +31,23 @@ def add_tables(ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integer
     """
     bounds = np.empty((2, len(firsts)), np.int64)
     for s, first in enumerate(firsts):
-        foreground = part_tables[first, tables.BINS : 2 * tables.BINS]
-        used = np.flatnonzero(foreground[: parts.highest[first] + 1])
-        bounds[:, s] = -parts.lowest[first], used[-1] if len(used) else -1
-    ranks.maximum(bounds)
+        bounds[:, s] = -parts.lowest[first], _last_used(part_tables[first, tables.BINS : 2 * tables.BINS])
+    ranks.reduce((), [bounds])
     summed = []
     for s, first in enumerate(firsts):
         low, stop = -bounds[0, s], bounds[1, s] + 1
         summed += [part_tables[first, start + low : start + stop] for start in (0, tables.BINS)]
         parts.lowest[first], parts.highest[first] = low, max(parts.highest[first], stop - 1)
     ranks.add(summed)
+
+
+@compiled
+def _last_used(words: Integers) -> int:
+    """The last word that is not 0; -1 if there is none."""
+    last = len(words) - 1
+    while last >= 0 and words[last] == 0:
+        last -= 1
+    return last
 
 
 def sort_sent(
@@ -53,13 +60,12 @@ def sort_sent(
     """
     own = [_pixels(call, found, s, codes, rules) for s in range(len(found.row))]
     smallest = np.array([-_bits(error[code == _FOREGROUND].min(initial=np.inf)) for error, code in own], np.int64)
-    ranks.maximum(smallest)
+    ranks.reduce((), [smallest])
     places = []
     for s, (error, code) in enumerate(own):
         if found.state[s] == ABSENT:
             valid = np.flatnonzero(code != _VOID)
-            first = error[valid].argmax() if len(valid) else 0
-            places.append(valid[first : first + 1])
+            places.append(valid[[int(error[valid].argmax())]] if len(valid) else valid)
         else:
             floor = np.int32(-smallest[s]).view(np.float32)
             places.append(np.flatnonzero((code == _FOREGROUND) | ((code != _VOID) & (error > floor))))
