@@ -13,6 +13,7 @@ from types import TracebackType
 import grpc
 
 from lovasz import wire
+from lovasz.server.config import UNIX
 from lovasz.server.errors import AbandonedError, ExpiredError, NoBytesLeftError, NoRequestsLeftError, ServerError
 from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.memory.pool import StagingPool
@@ -27,6 +28,7 @@ from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.clock import CallClock
+from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
 from lovasz.v1 import loss_pb2 as pb
 
@@ -77,6 +79,7 @@ class Call:
         self._permit: Permit | None = None
         self._place: Seat | Kept | None = None
         self._staging: Staging | None = None
+        self._handed_over: tuple[int, SendWatch] | None = None
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else self._clock.started + remaining
         self._trace = exemplar(context.invocation_metadata())
@@ -115,7 +118,9 @@ class Call:
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
         else:
-            place = self._place = self._pipeline.joints.join(header, self._context.cancel)
+            peer = self._context.peer()  # Unix sockets do not tell connections apart.
+            peer = "" if peer.startswith(UNIX) else peer
+            place = self._place = self._pipeline.joints.join(header, self._context.cancel, peer)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
@@ -186,6 +191,10 @@ class Call:
             answer.ranks,
         ).to_proto()
 
+    def hand_over(self, nbytes: int, sending: SendWatch) -> None:
+        """The answer goes to gRPC in one message of this size once the ``with`` has ended."""
+        self._handed_over = nbytes, sending
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -209,6 +218,13 @@ class Call:
         if self._staging is not None:
             self._staging.release()
             self._staging = None
+        if self._handed_over is None:
+            self._give_back_room()
+        else:
+            nbytes, sending = self._handed_over
+            sending.hand_over(nbytes, self._context, self._give_back_room)
+
+    def _give_back_room(self) -> None:
         if self._place is not None:
             self._pipeline.joints.leave(self._place)
             self._place = None
