@@ -261,6 +261,7 @@ class Desk:
             joints=self.joints,
             metrics=self.metrics,
             calls=threading.Semaphore(1000),
+            max_segments=10**9,
         )
         self.service = LossServicer(
             pipeline=pipeline,

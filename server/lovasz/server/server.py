@@ -90,6 +90,7 @@ class Server:
             joints=self._joints,
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
+            max_segments=config.max_segments,
         )
         servicer = LossServicer(
             pipeline=pipeline,

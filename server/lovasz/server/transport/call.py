@@ -14,7 +14,14 @@ import grpc
 
 from lovasz import wire
 from lovasz.server.config import UNIX
-from lovasz.server.errors import AbandonedError, ExpiredError, NoBytesLeftError, NoRequestsLeftError, ServerError
+from lovasz.server.errors import (
+    AbandonedError,
+    ExpiredError,
+    NoBytesLeftError,
+    NoRequestsLeftError,
+    ServerError,
+    TooLargeError,
+)
 from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
@@ -46,6 +53,7 @@ class Pipeline:
 
     Attributes:
         calls: one permit for each call that may be in the loss service at a time.
+        max_segments: the most segments in one request.
         refusals: logs refused requests, a few of them where there are many.
     """
 
@@ -55,6 +63,7 @@ class Pipeline:
     staging: StagingPool
     metrics: Metrics
     calls: threading.Semaphore
+    max_segments: int
     refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
 
 
@@ -102,8 +111,15 @@ class Call:
 
         Raises:
             InvalidInput: a value in it is invalid.
+            TooLargeError: the computation would take too long.
         """
         header = wire.Request.from_proto(message)
+        segments, most = header.loss.segments(header.layout), self._pipeline.max_segments
+        if segments > most:
+            raise TooLargeError(
+                f"the request has {segments} segments (classes x groups, over all Lovász terms); the server computes "
+                f"{most} at most (--max-segments)"
+            )
         self._loss = header.loss.kind
         self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
@@ -260,7 +276,7 @@ class Call:
 
     def _abort(self, error: BaseException, status: Status) -> None:
         """Logs the error if need be, and ends the call with it."""
-        text = str(error)
+        text = str(error).encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore")
         request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
         if status.logged:
             self._pipeline.refusals.info("a request was refused", **request, reason=text)
@@ -272,4 +288,4 @@ class Call:
             # gRPC's own retries wait for this long; if it is negative, they do not try again.
             milliseconds = str(round(error.retry_after_seconds * 1000))
             self._context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
-        self._context.abort(status.code, text.encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore"))
+        self._context.abort(status.code, text)
