@@ -76,7 +76,10 @@ class Server:
         )
         self._staging = StagingPool(self._engine.device)
         paths = config.socket_paths if config.shared_memory else ()
-        self._shared_memory = [SharedMemory(path + wire.MEMORY_SUFFIX) for path in paths]
+        self._shared_memory = [
+            SharedMemory(path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths))
+            for path in paths
+        ]
         self._grpc = GrpcServer(config.max_requests)
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
