@@ -50,7 +50,7 @@ def stream(target: str, messages: Iterator[pb.ComputeStreamRequest]) -> Iterator
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[ServerProcess]:
     """A server that waits only so long for its callers."""
-    with ServerProcess(["--device", "cpu", "--stall-timeout", "0.5"]) as server:
+    with ServerProcess(["--device", "cpu", "--stall-timeout", "0.5", "--header-timeout", "0.5"]) as server:
         yield server
 
 
@@ -120,10 +120,10 @@ def test_a_stream_without_a_header_is_cut_off(impatient: ServerProcess) -> None:
             list(call)
         release.set()
     assert cut_off.value.code() is grpc.StatusCode.ABORTED
-    assert cut_off.value.details() == "no header came within 0.5 s (--stall-timeout)"
+    assert cut_off.value.details() == "no header came within 0.5 s (--header-timeout)"
     error = from_rpc_error(cut_off.value, impatient.target)
     assert isinstance(error, LossError)
-    assert "--stall-timeout" in str(error)
+    assert "--header-timeout" in str(error)
     assert metric(impatient, "lovasz_stalled_total", phase="receive") == before + 1
 
 

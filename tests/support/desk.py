@@ -29,8 +29,10 @@ from lovasz.server.schedule.job import Job
 from lovasz.server.schedule.joint.group import SeatState
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.call import Pipeline
+from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import LossServicer
+from lovasz.server.transport.timed_calls import TimedCalls
 from lovasz.spec import LossLike, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
@@ -134,8 +136,12 @@ class Caller:
         return not self.gone.is_set()
 
     def cancel(self) -> None:
+        self.gone.set()
+        self.end()
+
+    def end(self) -> None:
+        """The call has ended, and its answer has left."""
         with self._lock:
-            self.gone.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
@@ -256,6 +262,7 @@ class Desk:
             joints=self.joints,
             metrics=self.metrics,
             calls=threading.Semaphore(1000),
+            max_segments=10**9,
         )
         self.service = LossServicer(
             pipeline=pipeline,
@@ -263,7 +270,8 @@ class Desk:
             shared_memory=(),
             readers=self._readers,
             sending=SendWatch(NEVER, self.metrics),
-            stall_seconds=NEVER,
+            patience=Patience(header_seconds=NEVER, stall_seconds=NEVER, payload_seconds=NEVER),
+            headerless=TimedCalls("calls", NEVER, 1000, self.metrics),
         )
 
     def compute(self) -> None:
@@ -277,6 +285,7 @@ class Desk:
         message = framing.UnaryRequest(rank.request.to_proto(), *rank.payload)
         try:
             answer = framing.UnaryResponse.decode(self.service.compute(message, cast("Any", caller)))
+            caller.end()
         except Ended:
             return Outcome(caller.code, caller.text, caller.metadata)
         return Outcome(OK, header=answer.header, grad=bytes(answer.grad))

@@ -294,3 +294,14 @@ def test_an_answer_that_does_not_fit_is_refused(change: Callable[[pb.ResponseHea
 def test_a_gradient_that_was_not_wanted_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"response\.grad: got "):
         wire.Response.from_proto(answer().to_proto(), replace(REQUEST, want_grad=False))
+
+
+def test_the_longest_header_that_a_loss_needs_is_read() -> None:
+    weights, classes = [1.5] * spec.MAX_CLASSES, range(spec.MAX_CLASSES)
+    loss = weighted_sum([(1.0, LovaszSoftmax(classes, weights, per_image=True))] * 4)
+    tensors = [wire.TensorSpec(wire.dtype_named(name), shape) for name, shape in LONGEST]
+    request = wire.Request.checked(loss, *tensors, True, offsets=range(1, 1001))
+    assert wire.Request.from_proto(request.to_proto()) == request
+
+
+LONGEST = (("float32", (1000, spec.MAX_CLASSES, 1)), ("int32", (1000, 1)))

@@ -41,6 +41,19 @@ def number(name: str, value: object) -> float:
     raise InvalidInput(name, f"got {shown(value)}; expected a finite number")
 
 
+def numbers(name: str, values: Sequence[object]) -> tuple[float, ...]:
+    """Finite numbers. The name of each is made only where it is needed, as there may be many."""
+    return tuple(
+        value if type(value) is float and math.isfinite(value) else number(f"{name}[{i}]", value)
+        for i, value in enumerate(values)
+    )
+
+
+def integers(name: str, values: Sequence[object]) -> tuple[int, ...]:
+    """Integers; their names as in :func:`numbers`."""
+    return tuple(value if type(value) is int else integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
 def flag(name: str, value: object) -> bool:
     """True or False."""
     plain = _plain(value)
@@ -78,7 +91,7 @@ def class_weights(value: Sequence[float] | None) -> tuple[float, ...] | None:
     expected = "one number a class, such as [0.5, 1.0], or None"
     if isinstance(value, bool):
         expected += " (per_image comes after class_weights; give it by name)"
-    weights = tuple(number(f"class_weights[{i}]", w) for i, w in enumerate(elements("class_weights", value, expected)))
+    weights = numbers("class_weights", elements("class_weights", value, expected))
     if not weights:
         raise InvalidInput("class_weights", "got an empty list; expected one number a class, or None")
     for i, weight in enumerate(weights):
@@ -108,10 +121,12 @@ def pos_weight(value: Any) -> float | tuple[float, ...] | None:
     expected = "a number >= 0, one number a label, or None"
     plain = _plain(value)
     is_one = isinstance(plain, int | float) or not hasattr(plain, "__iter__")
-    values = [value] if is_one else elements("pos_weight", value, expected)
-    weights = tuple(number("pos_weight" if is_one else f"pos_weight[{i}]", w) for i, w in enumerate(values))
+    if is_one:
+        weights: tuple[float, ...] = (number("pos_weight", value),)
+    else:
+        weights = numbers("pos_weight", elements("pos_weight", value, expected))
     if not weights or min(weights) < 0:
-        raise InvalidInput("pos_weight", f"got {list(weights)}; expected {expected}")
+        raise InvalidInput("pos_weight", f"got {reprlib.repr(list(weights))}; expected {expected}")
     return weights[0] if len(weights) == 1 else weights
 
 

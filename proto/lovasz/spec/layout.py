@@ -135,7 +135,7 @@ def checked_offsets(values: Any, images: int) -> tuple[int, ...] | None:
         return None
     expected = f"ascending integers, the end of each image along the first axis, the last one {images}"
     elements = checks.elements("offsets", values, expected)
-    ends = tuple(checks.integer(f"offsets[{i}]", end) for i, end in enumerate(elements))
+    ends = checks.integers("offsets", elements)
     previous = 0
     for i, end in enumerate(ends):
         if end <= previous:

@@ -59,7 +59,7 @@ class LovaszSoftmax:
             return self.classes
         expected = "'present', 'all' or a sequence of class numbers, such as [1, 2]"
         elements = checks.elements("classes", self.classes, expected)
-        listed = tuple(checks.integer(f"classes[{i}]", c) for i, c in enumerate(elements))
+        listed = checks.integers("classes", elements)
         if not listed:
             raise InvalidInput("classes", "got an empty list; expected at least one class number")
         if len(set(listed)) != len(listed):

@@ -97,6 +97,10 @@ class WeightedSum:
         """Whether a term has ``per_image``."""
         return any(isinstance(loss, LovaszLoss) and loss.per_image for _, loss in self.terms)
 
+    def segments(self, layout: Layout) -> int:
+        """How many segments a request has: for each Lovász term, its classes times its groups."""
+        return sum(_segments(loss, layout) for _, loss in self.terms if isinstance(loss, LovaszLoss))
+
     def per_image_losses(self, results: Sequence[TermResult]) -> npt.NDArray[np.float64]:
         """The loss of each image, from the results of the terms: float64, shape (images,)."""
         losses = [weight * term.per_image_loss for (weight, _), term in zip(self.terms, results, strict=True)]
@@ -144,6 +148,12 @@ class WeightedSum:
                 "offsets", "got them for a loss that scores all images together; expected per_image=True"
             )
         return layout if ends is None else replace(layout, offsets=ends)
+
+
+def _segments(loss: LovaszLoss, layout: Layout) -> int:
+    is_listed = isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str)
+    classes = len(loss.classes) if is_listed else layout.channels  # type: ignore[union-attr]
+    return classes * (layout.scored_images if loss.per_image else 1)
 
 
 def _check_class_options(loss: Loss, classes: int) -> None:

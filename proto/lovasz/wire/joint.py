@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 from lovasz import spec
@@ -44,7 +45,9 @@ class Joint:
 
     def __post_init__(self) -> None:
         if not isinstance(self.run, str) or not 1 <= len(self.run) <= MAX_RUN_CHARACTERS:
-            raise spec.InvalidInput("joint.run", f"got {self.run!r}; expected 1 to {MAX_RUN_CHARACTERS} characters")
+            raise spec.InvalidInput(
+                "joint.run", f"got {reprlib.repr(self.run)}; expected 1 to {MAX_RUN_CHARACTERS} characters"
+            )
         values = (("step", self.step), ("rank", self.rank), ("world_size", self.world_size), ("round", self.round))
         for name, value in values:
             if isinstance(value, bool) or not isinstance(value, int):
@@ -111,12 +114,13 @@ class Abort:
 
     @classmethod
     def from_proto(cls, message: pb.AbortStepRequest) -> Abort:
-        """What a protobuf message says; a long reason is cut.
+        """What a protobuf message says; a long reason is cut, and control characters in it become spaces.
 
         Raises:
             InvalidInput: a value is invalid.
         """
-        return cls(Joint.from_proto(message.joint), message.want_grad, message.reason[:MAX_REASON_CHARACTERS])
+        reason = "".join(c if c.isprintable() else " " for c in message.reason[:MAX_REASON_CHARACTERS])
+        return cls(Joint.from_proto(message.joint), message.want_grad, reason)
 
 
 @dataclass(frozen=True)

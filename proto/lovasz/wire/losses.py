@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 from lovasz import spec
@@ -77,6 +78,28 @@ def loss_from_proto(message: pb.Loss) -> spec.WeightedSum:
     )
 
 
+def check_lengths(message: pb.Loss, channels: int) -> None:
+    """Checks that no option of a term has more elements than there are classes or labels, before they are read.
+
+    Raises:
+        InvalidInput: one has.
+    """
+    for term in message.terms[: spec.MAX_TERMS]:
+        kind = term.WhichOneof("loss")
+        if kind == "lovasz_softmax":
+            _check_length("class_weights", term.lovasz_softmax.class_weights, channels, "one a class")
+            _check_length("classes", term.lovasz_softmax.listed_classes, channels, "each class once")
+        elif kind == "cross_entropy":
+            _check_length("class_weights", term.cross_entropy.class_weights, channels, "one a class")
+        elif kind == "binary_cross_entropy":
+            _check_length("pos_weight", term.binary_cross_entropy.pos_weight, channels, "one a label")
+
+
+def _check_length(name: str, elements: Sequence[object], most: int, what: str) -> None:
+    if len(elements) > most:
+        raise spec.InvalidInput(name, f"got {len(elements)} numbers; expected {most}, {what}")
+
+
 def _weight_from_proto(i: int, term: pb.Term) -> float:
     if not term.HasField("weight"):
         raise spec.InvalidInput(f"loss.terms[{i}].weight", "is not set; expected a finite number, such as 1")
@@ -133,7 +156,8 @@ def _softmax_from_proto(message: pb.LovaszSoftmax) -> spec.LovaszSoftmax:
     if isinstance(classes, str) and message.listed_classes:
         raise spec.InvalidInput(
             "lovasz_softmax.listed_classes",
-            f"got {list(message.listed_classes)} beside {enum_text(pb.ClassSelection, message.class_selection)}; "
+            f"got {reprlib.repr(list(message.listed_classes[:10]))} beside "
+            f"{enum_text(pb.ClassSelection, message.class_selection)}; "
             "expected none (they belong to CLASS_SELECTION_LISTED)",
         )
     input_kind = _INPUT_FROM_PROTO.get(message.input)

@@ -15,12 +15,18 @@ from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_named, dtype_numbered
 from lovasz.wire.enums import enum_text
 from lovasz.wire.joint import MAX_RUN_CHARACTERS, Joint
-from lovasz.wire.losses import loss_from_proto, loss_to_proto
+from lovasz.wire.losses import check_lengths, loss_from_proto, loss_to_proto
 
 MAX_SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux."""
 MEMORY_SUFFIX = ".memory"
 """The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
+
+MAX_HEADER_BYTES = 64 << 10
+"""The longest header, beside what the options of its classes and its offsets take."""
+_OPTION_BYTES = 11
+"""A class of a term: its weight, and its number in a list of classes."""
+_OFFSET_BYTES = 10
 
 
 @dataclass(frozen=True)
@@ -156,8 +162,9 @@ class Request:
         """The request that a protobuf header describes.
 
         Raises:
-            InvalidInput: a field is missing, unknown or invalid.
+            InvalidInput: a field is missing, unknown, invalid or too long.
         """
+        _check_size(header)
         return cls.checked(
             loss_from_proto(header.loss),
             _tensor_from_proto("logits", header.logits, FLOATS),
@@ -170,6 +177,21 @@ class Request:
         )
 
 
+def _check_size(header: pb.RequestHeader) -> None:
+    """Checks lengths before elements: a header of a few megabytes would take seconds to read."""
+    shape = header.logits.shape
+    if len(shape) > spec.MAX_AXES:
+        raise spec.InvalidInput("logits", f"got {len(shape)} axes; expected at most {spec.MAX_AXES}")
+    images, channels = max(0, *shape[:1], 0), min(max(0, *shape[1:2], 1), spec.MAX_CLASSES)
+    check_lengths(header.loss, channels)
+    if len(header.offsets) > images:
+        raise spec.InvalidInput("offsets", f"got {len(header.offsets)}; expected at most {images}, one an image")
+    options = min(len(header.loss.terms), spec.MAX_TERMS) * channels * _OPTION_BYTES
+    most = MAX_HEADER_BYTES + options + len(header.offsets) * _OFFSET_BYTES
+    if header.ByteSize() > most:
+        raise spec.InvalidInput("header", f"got {header.ByteSize()} bytes; expected at most {most}")
+
+
 def _tensor_from_proto(name: str, message: pb.TensorInfo, expected: Sequence[str]) -> TensorSpec:
     dtype = dtype_numbered(message.data_type)
     if dtype is None:
@@ -177,6 +199,8 @@ def _tensor_from_proto(name: str, message: pb.TensorInfo, expected: Sequence[str
         raise spec.InvalidInput(
             f"{name}.data_type", f"got {enum_text(pb.DataType, message.data_type)}; expected one of {types}"
         )
+    if len(message.shape) > spec.MAX_AXES:
+        raise spec.InvalidInput(name, f"got {len(message.shape)} axes; expected at most {spec.MAX_AXES}")
     return TensorSpec(dtype, tuple(message.shape))
 
 

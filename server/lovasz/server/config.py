@@ -24,8 +24,14 @@ DEFAULT_DRAIN_SECONDS = 30.0
 DEFAULT_HEALTH_INTERVAL_SECONDS = 5.0
 DEFAULT_DEVICE_STALL_SECONDS = 60.0
 DEFAULT_STALL_SECONDS = 20.0
+DEFAULT_HEADER_SECONDS = 5.0
+DEFAULT_PAYLOAD_SECONDS = 120.0
+DEFAULT_MAX_SEGMENTS = 1 << 22
+DEFAULT_REFLECTION = False
 DEFAULT_SHARED_MEMORY = False
+DEFAULT_MAX_SHARED_BYTES = 16 << 30
 DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
+DEFAULT_JOINT_SHARE = 0.5
 DEFAULT_MAX_RUNS = 20
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
@@ -150,6 +156,29 @@ class ServerConfig:
         "at once",
         _number,
     )
+    max_segments: int = _setting(
+        DEFAULT_MAX_SEGMENTS,
+        "--max-segments",
+        "N",
+        "the most segments in one request: classes x groups (images with per_image, else 1), summed over its Lovász "
+        "terms",
+        _integer,
+    )
+    header_seconds: float = _setting(
+        DEFAULT_HEADER_SECONDS,
+        "--header-timeout",
+        "SECONDS",
+        "a caller whose header has not come after this time is cut off",
+        _number,
+    )
+    payload_seconds: float = _setting(
+        DEFAULT_PAYLOAD_SECONDS,
+        "--payload-timeout",
+        "SECONDS",
+        "how long the payload of a request may take, whatever its size; a caller that is so slow that it will take "
+        "longer is cut off before",
+        _number,
+    )
     stall_seconds: float = _setting(
         DEFAULT_STALL_SECONDS,
         "--stall-timeout",
@@ -165,11 +194,33 @@ class ServerConfig:
         "--listen (its path with .memory appended); whoever may open that socket may share memory",
         _switch,
     )
+    max_shared_bytes: int = _setting(
+        DEFAULT_MAX_SHARED_BYTES,
+        "--max-shared-memory",
+        "SIZE",
+        "the most memory that callers on this host may share with the server, all together",
+        parse_bytes,
+    )
+    reflection: bool = _setting(
+        DEFAULT_REFLECTION,
+        "--reflection",
+        "on|off",
+        "answer grpcurl and the like which services and messages there are (gRPC reflection)",
+        _switch,
+    )
     joint_timeout_seconds: float = _setting(
         DEFAULT_JOINT_TIMEOUT_SECONDS,
         "--joint-timeout",
         "SECONDS",
         "how long the ranks of a joint step wait for missing ranks; must be less than the timeout of their calls",
+        _number,
+    )
+    joint_share: float = _setting(
+        DEFAULT_JOINT_SHARE,
+        "--joint-share",
+        "SHARE",
+        "the most of --memory-budget and --max-requests that is held for ranks of one run, or of one caller's runs, "
+        "that have not come yet; a run with more ranks needs more --max-requests",
         _number,
     )
     max_runs: int = _setting(
@@ -221,13 +272,22 @@ class ServerConfig:
             self._refuse("device", "auto, cpu, cuda or cuda:N")
         if self.memory_budget_bytes < _LEAST_BUDGET_BYTES:
             self._refuse("memory_budget_bytes", f"at least {format_bytes(_LEAST_BUDGET_BYTES)}")
-        for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_runs"):
+        if not 0 < self.joint_share < 1:
+            self._refuse("joint_share", "a number > 0 and < 1")
+        for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_segments", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
         for name in ("max_batch_delay_seconds", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "a number >= 0")
-        for name in ("health_interval_seconds", "device_stall_seconds", "stall_seconds", "joint_timeout_seconds"):
+        for name in (
+            "health_interval_seconds",
+            "device_stall_seconds",
+            "header_seconds",
+            "payload_seconds",
+            "stall_seconds",
+            "joint_timeout_seconds",
+        ):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number > 0")
         if self.log_level not in LOG_LEVELS:

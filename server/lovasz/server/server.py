@@ -22,10 +22,13 @@ from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.call import Pipeline
 from lovasz.server.transport.grpc_server import GrpcServer
-from lovasz.server.transport.health import HealthMonitor
+from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
+from lovasz.server.transport.receiving import Patience
+from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.sending import SendWatch
-from lovasz.server.transport.servicer import LossServicer
+from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.server.transport.timed_calls import TimedCalls
 from lovasz.server.web.http_server import WebServer
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
@@ -61,7 +64,9 @@ class Server:
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._admission.starting = True
         self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
-        self._joints = JointTable(self._admission, self._batcher, self._metrics, config.joint_timeout_seconds)
+        self._joints = JointTable(
+            self._admission, self._batcher, self._metrics, config.joint_timeout_seconds, config.joint_share
+        )
         self._engine = Engine(
             choose_device(config.device),
             self._batcher,
@@ -71,9 +76,15 @@ class Server:
         )
         self._staging = StagingPool(self._engine.device)
         paths = config.socket_paths if config.shared_memory else ()
-        self._shared_memory = [SharedMemory(path + wire.MEMORY_SUFFIX) for path in paths]
+        self._shared_memory = [
+            SharedMemory(path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths))
+            for path in paths
+        ]
         self._grpc = GrpcServer(config.max_requests)
-        self._health = HealthMonitor(self._engine)
+        self._health = HealthMonitor(self._engine, self._metrics)
+        headerless = TimedCalls(
+            "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
+        )
         sending = SendWatch(config.stall_seconds, self._metrics)
         pipeline = Pipeline(
             admission=self._admission,
@@ -82,6 +93,7 @@ class Server:
             joints=self._joints,
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
+            max_segments=config.max_segments,
         )
         servicer = LossServicer(
             pipeline=pipeline,
@@ -89,15 +101,29 @@ class Server:
             shared_memory=self._shared_memory,
             readers=self._grpc.readers,
             sending=sending,
-            stall_seconds=config.stall_seconds,
+            patience=Patience(
+                header_seconds=config.header_seconds,
+                stall_seconds=config.stall_seconds,
+                payload_seconds=config.payload_seconds,
+            ),
+            headerless=headerless,
         )
-        self._grpc.offer(servicer, self._health)
+        reflection = Reflection((SERVICE_NAME, HEALTH_SERVICE_NAME), self._metrics) if config.reflection else None
+        self._grpc.offer(servicer, self._health, reflection)
+        timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
         self._housekeepers = (
             Housekeeper(
                 "housekeeper",
-                [sending.check, self._joints.check, self._staging.trim, memory.check, self._check_socket_files],
+                [
+                    *(calls.check for calls in timed),
+                    sending.check,
+                    self._joints.check,
+                    self._staging.trim,
+                    memory.check,
+                    self._check_socket_files,
+                ],
             ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
         )

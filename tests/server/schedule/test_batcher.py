@@ -12,7 +12,7 @@ from lovasz.core.batch import Request
 from lovasz.server.errors import ExpiredError, StoppingError
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Caller, Job
-from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
+from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
 
 SOFTMAX = LovaszSoftmax()
 
@@ -88,11 +88,20 @@ def test_image_sizes_and_equal_descriptions_do_share_one() -> None:
 
 
 def test_a_batch_is_cut_at_its_cost() -> None:
-    queue = batcher(max_elements=100)
-    jobs = [job(4), job(4), job(4), job(10), job(1)]  # 48, 48, 48, 300 and 3 logits
+    queue = batcher(max_elements=340)
+    jobs = [job(4), job(4), job(4), job(10), job(1)]  # 48, 48, 48, 300 and 3 logits; each 3 segments, which cost 120
     for one in jobs:
         queue.put(one)
     assert take_all(queue) == [jobs[:2], jobs[2:3], jobs[3:4], jobs[4:]]
+
+
+def test_segments_cost_too() -> None:
+    one = job(
+        1, classes=1000, loss=[(1.0, LovaszSoftmax()), (1.0, LovaszSoftmax(classes=[0, 1])), (1.0, CrossEntropy())]
+    )
+    assert one.elements == 1000
+    assert one.cost == 1000 + 40 * (1000 + 2)
+    assert one.due == one.queued + 5e-9 * one.cost
 
 
 def test_a_batch_is_cut_at_its_number_of_requests() -> None:
@@ -160,8 +169,8 @@ def test_a_batch_is_open_since_its_first_request_came_also_if_that_is_due_last()
 
 
 def test_a_busy_device_is_handed_full_batches_only() -> None:
-    queue = batcher(max_elements=24)
-    queue.put(job(2))  # 12 logits
+    queue = batcher(max_elements=264)
+    queue.put(job(2))  # 12 logits and 3 segments, which cost 120
     assert queue.take(idle=False, timeout_seconds=0) == []
     queue.put(job(2))
     assert len(queue.take(idle=False, timeout_seconds=0)) == 2

@@ -139,6 +139,19 @@ def test_calls_without_a_name_are_computed_and_not_kept(desk: Desk) -> None:
         assert not desk.pool.lent
 
 
+def test_the_next_call_of_a_rank_drops_its_answers_and_no_others(desk: Desk) -> None:
+    desk.compute()
+    ended(*(desk.ask(rank) for run in ("a", "b") for rank in ranks_of(2, run=run)))
+    assert desk.joints.kept == 4
+    first = desk.ask(Rank(run="a", rank=0, step=1))
+    assert desk.waits_for(1)
+    assert desk.joints.kept == 3
+    ended(first, desk.ask(Rank(run="a", rank=1, step=1)))
+    assert desk.joints.kept == 4
+    assert desk.joints._reclaim()
+    assert not desk.joints._kept._calls
+
+
 def test_a_second_call_without_a_name_is_another_call(desk: Desk) -> None:
     caller = Caller()
     first = desk.ask(Rank(call=b""), caller)

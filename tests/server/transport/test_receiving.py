@@ -14,7 +14,7 @@ from lovasz.server.errors import StalledError
 from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.transport import receiving
-from lovasz.server.transport.receiving import Receiver
+from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 
@@ -61,7 +61,8 @@ class Call:
         thread.start()
 
     def receiver(self, stall_seconds: float = LONG) -> Receiver:
-        return Receiver(self, self.start, stall_seconds)
+        patience = Patience(header_seconds=stall_seconds, stall_seconds=stall_seconds, payload_seconds=LONG)
+        return Receiver(self, self.start, patience)
 
     def join(self) -> None:
         """Waits until nothing reads any more."""
@@ -149,7 +150,7 @@ def test_a_payload_of_another_size_is_refused(staging: Staging, payload: bytes, 
 def test_a_header_that_does_not_come_is_not_waited_for(staging: Staging) -> None:
     call = Call()
     receiver = call.receiver(SHORT)
-    with pytest.raises(StalledError, match=r"no header came within 0\.05 s \(--stall-timeout\)"):
+    with pytest.raises(StalledError, match=r"no header came within 0\.05 s \(--header-timeout\)"):
         receiver.header()
     receiver.stop()
     call.send(FIRST)  # It comes too late, and the rest is not waited for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import os
@@ -29,6 +30,9 @@ from lovasz.v1 import loss_pb2 as pb
 TIMEOUT = 30.0
 """Seconds; nothing takes so long."""
 MEMFD = "lovasz-test"
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+LIBC, KEEP_SIZE = ctypes.CDLL(None, use_errno=True), 1
+MIB = 1 << 20
 
 HEADER = wire.Request.checked(
     weighted_sum(LovaszSoftmax()),
@@ -48,7 +52,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def serve(path: Path) -> SharedMemory:
-    server = SharedMemory(str(path))
+    server = SharedMemory(str(path), max_region_bytes=8 * MIB, max_bytes=16 * MIB)
     server.start()
     return server
 
@@ -144,10 +148,11 @@ def caller(server: SharedMemory) -> Iterator[Caller]:
 
 
 @contextlib.contextmanager
-def memfd(nbytes: int = 4096, seals: int = fcntl.F_SEAL_SHRINK) -> Iterator[int]:
+def memfd(nbytes: int = 4096, seals: int = SEALS) -> Iterator[int]:
     descriptor = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(descriptor, nbytes)
+        if nbytes:
+            os.posix_fallocate(descriptor, 0, nbytes)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
         yield descriptor
     finally:
@@ -298,15 +303,17 @@ def test_a_socket(server: SharedMemory, caller: Caller) -> None:
     refused(server, caller, error, "region: got a file descriptor of another kind; expected a memfd")
 
 
-@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW], ids=["no seal", "another seal"])
-def test_memory_that_can_shrink(server: SharedMemory, caller: Caller, seals: int) -> None:
+@pytest.mark.parametrize(
+    "seals", [0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK], ids=["no seal", "may shrink", "may grow"]
+)
+def test_memory_that_can_change_its_size(server: SharedMemory, caller: Caller, seals: int) -> None:
     with memfd(seals=seals) as descriptor:
         error = caller.share(1, descriptor)
-    refused(server, caller, error, "region: got a memfd that can shrink; expected one sealed with F_SEAL_SHRINK")
+    refused(server, caller, error, "region: got a memfd that can change its size; expected one sealed")
 
 
 def test_memory_that_cannot_be_written(server: SharedMemory, caller: Caller) -> None:
-    with memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE) as descriptor:
+    with memfd(seals=SEALS | fcntl.F_SEAL_WRITE) as descriptor:
         error = caller.share(1, descriptor)
     refused(server, caller, error, "Operation not permitted")
 
@@ -361,6 +368,24 @@ def test_more_sessions_than_may_be(server: SharedMemory, monkeypatch: pytest.Mon
         assert server.nbytes == 4096
     second.close()
     third.close()
+
+
+def test_more_sessions_than_a_user_may_have(server: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "MAX_SESSIONS_OF_USER", 1)
+    first = Session(server.path, TIMEOUT)
+    with pytest.raises(LossError, match="1 processes of one user share memory with this server, as many as may"):
+        Session(server.path, TIMEOUT)
+    first.close()
+    assert eventually(lambda: server.sessions == 0)
+
+
+def test_memory_beyond_its_end_does_not_make_up_for_holes(server: SharedMemory, caller: Caller) -> None:
+    """KEEP_SIZE allocates pages that no mapping reaches."""
+    with memfd(8192, seals=0) as descriptor:
+        assert LIBC.fallocate(descriptor, KEEP_SIZE, ctypes.c_long(8192), ctypes.c_long(4 * MIB)) == 0
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+        error = caller.share(1, descriptor)
+    refused(server, caller, error, "region: got a memfd with pages beyond its end")
 
 
 # --- What is left -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class TextFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {key}={_quoted(value)}" for key, value in self.fields(record).items())
-        line = f"{self.time(record)} {record.levelname} {record.getMessage()}{fields}"
+        line = f"{self.time(record)} {record.levelname} {_printable(record.getMessage())}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -56,18 +56,30 @@ class Sparingly:
         self._unlogged = 0
 
     def info(self, event: str, **fields: object) -> None:
+        self._write(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        self._write(logging.WARNING, event, fields)
+
+    def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
         now = time.monotonic()
         with self._lock:
             if now - self._last < 1.0:
                 self._unlogged += 1
                 return
             self._last, unlogged, self._unlogged = now, self._unlogged, 0
-        self._logger.info(event, extra={**fields, "unlogged": unlogged})
+        self._logger.log(level, event, extra={**fields, "unlogged": unlogged})
 
 
 def _quoted(value: object) -> str:
     text = str(value)
-    return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
+    is_plain = text.isprintable() and not any(c.isspace() or c in '"=' for c in text)
+    return text if text and is_plain else json.dumps(text)
+
+
+def _printable(text: str) -> str:
+    """The text with control characters escaped, so that a caller's words cannot steer the reader's terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def configure(level: str, format: str) -> None:

@@ -31,29 +31,28 @@ class Permit:
         self._since = time.monotonic()
 
     def release(self) -> None:
-        nbytes, self._nbytes = self._nbytes, 0
-        requests, self._requests = self._requests, 0
+        nbytes, requests = self._nbytes, self._requests
         if nbytes or requests:
+            self._hold(0, 0)
             self._admission._give_back(nbytes, requests, time.monotonic() - self._since)
 
     def release_request(self) -> None:
         """Gives the request's slot back and keeps its bytes."""
-        requests, self._requests = self._requests, 0
+        requests = self._requests
+        self._hold(self._nbytes, 0)
         self._admission._give_back(0, requests, time.monotonic() - self._since)
 
     def split(self, nbytes: int) -> Permit:
         """Takes the room for one request, of this many bytes, out of this permit."""
         assert nbytes <= self._nbytes
         assert self._requests >= 1
-        self._nbytes -= nbytes
-        self._requests -= 1
+        self._hold(self._nbytes - nbytes, self._requests - 1)
         return Permit(self._admission, nbytes, 1)
 
     def absorb(self, other: Permit) -> None:
         """Takes over the room of another permit."""
-        self._nbytes += other._nbytes
-        self._requests += other._requests
-        other._nbytes = other._requests = 0
+        self._hold(self._nbytes + other._nbytes, self._requests + other._requests)
+        other._hold(0, 0)
 
     def resize(self, nbytes: int) -> None:
         """Reserves more bytes, or gives some back, until the permit has this many.
@@ -65,7 +64,10 @@ class Permit:
             self._admission._take(nbytes - self._nbytes, 0)
         elif nbytes < self._nbytes:
             self._admission._give_back(self._nbytes - nbytes, 0, 0.0)
-        self._nbytes = nbytes
+        self._hold(nbytes, self._requests)
+
+    def _hold(self, nbytes: int, requests: int) -> None:
+        self._nbytes, self._requests = nbytes, requests
 
     def __enter__(self) -> Permit:
         return self
@@ -118,6 +120,16 @@ class Admission:
             StartingError: the device is not ready yet.
             StoppingError: the server is draining.
         """
+        self.check_size(nbytes, requests)
+        self._take(nbytes, requests)
+        return Permit(self, nbytes, requests)
+
+    def check_size(self, nbytes: int, requests: int) -> None:
+        """Whether so much fits into the whole budget.
+
+        Raises:
+            TooLargeError: it does not.
+        """
         subject = "the request" if requests == 1 else f"the {requests} requests"
         if nbytes > self.budget_bytes:
             raise TooLargeError(
@@ -129,8 +141,6 @@ class Admission:
                 f"{requests} requests are to be held together; the server holds {self.max_requests} at most "
                 "(--max-requests)"
             )
-        self._take(nbytes, requests)
-        return Permit(self, nbytes, requests)
 
     def close(self) -> None:
         """Admits nothing from now on."""

@@ -86,19 +86,19 @@ class Batcher:
         open_since = min(job.queued for job in jobs)
         if time.monotonic() - open_since >= self._max_delay_seconds or _requests(jobs) >= self._max_requests:
             return True
-        return sum(job.elements for job in jobs) >= self._max_elements
+        return sum(job.cost for job in jobs) >= self._max_elements
 
     def _cut(self, key: Key) -> list[Job]:
-        jobs, batch, elements, taken = self._waiting[key], list[Job](), 0, 0
+        jobs, batch, cost, taken = self._waiting[key], list[Job](), 0, 0
         for job in jobs:
             if batch and _requests([*batch, job]) > self._max_requests:
                 break
-            if batch and elements + job.elements > self._max_elements:
+            if batch and cost + job.cost > self._max_elements:
                 break
             taken += 1
             if job.claim():
                 batch.append(job)
-                elements += job.elements
+                cost += job.cost
         del jobs[:taken]
         if not jobs:
             del self._waiting[key]

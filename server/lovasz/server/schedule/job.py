@@ -20,6 +20,8 @@ from lovasz.spec import Result, WeightedSum
 
 _SECONDS_PER_ELEMENT = 5e-9
 """About what a CPU takes for one logit. Only the order of the queue depends on it."""
+_ELEMENTS_PER_SEGMENT = 40
+"""How many logits take as long as one segment, however few pixels it has."""
 
 Key: TypeAlias = tuple[WeightedSum, bool, torch.dtype, int]
 
@@ -125,14 +127,20 @@ class Job:
         """Logits of all requests."""
         return sum(caller.request.layout.elements for caller in self.callers)
 
+    @cached_property
+    def cost(self) -> int:
+        """What it costs the device, in logits."""
+        segments = sum(self.loss.segments(caller.request.layout) for caller in self.callers)
+        return self.elements + _ELEMENTS_PER_SEGMENT * segments
+
     @property
     def due(self) -> float:
         """Its place in the queue, as a time.
 
-        A job of N logits lets those pass that arrive within N times a constant after it. So large jobs do not hold up
-        small ones, and do not wait forever.
+        A job that costs N logits lets those pass that arrive within N times a constant after it. So large jobs do not
+        hold up small ones, and do not wait forever.
         """
-        return self.queued + _SECONDS_PER_ELEMENT * self.elements
+        return self.queued + _SECONDS_PER_ELEMENT * self.cost
 
     @cached_property
     def key(self) -> Key:

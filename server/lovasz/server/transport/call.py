@@ -14,7 +14,15 @@ from types import TracebackType
 import grpc
 
 from lovasz import wire
-from lovasz.server.errors import AbandonedError, ExpiredError, NoBytesLeftError, NoRequestsLeftError, ServerError
+from lovasz.server.config import UNIX
+from lovasz.server.errors import (
+    AbandonedError,
+    ExpiredError,
+    NoBytesLeftError,
+    NoRequestsLeftError,
+    ServerError,
+    TooLargeError,
+)
 from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
@@ -28,6 +36,7 @@ from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.clock import CallClock
+from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
@@ -46,6 +55,7 @@ class Pipeline:
 
     Attributes:
         calls: one permit for each call that may be in the loss service at a time.
+        max_segments: the most segments in one request.
         refusals: logs refused requests, a few of them where there are many.
     """
 
@@ -55,6 +65,7 @@ class Pipeline:
     staging: StagingPool
     metrics: Metrics
     calls: threading.Semaphore
+    max_segments: int
     refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
 
 
@@ -79,6 +90,7 @@ class Call:
         self._permit: Permit | None = None
         self._place: Seat | Kept | None = None
         self._staging: Staging | None = None
+        self._handed_over: tuple[int, SendWatch] | None = None
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else self._clock.started + remaining
         self._trace = exemplar(context.invocation_metadata())
@@ -101,10 +113,12 @@ class Call:
 
         Raises:
             InvalidInput: a value in it is invalid.
+            TooLargeError: the computation would take too long.
         """
         try:
             header = wire.Request.from_proto(message)
-        except InvalidInput as error:
+            self._check_segments(header)
+        except (InvalidInput, TooLargeError) as error:
             if message.HasField("joint"):
                 with suppress(InvalidInput, ServerError):  # It may have no place in the step.
                     self._abort_step(wire.Joint.from_proto(message.joint), message.want_grad, error)
@@ -112,6 +126,14 @@ class Call:
         self._loss = header.loss.kind
         self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
+
+    def _check_segments(self, header: wire.Request) -> None:
+        segments, most = header.loss.segments(header.layout), self._pipeline.max_segments
+        if segments > most:
+            raise TooLargeError(
+                f"the request has {segments} segments (classes x groups, over all Lovász terms); the server computes "
+                f"{most} at most (--max-segments)"
+            )
 
     def compute(self, header: wire.Request, receive: Callable[[Staging], None]) -> Answer:
         """Takes room, receives the payload, queues the request and waits for its answer.
@@ -123,7 +145,9 @@ class Call:
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
         else:
-            place = self._place = self._pipeline.joints.join(header, self._context.cancel)
+            peer = self._context.peer()  # Unix sockets do not tell connections apart.
+            peer = "" if peer.startswith(UNIX) else peer
+            place = self._place = self._pipeline.joints.join(header, self._context.cancel, peer)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
@@ -149,7 +173,7 @@ class Call:
         self._observe_answer(header, answer)
         return answer
 
-    def _abort_step(self, joint: wire.Joint, want_grad: bool, error: InvalidInput, seat: Seat | None = None) -> None:
+    def _abort_step(self, joint: wire.Joint, want_grad: bool, error: Exception, seat: Seat | None = None) -> None:
         """Tells the other ranks of a joint step that this one is refused before the step is complete."""
         self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat)
 
@@ -203,6 +227,10 @@ class Call:
             answer.ranks,
         ).to_proto()
 
+    def hand_over(self, nbytes: int, sending: SendWatch) -> None:
+        """The answer goes to gRPC in one message of this size once the ``with`` has ended."""
+        self._handed_over = nbytes, sending
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -226,6 +254,13 @@ class Call:
         if self._staging is not None:
             self._staging.release()
             self._staging = None
+        if self._handed_over is None:
+            self._give_back_room()
+        else:
+            nbytes, sending = self._handed_over
+            sending.hand_over(nbytes, self._context, self._give_back_room)
+
+    def _give_back_room(self) -> None:
         if self._place is not None:
             self._pipeline.joints.leave(self._place)
             self._place = None
@@ -261,7 +296,7 @@ class Call:
 
     def _abort(self, error: BaseException, status: Status) -> None:
         """Logs the error if need be, and ends the call with it."""
-        text = str(error)
+        text = str(error).encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore")
         request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
         if status.logged:
             self._pipeline.refusals.info("a request was refused", **request, reason=text)
@@ -273,4 +308,4 @@ class Call:
             # gRPC's own retries wait for this long; if it is negative, they do not try again.
             milliseconds = str(round(error.retry_after_seconds * 1000))
             self._context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
-        self._context.abort(status.code, text.encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore"))
+        self._context.abort(status.code, text)

@@ -7,22 +7,24 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.config import UNIX, socket_path
 from lovasz.server.transport.health import HealthMonitor
-from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
+from lovasz.server.transport.reflection import Reflection
+from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
+from lovasz.server.transport.threads import CallThreads, LimitedHandler
 
 _log = logging.getLogger(__name__)
 
 _SPARE_CALLS = 64
-"""Calls of all kinds beyond --max-requests, each with a thread. gRPC itself refuses any call beyond these."""
+"""Calls beyond --max-requests, each with a thread. Any call beyond these is refused at once."""
 _OTHER_CALLS = 16
-"""The spare calls that are reserved for health, reflection and server info, however busy the loss service is."""
+"""The spare calls that are reserved for server info, however busy the loss service is."""
+_LEAST_STREAMS = 128
+"""Calls that one connection may have open at least. Further calls wait in the client."""
 
 _LAST_BYTES_SECONDS = 1.0
 """How long answers that were handed to gRPC may take to leave the host, once nothing else is in flight."""
@@ -51,7 +53,8 @@ class GrpcServer:
 
     def __init__(self, max_requests: int) -> None:
         self._max_calls = max_requests + _SPARE_CALLS
-        self._calls = ThreadPoolExecutor(self._max_calls, thread_name_prefix="call")
+        self._options = (*_OPTIONS, ("grpc.max_concurrent_streams", max(max_requests, _LEAST_STREAMS)))
+        self._calls = CallThreads(self._max_calls)
         self.readers = ThreadPoolExecutor(self._max_calls, thread_name_prefix="reader")
         self.loss_calls = threading.BoundedSemaphore(self._max_calls - _OTHER_CALLS)
         self._lock = threading.Lock()
@@ -61,9 +64,19 @@ class GrpcServer:
         self._unmade: set[str] = set()
         self._ports = 0
 
-    def offer(self, servicer: LossServicer, health: HealthMonitor) -> None:
-        """Takes the loss service, health and reflection; comes before the other methods."""
-        self._servicer, self._health = servicer, health
+    @property
+    def max_headerless(self) -> int:
+        """Calls that may wait for their header at a time: half of all, so that others always find a thread."""
+        return self._max_calls // 2
+
+    def offer(self, servicer: LossServicer, health: HealthMonitor, reflection: Reflection | None) -> None:
+        """Takes the services; comes before the other methods."""
+        loss = LimitedHandler(servicer.handler(), self._calls)
+        self._handlers: list[grpc.GenericRpcHandler] = [loss, health.handler()]
+        self._services: list[LimitedHandler | HealthMonitor | Reflection] = [loss, health]
+        if reflection is not None:
+            self._handlers.append(reflection.handler())
+            self._services.append(reflection)
         self._servers = [self._new_server()]
 
     def bind(self, address: str) -> str:
@@ -151,18 +164,11 @@ class GrpcServer:
         """Ends the threads of calls and streams; waits for them unless some may be stuck."""
         self.readers.shutdown(wait=wait, cancel_futures=True)
         self._calls.shutdown(wait=wait, cancel_futures=True)
+        for service in self._services:
+            service.end_threads(wait=wait)
 
     def _new_server(self) -> grpc.Server:
-        server = grpc.server(self._calls, options=_OPTIONS, maximum_concurrent_rpcs=self._max_calls)
-        server.add_generic_rpc_handlers((self._servicer.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
-        names = (
-            SERVICE_NAME,
-            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-            reflection.SERVICE_NAME,
-        )
-        reflection.enable_server_reflection(names, server)
-        return server
+        return grpc.server(self._calls, handlers=self._handlers, options=self._options)
 
 
 def _add_port(server: grpc.Server, address: str) -> int:

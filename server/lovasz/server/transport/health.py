@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import grpc
 from grpc_health.v1 import health, health_pb2
 
 from lovasz.server.device.engine import Engine
+from lovasz.server.errors import ServerError
+from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.servicer import SERVICE_NAME
+from lovasz.server.transport.timed_calls import TimedCalls
 
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 SERVICE_NAMES = ("", SERVICE_NAME)
+HEALTH_SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_THREADS = 8
+_HEADERLESS_CALLS = 4
+"""Calls that may wait for their message at a time; threads are left for those whose message is there."""
+_HEADER_SECONDS = 2.0
 
 
 class HealthMonitor:
     """Keeps the status of the health service up to date."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.servicer = health.HealthServicer()
+        self.headerless = TimedCalls("calls of health without a message", _HEADER_SECONDS, _HEADERLESS_CALLS, metrics)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="health")
         self._engine = engine
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="health", daemon=True)
@@ -35,6 +49,38 @@ class HealthMonitor:
         self._stopping.set()
         self._thread.join()
         self.servicer.enter_graceful_shutdown()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The methods of the health service, on threads of their own, so that it answers whatever else is taken."""
+
+        def check(messages: Iterator[Any], context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
+            return self.servicer.Check(self._first(messages, context), context)
+
+        def watch(messages: Iterator[Any], context: grpc.ServicerContext, send: Callable[[Any], None]) -> None:
+            self.servicer.Watch(self._first(messages, context), context, send)
+
+        check.experimental_thread_pool = self._threads  # type: ignore[attr-defined]
+        watch.experimental_thread_pool = self._threads  # type: ignore[attr-defined]
+        watch.experimental_non_blocking = True  # type: ignore[attr-defined]
+        decode, encode = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+        return grpc.method_handlers_generic_handler(
+            HEALTH_SERVICE_NAME,
+            {
+                "Check": grpc.stream_unary_rpc_method_handler(check, decode, encode),
+                "Watch": grpc.stream_stream_rpc_method_handler(watch, decode, encode),
+            },
+        )
+
+    def end_threads(self, *, wait: bool) -> None:
+        """Ends the threads of the health service."""
+        self._threads.shutdown(wait=wait, cancel_futures=True)
+
+    def _first(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        try:
+            message = self.headerless.first(messages, context)
+        except ServerError as error:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        return health_pb2.HealthCheckRequest() if message is None else message
 
     def _watch(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from lovasz import wire
 from lovasz.server.errors import StalledError
@@ -14,6 +15,22 @@ from lovasz.v1 import loss_pb2 as pb
 
 LEAST_BYTES = 64 << 10
 """The least bytes of a payload that have to come in each period of the stall timeout, unless it is complete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long the server waits for a caller.
+
+    Attributes:
+        header_seconds: for the header.
+        stall_seconds: for each :data:`LEAST_BYTES` of the payload.
+        payload_seconds: for the whole payload, of which the part that was due has to be there at any time:
+            ``stall_seconds`` after half of this time, half of it.
+    """
+
+    header_seconds: float
+    stall_seconds: float
+    payload_seconds: float
 
 
 class Receiver:
@@ -27,17 +44,17 @@ class Receiver:
         self,
         messages: Iterator[pb.ComputeStreamRequest | memoryview],
         start: Callable[[Callable[[], None]], object],
-        stall_seconds: float,
+        patience: Patience,
     ) -> None:
         """Begins to read.
 
         Args:
             messages: the stream, chunks as memoryviews.
             start: runs a function in another thread.
-            stall_seconds: how long to wait for the header, and for each :data:`LEAST_BYTES` of the payload.
+            patience: how long to wait for the caller.
         """
         self._messages = messages
-        self._stall_seconds = stall_seconds
+        self._patience = patience
         self._changed = threading.Condition()
         self._header: pb.RequestHeader | None = None
         self._staging: Staging | None = None
@@ -54,10 +71,11 @@ class Receiver:
             StalledError: it did not come in time.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._header is not None or self._finished, self._stall_seconds)
+            seconds = self._patience.header_seconds
+            self._changed.wait_for(lambda: self._header is not None or self._finished, seconds)
             self._raise_error()
             if self._header is None:
-                raise StalledError(f"no header came within {self._stall_seconds:g} s (--stall-timeout)")
+                raise StalledError(f"no header came within {seconds:g} s (--header-timeout)")
             return self._header
 
     def payload(self, staging: Staging) -> None:
@@ -71,16 +89,32 @@ class Receiver:
             assembly = self._assembly = staging.assembly()
             self._staging = staging
             self._changed.notify_all()
+            started = time.monotonic()
+            mark, since, stall_seconds = 0, started, self._patience.stall_seconds
             while not self._finished:
-                before, until = assembly.received, time.monotonic() + self._stall_seconds
-                self._changed.wait_for(lambda: self._finished, self._stall_seconds)
-                stalled = assembly.received - before < LEAST_BYTES and time.monotonic() >= until
-                if not self._finished and stalled:
+                wait = min(since + stall_seconds, self._due(assembly, started)) - time.monotonic()
+                self._changed.wait_for(lambda: self._finished, max(0.0, wait))
+                now = time.monotonic()
+                if self._finished:
+                    break
+                if now >= since + stall_seconds:
+                    if assembly.received - mark < LEAST_BYTES:
+                        raise StalledError(
+                            f"{assembly.received} of {assembly.expected} bytes of the payload came, and less than "
+                            f"{LEAST_BYTES} of them in the last {stall_seconds:g} s (--stall-timeout)"
+                        )
+                    mark, since = assembly.received, now
+                if now >= self._due(assembly, started):
                     raise StalledError(
-                        f"{assembly.received} of {assembly.expected} bytes of the payload came, and less than "
-                        f"{LEAST_BYTES} of them in the last {self._stall_seconds:g} s (--stall-timeout)"
+                        f"{assembly.received} of {assembly.expected} bytes of the payload came in {now - started:.0f} "
+                        f"s, too few to be complete within {self._patience.payload_seconds:g} s (--payload-timeout)"
                     )
             self._raise_error()
+
+    def _due(self, assembly: wire.Assembly, started: float) -> float:
+        """When more of the payload has to be there than is now (``time.monotonic``)."""
+        part = assembly.received / max(1, assembly.expected)
+        return started + self._patience.stall_seconds + part * self._patience.payload_seconds
 
     def stop(self) -> None:
         """From now on the staging is not used."""

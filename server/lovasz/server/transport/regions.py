@@ -1,7 +1,8 @@
 """Regions of memory that another process shares: checks that one is safe to use, and maps it.
 
 A region is a memfd: it has no name that could be left behind. It must be sealed against shrinking, as a read beyond
-the end of a mapped file would kill the server.
+the end of a mapped file would kill the server. All its pages must be allocated, as a page that the server touches first
+would count as the server's own memory; sealed against growing, its blocks say so.
 """
 
 from __future__ import annotations
@@ -9,38 +10,115 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import queue
+import socket
+import stat
+import struct
+import threading
+import weakref
 
 from lovasz.spec import InvalidInput
 
+_BLOCK_BYTES = 512
+"""In which ``st_blocks`` counts."""
+_SPARE_BYTES = 2 << 20
+"""The last page may be a large one; so many bytes beyond the end could hide as large a hole."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
-def map_region(descriptor: int) -> memoryview:
-    """Maps the memory that a file descriptor stands for.
 
-    Raises:
-        InvalidInput: it is not memory that is safe to use.
-        OSError: it cannot be mapped.
+class Region:
+    """Memory that a file descriptor stands for, mapped.
+
+    Attributes:
+        nbytes: its size.
     """
+
+    def __init__(self, descriptor: int, max_bytes: int) -> None:
+        """Checks the memory and maps it. The descriptor can be closed afterwards.
+
+        Raises:
+            InvalidInput: it is not memory that is safe to use, or there is too much of it.
+            OSError: it cannot be mapped.
+        """
+        seals = _seals(descriptor)
+        if seals is None:
+            raise InvalidInput("region", "got a file descriptor of another kind; expected a memfd")
+        if seals & _SEALS != _SEALS:
+            raise InvalidInput(
+                "region", "got a memfd that can change its size; expected one sealed with F_SEAL_SHRINK and F_SEAL_GROW"
+            )
+        self.nbytes = os.fstat(descriptor).st_size
+        if not self.nbytes:
+            raise InvalidInput("region", "got an empty memfd; expected at least one byte")
+        if self.nbytes > max_bytes:
+            raise InvalidInput(
+                "region", f"got a memfd of {self.nbytes} bytes; expected at most {max_bytes} (--memory-budget)"
+            )
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.check_allocated()
+        if self._allocated() > self.nbytes + _SPARE_BYTES:
+            raise InvalidInput("region", "got a memfd with pages beyond its end; expected none")
+        self._memory = memoryview(mmap.mmap(descriptor, self.nbytes))
+
+    def check_allocated(self) -> None:
+        """Checks that no page was given back since.
+
+        Raises:
+            InvalidInput: one was.
+        """
+        allocated = self._allocated()
+        if allocated < self.nbytes:
+            raise InvalidInput(
+                "region",
+                f"got a memfd with {allocated} of {self.nbytes} bytes allocated; expected all (posix_fallocate)",
+            )
+
+    def _allocated(self) -> int:
+        return os.fstat(self._descriptor).st_blocks * _BLOCK_BYTES
+
+    def part(self, name: str, offset: int, nbytes: int) -> memoryview:
+        """The bytes of one tensor.
+
+        Raises:
+            InvalidInput: they are not all inside the region.
+        """
+        if not 0 <= offset <= self.nbytes - nbytes:
+            raise InvalidInput(
+                f"shared_tensors.{name}_offset",
+                f"got {offset} for {nbytes} bytes in a region of {self.nbytes}; expected a place within it",
+            )
+        return self._memory[offset : offset + nbytes]
+
+
+class Closer:
+    """Closes file descriptors of other processes: what is no memfd in a thread of its own, as that may wait."""
+
+    def __init__(self) -> None:
+        self._foreign: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def close(self, descriptor: int) -> None:
+        """Closes a descriptor, at once or soon."""
+        if _seals(descriptor) is not None:
+            os.close(descriptor)
+            return
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):  # Its SO_LINGER could make the thread wait for minutes.
+            with socket.socket(fileno=os.dup(descriptor)) as copy:
+                copy.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+        self._foreign.put(descriptor)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            os.close(self._foreign.get())
+
+
+def _seals(descriptor: int) -> int | None:
+    """The seals of a memfd; None for anything else."""
     try:
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:
-        raise InvalidInput("region", "got a file descriptor of another kind; expected a memfd") from None
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise InvalidInput("region", "got a memfd that can shrink; expected one sealed with F_SEAL_SHRINK")
-    size = os.fstat(descriptor).st_size
-    if size < 1:
-        raise InvalidInput("region", "got an empty memfd; expected at least one byte")
-    return memoryview(mmap.mmap(descriptor, size))
-
-
-def part_of(region: memoryview, name: str, offset: int, nbytes: int) -> memoryview:
-    """The bytes of one tensor.
-
-    Raises:
-        InvalidInput: they are not all inside the region.
-    """
-    if not 0 <= offset <= region.nbytes - nbytes:
-        raise InvalidInput(
-            f"shared_tensors.{name}_offset",
-            f"got {offset} for {nbytes} bytes in a region of {region.nbytes}; expected a place within it",
-        )
-    return region[offset : offset + nbytes]
+        return None

@@ -7,7 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import grpc
+
 from lovasz.server.observe.metrics import Metrics
+
+MOST_UNSENT_BYTES = 64 << 20
+"""Answers of one message that gRPC may hold beside the memory budget. Beyond that they keep what they have reserved."""
+_LEAST_BYTES = 16 << 10
+"""What gRPC takes about for an answer, however small."""
 
 
 @dataclass(eq=False)
@@ -26,6 +33,7 @@ class SendWatch:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._answers: set[_Sending] = set()
+        self._unsent_bytes = 0
 
     def watched(self, messages: Iterable[memoryview], cut_off: Callable[[], object]) -> Iterator[memoryview]:
         """Passes on the messages of an answer. The caller has to take each within the stall timeout.
@@ -43,6 +51,33 @@ class SendWatch:
         finally:
             with self._lock:
                 self._answers.discard(answer)
+
+    def hand_over(self, nbytes: int, context: grpc.ServicerContext, give_back: Callable[[], None]) -> None:
+        """An answer of one message goes to gRPC, which takes it at once, and whose transport waits for its caller.
+
+        Args:
+            nbytes: its size.
+            give_back: gives back what the call has reserved. Called at once if gRPC holds little, so that the caller
+                does not see its answer before its room is free; else when the transport has let go of the answer.
+        """
+        answer = _Sending(context.cancel, time.monotonic())
+        nbytes = max(nbytes, _LEAST_BYTES)
+        with self._lock:
+            self._answers.add(answer)
+            self._unsent_bytes += nbytes
+            is_much = self._unsent_bytes > MOST_UNSENT_BYTES
+
+        def let_go() -> None:
+            with self._lock:
+                self._answers.discard(answer)
+                self._unsent_bytes -= nbytes
+            if is_much:
+                give_back()
+
+        if not context.add_callback(let_go):
+            let_go()
+        if not is_much:
+            give_back()
 
     def check(self) -> None:
         """A chore: cuts off the callers that have stalled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,15 @@ import grpc
 from lovasz import wire
 from lovasz.server.device.engine import Engine
 from lovasz.server.device.hardware import hardware_name
+from lovasz.server.errors import ServerError
 from lovasz.server.transport import payload
 from lovasz.server.transport.call import Call, Pipeline
 from lovasz.server.transport.messages import Undecodable, decoded_stream, or_undecodable
-from lovasz.server.transport.receiving import Receiver
+from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.status import CODES
+from lovasz.server.transport.timed_calls import TimedCalls
 from lovasz.spec import LOSS_KINDS, InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
@@ -29,7 +31,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 _SUMS = ("cross_entropy+lovasz_softmax", "binary_cross_entropy+lovasz_hinge", "binary_cross_entropy+lovasz_sigmoid")
 _LOSSES = (*LOSS_KINDS, *_SUMS, "unknown")
-_WITHOUT_LOSS = (("AbortStep", "none"), ("LeaveRun", "none"))
+_WITHOUT_LOSS = (("AbortStep", "none"), ("LeaveRun", "none"), ("GetServerInfo", "none"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class LossServicer:
     Attributes:
         shared_memory: one for each socket on which memory can be shared.
         readers: threads that read streams.
-        stall_seconds: how long a caller may keep a call waiting.
+        patience: how long callers may keep a call waiting.
+        headerless: the calls whose header has not come yet.
     """
 
     pipeline: Pipeline
@@ -47,7 +50,8 @@ class LossServicer:
     shared_memory: Sequence[SharedMemory]
     readers: Executor
     sending: SendWatch
-    stall_seconds: float
+    patience: Patience
+    headerless: TimedCalls
 
     def __post_init__(self) -> None:
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
@@ -58,31 +62,53 @@ class LossServicer:
     def handler(self) -> grpc.GenericRpcHandler:
         """The methods, with messages read and written without protobuf's copies (``lovasz.wire.framing``)."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Compute": grpc.unary_unary_rpc_method_handler(
-                self.compute, request_deserializer=or_undecodable(framing.UnaryRequest.decode)
-            ),
+            "Compute": self._unary("Compute", self.compute, framing.UnaryRequest.decode, None),
             "ComputeStream": grpc.stream_stream_rpc_method_handler(
                 self.compute_stream,
                 request_deserializer=or_undecodable(framing.stream_message_decoder(pb.ComputeStreamRequest)),
                 response_serializer=framing.encode_stream_message,
             ),
-            "AbortStep": grpc.unary_unary_rpc_method_handler(
+            "AbortStep": self._unary(
+                "AbortStep",
                 self.abort_step,
-                request_deserializer=or_undecodable(pb.AbortStepRequest.FromString),
-                response_serializer=pb.AbortStepResponse.SerializeToString,
+                pb.AbortStepRequest.FromString,
+                pb.AbortStepResponse.SerializeToString,
             ),
-            "LeaveRun": grpc.unary_unary_rpc_method_handler(
-                self.leave_run,
-                request_deserializer=or_undecodable(pb.LeaveRunRequest.FromString),
-                response_serializer=pb.LeaveRunResponse.SerializeToString,
+            "LeaveRun": self._unary(
+                "LeaveRun", self.leave_run, pb.LeaveRunRequest.FromString, pb.LeaveRunResponse.SerializeToString
             ),
-            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+            "GetServerInfo": self._unary(
+                "GetServerInfo",
                 self.server_info,
-                request_deserializer=pb.GetServerInfoRequest.FromString,
-                response_serializer=pb.GetServerInfoResponse.SerializeToString,
+                pb.GetServerInfoRequest.FromString,
+                pb.GetServerInfoResponse.SerializeToString,
             ),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    def _unary(
+        self,
+        name: str,
+        method: Callable[[Any, grpc.ServicerContext], Any],
+        decode: Callable[[bytes], Any],
+        encode: Callable[[Any], bytes] | None,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """A method of one message, which is read here: gRPC would wait for it without a limit, on one of its threads.
+
+        On the wire, a stream of one message is no different.
+        """
+
+        def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            try:
+                message = self.headerless.first(messages, context)
+            except ServerError as error:
+                with Call(self.pipeline, name, context, loss="unknown" if name == "Compute" else "none"):
+                    raise error
+            return method(Undecodable(0) if message is None else message, context)
+
+        return grpc.stream_unary_rpc_method_handler(
+            answer, request_deserializer=or_undecodable(decode), response_serializer=encode
+        )
 
     def compute(self, request: framing.UnaryRequest | Undecodable, context: grpc.ServicerContext) -> bytes:
         """Computes a request that comes in one message."""
@@ -97,7 +123,9 @@ class LossServicer:
                 payload.write(payload.shared_tensors(header, self.shared_memory).grad, grad)
                 grad = memoryview(b"")
             # Encoded here, as the gradient's memory is given back with the call.
-            return framing.UnaryResponse(call.response_header(header, answer), grad).encode()
+            encoded = framing.UnaryResponse(call.response_header(header, answer), grad).encode()
+            call.hand_over(len(encoded), self.sending)
+            return encoded
 
     def compute_stream(
         self, messages: Iterator[pb.ComputeStreamRequest | memoryview | Undecodable], context: grpc.ServicerContext
@@ -105,9 +133,11 @@ class LossServicer:
         """Computes a request whose payload, like its gradient, comes in chunks."""
         with Call(self.pipeline, "ComputeStream", context) as call:
             call.enter()
-            receiver = Receiver(decoded_stream(messages), self.readers.submit, self.stall_seconds)
+            receiver = Receiver(decoded_stream(messages), self.readers.submit, self.patience)
             try:
-                header = call.read_header(receiver.header())
+                with self.headerless.open(context):
+                    message = receiver.header()
+                header = call.read_header(message)
                 if header.shared is not None:
                     raise InvalidInput("shared_tensors", "came with ComputeStream; expected them with Compute alone")
                 answer = call.compute(header, receiver.payload)
@@ -138,8 +168,10 @@ class LossServicer:
             self.pipeline.joints.leave_run(wire.Leave.from_proto(request))
             return pb.LeaveRunResponse()
 
-    def server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> pb.GetServerInfoResponse:
-        """Describes the server and its device."""
+    def server_info(
+        self, request: pb.GetServerInfoRequest | Undecodable, context: grpc.ServicerContext
+    ) -> pb.GetServerInfoResponse:
+        """Describes the server and its device. Whatever the request has in it does not matter."""
         device = pb.Device(
             name=str(self.engine.device),
             hardware=hardware_name(self.engine.device),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import resource
 import secrets
 import selectors
 import socket
+import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
-from lovasz.server.transport.regions import map_region, part_of
+from lovasz.server.transport.regions import Closer, Region
 from lovasz.server.transport.socket_file import Place, SocketFile
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
@@ -29,23 +30,32 @@ from lovasz.v1 import loss_pb2 as pb
 _log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 256
+MAX_SESSIONS_OF_USER = 192
+"""Processes of one user, so that others find a place."""
 MAX_REGIONS = 64
 """In one session."""
-_DESCRIPTORS_SHARE = 4
-"""All regions together may take a quarter of the file descriptors that the process may have."""
+FIRST_REGION_SECONDS = 10.0
+"""A process that has shared nothing for this long since it connected is disconnected."""
+_DESCRIPTORS_SHARE = 8
+"""All regions together may take a quarter of the file descriptors that the process may have: each takes two."""
 
 _MAX_PACKET_BYTES = 1024
 _SESSION_BYTES = 16
 _BACKLOG = 64
 _CHECK_SECONDS = 1.0
-"""A thread that has had nothing to do for this long checks that the socket's file is still there."""
+"""How often the thread looks whether the socket's file is still there, and who is silent."""
 
 
 @dataclass
 class _Session:
+    """A process that is connected, since when (``time.monotonic``), and whether it has ever shared a region."""
+
     connection: socket.socket
     name: bytes
-    regions: dict[int, memoryview] = field(default_factory=dict)
+    user: int
+    since: float = field(default_factory=time.monotonic)
+    has_shared: bool = False
+    regions: dict[int, Region] = field(default_factory=dict)
 
 
 class TensorBytes(NamedTuple):
@@ -63,8 +73,16 @@ class SharedMemory:
         path: the path of the socket. :meth:`start` creates it, and :meth:`stop` removes it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, max_region_bytes: int, max_bytes: int) -> None:
+        """Nothing listens yet.
+
+        Args:
+            max_region_bytes: the largest region.
+            max_bytes: the most that all regions may have together.
+        """
         self.path = path
+        self._max_region_bytes, self._max_bytes = max_region_bytes, max_bytes
+        self._closer = Closer()
         self._lock = threading.Lock()
         self._sessions: dict[bytes, _Session] = {}
         self._max_all_regions = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
@@ -126,10 +144,11 @@ class SharedMemory:
             raise InvalidInput(
                 "shared_tensors.region", f"got {shared.region}; expected the number of a region that is shared"
             )
+        region.check_allocated()
         return TensorBytes(
-            logits=part_of(region, "logits", shared.logits_offset, request.logits.nbytes),
-            labels=part_of(region, "labels", shared.labels_offset, request.labels.nbytes),
-            grad=part_of(region, "grad", shared.grad_offset, request.grad_bytes),
+            logits=region.part("logits", shared.logits_offset, request.logits.nbytes),
+            labels=region.part("labels", shared.labels_offset, request.labels.nbytes),
+            grad=region.part("grad", shared.grad_offset, request.grad_bytes),
         )
 
     def _open(self) -> None:
@@ -161,10 +180,13 @@ class SharedMemory:
         _log.warning("a socket's file was removed; made it again", extra={"path": self.path})
 
     def _serve(self) -> None:
+        checked = time.monotonic()
         while True:
             ready = self._selector.select(_CHECK_SECONDS)
-            if not ready:
+            if time.monotonic() >= checked + _CHECK_SECONDS:
+                checked = time.monotonic()
                 self._check_file()
+                self._end_silent()
             for key, _ in ready:
                 if key.fileobj is self._wake:
                     return
@@ -188,11 +210,16 @@ class SharedMemory:
             self._listen(False)
             return
         connection.setblocking(False)
-        session = _Session(connection, secrets.token_bytes(_SESSION_BYTES))
-        if len(self._sessions) >= MAX_SESSIONS:
-            _reply(session, error=f"{MAX_SESSIONS} processes share memory with this server, as many as may")
-            connection.close()
-            return
+        session = _Session(connection, secrets.token_bytes(_SESSION_BYTES), _user_of(connection))
+        of_user = sum(other.user == session.user for other in self._sessions.values())
+        for count, most, of_whom in (
+            (len(self._sessions), MAX_SESSIONS, ""),
+            (of_user, MAX_SESSIONS_OF_USER, " of one user"),
+        ):
+            if count >= most:
+                _reply(session, error=f"{count} processes{of_whom} share memory with this server, as many as may")
+                connection.close()
+                return
         with self._lock:
             self._sessions[session.name] = session
         self._selector.register(connection, selectors.EVENT_READ, session)
@@ -221,7 +248,7 @@ class SharedMemory:
                 self._end(session)
         finally:
             for descriptor in descriptors:
-                os.close(descriptor)
+                self._closer.close(descriptor)
 
     def _carry_out(self, session: _Session, request: pb.SharedMemoryRequest, descriptors: list[int]) -> None:
         if request.release:
@@ -235,9 +262,22 @@ class SharedMemory:
             raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
-        region = map_region(descriptors[0])
+        region = Region(descriptors[0], self._max_region_bytes)
+        if self.nbytes + region.nbytes > self._max_bytes:
+            raise InvalidInput(
+                "region",
+                f"got {region.nbytes} bytes, with {self.nbytes} shared already; expected at most {self._max_bytes} in "
+                "all (--max-shared-memory)",
+            )
+        session.has_shared = True
         with self._lock:
             session.regions[request.region] = region
+
+    def _end_silent(self) -> None:
+        """Ends the sessions that have not shared anything in time: there is room for so many only."""
+        until = time.monotonic() - FIRST_REGION_SECONDS
+        for session in [one for one in self._sessions.values() if not one.has_shared and one.since < until]:
+            self._end(session)
 
     def _end(self, session: _Session) -> None:
         with self._lock:
@@ -257,6 +297,12 @@ class SharedMemory:
         elif self._listening and not listen:
             self._selector.unregister(self._listener)
         self._listening = listen
+
+
+def _user_of(connection: socket.socket) -> int:
+    """The user id of the process at the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def _reply(session: _Session, error: str = "") -> bool:

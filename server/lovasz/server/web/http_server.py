@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -17,8 +19,12 @@ from lovasz.server.web.status_page import StatusPage
 
 _log = logging.getLogger(__name__)
 
-_MOST_CONNECTIONS = 64
-"""At a time. Each has a thread. Further connections are closed."""
+_MOST_CONNECTIONS = 128
+"""At a time. Each has a thread. The oldest one makes room for a further one."""
+_REQUEST_SECONDS = 10.0
+"""How long a connection may last, from its first byte to the last byte of its answer."""
+_MOMENT_SECONDS = 0.5
+"""No connection makes room for another one before it has lasted this long."""
 
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -30,19 +36,42 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._since: dict[socket.socket, float] = {}
+        """When each connection began (``time.monotonic``), the oldest first."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        now = time.monotonic()
+        with self._lock:
+            oldest, since = next(iter(self._since.items()), (None, now))
+            is_full = len(self._since) >= _MOST_CONNECTIONS
+            if is_full and now - since < _MOMENT_SECONDS:
+                self.shutdown_request(request)
+                return
+            if is_full and oldest is not None:
+                self._cut_off(oldest)
+            self._since[request] = now
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            with self._lock:
+                self._since.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Ends the connections whose time is up; called twice a second."""
+        until = time.monotonic() - _REQUEST_SECONDS
+        with self._lock:
+            for connection in [one for one, since in self._since.items() if since < until]:
+                self._cut_off(connection)
+
+    def _cut_off(self, connection: socket.socket) -> None:
+        """Its thread sees the end of it, and closes it."""
+        del self._since[connection]
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Mostly because the caller went away."""
@@ -54,7 +83,7 @@ class _ThreadingServer6(_ThreadingServer):
 
 
 class _SilentHandler(WSGIRequestHandler):
-    timeout = 10  # Seconds for each read.
+    timeout = _REQUEST_SECONDS  # For each read; the server limits them all together.
 
     def log_message(self, *_: object) -> None:
         pass

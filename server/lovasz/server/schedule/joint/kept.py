@@ -57,6 +57,8 @@ class KeptAnswers:
 
     def __init__(self) -> None:
         self._answers: dict[wire.Request, Kept] = {}
+        self._calls: dict[tuple[str, int], set[wire.Request]] = {}
+        """The calls of each rank, by run and rank."""
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -74,12 +76,12 @@ class KeptAnswers:
             kept.drop()
         else:
             self._answers[call] = kept
+            self._calls.setdefault(_rank_of(kept.joint), set()).add(call)
 
     def acknowledge(self, joint: wire.Joint) -> None:
         """Drops the answers to earlier calls of a rank: as it comes with another call, it has received them."""
-        for call, kept in list(self._answers.items()):
-            if (kept.joint.run, kept.joint.rank) == (joint.run, joint.rank):
-                self._drop(call)
+        for call in list(self._calls.get(_rank_of(joint), ())):
+            self._drop(call)
 
     def drop_old(self) -> None:
         """Drops the answers that were kept for long enough."""
@@ -95,4 +97,13 @@ class KeptAnswers:
         return bool(unused)
 
     def _drop(self, call: wire.Request) -> None:
-        self._answers.pop(call).drop()
+        kept = self._answers.pop(call)
+        rank = _rank_of(kept.joint)
+        self._calls[rank].discard(call)
+        if not self._calls[rank]:
+            del self._calls[rank]
+        kept.drop()
+
+
+def _rank_of(joint: wire.Joint) -> tuple[str, int]:
+    return joint.run, joint.rank

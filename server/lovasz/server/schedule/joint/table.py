@@ -25,6 +25,7 @@ from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.admission import Admission
+from lovasz.server.schedule.ahead import AheadRoom
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
@@ -47,7 +48,20 @@ class JointTable:
     that leaves before its group is complete frees its seat; a group that all ranks have left is gone.
     """
 
-    def __init__(self, admission: Admission, batcher: Batcher, metrics: Metrics, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        batcher: Batcher,
+        metrics: Metrics,
+        timeout_seconds: float,
+        missing_share: float = 1.0,
+    ) -> None:
+        """No group waits yet.
+
+        Args:
+            missing_share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
+        """
+        self._ahead = AheadRoom(admission, missing_share)
         self._admission, self._batcher, self._metrics = admission, batcher, metrics
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
@@ -83,11 +97,12 @@ class JointTable:
             groups = sorted(self._waiting.values(), key=lambda group: group.since)
             return [texts.waiting_step(group, now, self._attendance) for group in groups]
 
-    def join(self, request: wire.Request, cancel: Callable[[], object]) -> Seat | Kept:
+    def join(self, request: wire.Request, cancel: Callable[[], object], caller: str = "") -> Seat | Kept:
         """Takes a seat, or the kept answer if the call was answered before. Either is given back by :meth:`leave`.
 
         Args:
             cancel: ends this call. Used if the same call comes again while this one is still receiving.
+            caller: names the connection; empty: unknown.
 
         Raises:
             JointMismatchError: the request does not fit the ranks that wait.
@@ -103,7 +118,7 @@ class JointTable:
                 kept = self._kept.take(call)
                 if kept is not None:
                     return kept
-            group = self._group_of(request, joint)
+            group = self._group_of(request, joint, caller)
             try:
                 seat = group.take_seat(request, call, cancel)
             except OverloadedError as error:
@@ -230,7 +245,8 @@ class JointTable:
                 self._break(group, StoppingError(text), JointOutcome.STOPPING)
 
     def check(self) -> None:
-        """A chore: forgets what is old, ends steps whose ranks wait for each other, and logs others that wait."""
+        """A chore: forgets what is old, ends steps whose time is up or whose ranks wait for each other, and logs which
+        ranks steps wait for."""
         now = time.monotonic()
         with self._changed:
             self._kept.drop_old()
@@ -240,6 +256,8 @@ class JointTable:
                 text = texts.out_of_step(groups, self._attendance)
                 for group in groups:
                     self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
+            for group in [group for group in self._waiting.values() if now >= group.deadline]:
+                self._time_out(group)
             for group in self._waiting.values():
                 if not group.logged and now - group.since > STRAGGLER_SECONDS:
                     group.logged = True
@@ -262,7 +280,7 @@ class JointTable:
             elif not self._changed.wait(until - time.monotonic()):
                 raise JointBrokenError("the same call is still being computed")
 
-    def _group_of(self, request: wire.Request, joint: wire.Joint) -> Group:
+    def _group_of(self, request: wire.Request, joint: wire.Joint, caller: str) -> Group:
         """The group that a request belongs to, a new one if none waits."""
         step = Step.of(joint, request.want_grad)
         group = self._waiting.get(step)
@@ -281,7 +299,7 @@ class JointTable:
                 world_size=joint.world_size,
                 absent=absent,
                 share=share,
-                permit=self._admission.reserve(present * share, present),
+                permit=self._ahead.reserve(share, present, joint.run, caller),
                 deadline=time.monotonic() + self._timeout_seconds,
             )
         elif joint.rank in group.absent:
@@ -323,9 +341,12 @@ class JointTable:
             pass
         with self._changed:
             if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
-                text = texts.timed_out(group, self._timeout_seconds, self._waiting.values(), self._attendance)
-                self._break(group, JointBrokenError(text), JointOutcome.TIMEOUT)
+                self._time_out(group)
         return caller.wait()
+
+    def _time_out(self, group: Group) -> None:
+        text = texts.timed_out(group, self._timeout_seconds, self._waiting.values(), self._attendance)
+        self._break(group, JointBrokenError(text), JointOutcome.TIMEOUT)
 
     def _lose(self, seat: Seat, error: ServerError, *, may_end: bool = True) -> None:
         """Frees the seat of a group that is not complete, unless that was done before.

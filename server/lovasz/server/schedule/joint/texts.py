@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
+from dataclasses import fields
 
 from lovasz import wire
 from lovasz.server.config import format_bytes
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, Step
-from lovasz.spec import WeightedSum
+from lovasz.spec import Loss, WeightedSum
 
 _NAMED_RANKS = 20
 _NAMED_GROUPS = 3
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = 30
 
 
 def ranks(numbers: list[int]) -> str:
@@ -135,5 +139,11 @@ def _named(numbers: list[int]) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, WeightedSum):
-        return " + ".join(f"{weight} * {term}" for weight, term in value.terms)
+        return " + ".join(f"{weight} * {_described(term)}" for weight, term in value.terms)
     return str(value)
+
+
+def _described(term: Loss) -> str:
+    """As ``repr``, but with the first class weights only if there are many: texts are made under the table's lock."""
+    options = (f"{option.name}={_SHORT.repr(getattr(term, option.name))}" for option in fields(term))
+    return f"{type(term).__name__}({', '.join(options)})"

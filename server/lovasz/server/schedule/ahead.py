@@ -1,0 +1,105 @@
+"""Room for requests that have not come yet, the missing ranks of joint steps: never all that there is.
+
+Nothing here takes a lock: ``JointTable`` does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lovasz.server.config import format_bytes
+from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
+from lovasz.server.schedule.admission import Admission, Permit
+
+_RETRY_SECONDS = 1.0
+_ALL = "all"
+
+
+class AheadPermit(Permit):
+    """Room for requests that have not come. What :meth:`split` takes out of it belongs to one that has."""
+
+    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[str, ...]) -> None:
+        super().__init__(admission, 0, 0)
+        self._room, self._holders = room, holders
+
+    def resize(self, nbytes: int) -> None:
+        """As ``Permit.resize``, also within the limits of :class:`AheadRoom`."""
+        self._room.check(nbytes - self._nbytes, 0, self._holders)
+        super().resize(nbytes)
+
+    def _hold(self, nbytes: int, requests: int) -> None:
+        self._room.count(nbytes - self._nbytes, requests - self._requests, self._holders)
+        super()._hold(nbytes, requests)
+
+
+class AheadRoom:
+    """Counts what is reserved ahead. One run, and one caller, may have a share of all room; all together half of the
+    rest, too."""
+
+    def __init__(self, admission: Admission, share: float) -> None:
+        """Nothing is reserved yet.
+
+        Args:
+            share: of one run, or one caller, in (0, 1].
+        """
+        self._admission, self._share = admission, share
+        self._bytes: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
+
+    def reserve(self, nbytes: int, requests: int, run: str, caller: str) -> AheadPermit:
+        """Takes room for several requests of one size, the first of which is here.
+
+        Args:
+            nbytes: of each.
+            caller: who made the first; empty: nobody knows.
+
+        Raises:
+            TooLargeError: one run may not have that much.
+            OverloadedError: there is no such room at the moment.
+            StartingError, StoppingError: as ``Admission.reserve``.
+        """
+        holders = (_ALL, f"run {run}", f"caller {caller}") if caller else (_ALL, f"run {run}")
+        missing = requests - 1
+        budget, most = self._admission.budget_bytes, self._admission.max_requests
+        if missing > self._share * most or nbytes * missing > self._share * budget:
+            # What never fits at all has a text of its own.
+            self._admission.check_size(nbytes * requests, requests)
+            raise TooLargeError(
+                f"{missing} ranks with {format_bytes(nbytes * missing)} are missing; those of one run may hold "
+                f"{self._share:g} (--joint-share) of {most} requests (--max-requests) and of {format_bytes(budget)} "
+                "(--memory-budget)"
+            )
+        self.check(nbytes * missing, missing, holders)
+        permit = AheadPermit(self, self._admission, holders)
+        permit.absorb(self._admission.reserve(nbytes * requests, requests))
+        return permit
+
+    def check(self, nbytes: int, requests: int, holders: tuple[str, ...]) -> None:
+        """Whether so much more may be reserved.
+
+        Raises:
+            OverloadedError: it may not at the moment.
+        """
+        for holder in holders:
+            share = (1 + self._share) / 2 if holder is _ALL else self._share
+            who = "of all runs" if holder is _ALL else f"of {holder}"
+            if self._requests[holder] + requests > share * self._admission.max_requests:
+                raise NoRequestsLeftError(
+                    f"{self._requests[holder]} missing ranks {who} hold a request, and {requests} would come on top "
+                    "(--joint-share of --max-requests)",
+                    _RETRY_SECONDS,
+                )
+            if self._bytes[holder] + nbytes > share * self._admission.budget_bytes:
+                raise NoBytesLeftError(
+                    f"the missing ranks {who} hold {format_bytes(self._bytes[holder])}, and {format_bytes(nbytes)} "
+                    "would come on top (--joint-share of --memory-budget)",
+                    _RETRY_SECONDS,
+                )
+
+    def count(self, nbytes: int, requests: int, holders: tuple[str, ...]) -> None:
+        """So much more is reserved, or less."""
+        for holder in holders:
+            self._bytes[holder] += nbytes
+            self._requests[holder] += requests
+            if not self._bytes[holder] and not self._requests[holder]:
+                del self._bytes[holder], self._requests[holder]

@@ -1,0 +1,71 @@
+"""The threads of calls: each call takes one, and a call that would find none is refused at once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from lovasz.server.observe.logs import Sparingly
+
+_REFUSING_THREADS = 2
+_RETRY_MILLISECONDS = "1000"
+
+
+class CallThreads(ThreadPoolExecutor):
+    """Threads for so many calls. gRPC's own limit would count the calls of the health service, too."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most, thread_name_prefix="call")
+        self._most = most
+        self._count_lock = threading.Lock()
+        self._open = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether each thread has a call."""
+        return self._open >= self._most
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        with self._count_lock:
+            self._open += 1
+        try:
+            future = super().submit(call, *arguments, **options)
+        except BaseException:
+            self._end(None)
+            raise
+        future.add_done_callback(self._end)
+        return future
+
+    def _end(self, _: object) -> None:
+        with self._count_lock:
+            self._open -= 1
+
+
+class LimitedHandler(grpc.GenericRpcHandler):
+    """The methods of a service while a thread is free; else a refusal, from threads of its own."""
+
+    def __init__(self, service: grpc.GenericRpcHandler, threads: CallThreads) -> None:
+        self._service, self._threads = service, threads
+        self._refusing = ThreadPoolExecutor(_REFUSING_THREADS, thread_name_prefix="refusal")
+        self._log = Sparingly(logging.getLogger(__name__))
+
+        def refuse(_: object, context: grpc.ServicerContext) -> None:
+            self._log.warning("too many calls at a time", peer=context.peer())
+            context.set_trailing_metadata((("grpc-retry-pushback-ms", _RETRY_MILLISECONDS),))
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at a time (--max-requests)")
+
+        refuse.experimental_thread_pool = self._refusing  # type: ignore[attr-defined]
+        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(refuse)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = self._service.service(handler_call_details)
+        return self._refusal if handler is not None and self._threads.is_full else handler
+
+    def end_threads(self, *, wait: bool) -> None:
+        """Ends the threads that refuse."""
+        self._refusing.shutdown(wait=wait, cancel_futures=True)

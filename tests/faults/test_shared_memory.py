@@ -1,0 +1,168 @@
+"""Processes on the server's host that share memory that is not there, too much of it, or something else."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+from faults.conftest import ARGUMENTS, BUDGET_BYTES, MAX_THREADS
+from support.audit import Audit
+from support.footprint import Footprint
+from support.messages import header_of, tensors
+from support.scrape import metric
+from support.waiting import eventually
+
+from lovasz import wire
+from lovasz.client import LossClient
+from lovasz.client.shared_memory import Region, Session, places
+from lovasz.server.launch import ServerProcess
+from lovasz.server.transport.shared_memory import FIRST_REGION_SECONDS
+from lovasz.spec import LovaszSoftmax
+from lovasz.v1 import loss_pb2 as pb
+from lovasz.v1 import loss_pb2_grpc
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+KEEP_SIZE, PUNCH_HOLE = 1, 2
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+MAX_SHARED_BYTES = 2 * BUDGET_BYTES
+PATIENCE_SECONDS = 15.0
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    path = tmp_path_factory.mktemp("sockets") / "s"
+    listen = ["--listen", f"127.0.0.1:0,unix:{path}", "--shared-memory", "--max-shared-memory", f"{MAX_SHARED_BYTES}B"]
+    with ServerProcess([*ARGUMENTS, *listen]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def at_rest(sharing: ServerProcess) -> Audit:
+    return Audit(sharing, MAX_THREADS)
+
+
+@pytest.fixture
+def audit(at_rest: Audit) -> Iterator[Audit]:
+    yield at_rest
+    at_rest.check()
+
+
+@pytest.fixture
+def session(sharing: ServerProcess, audit: Audit) -> Iterator[Session]:
+    session = Session(socket_of(sharing), PATIENCE_SECONDS)
+    yield session
+    session.close()
+
+
+def socket_of(server: ServerProcess) -> str:
+    return server.targets[1].removeprefix("unix:") + wire.MEMORY_SUFFIX
+
+
+def say(session: Session, number: int, descriptor: int) -> str:
+    """What the server answers to a descriptor."""
+    packet = pb.SharedMemoryRequest(region=number).SerializeToString()
+    socket.send_fds(session._socket, [packet], [descriptor])
+    return pb.SharedMemoryReply.FromString(session._socket.recv(4096)).error
+
+
+@contextlib.contextmanager
+def memfd(nbytes: int, *, sparse: bool) -> Iterator[int]:
+    descriptor = os.memfd_create("attack", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, nbytes) if sparse else os.posix_fallocate(descriptor, 0, nbytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def test_memory_that_is_not_there_is_refused(sharing: ServerProcess, session: Session) -> None:
+    before = Footprint.of(sharing.pid).resident_bytes
+    for number in range(1, 30):
+        with memfd(BUDGET_BYTES // 2, sparse=True) as descriptor:
+            assert "got a memfd with 0 of" in say(session, number, descriptor)
+    assert Footprint.of(sharing.pid).resident_bytes < before + BUDGET_BYTES // 4
+
+
+def test_memory_that_is_given_back_later_is_not_used(sharing: ServerProcess, session: Session) -> None:
+    logits, labels = tensors(300)
+    header = header_of(logits, labels)
+    request = wire.Request.from_proto(header)
+    place = places(request)
+    region = Region(place.nbytes)
+    session.share(region)
+    shared = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
+    header.shared_tensors.CopyFrom(shared.to_proto())
+    region.map[place.logits : place.logits + logits.nbytes] = logits.tobytes()
+    region.map[place.labels : place.labels + labels.nbytes] = labels.tobytes()
+    with grpc.insecure_channel(sharing.target) as channel:
+        compute = loss_pb2_grpc.LossServiceStub(channel).Compute
+        answer = compute(pb.ComputeRequest(header=header), timeout=30)
+        assert answer.header.loss > 0
+        assert LIBC.fallocate(region.descriptor, KEEP_SIZE | PUNCH_HOLE, 0, ctypes.c_long(1 << 20)) == 0
+        blocks = os.fstat(region.descriptor).st_blocks
+        for _ in range(5):
+            with pytest.raises(grpc.RpcError) as refused:
+                compute(pb.ComputeRequest(header=header), timeout=30)
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "expected all (posix_fallocate)" in refused.value.details()
+    assert os.fstat(region.descriptor).st_blocks == blocks
+    region.close()
+
+
+def test_no_region_is_larger_than_the_budget_nor_all_together_than_they_may(
+    sharing: ServerProcess, session: Session
+) -> None:
+    with memfd(1 << 42, sparse=True) as descriptor:
+        assert "expected at most 67108864 (--memory-budget)" in say(session, 1, descriptor)
+    regions = [Region(MAX_SHARED_BYTES // 4) for _ in range(4)]
+    for region in regions:
+        session.share(region)
+    assert metric(sharing, "lovasz_shared_memory_bytes") == MAX_SHARED_BYTES
+    with memfd(4096, sparse=False) as descriptor:
+        assert "(--max-shared-memory)" in say(session, 1, descriptor)
+    for region in regions:
+        region.close()
+
+
+def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, session: Session) -> None:
+    """To close the last descriptor of this socket takes a minute: its last bytes are sent first, and nobody reads."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        foreign = socket.create_connection(listener.getsockname())
+        deaf, _ = listener.accept()
+        foreign.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                foreign.send(bytes(1 << 16))
+        foreign.setblocking(True)
+        foreign.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+        packet = pb.SharedMemoryRequest(region=1).SerializeToString()
+        socket.send_fds(session._socket, [packet], [foreign.fileno()])
+        os.close(foreign.detach())
+        assert "expected a memfd" in pb.SharedMemoryReply.FromString(session._socket.recv(4096)).error
+        with contextlib.closing(Session(socket_of(sharing), PATIENCE_SECONDS)) as other:
+            region = Region(4096)
+            other.share(region)
+            region.close()
+        deaf.close()
+
+
+def test_silent_connections_end_and_make_room(sharing: ServerProcess, audit: Audit) -> None:
+    with contextlib.ExitStack() as connections:
+        for _ in range(250):
+            connection = connections.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.connect(socket_of(sharing))
+        since = time.monotonic()
+        assert eventually(lambda: metric(sharing, "lovasz_shared_memory_sessions") == 0)
+        assert time.monotonic() - since < 3 * FIRST_REGION_SECONDS
+        with LossClient(sharing.targets[1], transport="shm") as client:
+            assert np.isfinite(client.compute(*tensors(16), LovaszSoftmax()).loss)
