@@ -183,7 +183,7 @@ def parse_arguments() -> argparse.Namespace:
         "--joint",
         choices=["group", "server", "none"],
         default="group",
-        help="who computes the loss of all ranks' images: the ranks themselves (group, the default), a server, or nobody: "
+        help="who computes the loss of all images: the ranks themselves (group, the default), a server, or nobody, and "
         "each rank has the loss of its own images (none)",
     )
     parser.add_argument("--target", metavar="HOST:PORT", help="a running loss server, for --joint server")
