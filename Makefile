@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
-	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (two minutes)"
+	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (three minutes)"
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
 	@echo "make test         run the whole test suite (five minutes on two cores; JOBS=4 runs four tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
@@ -29,7 +29,7 @@ help:
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
-	@echo "make bench-joint  time a joint step against one request of all its tensors (a minute)"
+	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (two minutes)"
 	@echo "make gpu          benchmark and tests on a GPU from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there"
 	@echo "make proto        generate the stubs from the .proto file"

@@ -1,13 +1,14 @@
-"""Shows that data-parallel training with ``joint`` equals the training of one process, and what happens without it.
+"""Shows that data-parallel training with a joint loss equals that of one process, and what happens without it.
 
 Runs the training of ddp_digits.py on all canvases of each batch in one process, then by torchrun on 2 and on 4 ranks,
-with the joint loss and with each rank's own loss, from the same weights. Starts a loss server and stops it:
+with the joint loss (of a server, and of a process group) and with each rank's own loss, from the same weights. Starts a
+loss server and stops it:
 
-    python examples/compare_ddp.py --plot out    # two minutes on two CPU cores
+    python examples/compare_ddp.py --plot out    # three minutes on two CPU cores
 
 All runs compute in float64 and use SGD. In float32, two runs that add the same numbers in a different order differ by
 1e-4 to 1e-2 after 50 steps, which could hide a difference of the losses. With Adam, whose steps are as long where the
-gradient is only rounding, one last bit becomes 1e-3. (The logits travel in float32 in any case.)
+gradient is only rounding, one last bit becomes 1e-3. (To a server, the logits travel in float32 in any case.)
 
 The ranks' own losses are a different loss, which may fall faster in its first 50 steps: the mean of a rank is over the
 few classes that it has. The comparison shows whether ranks train as one process does, not which training is better.
@@ -38,15 +39,18 @@ from lovasz.server.launch import ServerProcess
 STOP_SECONDS = 45.0  # torchrun itself gives its ranks 30.
 
 
+NAMES = {"server": "joint loss", "group": "process group", "none": "own losses"}
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way to train on ranks: with the joint loss, or with each rank's own loss."""
+    """One way to train on ranks: ``ddp_digits.py --joint``, which says where they get their loss, and their number."""
 
-    joint: bool
+    joint: str
     ranks: int
 
     def __str__(self) -> str:
-        return f"{'joint loss' if self.joint else 'own losses'}, {self.ranks} ranks"
+        return f"{NAMES[self.joint]}, {self.ranks} ranks"
 
 
 # --- The trainings ------------------------------------------------------------------------------------------------
@@ -67,9 +71,9 @@ def train_on_ranks(way: Way, target: str, steps: int, timeout: float) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "run.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command += ["--nproc-per-node", str(way.ranks), ddp_digits.__file__, "--target", target]
+        command += ["--nproc-per-node", str(way.ranks), ddp_digits.__file__]
         command += ["--steps", str(steps), "--float64", "--save", str(saved)]
-        command += [] if way.joint else ["--own-loss"]
+        command += ["--joint", way.joint, *(["--target", target] if way.joint == "server" else [])]
         # The loopback interface, also on a machine whose name has no address.
         environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1"}
         # A session of its own: Ctrl-C reaches this process alone, which then stops torchrun, once.
@@ -139,7 +143,8 @@ def draw(alone: Run, runs: dict[Way, Run], folder: Path) -> Path:
     steps = range(1, len(alone.losses) + 1)
     losses.plot(steps, alone.losses, color="#bbbbbb", linewidth=5, label="one process")
     for way, run in runs.items():
-        colour, style = "#2a6f97" if way.joint else "#d1602f", "--" if way.ranks == 2 else ":"
+        colour = {"server": "#2a6f97", "group": "#5a9367", "none": "#d1602f"}[way.joint]
+        style = "--" if way.ranks == 2 else ":"
         losses.plot(steps, run.losses, style, color=colour, linewidth=1.4, label=str(way))
         # A logarithmic axis has no 0: runs that are equal to the bit are drawn on its lower edge.
         gaps = [max(abs(a - b), 1e-12) for a, b in zip(run.losses, alone.losses, strict=True)]
@@ -175,7 +180,7 @@ def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # As Ctrl-C: ends what was started.
     started = time.perf_counter()
-    ways = [Way(joint, ranks) for joint in (True, False) for ranks in args.ranks]
+    ways = [Way(joint, ranks) for joint in NAMES for ranks in args.ranks]
     with ServerProcess(["--device", "cpu"]) as server:
         print(f"loss server at {server.target}; {args.steps} steps each\n  one process ...", flush=True)
         alone = train_alone(server.target, args.steps)

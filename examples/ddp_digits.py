@@ -1,18 +1,20 @@
-"""Data-parallel training with the Lovász loss of the global batch: what ``joint`` is for.
+"""Data-parallel training with the Lovász loss of the global batch, by a process group or by a server.
 
 IoU is not a mean over images, and neither is its loss: the mean of the losses that the ranks compute for their own
-images is a different loss, even more so if the ranks have different classes. With ``joint`` each rank sends its own
-logits, and gets its part of the gradient of the loss of all logits. In a DistributedDataParallel training, it is one
-more argument:
+images is a different loss, even more so if the ranks have different classes. With a joint loss, each rank gets its part
+of the gradient of the loss of all logits. In a DistributedDataParallel training, it is one more argument:
 
+    criterion = LocalLoss(loss, group="world")
     criterion = RemoteLoss(target, loss, joint=Joint.from_distributed("name of this training"))
 
-With a running server, on 1, 2 or 4 ranks:
+On 1, 2 or 4 ranks; the second line needs a running server:
 
-    torchrun --nproc-per-node 2 examples/ddp_digits.py --target localhost:50051
+    torchrun --nproc-per-node 2 examples/ddp_digits.py --joint group
+    torchrun --nproc-per-node 2 examples/ddp_digits.py --joint server --target localhost:50051
 
 The images are those of segment_digits.py, but each quarter of them has only some of the digits, and each rank has one
-or more quarters. compare_ddp.py shows that this equals the training of one process, and what happens without ``joint``.
+or more quarters. compare_ddp.py shows that this equals the training of one process, and what happens with
+``--joint none``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from unet import UNet
 
 from lovasz.client import Joint, LovaszSoftmax, Result
 from lovasz.client.torch import RemoteLoss
+from lovasz.core import LocalLoss
 
 LOSS = LovaszSoftmax(ignore_index=VOID)  # or a sum: [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(...))]
 DIGITS_HELD = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))  # Of each quarter of the data.
@@ -59,12 +63,17 @@ def main() -> None:
 
 def train_rank(args: argparse.Namespace) -> Run:
     model = DistributedDataParallel(new_model())
-    joint = Joint.from_distributed("ddp-digits")
-    criterion = OwnLoss(args.target, joint) if args.own_loss else RemoteLoss(args.target, LOSS, joint=joint)
+    criterion: Criterion
+    if args.joint == "group":
+        criterion = LocalLoss(LOSS, group="world")
+    elif args.joint == "server":
+        criterion = RemoteLoss(args.target, LOSS, joint=Joint.from_distributed("ddp-digits"))
+    else:
+        criterion = OwnLoss()
     return train(model, criterion, loader(distributed.get_rank(), distributed.get_world_size(), args.steps))
 
 
-def train(model: nn.Module, criterion: RemoteLoss | OwnLoss, loader: Iterable[tuple[Tensor, Tensor]]) -> Run:
+def train(model: nn.Module, criterion: Criterion, loader: Iterable[tuple[Tensor, Tensor]]) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     run = Run()
     for images, labels in loader:
@@ -101,17 +110,17 @@ def with_group_norm(module: nn.Module) -> nn.Module:
 
 
 class OwnLoss(nn.Module):
-    """A training without ``joint``: each rank has the loss of its own images, and the gradients are averaged.
+    """A training without a joint loss: each rank has the loss of its own images, and the gradients are averaged.
 
     Attributes:
         result: the loss of the global batch, to compare with; the training does not use it.
     """
 
-    def __init__(self, target: str, joint: Joint) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.own = RemoteLoss(target, LOSS)
-        self.all = RemoteLoss(target, LOSS, joint=joint)
-        self.result: Result[object] | None = None
+        self.own = LocalLoss(LOSS)
+        self.all = LocalLoss(LOSS, group="world")
+        self.result: Result[Any] | None = None
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -119,6 +128,9 @@ class OwnLoss(nn.Module):
         self.result = self.all.result
         loss: Tensor = self.own(logits, labels)
         return loss
+
+
+Criterion: TypeAlias = RemoteLoss | LocalLoss | OwnLoss
 
 
 @dataclass
@@ -129,7 +141,7 @@ class Run:
     first_gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def note(self, model: nn.Module, result: Result[object] | None) -> None:
+    def note(self, model: nn.Module, result: Result[Any] | None) -> None:
         assert result is not None
         if not self.losses:
             self.first_gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -167,18 +179,25 @@ def compose_quarter(digits: Digits, quarter: int) -> Scenes:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--target", metavar="HOST:PORT", required=True, help="a running loss server")
-    parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
     parser.add_argument(
-        "--own-loss", action="store_true", help="without joint: each rank has the loss of its own images"
+        "--joint",
+        choices=["group", "server", "none"],
+        default="group",
+        help="who computes the loss of all images: the ranks themselves (group, the default), a server, or nobody, and "
+        "each rank has the loss of its own images (none)",
     )
+    parser.add_argument("--target", metavar="HOST:PORT", help="a running loss server, for --joint server")
+    parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
     parser.add_argument(
         "--float64", action="store_true", help="compute in float64, so that rounding hides no difference between runs"
     )
     parser.add_argument(
         "--save", type=Path, metavar="FILE", help="write losses, first gradient and weights to this file"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.joint == "server") != (args.target is not None):
+        parser.error("--target: expected with --joint server, and only then")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Times a joint step of several ranks, beside one request that holds all their tensors.
+"""Times a joint step of several ranks: on a server, beside one request of all tensors; and in a process group.
 
     python -m benchmarks.joint --json benchmarks/results/joint_cpu.json
 
 Each rank is a process of its own with a client of its own, as in a training; the server is another one, on loopback.
 The single request comes from one more process. They take turns. A joint step lasts from the moment that the last rank
-sends until the last rank has its gradient.
+sends until the last rank has its gradient. The ranks of a process group take turns, too: with the joint loss, with each
+rank's own loss, and with an all-reduce of all tables alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import setting
 from benchmarks.child import Child, ask_all
+from benchmarks.joint.group import KINDS
 from benchmarks.workloads import Workload
 from lovasz.server.launch import ServerProcess
 
@@ -76,8 +78,41 @@ def measured(case: Case, transport: str, target: str, turns: int) -> Row:
         return Row(case, transport, joint, single, [a / b for a, b in zip(joint, single, strict=True)])
 
 
-def step_ms(ranks: list[Child], number: int) -> float:
-    spans = ask_all(ranks, "step", number)
+GROUPS = (Case(2, (1, 19, 512, 512)), Case(4, (1, 19, 512, 512)))
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """The milliseconds of each step of a process group, by its kind.
+
+    Attributes:
+        ratios: turn by turn: the joint loss over the sum of own losses and all-reduce.
+    """
+
+    case: Case
+    ms: dict[str, list[float]]
+    ratios: list[float]
+
+    def text(self) -> str:
+        shape = "x".join(map(str, self.case.logits))
+        medians = " | ".join(f"{statistics.median(self.ms[kind]):.1f} ms" for kind in KINDS)
+        return f"| {self.case.ranks} x {shape} | {medians} | {statistics.median(self.ratios):.2f} |"
+
+
+def measured_group(case: Case, store: str, turns: int) -> GroupRow:
+    workload = Workload(case.logits)
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(Child("benchmarks.joint.group:GroupRank", store, workload, rank, case.ranks))
+            for rank in range(case.ranks)
+        ]
+        steps = [{kind: step_ms(ranks, kind) for kind in KINDS} for _ in range(WARM_UP + turns)][WARM_UP:]
+    ratios = [step["process group"] / (step["own losses"] + step["all-reduce"]) for step in steps]
+    return GroupRow(case, {kind: [step[kind] for step in steps] for kind in KINDS}, ratios)
+
+
+def step_ms(ranks: list[Child], which: int | str) -> float:
+    spans = ask_all(ranks, "step", which)
     # The ranks are asked one after the other: the step begins when the last one has begun.
     return 1e3 * float(max(end for _, end in spans) - max(start for start, _ in spans))
 
@@ -96,9 +131,15 @@ def main() -> int:
                 for transport, target in zip(("TCP", "shared memory"), server.targets, strict=True):
                     rows.append(measured(case, transport, target, args.turns))
                     print(rows[-1].text(), flush=True)
+        print(f"\n| ranks | {' | '.join(KINDS)} | process group / (own losses + all-reduce) |\n|---|{'---:|' * 5}")
+        groups = []
+        for number, case in enumerate(GROUPS):
+            groups.append(measured_group(case, f"{folder}/store{number}", args.turns))
+            print(groups[-1].text(), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         results = {"setting": setting.cpu_setting(args.turns), "rows": [asdict(row) for row in rows]}
+        results["groups"] = [asdict(row) for row in groups]
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

@@ -22,7 +22,16 @@ CHECKS = {
         *("probabilities", "probabilities:torch", "probabilities:mixed"),
         *("masks_and_offsets", "masks_and_offsets:tables", "masks_and_offsets:mixed"),
         *("not_finite", "not_finite:torch", "not_finite:mixed"),
-        *("all_are_empty", "faults", "faults:mixed", "other_failures", "group_arguments", "copies", "trainings"),
+        *(
+            "all_are_empty",
+            "faults",
+            "faults:mixed",
+            "other_failures",
+            "group_arguments",
+            "copies",
+            "trainings",
+            "page",
+        ),
     ),
     3: (
         *("options:mixed", "at_random", "at_random:torch", "at_random:tables", "at_random:mixed"),

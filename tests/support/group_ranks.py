@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.imports import REPOSITORY
+from support.snippets import snippets_of
 from torch import Tensor, distributed, nn
 
 from lovasz.core import (
@@ -383,6 +385,29 @@ def check_at_random(rank: int, world: int) -> None:
                 a_case(loss, channels, images, spatial, 1000 * trial + r, dtype=dtype, present=present, void=void)
             )
         check_case(cases, rank)
+
+
+def check_page(rank: int, world: int) -> None:
+    """The lines of joint.md train a model and check its joint loss."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(2, 3, 8, 6, generator=generator) for _ in range(2)]
+    loader = [(images, images.sum(1).abs().long().clamp(max=3)) for images in batches]
+    model = nn.Conv2d(3, 4, 3, padding=1)
+    names: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": loader,
+        "images": torch.randn(5, 3, 8, 6, generator=generator),
+        "labels": torch.randint(0, 4, (5, 8, 6), generator=generator),
+    }
+    training, check = (
+        next(one for one in snippets_of(REPOSITORY / "docs" / "joint.md") if one.heading == heading)
+        for heading in ("With a process group", "Check it")
+    )
+    training.changed('torch.distributed.init_process_group("gloo")', "pass").run(names)
+    check.run(names)
+    assert names["joint"].ranks == world
 
 
 # --- As it is, without a way ----------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ THRESHOLDS = Thresholds(
     # Estimates up to this value were at least 0.98 of the true error (docs/mathematics.md, section 11).
     order_error=1.8e-5,
 )
-MOST_TABLES = 32
-"""The most segments that are counted in parts at a time: each of their tables takes 3 MB."""
+MOST_TABLES = 8
+"""The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
 
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf)
 COUNT_ALL = Thresholds(0, 0, math.inf)
