@@ -305,3 +305,8 @@ def test_the_longest_header_that_a_loss_needs_is_read() -> None:
 
 
 LONGEST = (("float32", (1000, spec.MAX_CLASSES, 1)), ("int32", (1000, 1)))
+
+
+def test_the_reason_of_an_abort_has_no_control_characters() -> None:
+    message = wire.Abort(wire.Joint("run", 0, 0, 2), True, "out of\x1b[31m memory\n\x9b").to_proto()
+    assert wire.Abort.from_proto(message).reason == "out of [31m memory  "

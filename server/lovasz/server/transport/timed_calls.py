@@ -21,7 +21,7 @@ CONNECTION_CALLS = 32
 """Calls of one connection that may be open for longer than a moment. Unix sockets do not tell connections apart."""
 _MOMENT_SECONDS = 0.25
 """A call that is open for longer may be cut off for one that has just come: a header follows its call at once."""
-_RETRY_SECONDS = 1.0
+_RETRY_SECONDS = 0.3
 
 MessageT = TypeVar("MessageT")
 

@@ -10,5 +10,5 @@ processes hold, too), ``workers``, ``scratch``.
 
 Compiled: ``planes`` (reads logits and labels), ``softmax`` and ``binary`` (errors and counts, and the way back),
 ``cross_entropy``, ``segments`` (the segments of a term, one after another), ``sorting`` (a segment sorted), ``tables``
-and ``bins`` (a segment counted), ``elementary`` (exp and log), ``intrinsics``.
+and ``bins`` (a segment counted), ``elementary`` (exp and log), ``intrinsics``. ``disk_cache`` keeps what was compiled.
 """

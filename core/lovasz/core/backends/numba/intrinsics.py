@@ -13,6 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lovasz.core.backends.numba.disk_cache import DiskCache
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -40,6 +42,7 @@ def compiled(function: F) -> F:
         if not (hasattr(cache_file, "_source_stamp") and hasattr(cache_file, "_version")):
             raise RuntimeError("this Numba keeps its stamp elsewhere")
         cache_file._source_stamp, cache_file._version = _DIGEST, (cache_file._version, _DIGEST)
+        dispatcher._cache = DiskCache(dispatcher._cache, dispatcher._cache._impl.filename_base)
     except (AttributeError, RuntimeError):  # RuntimeError: also if no folder is writable.
         dispatcher = numba.njit(function, nogil=True, error_model="numpy")
     return cast(F, dispatcher)
