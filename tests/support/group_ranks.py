@@ -51,7 +51,7 @@ from lovasz.core.distributed.joint import compute_joint
 from lovasz.core.functional import _prepared
 from lovasz.spec import LossLike, Result, WeightedSum, weighted_sum
 
-TIMEOUT = timedelta(seconds=40)
+TIMEOUT = timedelta(seconds=200)
 VOID = 255
 
 
