@@ -250,3 +250,16 @@ def test_what_breaks_the_stream_comes_out(staging: Staging, sent: int) -> None:
         receiver.header()
         receiver.payload(staging)
     call.join()
+
+
+def test_a_payload_that_is_too_slow_for_its_size_is_not_waited_for(
+    staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "LEAST_BYTES", 1)
+    call = Trickle(piece_bytes=10, pause_seconds=0.01)  # 1300 bytes in 1.3 s
+    receiver = Receiver(call, call.start, Patience(header_seconds=LONG, stall_seconds=0.1, payload_seconds=0.2))
+    receiver.header()
+    with pytest.raises(StalledError, match=r"too few to be complete within 0\.2 s \(--payload-timeout\)"):
+        receiver.payload(staging)
+    call.cut_off.set()
+    call.join()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import pytest
 
@@ -136,4 +138,42 @@ def test_an_answer_that_is_cut_off_can_still_be_closed(clock: Clock, metrics: Me
     clock.now += 11
     watch.check()
     assert list(answer) == []
+    assert stalled(metrics) == 1
+
+
+class Context:
+    """The connection of a call whose answer gRPC has."""
+
+    def __init__(self) -> None:
+        self.let_go: list[Callable[[], None]] = []
+        self.is_cut_off = False
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        self.let_go.append(callback)
+        return True
+
+    def cancel(self) -> None:
+        self.is_cut_off = True
+        self.let_go[0]()
+
+
+def test_while_grpc_holds_little_room_is_given_back_before_the_answer_has_left(clock: Clock, metrics: Metrics) -> None:
+    watch, given, contexts = SendWatch(10.0, metrics), [], [Context() for _ in range(3)]
+    for number, context in enumerate(contexts):
+        watch.hand_over(sending.MOST_UNSENT_BYTES // 2, cast("Any", context), partial(given.append, number))
+    assert given == [0, 1]
+    contexts[2].let_go[0]()
+    assert given == [0, 1, 2]
+    contexts[0].let_go[0]()
+    watch.hand_over(1, cast("Any", Context()), partial(given.append, 3))
+    assert given == [0, 1, 2, 3]
+
+
+def test_an_answer_of_one_message_that_is_not_taken_is_cut_off(clock: Clock, metrics: Metrics) -> None:
+    watch, given, context = SendWatch(10.0, metrics), [], Context()
+    watch.hand_over(2 * sending.MOST_UNSENT_BYTES, cast("Any", context), partial(given.append, 0))
+    clock.now += 11
+    watch.check()
+    assert context.is_cut_off
+    assert given == [0]
     assert stalled(metrics) == 1
