@@ -90,7 +90,13 @@ else:
 def test_ctrl_c_ends_the_process(sharing: ServerProcess, way: str, managed: bool) -> None:
     tests = str(Path(__file__).parents[1])
     script = SCRIPT.format(tests=tests, run=f"{way}-{managed}", managed=managed, target=sharing.target, way=way)
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell ignores Ctrl-C, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert eventually(lambda: metric(sharing, "lovasz_joint_ranks_waiting") == 1)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)

@@ -55,10 +55,19 @@ class Audit:
         assert np.asarray(result.grad).tobytes() == np.asarray(self._known.grad).tobytes()
 
     def check_health(self) -> None:
-        """The server says within some seconds, on a connection of its own, that it serves."""
+        """The server says within some seconds, on a connection of its own, that it serves.
+
+        In a flood of calls of health itself, one call may be refused: three tries, as container engines have.
+        """
         options = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(self._server.target, options=options) as channel:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            for is_last in (False, False, True):
+                try:
+                    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+                    break
+                except grpc.RpcError as error:
+                    if is_last or error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                        raise
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def check(self) -> None:
