@@ -20,7 +20,7 @@ help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (three minutes)"
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
-	@echo "make test         run the whole test suite (five minutes on two cores; JOBS=4 runs four tests at a time)"
+	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=4 runs four tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
