@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -57,17 +59,19 @@ class Audit:
     def check_health(self) -> None:
         """The server says within some seconds, on a connection of its own, that it serves.
 
-        In a flood of calls of health itself, one call may be refused: three tries, as container engines have.
+        In a flood of calls of health itself, a call may be refused: five tries, a second apart. Container engines have
+        three, several seconds apart.
         """
         options = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(self._server.target, options=options) as channel:
-            for is_last in (False, False, True):
+            for tries_left in reversed(range(5)):
                 try:
                     answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
                     break
                 except grpc.RpcError as error:
-                    if is_last or error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    if not tries_left or error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                         raise
+                    time.sleep(1)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def check(self) -> None:
