@@ -106,7 +106,7 @@ class _Page:
         def link(other: str) -> str:
             return self.link(other, inside=name)
 
-        bases = [_base(base) for base in cls.__bases__ if base.__name__ not in ("object", "Generic")]
+        bases = [_base(base) for base in _public_bases(cls)]
         made_by_users = not issubclass(cls, BaseException | enum.Enum)
         parameters = _parameters(cls) if made_by_users else []
         yield _fenced(f"class {_call(name, parameters)}" if made_by_users else f"class {name}({', '.join(bases)})")
@@ -188,6 +188,15 @@ def _type(annotation: Any) -> str:
         lambda name: constants[name[0]].value if name[0] in constants and name[0] not in public else name[0],
         text,
     )
+
+
+def _public_bases(cls: type[Any]) -> Iterator[type[Any]]:
+    """Its bases; in place of a private one, the bases of that."""
+    for base in cls.__bases__:
+        if base.__name__.startswith("_"):
+            yield from _public_bases(base)
+        elif base.__name__ not in ("object", "Generic"):
+            yield base
 
 
 def _base(base: type[Any]) -> str:

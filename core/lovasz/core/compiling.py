@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from lovasz.autograd import Computed, constant, operator
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
-from lovasz.spec import LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec import Loss, LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, WeightedSum, weighted_sum
+
+KINDS: dict[str, Callable[..., Loss]] = {kind.__name__: kind for kind in (LovaszSoftmax, LovaszHinge, LovaszSigmoid)}
+"""The losses that have a function. The compiler's constants are names, not classes."""
 
 _losses: dict[str, WeightedSum] = {}
 """The losses that were asked for, by their text: an operator takes no objects."""
@@ -24,21 +28,9 @@ def key_of(loss: LossLike) -> str:
 
 
 @constant
-def softmax_key(*options: Any) -> str:
-    """The key of a Lovász-Softmax loss; the arguments are those of ``LovaszSoftmax``."""
-    return key_of(LovaszSoftmax(*options))
-
-
-@constant
-def hinge_key(*options: Any) -> str:
-    """The key of a Lovász hinge; the arguments are those of ``LovaszHinge``."""
-    return key_of(LovaszHinge(*options))
-
-
-@constant
-def sigmoid_key(*options: Any) -> str:
-    """The key of a Lovász-Sigmoid loss; the arguments are those of ``LovaszSigmoid``."""
-    return key_of(LovaszSigmoid(*options))
+def key_of_options(name: str, *options: Any) -> str:
+    """The key of the loss of this name in ``KINDS``, with these options."""
+    return key_of(KINDS[name](*options))
 
 
 def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lovasz.autograd import no_tensor, untraced, with_gradient
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
-from lovasz.core.compiling import hinge_key, is_plain, loss_operator, sigmoid_key, softmax_key
+from lovasz.core.compiling import KINDS, is_plain, key_of_options, loss_operator
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.core.distributed.joint import compute_joint
 from lovasz.spec import (
@@ -20,11 +20,7 @@ from lovasz.spec import (
     GradientReduction,
     Input,
     InvalidInput,
-    Loss,
     LossLike,
-    LovaszHinge,
-    LovaszSigmoid,
-    LovaszSoftmax,
     Reduction,
     Result,
     WeightedSum,
@@ -244,10 +240,7 @@ def lovasz_softmax(
         InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
     """
     options = classes, class_weights, per_image, ignore_index, input
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
-        key = softmax_key(*options)
-        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return _with_options(LovaszSoftmax, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
+    return _with_options("LovaszSoftmax", options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
 
 
 def lovasz_hinge(
@@ -285,10 +278,7 @@ def lovasz_hinge(
         InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
     """
     options = per_image, ignore_index, multilabel
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
-        key = hinge_key(*options)
-        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return _with_options(LovaszHinge, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
+    return _with_options("LovaszHinge", options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
 
 
 def lovasz_sigmoid(
@@ -317,15 +307,11 @@ def lovasz_sigmoid(
         InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
     """
     options = per_image, ignore_index, multilabel
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
-        key = sigmoid_key(*options)
-        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
-    return _with_options(LovaszSigmoid, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
+    return _with_options("LovaszSigmoid", options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
 
 
-@untraced
 def _with_options(
-    kind: Callable[..., Loss],
+    name: str,
     options: tuple[Any, ...],
     logits: Tensor,
     labels: Any,
@@ -335,16 +321,36 @@ def _with_options(
     group: Any,
     gradient_reduction: GradientReduction,
 ) -> Tensor:
-    if group is not None:
-        loss, _ = differentiable_joint(
-            logits,
-            labels,
-            lambda: kind(*options),
-            valid=valid,
-            offsets=offsets,
-            group=group,
-            gradient_reduction=gradient_reduction,
-            reduction=reduction,
-        )
-        return loss
-    return differentiable(logits, labels, kind(*options), valid=valid, offsets=offsets, reduction=reduction)
+    """Computes the loss of this name in ``KINDS``; in ``torch.compile`` as an operator, if one can compute it."""
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
+        key = key_of_options(name, *options)
+        return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
+    return _eagerly(name, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
+
+
+@untraced
+def _eagerly(
+    name: str,
+    options: tuple[Any, ...],
+    logits: Tensor,
+    labels: Any,
+    valid: Any,
+    offsets: Any,
+    reduction: Reduction,
+    group: Any,
+    gradient_reduction: GradientReduction,
+) -> Tensor:
+    kind = KINDS[name]
+    if group is None:
+        return differentiable(logits, labels, kind(*options), valid=valid, offsets=offsets, reduction=reduction)
+    loss, _ = differentiable_joint(
+        logits,
+        labels,
+        lambda: kind(*options),
+        valid=valid,
+        offsets=offsets,
+        group=group,
+        gradient_reduction=gradient_reduction,
+        reduction=reduction,
+    )
+    return loss

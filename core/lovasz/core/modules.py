@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lovasz.core.compiling import is_plain, key_of, loss_operator
 from lovasz.core.functional import check_mean, differentiable, differentiable_joint
 from lovasz.spec import (
     GradientReduction,
+    Loss,
     LossLike,
     LovaszHinge,
     LovaszSigmoid,
@@ -103,46 +105,36 @@ class LocalLoss(torch.nn.Module):
         return ", ".join(f"{weight} * {loss}" for weight, loss in self.loss.terms)
 
 
-class LovaszSoftmaxLoss(LocalLoss):
+class _OneLoss(LocalLoss):
+    """A module that is made from the options of one loss, ``_kind``."""
+
+    _kind: ClassVar[Callable[..., Loss]]
+
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        group: Any = None,
+        gradient_reduction: GradientReduction = "mean",
+        **options: Any,
+    ) -> None:
+        loss = type(self)._kind(**options)
+        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)
+
+
+class LovaszSoftmaxLoss(_OneLoss):
     """The Lovász-Softmax loss as a module; takes the options of :class:`lovasz.spec.LovaszSoftmax`, and ``group``."""
 
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        group: Any = None,
-        gradient_reduction: GradientReduction = "mean",
-        **options: Any,
-    ) -> None:
-        loss = LovaszSoftmax(**options)
-        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)
+    _kind = LovaszSoftmax
 
 
-class LovaszHingeLoss(LocalLoss):
+class LovaszHingeLoss(_OneLoss):
     """The Lovász hinge as a module; takes the options of :class:`lovasz.spec.LovaszHinge`, and ``group``."""
 
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        group: Any = None,
-        gradient_reduction: GradientReduction = "mean",
-        **options: Any,
-    ) -> None:
-        loss = LovaszHinge(**options)
-        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)
+    _kind = LovaszHinge
 
 
-class LovaszSigmoidLoss(LocalLoss):
+class LovaszSigmoidLoss(_OneLoss):
     """The Lovász-Sigmoid loss as a module; takes the options of :class:`lovasz.spec.LovaszSigmoid`, and ``group``."""
 
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        group: Any = None,
-        gradient_reduction: GradientReduction = "mean",
-        **options: Any,
-    ) -> None:
-        loss = LovaszSigmoid(**options)
-        super().__init__(loss, reduction=reduction, group=group, gradient_reduction=gradient_reduction)
+    _kind = LovaszSigmoid

@@ -18,10 +18,10 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 
 
-def shown(value: object) -> str:
+def shown(value: Any) -> str:
     """A value as errors show it; of an array only the type and the shape."""
     if getattr(value, "ndim", 0):
-        return f"{type(value).__name__} of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
     return _REPR.repr(value)
 
 
@@ -104,14 +104,14 @@ def reduction(value: Any) -> Literal["mean", "none"]:
     """``"mean"`` or ``"none"``."""
     if value not in ("mean", "none"):
         raise InvalidInput("reduction", f"got {value!r}; expected 'mean', or 'none' for one loss an image")
-    return value  # type: ignore[no-any-return]
+    return "mean" if value == "mean" else "none"
 
 
 def gradient_reduction(value: Any) -> Literal["mean", "sum"]:
     """``"mean"`` or ``"sum"``."""
     if value not in ("mean", "sum"):
         raise InvalidInput("gradient_reduction", f"got {value!r}; expected 'mean' or 'sum'")
-    return value  # type: ignore[no-any-return]
+    return "mean" if value == "mean" else "sum"
 
 
 def pos_weight(value: Any) -> float | tuple[float, ...] | None:

@@ -75,7 +75,20 @@ class LovaszSoftmax:
 
 
 @dataclass(frozen=True)
-class LovaszHinge:
+class _BinaryLovasz:
+    """The options of the Lovász losses of binary labels."""
+
+    per_image: bool = False
+    ignore_index: int | None = None
+    multilabel: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per_image", checks.flag("per_image", self.per_image))
+        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
+        object.__setattr__(self, "multilabel", checks.flag("multilabel", self.multilabel))
+
+
+class LovaszHinge(_BinaryLovasz):
     """The Lovász hinge (Yu and Blaschko 2015; Berman, Triki and Blaschko 2018), for one or several binary labels.
 
     Logits and labels have shape (N, *spatial) or (N, 1, *spatial); labels are 0 and 1. All pixels of a group are one
@@ -92,23 +105,13 @@ class LovaszHinge:
         InvalidInput: an option has an invalid value.
     """
 
-    per_image: bool = False
-    ignore_index: int | None = None
-    multilabel: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "per_image", checks.flag("per_image", self.per_image))
-        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
-        object.__setattr__(self, "multilabel", checks.flag("multilabel", self.multilabel))
-
     @property
     def kind(self) -> str:
         """The name of this loss on the wire and in metrics."""
         return "lovasz_hinge"
 
 
-@dataclass(frozen=True)
-class LovaszSigmoid:
+class LovaszSigmoid(_BinaryLovasz):
     """The Lovász extension of the Jaccard loss at the errors |y - sigmoid(x)|, for one or several binary labels.
 
     It is Lovász-Softmax (Berman, Triki and Blaschko, CVPR 2018) of the foreground alone, for one channel: the same as
@@ -123,15 +126,6 @@ class LovaszSigmoid:
     Raises:
         InvalidInput: an option has an invalid value.
     """
-
-    per_image: bool = False
-    ignore_index: int | None = None
-    multilabel: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "per_image", checks.flag("per_image", self.per_image))
-        object.__setattr__(self, "ignore_index", checks.ignore_index(self.ignore_index))
-        object.__setattr__(self, "multilabel", checks.flag("multilabel", self.multilabel))
 
     @property
     def kind(self) -> str:

@@ -104,7 +104,8 @@ class WeightedSum:
     def per_image_losses(self, results: Sequence[TermResult]) -> npt.NDArray[np.float64]:
         """The loss of each image, from the results of the terms: float64, shape (images,)."""
         losses = [weight * term.per_image_loss for (weight, _), term in zip(self.terms, results, strict=True)]
-        return np.sum(losses, axis=0)  # type: ignore[no-any-return]
+        total: npt.NDArray[np.float64] = np.sum(losses, axis=0)
+        return total
 
     def check_losses_of_images(self, images: int) -> None:
         """Checks that each image has a loss of its own, and that there are not too many images.
@@ -151,8 +152,9 @@ class WeightedSum:
 
 
 def _segments(loss: LovaszLoss, layout: Layout) -> int:
-    is_listed = isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str)
-    classes = len(loss.classes) if is_listed else layout.channels  # type: ignore[union-attr]
+    classes = layout.channels
+    if isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str):
+        classes = len(loss.classes)
     return classes * (layout.scored_images if loss.per_image else 1)
 
 
