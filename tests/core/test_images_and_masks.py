@@ -216,6 +216,8 @@ def test_a_bad_label_stands_where_the_caller_has_it(device: torch.device) -> Non
         ([20, 20, 40], r"offsets\[1\]: got 20 after 20; expected ascending integers"),
         ([20, 30], r"offsets: got 30 as the last one; expected ascending integers, .*, the last one 40"),
         ([], r"offsets: got 0 as the last one"),
+        ([15, 25], r"offsets: got 25 as the last one; .* \(sizes as offsets: numpy.cumsum\(sizes\)\)"),
+        ([25, 15], r"offsets\[1\]: got 15 after 25; .* \(sizes as offsets: numpy.cumsum\(sizes\)\)"),
         ([20.5, 40], r"offsets\[0\]: got 20.5; expected an integer"),
         ("40", r"offsets: got '40'; expected ascending integers"),
         (np.array([[40]]), r"offsets: got an array of shape \(1, 1\)"),

@@ -136,14 +136,15 @@ def checked_offsets(values: Any, images: int) -> tuple[int, ...] | None:
     expected = f"ascending integers, the end of each image along the first axis, the last one {images}"
     elements = checks.elements("offsets", values, expected)
     ends = checks.integers("offsets", elements)
+    of_sizes = " (sizes as offsets: numpy.cumsum(sizes))" if len(ends) > 1 and sum(ends) == images else ""
     previous = 0
     for i, end in enumerate(ends):
         if end <= previous:
-            cure = " (leave out the leading 0)" if i == 0 and end == 0 else ""
+            cure = " (leave out the leading 0)" if i == 0 and end == 0 else of_sizes
             raise InvalidInput(f"offsets[{i}]", f"got {end} after {previous}; expected {expected}{cure}")
         previous = end
     if previous != images:
-        raise InvalidInput("offsets", f"got {previous} as the last one; expected {expected}")
+        raise InvalidInput("offsets", f"got {previous} as the last one; expected {expected}{of_sizes}")
     return ends
 
 
