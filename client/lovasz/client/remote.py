@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -81,12 +81,8 @@ class Call:
         return self.target.compute(self, timeout)
 
 
-class Answer(NamedTuple):
-    """A response, its gradient as it was sent (empty if none was wanted), and the way that it took."""
-
-    response: wire.Response
-    grad: npt.NDArray[Any]
-    transport: str = OVER_GRPC
+Answer = tuple[wire.Response, npt.NDArray[Any]]
+"""A response, and its gradient as it was sent (empty if none was wanted)."""
 
 
 class RemoteTarget:
@@ -160,17 +156,16 @@ class RemoteTarget:
             raise CallCancelledError(f"{self._name}: the client was closed")
         with self._grpc_errors_translated():
             if call.region is not None:
-                answer = self._through_region(call, call.region, timeout)
+                response, grad = self._through_region(call, call.region, timeout)
             else:
-                answer = self._in_messages(call, timeout)
-        response, grad = answer.response, answer.grad
+                response, grad = self._in_messages(call, timeout)
         return spec.Result(
             loss=response.loss,
             grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
             terms=response.terms,
             intersection=response.intersection,
             union=response.union,
-            timing=replace(response.timing, transport=answer.transport),
+            timing=response.timing,
             ranks=response.ranks,
         )
 
@@ -265,12 +260,12 @@ class RemoteTarget:
 
     def _received(self, header: pb.ResponseHeader, chunks: Iterable[framing.Bytes], call: Call) -> Answer:
         with _misfit_is_wrong_answer():
-            response = wire.Response.from_proto(header, call.request)
+            response = wire.Response.from_proto(header, call.request, OVER_GRPC)
             grad = np.empty(0, np.float32)
             if response.grad is not None:
                 grad = self._memory.new(response.grad.shape, response.grad.dtype.numpy)
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
-        return Answer(response, grad)
+        return response, grad
 
     def _through_region(self, call: Call, region: Region, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
@@ -278,9 +273,7 @@ class RemoteTarget:
         assert shared is not None
         try:
             try:
-                response, transport = self._retries.call(
-                    lambda left: self._in_shared_memory(call, shared, region, left), timeout
-                )
+                response = self._retries.call(lambda left: self._in_shared_memory(call, shared, region, left), timeout)
             except LossError as error:  # The server takes no shared memory.
                 if self._transport is Transport.SHM:
                     raise
@@ -293,18 +286,15 @@ class RemoteTarget:
             raise
         if response.grad is None:
             shared.regions.give(region)
-            return Answer(response, np.empty(0, np.float32), transport)
+            return response, np.empty(0, np.float32)
         place, shape, dtype = places(call.request).grad, response.grad.shape, response.grad.dtype.numpy
         if response.grad.nbytes > SHARED_BYTES:
-            return Answer(response, shared.regions.lend(region, place, shape, dtype), transport)
+            return response, shared.regions.lend(region, place, shape, dtype)
         grad = region.array(place, shape, dtype).copy()  # Costs less than a region that is not there for the next call.
         shared.regions.give(region)
-        return Answer(response, grad, transport)
+        return response, grad
 
-    def _in_shared_memory(
-        self, call: Call, shared: SharedMemory, region: Region, timeout: float
-    ) -> tuple[wire.Response, str]:
-        """The response, and what asked for it."""
+    def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Region, timeout: float) -> wire.Response:
         place = places(call.request)
         try:
             session = shared.share(region, timeout)
@@ -312,7 +302,7 @@ class RemoteTarget:
             self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers: its error.
             raise
         at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
-        header = replace(call.request, shared=at).to_proto()
+        header = call.request.to_proto(at)
         try:
             if session.takes(call.request, header):
                 message = pb.SharedMemoryCall(header=header, metadata=dict(call.metadata))
@@ -326,7 +316,7 @@ class RemoteTarget:
                 shared.forget(session)
             raise
         with _misfit_is_wrong_answer():
-            return wire.Response.from_proto(answer, call.request), transport
+            return wire.Response.from_proto(answer, call.request, transport)
 
     def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))
