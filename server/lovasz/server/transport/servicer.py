@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -16,7 +17,7 @@ from lovasz.server.device.hardware import hardware_name
 from lovasz.server.errors import ServerError
 from lovasz.server.transport import payload
 from lovasz.server.transport.call import Call, Pipeline
-from lovasz.server.transport.messages import Undecodable, decoded_stream, or_undecodable
+from lovasz.server.transport.messages import Undecodable, decoded_stream, has_left, or_undecodable
 from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -133,7 +134,9 @@ class LossServicer:
         """Computes a request whose payload, like its gradient, comes in chunks."""
         with Call(self.pipeline, "ComputeStream", context) as call:
             call.enter()
-            receiver = Receiver(decoded_stream(messages), self.readers.submit, self.patience)
+            receiver = Receiver(
+                decoded_stream(messages), self.readers.submit, self.patience, functools.partial(has_left, context)
+            )
             try:
                 with self.headerless.open(context):
                     message = receiver.header()
