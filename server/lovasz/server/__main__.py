@@ -63,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Not forever: a signal that comes just before the wait would not wake it, and its handler would never run.
     while not stopping.wait(_LOOK_SECONDS):
         pass
-    if not server.stop():
-        _exit_at_once(1)  # Threads are stuck in requests that were cut off.
-    return 0
+    finished = server.stop()
+    # Not by returning: if it did not finish, threads are stuck in requests; if it did, nothing is left to do, and the
+    # interpreter would spend half a second to take torch apart.
+    _exit_at_once(0 if finished else 1)
 
 
 def _on_signals(act: Callable[[], object]) -> None:
