@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 BUF := @bufbuild/buf@1.75.0
-# How many tests run at the same time. A worker takes a core, and up to 2 GiB of memory with its servers.
-JOBS ?= 2
+# How many tests run at the same time: one more than there are cores, at most 4, as some tests wait most of their time. Each
+# takes up to 2 GiB of memory with its servers.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) + 1))")
 # What `make quick` tests: folders, files, or single tests.
 TESTS ?= tests/test_architecture.py tests/wire
 
@@ -20,7 +21,7 @@ help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (three minutes)"
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
-	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=4 runs four tests at a time)"
+	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
