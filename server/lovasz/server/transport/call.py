@@ -14,7 +14,6 @@ from types import TracebackType
 import grpc
 
 from lovasz import wire
-from lovasz.server.config import UNIX
 from lovasz.server.errors import (
     AbandonedError,
     ExpiredError,
@@ -36,6 +35,7 @@ from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.clock import CallClock
+from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
 from lovasz.spec import InvalidInput
@@ -83,6 +83,7 @@ class Call:
         self._pipeline = pipeline
         self._method = method
         self._context = context
+        self._identity = Identity.of(context)
         self._clock = CallClock()
         self._loss = loss
         self._run = ""
@@ -145,9 +146,8 @@ class Call:
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
         else:
-            peer = self._context.peer()  # Unix sockets do not tell connections apart.
-            peer = "" if peer.startswith(UNIX) else peer
-            place = self._place = self._pipeline.joints.join(header, self._context.cancel, peer)
+            joints = self._pipeline.joints
+            place = self._place = joints.join(header, self._context.cancel, self._identity.connection)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
@@ -297,7 +297,7 @@ class Call:
     def _abort(self, error: BaseException, status: Status) -> None:
         """Logs the error if need be, and ends the call with it."""
         text = str(error).encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore")
-        request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
+        request = {**self._identity.fields, "run": self._run, "method": self._method, "loss": self._loss}
         if status.logged:
             self._pipeline.refusals.info("a request was refused", **request, reason=text)
         if status is FAULT:
