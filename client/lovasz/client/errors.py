@@ -19,7 +19,7 @@ class LossError(Exception):
     ├── ServerUnavailableError  no server answers, or it is stopping, after all retries
     ├── DeadlineExceededError   no answer within the timeout; also a TimeoutError
     ├── CallAbortedError        a rank of the joint step is missing or failed, or the call stalled: try the step again
-    ├── JointMismatchError      the request does not match those of the other ranks of its step
+    ├── JointMismatchError      the request does not match those of the other ranks, or two trainings share a run
     ├── CallCancelledError      the call was cancelled, or its client was closed
     ├── IncompatibleServerError what answers does not speak lovasz.v1 as this client does, or no gRPC
     └── ServerFaultError        the server failed on the request; its log says why
@@ -59,7 +59,10 @@ class CallAbortedError(LossError):
 
 
 class JointMismatchError(LossError):
-    """The request does not match those of the other ranks of its step; the text names the difference."""
+    """The request does not match those of the other ranks of its step, or another training has a run of the same name.
+
+    The text names the difference, or where the other training is.
+    """
 
 
 class CallCancelledError(LossError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ UNARY_BYTES = 2 << 20
 """Requests with a larger payload are streamed: about where a stream becomes faster (measured on loopback, 2 cores)."""
 SHARED_BYTES = 64 << 10
 """Requests with a larger payload go through shared memory if possible; smaller ones are as fast in a message."""
+
+_log = logging.getLogger(__name__)
+
+_MOST_WARNINGS = 10
+"""The log gets each warning of the server once, and no more than these."""
 
 _OPTIONS = (
     # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
@@ -117,6 +123,7 @@ class RemoteTarget:
         self._run = options.run
         self._load_balancing = options.load_balancing if path is None else None
         self._closed = False
+        self._warned: set[str] = set()
         self._http_proxy = options.http_proxy
         channel_options = (
             *_OPTIONS,
@@ -197,6 +204,9 @@ class RemoteTarget:
                 response, grad = self._through_region(call, call.region, timeout)
             else:
                 response, grad = self._in_messages(call, timeout)
+        if response.warning and response.warning not in self._warned and len(self._warned) < _MOST_WARNINGS:
+            self._warned.add(response.warning)
+            _log.warning("%s: %s", self._name, "".join(c if c.isprintable() else " " for c in response.warning))
         return spec.Result(
             loss=response.loss,
             grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),

@@ -217,6 +217,7 @@ class Response:
         grad_scale: a power of two: the gradient is sent multiplied by it.
         timing: where the server spent the time.
         ranks: the number of ranks of the joint step; 1 without one.
+        warning: what people should know of their run; empty: nothing.
     """
 
     loss: float
@@ -227,6 +228,7 @@ class Response:
     grad_scale: float
     timing: spec.Timing
     ranks: int = 1
+    warning: str = ""
 
     def to_proto(self) -> pb.ResponseHeader:
         timing = self.timing
@@ -241,6 +243,7 @@ class Response:
             grad=None if self.grad is None else self.grad.to_proto(),
             grad_scale=self.grad_scale,
             ranks=self.ranks,
+            warning=self.warning,
             timing=pb.ServerTiming(
                 receive_seconds=timing.receive_seconds,
                 queue_seconds=timing.queue_seconds,
@@ -309,4 +312,5 @@ class Response:
                 timing.copy_seconds,
             ),
             ranks=message.ranks,
+            warning=message.warning,
         )

@@ -94,6 +94,10 @@ class JointMismatchError(ServerError):
     """The request does not fit those of the other ranks of its step."""
 
 
+class RunConflictError(ServerError):
+    """Another training has a run of the same name: the caller has to use another name, or the run's secret."""
+
+
 class JointBrokenError(ServerError):
     """The step cannot be completed: a rank is missing, or its request is invalid. The step can be tried again."""
 

@@ -62,6 +62,7 @@ class Rejection(enum.Enum):
     STOPPING = "stopping"
     INVALID = "invalid"
     MISMATCH = "mismatch"
+    CONFLICT = "conflict"
 
 
 class Abandonment(enum.Enum):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import grpc
 
 from lovasz import wire
-from lovasz.server.config import UNIX
 from lovasz.server.errors import (
     AbandonedError,
     ExpiredError,
@@ -36,6 +36,7 @@ from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.clock import CallClock
+from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
 from lovasz.spec import InvalidInput
@@ -56,6 +57,7 @@ class Pipeline:
     Attributes:
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
+        run_key: for ``Identity.sealed``.
         refusals: logs refused requests, a few of them where there are many.
     """
 
@@ -66,6 +68,7 @@ class Pipeline:
     metrics: Metrics
     calls: threading.Semaphore
     max_segments: int
+    run_key: bytes = field(default_factory=lambda: os.urandom(32))
     refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
 
 
@@ -83,6 +86,7 @@ class Call:
         self._pipeline = pipeline
         self._method = method
         self._context = context
+        self._identity = Identity.of(context)
         self._clock = CallClock()
         self._loss = loss
         self._run = ""
@@ -121,11 +125,23 @@ class Call:
         except (InvalidInput, TooLargeError) as error:
             if message.HasField("joint"):
                 with suppress(InvalidInput, ServerError):  # It may have no place in the step.
-                    self._abort_step(wire.Joint.from_proto(message.joint), message.want_grad, error)
+                    joint = self.sealed(wire.Joint.from_proto(message.joint))
+                    self._abort_step(joint, message.want_grad, error)
             raise
+        if header.joint is not None:
+            header = replace(header, joint=self.sealed(header.joint))
         self._loss = header.loss.kind
         self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
+
+    def sealed(self, joint: wire.Joint) -> wire.Joint:
+        """A rank's place as ``JointTable`` takes it: its secret replaced by the owner of the run."""
+        return self._identity.sealed(joint, self._pipeline.run_key)
+
+    @property
+    def address(self) -> str:
+        """Where the caller is, as far as that tells callers apart."""
+        return self._identity.connection
 
     def _check_segments(self, header: wire.Request) -> None:
         segments, most = header.loss.segments(header.layout), self._pipeline.max_segments
@@ -145,9 +161,8 @@ class Call:
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
         else:
-            peer = self._context.peer()  # Unix sockets do not tell connections apart.
-            peer = "" if peer.startswith(UNIX) else peer
-            place = self._place = self._pipeline.joints.join(header, self._context.cancel, peer)
+            joints = self._pipeline.joints
+            place = self._place = joints.join(header, self._context.cancel, self.address)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
@@ -175,7 +190,7 @@ class Call:
 
     def _abort_step(self, joint: wire.Joint, want_grad: bool, error: Exception, seat: Seat | None = None) -> None:
         """Tells the other ranks of a joint step that this one is refused before the step is complete."""
-        self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat)
+        self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat, self.address)
 
     def _new_staging(self, header: wire.Request) -> Staging:
         try:
@@ -225,6 +240,7 @@ class Call:
             answer.grad_scale,
             self._clock.timing(answer),
             answer.ranks,
+            "" if header.joint is None else self._pipeline.joints.warning(header.joint),
         ).to_proto()
 
     def hand_over(self, nbytes: int, sending: SendWatch) -> None:
@@ -297,7 +313,7 @@ class Call:
     def _abort(self, error: BaseException, status: Status) -> None:
         """Logs the error if need be, and ends the call with it."""
         text = str(error).encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore")
-        request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
+        request = {**self._identity.fields, "run": self._run, "method": self._method, "loss": self._loss}
         if status.logged:
             self._pipeline.refusals.info("a request was refused", **request, reason=text)
         if status is FAULT:

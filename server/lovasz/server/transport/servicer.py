@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -157,7 +157,8 @@ class LossServicer:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("AbortStepRequest")
-            self.pipeline.joints.abort(wire.Abort.from_proto(request))
+            abort = wire.Abort.from_proto(request)
+            self.pipeline.joints.abort(replace(abort, joint=call.sealed(abort.joint)), address=call.address)
             return pb.AbortStepResponse()
 
     def leave_run(
@@ -168,7 +169,8 @@ class LossServicer:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("LeaveRunRequest")
-            self.pipeline.joints.leave_run(wire.Leave.from_proto(request))
+            leave = wire.Leave.from_proto(request)
+            self.pipeline.joints.leave_run(replace(leave, joint=call.sealed(leave.joint)))
             return pb.LeaveRunResponse()
 
     def server_info(

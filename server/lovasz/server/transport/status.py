@@ -14,6 +14,7 @@ from lovasz.server.errors import (
     JointMismatchError,
     NoBytesLeftError,
     NoRequestsLeftError,
+    RunConflictError,
     SessionLostError,
     StalledError,
     StartingError,
@@ -56,6 +57,7 @@ STATUS: dict[type[BaseException], Status] = {
     StalledError: Status(grpc.StatusCode.ABORTED, stalled=True, logged=True),
     JointBrokenError: Status(grpc.StatusCode.ABORTED),
     JointMismatchError: Status(grpc.StatusCode.FAILED_PRECONDITION, rejection=Rejection.MISMATCH, logged=True),
+    RunConflictError: Status(grpc.StatusCode.FAILED_PRECONDITION, rejection=Rejection.CONFLICT, logged=True),
     SessionLostError: Status(grpc.StatusCode.UNAVAILABLE),
 }
 

@@ -16,6 +16,7 @@ from lovasz.server.errors import (
     JointBrokenError,
     JointMismatchError,
     OverloadedError,
+    RunConflictError,
     ServerError,
     StoppingError,
     TooLargeError,
@@ -31,7 +32,7 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.aborted import AbortedSteps
 from lovasz.server.schedule.joint.attendance import Attendance
-from lovasz.server.schedule.joint.group import Group, GroupState, Seat, SeatState, Step
+from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
 from lovasz.server.schedule.joint.out_of_step import out_of_step
 
@@ -49,19 +50,14 @@ class JointTable:
     """
 
     def __init__(
-        self,
-        admission: Admission,
-        batcher: Batcher,
-        metrics: Metrics,
-        timeout_seconds: float,
-        missing_share: float = 1.0,
+        self, admission: Admission, batcher: Batcher, metrics: Metrics, timeout_seconds: float, share: float = 1.0
     ) -> None:
         """No group waits yet.
 
         Args:
-            missing_share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
+            share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
         """
-        self._ahead = AheadRoom(admission, missing_share)
+        self._ahead = AheadRoom(admission, share)
         self._admission, self._batcher, self._metrics = admission, batcher, metrics
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
@@ -97,14 +93,15 @@ class JointTable:
             groups = sorted(self._waiting.values(), key=lambda group: group.since)
             return [texts.waiting_step(group, now, self._attendance) for group in groups]
 
-    def join(self, request: wire.Request, cancel: Callable[[], object], caller: str = "") -> Seat | Kept:
+    def join(self, request: wire.Request, cancel: Callable[[], object], address: str = "") -> Seat | Kept:
         """Takes a seat, or the kept answer if the call was answered before. Either is given back by :meth:`leave`.
 
         Args:
             cancel: ends this call. Used if the same call comes again while this one is still receiving.
-            caller: names the connection; empty: unknown.
+            address: where the call comes from, and which connection; empty: unknown.
 
         Raises:
+            RunConflictError: two trainings have a run of this name.
             JointMismatchError: the request does not fit the ranks that wait.
             JointBrokenError: another rank cannot take part in the step.
             OverloadedError, TooLargeError, StoppingError: as ``Admission.reserve``, for all ranks together.
@@ -118,9 +115,9 @@ class JointTable:
                 kept = self._kept.take(call)
                 if kept is not None:
                     return kept
-            group = self._group_of(request, joint, caller)
+            group = self._group_of(request, joint, address)
             try:
-                seat = group.take_seat(request, call, cancel)
+                seat = group.take_seat(request, call, cancel, address)
             except OverloadedError as error:
                 refusal = self._never_fits(group, request) or error
                 self._break(group, refusal, JointOutcome.OVERLOADED)
@@ -192,13 +189,15 @@ class JointTable:
             self._vacate(place)
             place.permit.release()
 
-    def abort(self, abort: wire.Abort, seat: Seat | None = None) -> None:
+    def abort(self, abort: wire.Abort, seat: Seat | None = None, address: str = "") -> None:
         """A rank cannot take part in a step: the others are refused, those that wait and those that come soon.
 
         Args:
             seat: its seat, if it has one; nothing is done if the group of the seat waits no more.
+            address: as for :meth:`join`.
 
         Raises:
+            RunConflictError: two trainings have a run of this name.
             JointMismatchError: the rank does not fit those that wait, or is among them with another seat.
         """
         joint, step = abort.joint, Step.of(abort.joint, abort.want_grad)
@@ -209,26 +208,30 @@ class JointTable:
                 return
             if seat is None and group is not None and (difference := texts.misplaced(group, joint)) is not None:
                 raise JointMismatchError(difference)
-            self._come(joint, abort.want_grad)
+            self._come(joint, abort.want_grad, address)
             told = {joint.rank: joint.call}
             if group is not None:
                 told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
                 self._break(group, JointBrokenError(text), JointOutcome.ABORTED)
             else:
-                fields = {"run": step.run, "step": step.number, "reason": text}
+                fields = {"run": step.run.name, "step": step.number, "reason": text}
                 _log.warning("a rank cannot take part in a joint step", extra=fields)
                 if self._aborted.tell(step, joint) is not None:
                     return  # Another rank aborted the same attempt before.
             self._aborted.add(step, text, told)
 
     def leave_run(self, leave: wire.Leave) -> None:
-        """A rank takes no part in further steps of a run; those that wait for it go on without it."""
-        joint, jobs = leave.joint, []
+        """A rank takes no part in further steps of a run; those that wait for it go on without it.
+
+        Raises:
+            RunConflictError: the ranks of a training of this name have a secret, and this one has none.
+        """
+        joint, run, jobs = leave.joint, Run.of(leave.joint), []
         with self._changed:
-            self._kept.acknowledge(joint)
             self._attendance.leave(joint, leave.evaluation_step)
+            self._kept.acknowledge(joint)
             for step, group in list(self._waiting.items()):
-                is_meant = (step.run, step.round, group.world_size) == (joint.run, joint.round, joint.world_size)
+                is_meant = (step.run, step.round, group.world_size) == (run, joint.round, joint.world_size)
                 first = joint.step if step.want_grad else leave.evaluation_step
                 if is_meant and step.number >= first and joint.rank not in group.seats.keys() | group.absent:
                     group.leave(joint.rank)
@@ -236,6 +239,11 @@ class JointTable:
                         jobs.append(self._complete(group, last_rank=joint.rank))
         for job in jobs:
             self._queue(job)
+
+    def warning(self, joint: wire.Joint) -> str:
+        """What the ranks of a run should know; empty: nothing."""
+        with self._changed:
+            return self._attendance.warning(Run.of(joint))
 
     def stop(self) -> None:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
@@ -280,35 +288,33 @@ class JointTable:
             elif not self._changed.wait(until - time.monotonic()):
                 raise JointBrokenError("the same call is still being computed")
 
-    def _group_of(self, request: wire.Request, joint: wire.Joint, caller: str) -> Group:
+    def _group_of(self, request: wire.Request, joint: wire.Joint, address: str) -> Group:
         """The group that a request belongs to, a new one if none waits."""
         step = Step.of(joint, request.want_grad)
         group = self._waiting.get(step)
         if group is not None and (difference := texts.mismatch(group, request)) is not None:
             raise JointMismatchError(difference)
-        self._come(joint, request.want_grad)
+        self._come(joint, request.want_grad, address)
         aborted = self._aborted.tell(step, joint)
         if aborted is not None:
             raise aborted
         if group is None:
             absent = self._attendance.absent(step, joint.world_size)
-            share, present = request.tensor_bytes, joint.world_size - len(absent)
-            group = self._waiting[step] = Group(
-                step=step,
-                first=request,
-                world_size=joint.world_size,
-                absent=absent,
-                share=share,
-                permit=self._ahead.reserve(share, present, joint.run, caller),
-                deadline=time.monotonic() + self._timeout_seconds,
-            )
+            present = joint.world_size - len(absent)
+            permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address)
+            deadline = time.monotonic() + self._timeout_seconds
+            group = self._waiting[step] = Group.begun_by(request, absent, permit, deadline)
         elif joint.rank in group.absent:
             group.take_back(joint.rank, self._admission.reserve(group.share))
         return group
 
-    def _come(self, joint: wire.Joint, want_grad: bool) -> None:
-        if self._attendance.come(joint, want_grad):
-            self._aborted.forget_run(joint.run)
+    def _come(self, joint: wire.Joint, want_grad: bool, address: str) -> None:
+        if self._attendance.come(joint, want_grad, address):
+            self._aborted.forget_run(Run.of(joint))
+        strangers = Run(joint.run)
+        if joint.secret and self._attendance.knows(strangers):  # Those that wait without a secret are told at once.
+            for group in [group for group in self._waiting.values() if group.step.run == strangers]:
+                self._break(group, RunConflictError(self._attendance.conflict(strangers)), JointOutcome.ABORTED)
 
     def _complete(self, group: Group, last_rank: int) -> Job:
         """All ranks of a group are here: returns what is to be queued."""
@@ -326,10 +332,7 @@ class JointTable:
 
     def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
         """The refusal if the group with one more request is larger than the whole budget."""
-        held = [max(seat.nbytes, group.share) for seat in group.seats.values()]
-        held.append(request.tensor_bytes)
-        needed = sum(held) + group.share * (group.world_size - len(group.absent) - len(held))
-        budget = self._admission.budget_bytes
+        needed, budget = group.needed_bytes(request), self._admission.budget_bytes
         return None if needed <= budget else TooLargeError(texts.too_large(group, needed, budget))
 
     def _answer(self, seat: Seat) -> Answer:
@@ -386,10 +389,11 @@ class JointTable:
         self._changed.notify_all()
 
     def _reclaim(self) -> bool:
-        """For ``Admission.reclaim``."""
         with self._changed:
             return self._kept.drop_unused()
 
     def _log(self, event: str, group: Group, *, level: int = logging.INFO, **fields: object) -> None:
         waited = round(time.monotonic() - group.since, 1)
-        _log.log(level, event, extra={"run": group.step.run, "step": group.step.number, "seconds": waited, **fields})
+        _log.log(
+            level, event, extra={"run": group.step.run.name, "step": group.step.number, "seconds": waited, **fields}
+        )

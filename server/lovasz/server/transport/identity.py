@@ -1,0 +1,52 @@
+"""Who a caller is: for logs, for its fair share of the device, and for the runs that it began."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass, replace
+
+import grpc
+
+from lovasz import wire
+from lovasz.server.config import UNIX
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who made a call, as far as the server knows.
+
+    Attributes:
+        name: that of the caller's token; empty while the server has no tokens.
+        address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``, or ``unix:`` for every
+            caller on a Unix socket, as gRPC does not tell these apart.
+    """
+
+    name: str
+    address: str
+
+    @classmethod
+    def of(cls, context: grpc.ServicerContext) -> Identity:
+        """The identity of who made a call."""
+        return cls("", context.peer())
+
+    @property
+    def connection(self) -> str:
+        """Names the connection; empty for Unix sockets, whose connections nobody can tell apart."""
+        return "" if self.address.startswith(UNIX) else self.address
+
+    def sealed(self, joint: wire.Joint, key: bytes) -> wire.Joint:
+        """A rank's place, with who owns its run in place of the secret, which goes no further.
+
+        The owner stands for the secret, else for the name; it is empty if there is neither.
+
+        Args:
+            key: that of this server, random: owners can be compared without telling anything about secrets.
+        """
+        if joint.secret:
+            return replace(joint, secret=hmac.digest(key, b"secret " + joint.secret, "sha256"))
+        return replace(joint, secret=hmac.digest(key, b"name " + self.name.encode(), "sha256")) if self.name else joint
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What the log says of the caller."""
+        return {"peer": self.address, "caller": self.name} if self.name else {"peer": self.address}
