@@ -1,26 +1,38 @@
 """Memory that is shared with a server on this host: a session with the server, and regions that hold tensors.
 
-The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, passed over a Unix socket next to gRPC's.
+The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, passed over a Unix socket next to gRPC's. On it
+calls can be made, too.
 """
 
 from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
+import math
 import mmap
 import os
-import socket
 import threading
+import time
 import weakref
 from typing import NamedTuple
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory import Memory, MemoryPool
+from lovasz.client.memory_socket import MemorySocket, check_same_server
 from lovasz.v1 import loss_pb2 as pb
 
-_MAX_PACKET_BYTES = 4096
+_log = logging.getLogger(__name__)
+
 _ALIGNMENT = 64
+_LEAST_REGION_BYTES = 64 << 10
+"""So that small requests can use each other's regions."""
+_MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
+"""Of a call on the socket: the rest of the packet is for its metadata."""
+_RELEASE_SECONDS = 1.0
+_PAUSE_SECONDS = 30.0
+"""How long a client whose server has refused its memory does without."""
 
 
 class Region(Memory):
@@ -62,6 +74,7 @@ class Session:
 
     Attributes:
         name: names the session in ``SharedTensors``.
+        takes_calls: whether the server takes calls on it.
     """
 
     _numbers = itertools.count(1)
@@ -71,26 +84,21 @@ class Session:
 
         Args:
             path: of the socket on which the server takes regions.
-            timeout: seconds for each packet.
+            timeout: seconds for each packet about a region.
 
         Raises:
-            ServerUnavailableError: no server takes shared memory there.
+            ServerUnavailableError: no server takes shared memory there, or somebody else than the server.
+            LossError: the server refuses it.
         """
-        self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(timeout)
+        self._timeout = timeout
         try:
-            self._socket.connect(path)
-            self.name = self._reply().session
+            self.socket = MemorySocket(path, timeout)
         except OSError as error:
-            self._socket.close()
             raise ServerUnavailableError(
                 f"{path}: no shared memory: {error.strerror or error} (is the server up, and started with "
                 "--shared-memory?)"
             ) from None
-        except BaseException:
-            self._socket.close()
-            raise
+        self.name, self.takes_calls = self.socket.hello.session, self.socket.hello.takes_calls
 
     def share(self, region: Region) -> None:
         """Shares a region, unless the server already has it.
@@ -102,38 +110,27 @@ class Session:
             return
         number = next(self._numbers)
         try:
-            with self._lock:
-                packet = pb.SharedMemoryRequest(region=number).SerializeToString()
-                socket.send_fds(self._socket, [packet], [region.descriptor])
-                self._reply()
+            self.socket.ask(pb.SharedMemoryRequest(region=number), [region.descriptor], self._timeout)
         except OSError as error:
-            self.close()  # A late reply would be taken for the reply to the next packet.
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
         region.session, region.number = self, number
+
+    def takes(self, request: wire.Request, header: pb.RequestHeader) -> bool:
+        """Whether a call can be made on the socket: the server takes it, and header and answer fit into a packet."""
+        fits = header.ByteSize() < _MAX_HEADER_BYTES and request.max_answer_bytes <= wire.MAX_PACKET_BYTES
+        return self.takes_calls and fits
 
     def release(self, region: Region) -> None:
         """Stops sharing a region."""
         region.session = None
         try:
-            with self._lock:
-                packet = pb.SharedMemoryRequest(region=region.number, release=True)
-                self._socket.send(packet.SerializeToString())
-                self._reply()
+            self.socket.ask(pb.SharedMemoryRequest(region=region.number, release=True), (), _RELEASE_SECONDS)
         except (OSError, LossError):
             self.close()  # Ends the sharing of all regions.
 
     def close(self) -> None:
         """Ends the session."""
-        self._socket.close()
-
-    def _reply(self) -> pb.SharedMemoryReply:
-        packet = self._socket.recv(_MAX_PACKET_BYTES)
-        if not packet:
-            raise ConnectionResetError("the server ended the session")
-        reply = pb.SharedMemoryReply.FromString(packet)
-        if reply.error:
-            raise LossError(f"shared memory: {reply.error}")
-        return reply
+        self.socket.close()
 
 
 class Places(NamedTuple):
@@ -156,55 +153,106 @@ def places(request: wire.Request) -> Places:
 
 
 class SharedMemory:
-    """The regions of one client, and its session with the server. A session that has ended is replaced."""
+    """The regions of one client, and its session with the server. A session that has ended is replaced.
+
+    Attributes:
+        takes_calls: whether the server took calls on the socket when a session last began; None before the first.
+    """
 
     def __init__(self, path: str) -> None:
         """Connects at the first region that is shared.
 
         Args:
-            path: of the socket on which the server takes regions.
+            path: of the server's gRPC socket.
         """
-        self._path = path
+        self._server_path, self._path = path, path + wire.MEMORY_SUFFIX
+        self._closed = False
+        self._paused_until = -math.inf
+        self._has_said_why = False
+        self.takes_calls: bool | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._session: Session | None = None
-        self._closed = False
         self.regions: MemoryPool[Region] = MemoryPool(Region)
 
-    def share(self, region: Region, timeout: float) -> bytes:
-        """Shares the region, unless the server already has it; returns the session's name.
+    @property
+    def is_offered(self) -> bool:
+        """Whether the server seems to take shared memory; False for a while after it refused."""
+        return time.monotonic() >= self._paused_until and os.path.exists(self._path)
+
+    def pause(self, why: Exception) -> None:
+        """Does without shared memory for a while; says why, once."""
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+        if not self._has_said_why and not self._closed:
+            self._has_said_why = True
+            _log.warning("tensors go over gRPC, not through shared memory: %s", why)
+
+    def take(self, nbytes: int) -> Region:
+        """A region of at least ``nbytes`` bytes. After a fork, never one that is shared with the parent."""
+        if self._process != os.getpid():
+            inherited = self._session
+            self._begin()
+            if inherited is not None:
+                inherited.socket.drop()
+        return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
+
+    def share(self, region: Region, timeout: float) -> Session:
+        """Shares the region, unless the server already has it; returns the session.
 
         Raises:
             ServerUnavailableError: no server takes shared memory there, or this was closed.
             LossError: the server refuses the region.
         """
+        session = self._session
+        if session is not None and region.session is session and not session.socket.is_closed:
+            return session
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
             if self._session is not None:
                 try:
                     self._session.share(region)
-                    return self._session.name
+                    return self._session
                 except ServerUnavailableError:  # That server is gone; another one may have started.
                     self._end(self._session)
-            session = Session(self._path, timeout)
+            session = self._new_session(timeout)
             try:
                 session.share(region)
             except LossError:
                 session.close()
                 raise
+            if self._closed:
+                session.close()
             self._session = session
-            return session.name
+            return session
 
-    def forget(self) -> None:
-        """Drops the session, which the server no longer knows. The next call begins another."""
+    def _new_session(self, timeout: float) -> Session:
+        session = Session(self._path, timeout)
+        try:
+            check_same_server(session.socket.peer, self._server_path, timeout)
+        except OSError as error:
+            session.close()
+            raise ServerUnavailableError(f"{self._server_path}: {error.strerror or error}") from None
+        except BaseException:
+            session.close()
+            raise
+        self.takes_calls = session.takes_calls
+        return session
+
+    def forget(self, session: Session) -> None:
+        """Drops a session, which the server no longer knows. The next call begins another."""
         with self._lock:
-            if self._session is not None:
-                self._end(self._session)
+            self._end(session)
 
     def close(self) -> None:
         """Ends the session and frees the idle regions."""
         self._closed = True
-        self.forget()
+        session = self._session
+        if session is not None:
+            session.close()  # Without the lock: another thread may hold it while it waits for the server.
         self.regions.close()
 
     def _end(self, session: Session) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hmac
 from dataclasses import dataclass, replace
 
-import grpc
-
 from lovasz import wire
 from lovasz.server.config import UNIX
+from lovasz.server.transport.carrier import Carrier
 
 
 @dataclass(frozen=True)
@@ -18,16 +17,17 @@ class Identity:
     Attributes:
         name: that of the caller's token; empty while the server has no tokens.
         address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``, or ``unix:`` for every
-            caller on a Unix socket, as gRPC does not tell these apart.
+            caller on a Unix socket, as gRPC does not tell these apart; ``unix:uid=1000,pid=4711`` on the socket of
+            shared memory.
     """
 
     name: str
     address: str
 
     @classmethod
-    def of(cls, context: grpc.ServicerContext) -> Identity:
+    def of(cls, carrier: Carrier) -> Identity:
         """The identity of who made a call."""
-        return cls("", context.peer())
+        return cls("", carrier.peer())
 
     @property
     def connection(self) -> str:
