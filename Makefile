@@ -30,7 +30,7 @@ help:
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
-	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (two minutes)"
+	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
 	@echo "make gpu          benchmark and tests on a GPU from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there"
 	@echo "make proto        generate the stubs from the .proto file"

@@ -51,6 +51,8 @@ MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
 MOST_JOINT_TABLES = 24
 """The same if other ranks have pixels of the segments: for each portion, all ranks wait for each other twice."""
+MOST_PARTS = 64
+"""The most parts of these segments together, unless there are more segments."""
 
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf)
 COUNT_ALL = Thresholds(0, 0, math.inf)
@@ -185,7 +187,7 @@ def _score_in_parts(
         ranks: the ranks that have parts of these segments, too; None if there are none.
     """
     pixels = found.stop - found.start
-    per_segment = np.minimum(-(-pixels // part_pixels), call.threads)
+    per_segment = np.minimum(-(-pixels // part_pixels), min(call.threads, max(MOST_PARTS // len(pixels), 1)))
     segment = np.repeat(np.arange(len(pixels)), per_segment)
     firsts = np.cumsum(per_segment) - per_segment
     number = np.arange(len(segment)) - firsts[segment]
