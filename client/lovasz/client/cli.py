@@ -11,10 +11,16 @@ from typing import Any
 
 from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
-from lovasz.client.target import Device, ServerInfo
+from lovasz.client.options import IN_SHARED_MEMORY, IN_SHARED_MEMORY_OVER_GRPC, OVER_GRPC
+from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.version import VERSION
 
 _AGAIN_SECONDS = 0.2
+_WAYS = {
+    OVER_GRPC: "over gRPC",
+    IN_SHARED_MEMORY: "through shared memory, asked for on its socket",
+    IN_SHARED_MEMORY_OVER_GRPC: "through shared memory, asked for over gRPC",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,12 +86,15 @@ def _ping(options: argparse.Namespace) -> int:
             started = time.perf_counter()
             info = client.server_info()
             seconds.append(time.perf_counter() - started)
+        way = client.transport()
     milliseconds = [1000 * s for s in seconds]
     print(f"{options.target} answers: lovasz {info.version}")
     print(
         f"  round trip  median {statistics.median(milliseconds):.2f} ms, fastest {min(milliseconds):.2f} ms, "
         f"slowest {max(milliseconds):.2f} ms ({len(milliseconds)} calls)"
     )
+    if socket_path(options.target) is not None:
+        print(f"  tensors     {_WAYS[way]}")
     for device in info.devices:
         print(f"  device      {device.name} ({device.hardware}), {_state(device)}")
     print(f"  losses      {', '.join(info.losses)}")

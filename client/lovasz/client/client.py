@@ -213,6 +213,16 @@ class LossClient:
         self._check_open()
         return self._target.server_info(self._seconds(timeout))
 
+    def transport(self, *, timeout: float | None = None) -> str:
+        """The way that requests take, as :attr:`Timing.transport` tells it; empty in process. A single request may take
+        another: one whose header or answer is too long for a packet.
+
+        Raises:
+            LossError: one of its subclasses: the client's ``transport`` is ``"shm"``, and it is not to be had.
+        """
+        self._check_open()
+        return self._target.transport(self._seconds(timeout))
+
     def close(self, *, cancel: bool = False) -> None:
         """Waits for submitted calls, then ends the connections. Further calls raise CallCancelledError.
 

@@ -206,6 +206,18 @@ class RemoteTarget:
             max_requests=info.max_requests,
         )
 
+    def transport(self, timeout: float) -> str:
+        if self._shared is None or not (self._transport is Transport.SHM or self._shared.is_offered):
+            return OVER_GRPC
+        try:
+            takes_calls = self._shared.session(timeout).takes_calls
+        except LossError as error:
+            if self._transport is Transport.SHM:
+                raise
+            self._shared.pause(error)
+            return OVER_GRPC
+        return IN_SHARED_MEMORY if takes_calls else IN_SHARED_MEMORY_OVER_GRPC
+
     @contextmanager
     def _grpc_errors_translated(self) -> Iterator[None]:
         """Turns what gRPC raises inside into the client's errors."""

@@ -229,6 +229,18 @@ class SharedMemory:
             self._session = session
             return session
 
+    def session(self, timeout: float) -> Session:
+        """The session; begins one if there is none.
+
+        Raises:
+            ServerUnavailableError: no server takes shared memory there.
+            LossError: it refuses the session.
+        """
+        with self._lock:
+            if self._session is None or self._session.socket.is_closed:
+                self._session = self._new_session(timeout)
+            return self._session
+
     def _new_session(self, timeout: float) -> Session:
         session = Session(self._path, timeout)
         try:

@@ -163,5 +163,12 @@ class Target(Protocol):
             LossError: the target did not answer.
         """
 
+    def transport(self, timeout: float) -> str:
+        """The way that requests take, as ``spec.Timing.transport`` tells it; empty without a server.
+
+        Raises:
+            LossError: there is none.
+        """
+
     def close(self) -> None:
         """Ends its connections."""
