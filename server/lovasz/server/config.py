@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from lovasz import wire
+from lovasz.server.access_settings import AccessSettings
+from lovasz.server.settings import ConfigError, format_bytes, parse_bytes, variable_of
+from lovasz.server.settings import integer as _integer
+from lovasz.server.settings import number as _number
+from lovasz.server.settings import setting as _setting
+from lovasz.server.settings import switch as _switch
 from lovasz.version import VERSION
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -42,33 +48,14 @@ LOG_FORMATS = ("text", "json")
 UNIX = "unix:"
 """The prefix of a Unix socket's address."""
 
-_LEAST_BARE_BYTES = 1 << 20
-"""A size without a unit counts bytes from here on. A smaller one was meant in another unit."""
+CLIENT_VARIABLES = frozenset(
+    f"LOVASZ_{name}"
+    for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY", "TLS_SERVER_NAME")
+)
+"""Those that the command ``lovasz`` reads: a health check beside the server may need them."""
+
 _LEAST_BUDGET_BYTES = 64 << 10
 """A smaller budget holds no request that is worth a call."""
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-
-
-class ConfigError(ValueError):
-    """An invalid setting. The text names it, its value and what was expected."""
-
-
-def parse_bytes(text: str) -> int:
-    """``"512MiB"``, ``"4GiB"``, or a number of bytes, at least 1048576.
-
-    Raises:
-        ValueError: the text is not a size, or a small number without a unit.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", text.strip())
-    if match is None:
-        raise ValueError(f"got {text!r}; expected a size such as 512MiB, 4GiB or a number of bytes")
-    count = int(float(match[1]) * _UNITS[match[2]])
-    if not match[2] and count < _LEAST_BARE_BYTES:
-        raise ValueError(
-            f"got {text!r}; expected a size with a unit, such as 512MiB or 4GiB (a number without a unit counts bytes, "
-            f"and is at least {_LEAST_BARE_BYTES})"
-        )
-    return count
 
 
 def socket_path(address: str) -> str | None:
@@ -76,41 +63,8 @@ def socket_path(address: str) -> str | None:
     return address.removeprefix(UNIX).removeprefix("//") if address.startswith(UNIX) else None
 
 
-def format_bytes(count: int) -> str:
-    """The size in the largest unit in which it is at least 1."""
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if count >= _UNITS[u]), "B")
-    value = count / _UNITS[unit]
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"got {text!r}; expected a whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"got {text!r}; expected a number") from None
-
-
-def _switch(text: str) -> bool:
-    if text.lower() in ("on", "true", "yes", "1"):
-        return True
-    if text.lower() in ("off", "false", "no", "0"):
-        return False
-    raise ValueError(f"got {text!r}; expected on or off")
-
-
-def _setting(default: object, flag: str, metavar: str, text: str, parse: Callable[[str], object] = str) -> Any:
-    return field(default=default, metadata={"flag": flag, "metavar": metavar, "help": text, "parse": parse})
-
-
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(AccessSettings):
     """All settings of a server. Raises ConfigError for an invalid value."""
 
     listen: str = _setting(
@@ -118,13 +72,13 @@ class ServerConfig:
         "--listen",
         "ADDRESSES",
         "where to serve gRPC: HOST:PORT (port 0 takes a free one), unix:/path for callers on this host, or several "
-        "addresses with commas between. There is no authentication: open it only to trusted networks",
+        "addresses with commas between. Open it to a network that others use only with TLS and tokens",
     )
     metrics_listen: str = _setting(
         DEFAULT_METRICS_LISTEN,
         "--metrics-listen",
         "HOST:PORT",
-        "where to serve HTTP: /metrics for Prometheus, / for people, without authentication",
+        "where to serve HTTP: /metrics for Prometheus, / for people",
     )
     device: str = _setting(
         DEFAULT_DEVICE, "--device", "DEVICE", "auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:N"
@@ -257,6 +211,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_access()
         for address in self.addresses:
             path = socket_path(address)
             if path is None:
@@ -319,10 +274,6 @@ class ServerConfig:
         if match is None or int(match[2]) > 65535:
             self._refuse(name, "HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
 
-    def _refuse(self, name: str, expected: str) -> None:
-        flag = next(f.metadata["flag"] for f in fields(self) if f.name == name)
-        raise ConfigError(f"{flag}: got {getattr(self, name)!r}; expected {expected}")
-
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
         """Reads flags and ``LOVASZ_*`` variables. Flags win over variables, which win over defaults.
@@ -349,14 +300,15 @@ class ServerConfig:
         return cls(**values)  # type: ignore[arg-type]
 
 
-def variable_of(flag: str) -> str:
-    """The environment variable that stands for a flag: ``--memory-budget`` is ``LOVASZ_MEMORY_BUDGET``."""
-    return "LOVASZ_" + flag.removeprefix("--").replace("-", "_").upper()
+def settings() -> list[Field[Any]]:
+    """All settings, in the order in which people read them: who may come in, last."""
+    access = {f.name for f in fields(AccessSettings)}
+    return sorted(fields(ServerConfig), key=lambda f: f.name in access)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """``LOVASZ_*`` variables that are no setting: misspelt, or set by others (Kubernetes names some after services)."""
-    known = {variable_of(f.metadata["flag"]) for f in fields(ServerConfig)}
+    known = CLIENT_VARIABLES | {variable_of(f.metadata["flag"]) for f in fields(ServerConfig)}
     return sorted(v for v in environment if v.startswith("LOVASZ_") and v not in known)
 
 
@@ -368,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         "on; the option wins. SIGTERM and SIGINT finish accepted requests, then exit 0.",
     )
     parser.add_argument("--version", action="version", version=f"lovasz-server {VERSION}")
-    for f in fields(ServerConfig):
+    for f in settings():
         default = format_bytes(int(str(f.default))) if f.name.endswith("_bytes") else f.default
         switch = isinstance(f.default, bool)
         if switch:
@@ -379,6 +331,6 @@ def _parser() -> argparse.ArgumentParser:
             metavar=f.metadata["metavar"],
             nargs="?" if switch else None,
             const="on" if switch else None,
-            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
+            help=f"{f.metadata['help']} (default: {'none' if default == '' else default})".replace("%", "%%"),
         )
     return parser

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lovasz.server.config import format_bytes
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
+from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
 _ALL = "all"

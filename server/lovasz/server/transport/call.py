@@ -282,7 +282,10 @@ class Call:
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
 
     def _count(self, code: grpc.StatusCode) -> None:
-        self._pipeline.metrics.requests.labels(self._method, self._loss, code.name).inc()
+        metrics = self._pipeline.metrics
+        metrics.requests.labels(self._method, self._loss, code.name).inc()
+        if self._identity.name:
+            metrics.count_caller(self._identity.name, code.name)
 
     def _count_failure(self, status: Status) -> None:
         metrics, phase = self._pipeline.metrics, self._clock.phase.value

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import grpc
 
 from lovasz.server.config import UNIX
+
+CALLER_NAME: ContextVar[str] = ContextVar("caller_name", default="")
+"""The name of the token that a call came with. gRPC runs a call in one context, from its metadata to its end."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Identity:
     """Who made a call, as far as the server knows.
 
     Attributes:
-        name: that of the caller's token; empty while the server has no tokens.
+        name: that of the caller's token; empty where the server asks for none.
         address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``, or ``unix:`` for every
             caller on a Unix socket, as gRPC does not tell these apart.
     """
@@ -25,7 +29,7 @@ class Identity:
     @classmethod
     def of(cls, context: grpc.ServicerContext) -> Identity:
         """The identity of who made a call."""
-        return cls("", context.peer())
+        return cls(CALLER_NAME.get(), context.peer())
 
     @property
     def connection(self) -> str:
