@@ -7,26 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import quote
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec, wire
+from lovasz.client.connection import Connection
 from lovasz.client.errors import (
-    CallCancelledError,
     IncompatibleServerError,
-    InvalidInputError,
     LossError,
     ServerUnavailableError,
-    from_rpc_error,
 )
-from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash, service_config
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import ClientOptions, Transport
-from lovasz.client.proxy import enabled_option, remark
-from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
@@ -39,21 +33,6 @@ UNARY_BYTES = 2 << 20
 """Requests with a larger payload are streamed: about where a stream becomes faster (measured on loopback, 2 cores)."""
 SHARED_BYTES = 64 << 10
 """Requests with a larger payload go through shared memory if possible; smaller ones are as fast in a message."""
-
-_OPTIONS = (
-    # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
-    ("grpc.use_local_subchannel_pool", 1),
-    # lovasz.client.retry repeats calls instead.
-    ("grpc.enable_retries", 0),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
-    *wire.KEEPALIVE_OPTIONS,
-    # By default a client may take two minutes to reconnect to a server that restarted.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
-"""gRPC's options for every channel."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +56,6 @@ class Call:
     memory: tuple[Memory, ...]
     region: Region | None
     original: Array
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The call's gRPC metadata: gRPC and proxies find the calls of a run by it."""
-        return _metadata(self.request.joint)
 
     def compute(self, timeout: float) -> spec.Result[Any]:
         """Computes it on the server within ``timeout`` seconds, retries included."""
@@ -115,18 +89,9 @@ class RemoteTarget:
         self._transport = options.transport
         self._wire_dtype = options.wire_dtype
         self._run = options.run
-        self._load_balancing = options.load_balancing if path is None else None
-        self._closed = False
-        self._http_proxy = options.http_proxy
-        channel_options = (
-            *_OPTIONS,
-            enabled_option(target, options.http_proxy),
-            ("grpc.service_config", service_config(self._load_balancing)),
-        )
-        self._messages = grpc.insecure_channel(target, options=channel_options)
-        # Large transfers have their own connection, so that they delay no small request.
-        self._streams = grpc.insecure_channel(target, options=channel_options)
-        self._retries = Retries()
+        self._connection = Connection(target, options)
+        self._messages, self._streams = self._connection.messages, self._connection.streams
+        self._retries = self._connection.retries
         self._call_unary = _unary(self._messages)
         self._call_shared = _unary(self._streams)
         self._call_stream = self._streams.stream_stream(
@@ -190,8 +155,7 @@ class RemoteTarget:
         return self._transport is Transport.SHM or os.path.exists(self._memory_path)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
-        if self._closed:
-            raise CallCancelledError(f"{self._name}: the client was closed")
+        self._connection.check_open()
         with self._grpc_errors_translated():
             if call.region is not None:
                 response, grad = self._through_region(call, call.region, timeout)
@@ -209,16 +173,18 @@ class RemoteTarget:
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:
         with self._grpc_errors_translated():
-            self._call_abort(abort.to_proto(), timeout=timeout, metadata=_metadata(abort.joint))
+            self._call_abort(abort.to_proto(), timeout=timeout, metadata=self._connection.metadata(abort.joint))
 
     def leave_run(self, leave: wire.Leave, timeout: float) -> None:
-        message, metadata = leave.to_proto(), _metadata(leave.joint)
+        message, metadata = leave.to_proto(), self._connection.metadata
         with self._grpc_errors_translated():
-            self._retries.call(lambda left: self._call_leave(message, timeout=left, metadata=metadata), timeout)
+            self._retries.call(
+                lambda left: self._call_leave(message, timeout=left, metadata=metadata(leave.joint)), timeout
+            )
 
     def server_info(self, timeout: float) -> ServerInfo:
         with self._grpc_errors_translated():
-            info = self._call_info(pb.GetServerInfoRequest(), timeout=timeout)
+            info = self._call_info(pb.GetServerInfoRequest(), timeout=timeout, metadata=self._connection.metadata(None))
         return ServerInfo(
             version=info.version,
             devices=tuple(
@@ -233,28 +199,13 @@ class RemoteTarget:
     def _grpc_errors_translated(self) -> Iterator[None]:
         """Turns what gRPC raises inside into the client's errors."""
         try:
-            yield
-        except grpc.RpcError as error:
-            if self._closed:
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            if self._load_balancing is LoadBalancing.RING_HASH and cannot_hash(error):
-                raise InvalidInputError("load_balancing", HASH_PROBLEM) from None
-            unreachable = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            raise from_rpc_error(
-                error, self._name, remark(self._name, self._http_proxy) if unreachable else ""
-            ) from None
-        except ValueError:
-            if self._closed:  # gRPC raises it for a channel that was closed meanwhile.
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            raise
+            with self._connection.errors_translated():
+                yield
         except _WrongAnswer as error:
             raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
 
     def close(self) -> None:
-        self._closed = True
-        self._retries.close()
-        self._messages.close()
-        self._streams.close()
+        self._connection.close()
         self._memory.close()
         if self._shared is not None:
             self._shared.close()
@@ -269,11 +220,13 @@ class RemoteTarget:
 
     def _unary(self, call: Call, timeout: float) -> Answer:
         request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._call_unary(request, timeout=timeout, metadata=call.metadata)
+        answer = self._call_unary(request, timeout=timeout, metadata=self._connection.metadata(call.request.joint))
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Answer:
-        answers = self._call_stream(_messages(call), timeout=timeout, metadata=call.metadata)
+        answers = self._call_stream(
+            _messages(call), timeout=timeout, metadata=self._connection.metadata(call.request.joint)
+        )
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
@@ -318,13 +271,15 @@ class RemoteTarget:
         try:
             session = self._shared.share(region, timeout)
         except ServerUnavailableError:
-            self._call_info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers, its error is raised.
+            self._call_info(
+                pb.GetServerInfoRequest(), timeout=timeout, metadata=self._connection.metadata(None)
+            )  # If no server answers, its error is raised.
             raise
         shared = wire.SharedTensors(session, region.number, place.logits, place.labels, place.grad)
         header = replace(call.request, shared=shared).to_proto()
         try:
             message = framing.UnaryRequest(header, b"", b"")
-            answer = self._call_shared(message, timeout=timeout, metadata=call.metadata)
+            answer = self._call_shared(message, timeout=timeout, metadata=self._connection.metadata(call.request.joint))
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
                 self._shared.forget()
@@ -347,10 +302,6 @@ def _misfit_is_wrong_answer() -> Iterator[None]:
         yield
     except InvalidInput as error:
         raise _WrongAnswer(str(error)) from None
-
-
-def _metadata(joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
-    return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
 
 
 def _method(name: str) -> str:
