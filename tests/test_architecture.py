@@ -37,11 +37,20 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "lovasz.client": (
         {"lovasz.spec", "lovasz.wire", "lovasz.autograd", "lovasz.version", "lovasz.v1"},
-        {"numpy", "grpc", "google", "torch", "matplotlib"},
+        {"numpy", "grpc", "google", "torch", "matplotlib", "opentelemetry"},
     ),
     "lovasz.server": (
         {"lovasz.core", "lovasz.spec", "lovasz.wire", "lovasz.version", "lovasz.v1"},
-        {"numpy", "grpc", "grpc_health", "grpc_reflection", "google", "prometheus_client", "torch"},
+        {
+            "numpy",
+            "grpc",
+            "grpc_health",
+            "grpc_reflection",
+            "google",
+            "opentelemetry",
+            "prometheus_client",
+            "torch",
+        },
     ),
 }
 """The areas of the package, lowest first: which other areas each may import, and which packages that are installed."""

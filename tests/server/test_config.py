@@ -49,6 +49,7 @@ def test_every_setting_can_be_set_both_ways() -> None:
         "--drain-seconds": ("0", 0.0),
         "--health-interval": ("1.5", 1.5),
         "--device-stall": ("9", 9.0),
+        "--otlp-endpoint": ("http://localhost:4317", "http://localhost:4317"),
         "--log-level": ("debug", "debug"),
         "--log-format": ("json", "json"),
     }
@@ -98,6 +99,11 @@ def test_every_setting_can_be_set_both_ways() -> None:
         ("--tls-client-ca", "ca.pem", "--tls-client-ca: got 'ca.pem'; expected --tls-cert and --tls-key beside it"),
         ("--metrics-tls", "on", "--metrics-tls: got True; expected --tls-cert and --tls-key beside it"),
         ("--metrics-hosts", "http://gpu7", "--metrics-hosts: got 'http://gpu7'; expected host names"),
+        (
+            "--otlp-endpoint",
+            "localhost:4317",
+            "--otlp-endpoint: got 'localhost:4317'; expected http://HOST:PORT or https",
+        ),
         ("--log-level", "loud", "--log-level: got 'loud'; expected debug or info or warning or error"),
         ("--log-format", "xml", "--log-format: got 'xml'; expected text or json"),
     ],
@@ -181,3 +187,12 @@ def test_a_wrong_command_line_ends_the_process_with_status_2_and_says_why(argume
 def test_variables_of_the_command_are_known() -> None:
     assert set(access_arguments.VARIABLES) == CLIENT_VARIABLES
     assert unknown_variables(dict.fromkeys([*CLIENT_VARIABLES, "LOVASZ_TLS_CERT", "LOVASZ_TLS"], "x")) == ["LOVASZ_TLS"]
+
+
+def test_opentelemetrys_own_variables_stand_for_the_endpoint() -> None:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4317"}
+    assert ServerConfig.load([], environment).otlp_endpoint == "http://all:4317"
+    environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = "http://traces:4317"
+    assert ServerConfig.load([], environment).otlp_endpoint == "http://traces:4317"
+    environment["LOVASZ_OTLP_ENDPOINT"] = "http://own:4317"
+    assert ServerConfig.load([], environment).otlp_endpoint == "http://own:4317"

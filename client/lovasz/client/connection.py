@@ -16,6 +16,7 @@ from lovasz.client.proxy import enabled_option, is_on_this_host, remark
 from lovasz.client.retry import Retries
 from lovasz.client.target import socket_path
 from lovasz.client.tls_diagnosis import tls_problem
+from lovasz.client.tracing import trace_metadata
 
 _OPTIONS = (
     # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
@@ -62,9 +63,9 @@ class Connection:
         self.retries = Retries(self._is_permanent)
 
     def metadata(self, joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
-        """The metadata of a call: its run, by which gRPC and proxies find its server, and the token."""
+        """The metadata of a call: its run, by which gRPC and proxies find its server, the token, and the trace."""
         run = () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
-        return (*run, *self._authorization.metadata())
+        return (*run, *self._authorization.metadata(), *trace_metadata())
 
     def check_open(self) -> None:
         """Does nothing while the connection is open.

@@ -39,6 +39,7 @@ DEFAULT_MAX_SHARED_BYTES = 16 << 30
 DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
 DEFAULT_JOINT_SHARE = 0.5
 DEFAULT_MAX_RUNS = 20
+DEFAULT_OTLP_ENDPOINT = ""
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
 
@@ -205,6 +206,15 @@ class ServerConfig(AccessSettings):
         "a device that takes longer than this for one batch counts as unhealthy",
         _number,
     )
+    otlp_endpoint: str = _setting(
+        DEFAULT_OTLP_ENDPOINT,
+        "--otlp-endpoint",
+        "URL",
+        "send a span of each call and its phases to an OpenTelemetry collector by OTLP over gRPC: http://HOST:4317, or "
+        "https:// for TLS (needs the extra otel; OTEL_EXPORTER_OTLP_ENDPOINT stands for it, too, and the other OTEL_* "
+        "variables apply)",
+        others=("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    )
     log_level: str = _setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
     log_format: str = _setting(
         DEFAULT_LOG_FORMAT, "--log-format", "FORMAT", "text (for people) or json (one object on each line)"
@@ -245,6 +255,8 @@ class ServerConfig(AccessSettings):
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number > 0")
+        if self.otlp_endpoint and not re.match(r"https?://[^/\s]", self.otlp_endpoint):
+            self._refuse("otlp_endpoint", "http://HOST:PORT or https://HOST:PORT")
         if self.log_level not in LOG_LEVELS:
             self._refuse("log_level", " or ".join(LOG_LEVELS))
         if self.log_format not in LOG_FORMATS:
@@ -289,8 +301,9 @@ class ServerConfig(AccessSettings):
         for f in fields(cls):
             flag, variable = f.metadata["flag"], variable_of(f.metadata["flag"])
             source, text = flag, given[f.name]
-            if text is None:
-                source, text = variable, environment.get(variable) or None
+            for name in (variable, *f.metadata["others"]):
+                if text is None:
+                    source, text = name, environment.get(name) or None
             if text is None:
                 continue
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 from lovasz import wire
 from lovasz.server import addresses
@@ -23,6 +24,7 @@ from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.settings import ConfigError
 from lovasz.server.transport.call import Pipeline
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.grpc_server import GrpcServer
@@ -37,6 +39,9 @@ from lovasz.server.web.guard import Guard
 from lovasz.server.web.http_server import WebServer
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
+
+if TYPE_CHECKING:
+    from lovasz.server.observe.spans import Spans
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ class Server:
             stopping: set when the server is to stop; the server sets it itself once no caller can reach it.
 
         Raises:
-            ConfigError: a file of certificates or tokens cannot be used.
+            ConfigError: a file of certificates or tokens cannot be used, or spans are wanted without the extra otel.
             DeviceError: this host does not have the configured device.
         """
         self._config = config
@@ -70,6 +75,7 @@ class Server:
         self._certificates = certificate_files(config)
         self._tokens = token_file("--tokens", config.tokens_file)
         metrics_tokens = token_file("--metrics-tokens", config.metrics_tokens_file)
+        self._spans = _spans(config.otlp_endpoint) if config.otlp_endpoint else None
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._admission.starting = True
         self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
@@ -105,6 +111,7 @@ class Server:
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
             max_segments=config.max_segments,
+            spans=self._spans,
         )
         servicer = LossServicer(
             pipeline=pipeline,
@@ -285,5 +292,19 @@ class Server:
         for housekeeper in self._housekeepers:
             housekeeper.stop()
         self._grpc.end_threads(wait=finished)
+        if self._spans is not None:
+            self._spans.stop()
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished
+
+
+def _spans(endpoint: str) -> Spans:
+    try:
+        from lovasz.server.observe.spans import Spans
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lovasz."):
+            raise
+        raise ConfigError(
+            f"--otlp-endpoint: got {endpoint!r} without {error.name}: pip install 'lovasz[otel]'"
+        ) from None
+    return Spans(endpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -78,9 +78,21 @@ def switch(text: str) -> bool:
     raise ValueError(f"got {text!r}; expected on or off")
 
 
-def setting(default: object, flag: str, metavar: str, text: str, parse: Callable[[str], object] = str) -> Any:
-    """A field of the configuration: its default, its option, and how its text is read."""
-    return field(default=default, metadata={"flag": flag, "metavar": metavar, "help": text, "parse": parse})
+def setting(
+    default: object,
+    flag: str,
+    metavar: str,
+    text: str,
+    parse: Callable[[str], object] = str,
+    others: Sequence[str] = (),
+) -> Any:
+    """A field of the configuration: its default, its option, and how its text is read.
+
+    Args:
+        others: variables that stand for it where its own is not set, the first that is set.
+    """
+    metadata = {"flag": flag, "metavar": metavar, "help": text, "parse": parse, "others": others}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
