@@ -10,10 +10,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from lovasz.server.config import ConfigError, ServerConfig, unknown_variables
+from lovasz.server.config import ServerConfig, unknown_variables
 from lovasz.server.errors import DeviceError
 from lovasz.server.memory.allocator import keep_freed_memory
 from lovasz.server.observe import logs
+from lovasz.server.settings import ConfigError
 from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         server = Server(config, stopping)
         ready = server.start()
-    except (DeviceError, OSError) as error:
+    except (ConfigError, DeviceError, OSError) as error:
         _log.error(str(error))
         return 2
     if not ready:

@@ -61,6 +61,10 @@ class TooLargeError(ServerError):
     retry_after_seconds = NEVER
 
 
+class UnauthenticatedError(ServerError):
+    """The call has no token, or one that the server does not know."""
+
+
 class StartingError(ServerError):
     """The server's device is not ready yet."""
 

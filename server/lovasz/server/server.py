@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 from lovasz import wire
 from lovasz.server import addresses
+from lovasz.server.access.certificates import certificate_files
+from lovasz.server.access.exposure import warn_if_open
+from lovasz.server.access.tokens import token_file
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
 from lovasz.server.device.hardware import choose_device, hardware_name
@@ -20,7 +24,9 @@ from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.settings import ConfigError
 from lovasz.server.transport.call import Pipeline
+from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
 from lovasz.server.transport.receiving import Patience
@@ -30,9 +36,13 @@ from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.server.transport.timed_calls import TimedCalls
+from lovasz.server.web.guard import Guard
 from lovasz.server.web.http_server import WebServer
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
+
+if TYPE_CHECKING:
+    from lovasz.server.observe.spans import Spans
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +66,17 @@ class Server:
             stopping: set when the server is to stop; the server sets it itself once no caller can reach it.
 
         Raises:
+            ConfigError: a file of certificates or tokens cannot be used, or spans are wanted without the extra otel.
             DeviceError: this host does not have the configured device.
         """
         self._config = config
         self._stopping = stopping
         self._start_error: Exception | None = None
         self._metrics = Metrics(config.max_runs)
+        self._certificates = certificate_files(config)
+        self._tokens = token_file("--tokens", config.tokens_file)
+        metrics_tokens = token_file("--metrics-tokens", config.metrics_tokens_file)
+        self._spans = _spans(config.otlp_endpoint) if config.otlp_endpoint else None
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._admission.starting = True
         self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
@@ -81,7 +96,9 @@ class Server:
             SharedMemory(path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths))
             for path in paths
         ]
-        self._grpc = GrpcServer(config.max_requests)
+        self._grpc = GrpcServer(
+            config.max_requests, self._certificates, None if self._tokens is None else Gate(self._tokens, self._metrics)
+        )
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
             "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
@@ -95,6 +112,7 @@ class Server:
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
             max_segments=config.max_segments,
+            spans=self._spans,
         )
         servicer = LossServicer(
             pipeline=pipeline,
@@ -130,10 +148,19 @@ class Server:
                 ],
             ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
+            Housekeeper(  # As it may if a file's disk does.
+                "access-files",
+                [
+                    *(files.check for files in (self._certificates, self._tokens, metrics_tokens) if files),
+                    self._forget_callers,
+                ],
+            ),
         )
         self._declare_gauges()
         page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
-        self._web = WebServer(self._metrics.registry, page)
+        guard = Guard((addresses.split(config.metrics_listen)[0], *config.metrics_host_names), metrics_tokens)
+        certificates = self._certificates if config.metrics_tls else None
+        self._web = WebServer(self._metrics.registry, page, guard, certificates)
         self.targets = config.addresses
         self.metrics_url = ""
 
@@ -177,6 +204,7 @@ class Server:
         except OSError:
             self.abandon()
             raise
+        warn_if_open(self._config)
         self._health.start()
         for housekeeper in self._housekeepers:
             housekeeper.start()
@@ -218,7 +246,12 @@ class Server:
             web_port = self._web.start(host, web_port)
         except OSError as error:
             raise OSError(f"--metrics-listen {config.metrics_listen}: {error.strerror or error}") from error
-        self.metrics_url = f"http://{addresses.joined(host, web_port)}/metrics"
+        scheme = "https" if config.metrics_tls else "http"
+        self.metrics_url = f"{scheme}://{addresses.joined(host, web_port)}/metrics"
+
+    def _forget_callers(self) -> None:
+        if self._tokens is not None:
+            self._metrics.keep_callers(self._tokens.names)
 
     def _start_engine(self) -> None:
         try:
@@ -264,5 +297,19 @@ class Server:
             housekeeper.stop()
         self._grpc.end_threads(wait=finished)
         self._socket_threads.stop(wait=finished)
+        if self._spans is not None:
+            self._spans.stop()
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished
+
+
+def _spans(endpoint: str) -> Spans:
+    try:
+        from lovasz.server.observe.spans import Spans
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lovasz."):
+            raise
+        raise ConfigError(
+            f"--otlp-endpoint: got {endpoint!r} without {error.name}: pip install 'lovasz[otel]'"
+        ) from None
+    return Spans(endpoint)

@@ -6,7 +6,7 @@ import enum
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -63,6 +63,7 @@ class Rejection(enum.Enum):
     INVALID = "invalid"
     MISMATCH = "mismatch"
     CONFLICT = "conflict"
+    UNAUTHENTICATED = "unauthenticated"
 
 
 class Abandonment(enum.Enum):
@@ -124,6 +125,13 @@ class Metrics:
             ["method", "loss", "code"],
             registry=registry,
         )
+        self._caller_requests = Counter(
+            "lovasz_caller_requests",
+            "Requests answered, by the name of the caller's token and gRPC status code; with --tokens only.",
+            ["caller", "code"],
+            registry=registry,
+        )
+        self._callers: set[tuple[str, str]] = set()
         self._phase_seconds = Histogram(
             "lovasz_phase_seconds",
             "Time that each admitted request spent in each phase, including the phase in which it failed.",
@@ -219,6 +227,17 @@ class Metrics:
                 self.abandoned.labels(reason.value, phase.value)
         for phase in (Phase.RECEIVE, Phase.SEND):
             self.stalled.labels(phase.value)
+
+    def count_caller(self, name: str, code: str) -> None:
+        """Counts a request of the caller whose token has this name."""
+        self._callers.add((name, code))
+        self._caller_requests.labels(name, code).inc()
+
+    def keep_callers(self, names: Container[str]) -> None:
+        """Forgets callers of other names."""
+        for caller in [caller for caller in self._callers if caller[0] not in names]:
+            self._callers.discard(caller)
+            self._caller_requests.remove(*caller)
 
     def observe_request(
         self, phases: Mapping[Phase, float], seconds: float, answered: bool, trace: dict[str, str] | None

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from lovasz.server.config import format_bytes
 from lovasz.server.errors import (
     NoBytesLeftError,
     NoRequestsLeftError,
@@ -16,6 +15,7 @@ from lovasz.server.errors import (
     StoppingError,
     TooLargeError,
 )
+from lovasz.server.settings import format_bytes
 
 _MIN_RETRY_SECONDS = 0.05
 _MAX_RETRY_SECONDS = 5.0

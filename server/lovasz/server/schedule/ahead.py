@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from lovasz.server.config import format_bytes
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.joint.group import Run
+from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
 

@@ -28,7 +28,7 @@ from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics, Phase
-from lovasz.server.observe.tracing import exemplar
+from lovasz.server.observe.tracing import SpanRecorder, exemplar
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
@@ -45,6 +45,7 @@ from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
+_SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 _RETRY_SECONDS = 1.0
 """The delay that callers are told to wait before a retry, unless a better one is known."""
 _MAX_TEXT_BYTES = 2000
@@ -59,6 +60,7 @@ class Pipeline:
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
         run_key: for ``Identity.sealed``.
+        spans: where spans of calls go; None: nowhere.
         refusals: logs refused requests, a few of them where there are many.
     """
 
@@ -70,6 +72,7 @@ class Pipeline:
     calls: threading.Semaphore
     max_segments: int
     run_key: bytes = field(default_factory=lambda: os.urandom(32))
+    spans: SpanRecorder | None = None
     refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
 
 
@@ -297,7 +300,20 @@ class Call:
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
 
     def _count(self, code: grpc.StatusCode) -> None:
-        self._pipeline.metrics.requests.labels(self._method, self._loss, code.name).inc()
+        metrics = self._pipeline.metrics
+        metrics.requests.labels(self._method, self._loss, code.name).inc()
+        if self._identity.name:
+            metrics.count_caller(self._identity.name, code.name)
+        if self._pipeline.spans is not None:
+            clock, seconds = self._clock, self._clock.seconds
+            self._pipeline.spans.record(
+                f"{_SERVICE_NAME}/{self._method}",
+                self._context.invocation_metadata(),
+                clock.started,
+                [(phase.value, clock.began[phase], clock.began[phase] + seconds[phase]) for phase in seconds],
+                code.name,
+                {"loss": self._loss, "run": self._run, "caller": self._identity.name},
+            )
 
     def _count_failure(self, status: Status) -> None:
         metrics, phase = self._pipeline.metrics, self._clock.phase.value

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hmac
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from lovasz import wire
 from lovasz.server.config import UNIX
 from lovasz.server.transport.carrier import Carrier
+
+CALLER_NAME: ContextVar[str] = ContextVar("caller_name", default="")
+"""The name of the token that a call came with. gRPC runs a call in one context, from its metadata to its end."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Identity:
     """Who made a call, as far as the server knows.
 
     Attributes:
-        name: that of the caller's token; empty while the server has no tokens.
+        name: that of the caller's token; empty where the server asks for none.
         address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``, or ``unix:`` for every
             caller on a Unix socket, as gRPC does not tell these apart; ``unix:uid=1000,pid=4711`` on the socket of
             shared memory.
@@ -27,7 +31,7 @@ class Identity:
     @classmethod
     def of(cls, carrier: Carrier) -> Identity:
         """The identity of who made a call."""
-        return cls("", carrier.peer())
+        return cls(CALLER_NAME.get(), carrier.peer())
 
     @property
     def connection(self) -> str:

@@ -20,6 +20,7 @@ from lovasz.server.errors import (
     StartingError,
     StoppingError,
     TooLargeError,
+    UnauthenticatedError,
 )
 from lovasz.server.observe.metrics import Abandonment, Rejection
 from lovasz.spec import InvalidInput
@@ -49,6 +50,7 @@ STATUS: dict[type[BaseException], Status] = {
     NoBytesLeftError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.NO_BYTES),
     NoRequestsLeftError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.NO_REQUESTS),
     TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.TOO_LARGE, logged=True),
+    UnauthenticatedError: Status(grpc.StatusCode.UNAUTHENTICATED, rejection=Rejection.UNAUTHENTICATED, logged=True),
     StartingError: Status(grpc.StatusCode.UNAVAILABLE, rejection=Rejection.STARTING),
     StoppingError: Status(grpc.StatusCode.UNAVAILABLE, rejection=Rejection.STOPPING),
     DeviceError: Status(grpc.StatusCode.UNAVAILABLE),

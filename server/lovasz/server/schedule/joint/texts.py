@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from lovasz import wire
-from lovasz.server.config import format_bytes
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.joint.attendance import Attendance, place
 from lovasz.server.schedule.joint.group import Group, Step
+from lovasz.server.settings import format_bytes
 from lovasz.spec import Loss, WeightedSum
 
 _NAMED_RANKS = 20
