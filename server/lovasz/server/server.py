@@ -22,7 +22,7 @@ from lovasz.server.memory.pool import KEPT_SECONDS, StagingPool
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
-from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.settings import ConfigError
 from lovasz.server.transport.call import Pipeline
@@ -79,12 +79,18 @@ class Server:
         self._spans = _spans(config.otlp_endpoint) if config.otlp_endpoint else None
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._admission.starting = True
-        self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
+        device = choose_device(config.device)
+        self._batcher = Batcher(
+            config.max_batch_elements,
+            config.max_batch_requests,
+            config.max_batch_delay_seconds,
+            TURN_ELEMENTS[device.type],
+        )
         self._joints = JointTable(
             self._admission, self._batcher, self._metrics, config.joint_timeout_seconds, config.joint_share
         )
         self._engine = Engine(
-            choose_device(config.device),
+            device,
             self._batcher,
             self._metrics,
             health_interval_seconds=config.health_interval_seconds,

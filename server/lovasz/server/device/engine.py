@@ -213,8 +213,12 @@ class Engine:
         now = time.monotonic()
         compute_seconds = max(0.0, now - running.started - copy_seconds)
         # On a GPU a batch may have started before the one before it ended.
-        self._metrics.device_busy_seconds.inc(now - max(running.started, self._busy_until))
+        busy_seconds = now - max(running.started, self._busy_until)
         self._busy_until = now
+        self._metrics.device_busy_seconds.inc(busy_seconds)
+        cost = sum(job.cost for job in running.jobs)
+        for job in running.jobs:
+            self._metrics.shares.add(job.tenant.label, busy_seconds * job.cost / cost if cost else 0.0)
         requests = len(running.callers)
         self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
         remaining = iter(hosted)

@@ -19,6 +19,7 @@ from prometheus_client import (
 
 from lovasz.server.config import DEFAULT_MAX_RUNS
 from lovasz.server.observe.runs import Runs
+from lovasz.server.observe.shares import Shares
 
 _log = logging.getLogger(__name__)
 
@@ -112,13 +113,16 @@ class Metrics:
 
     Attributes:
         runs: the loss and IoU of trainings, at most ``max_runs`` of them.
+        shares: the device's time by caller, for as many of them.
     """
 
     def __init__(self, max_runs: int = DEFAULT_MAX_RUNS) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.runs = Runs(max_runs)
+        self.shares = Shares(max_runs)
         registry.register(self.runs)
+        registry.register(self.shares)
         self.requests = Counter(
             "lovasz_requests",
             "Requests answered, by method, kind of loss and gRPC status code.",

@@ -6,35 +6,21 @@ Nothing here takes a lock: ``JointTable`` does.
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
 
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
+from lovasz.server.schedule.job import Tenant
 from lovasz.server.schedule.joint.group import Run
 from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
-
-
-class Holder(NamedTuple):
-    """Whose missing ranks hold room: a run, a caller, or all.
-
-    Attributes:
-        owner: tells runs of one name apart.
-    """
-
-    kind: str
-    name: str
-    owner: bytes = b""
-
-
-_ALL = Holder("all", "")
+_ALL = Tenant("all", "")
 
 
 class AheadPermit(Permit):
     """Room for requests that have not come. What :meth:`split` takes out of it belongs to one that has."""
 
-    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Holder, ...]) -> None:
+    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Tenant, ...]) -> None:
         super().__init__(admission, 0, 0)
         self._room, self._holders = room, holders
 
@@ -59,8 +45,8 @@ class AheadRoom:
             share: of one run, or one caller, in (0, 1].
         """
         self._admission, self._share = admission, share
-        self._bytes: Counter[Holder] = Counter()
-        self._requests: Counter[Holder] = Counter()
+        self._bytes: Counter[Tenant] = Counter()
+        self._requests: Counter[Tenant] = Counter()
 
     def reserve(self, nbytes: int, requests: int, run: Run, address: str) -> AheadPermit:
         """Takes room for several requests of one size, the first of which is here.
@@ -74,9 +60,9 @@ class AheadRoom:
             OverloadedError: there is no such room at the moment.
             StartingError, StoppingError: as ``Admission.reserve``.
         """
-        holders: tuple[Holder, ...] = (_ALL, Holder("run", *run))
+        holders: tuple[Tenant, ...] = (_ALL, Tenant("run", *run))
         if address:
-            holders = (*holders, Holder("caller", address))
+            holders = (*holders, Tenant("caller", address))
         missing = requests - 1
         budget, most = self._admission.budget_bytes, self._admission.max_requests
         if missing > self._share * most or nbytes * missing > self._share * budget:
@@ -92,7 +78,7 @@ class AheadRoom:
         permit.absorb(self._admission.reserve(nbytes * requests, requests))
         return permit
 
-    def check(self, nbytes: int, requests: int, holders: tuple[Holder, ...]) -> None:
+    def check(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:
         """Whether so much more may be reserved.
 
         Raises:
@@ -114,7 +100,7 @@ class AheadRoom:
                     _RETRY_SECONDS,
                 )
 
-    def count(self, nbytes: int, requests: int, holders: tuple[Holder, ...]) -> None:
+    def count(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:
         """So much more is reserved, or less."""
         for holder in holders:
             self._bytes[holder] += nbytes

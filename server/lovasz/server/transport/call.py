@@ -177,7 +177,8 @@ class Call:
                 self._abort_step(seat.joint, header.want_grad, error, seat)
             raise
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
-        caller = Caller(staging.request(), self._deadline, staging, rank=0 if seat is None else seat.joint.rank)
+        rank, tenant = 0 if seat is None else seat.joint.rank, self._identity.tenant(header)
+        caller = Caller(staging.request(), self._deadline, staging, rank=rank, tenant=tenant)
         try:
             answer = self._alone(caller, header) if seat is None else self._joined(seat, caller, staging)
         except Exception:

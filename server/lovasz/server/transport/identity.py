@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from lovasz import wire
 from lovasz.server.config import UNIX
+from lovasz.server.schedule.job import Tenant
+from lovasz.server.schedule.joint.group import Run
 from lovasz.server.transport.carrier import Carrier
 
 CALLER_NAME: ContextVar[str] = ContextVar("caller_name", default="")
@@ -49,6 +51,22 @@ class Identity:
         if joint.secret:
             return replace(joint, secret=hmac.digest(key, b"secret " + joint.secret, "sha256"))
         return replace(joint, secret=hmac.digest(key, b"name " + self.name.encode(), "sha256")) if self.name else joint
+
+    def tenant(self, request: wire.Request) -> Tenant:
+        """Whom a request belongs to in the queue: the token's name, else the run of a joint step, else the connection.
+
+        Where connections cannot be told apart, the run that a request names counts, if there is one.
+
+        Args:
+            request: with a sealed ``joint``.
+        """
+        if self.name:
+            return Tenant("token", self.name)
+        if request.joint is not None:
+            return Tenant("run", *Run.of(request.joint))
+        if self.connection or not request.run:
+            return Tenant("connection", self.address)
+        return Tenant("run", request.run)
 
     @property
     def fields(self) -> dict[str, str]:
