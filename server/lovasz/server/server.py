@@ -65,7 +65,12 @@ class Server:
         self._admission.starting = True
         self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
         self._joints = JointTable(
-            self._admission, self._batcher, self._metrics, config.joint_timeout_seconds, config.joint_share
+            self._admission,
+            self._batcher,
+            self._metrics,
+            config.joint_timeout_seconds,
+            config.joint_share,
+            config.joint_regroup_seconds,
         )
         self._engine = Engine(
             choose_device(config.device),

@@ -14,6 +14,7 @@ from lovasz.server.errors import (
     JointMismatchError,
     NoBytesLeftError,
     NoRequestsLeftError,
+    RegroupError,
     SessionLostError,
     StalledError,
     StartingError,
@@ -55,6 +56,7 @@ STATUS: dict[type[BaseException], Status] = {
     AbandonedError: Status(grpc.StatusCode.CANCELLED, abandonment=Abandonment.CANCELLED),
     StalledError: Status(grpc.StatusCode.ABORTED, stalled=True, logged=True),
     JointBrokenError: Status(grpc.StatusCode.ABORTED),
+    RegroupError: Status(grpc.StatusCode.UNAVAILABLE),
     JointMismatchError: Status(grpc.StatusCode.FAILED_PRECONDITION, rejection=Rejection.MISMATCH, logged=True),
     SessionLostError: Status(grpc.StatusCode.UNAVAILABLE),
 }

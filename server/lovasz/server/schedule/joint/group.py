@@ -16,6 +16,9 @@ from lovasz.server.errors import OverloadedError, ServerError
 from lovasz.server.schedule.admission import Permit
 from lovasz.server.schedule.job import Caller, Job
 
+STRAGGLER_SECONDS = 5.0
+"""A step that waits for longer is logged, with the ranks that it waits for."""
+
 
 class Step(NamedTuple):
     """Names a joint step.
@@ -104,7 +107,7 @@ class Group:
         deadline: until when the ranks wait for each other (``time.monotonic``).
         seats: by rank; those that are neither LOST nor DONE.
         job: what is computed once the group is complete, until the last rank is done.
-        since: when the first rank came (``time.monotonic``).
+        since: when the first rank came (``time.monotonic``), also if the ranks were asked to call again since then.
         completed: when the group was complete (``time.monotonic``); None before.
         error: why the group is broken.
         logged: whether it was logged that it waits.
@@ -133,6 +136,13 @@ class Group:
             for rank in range(self.world_size)
             if rank not in self.absent and (rank not in self.seats or self.seats[rank].state is not SeatState.ARRIVED)
         ]
+
+    def begins_to_straggle(self, now: float) -> bool:
+        """Whether it has waited for long; true once."""
+        if self.logged or now - self.since <= STRAGGLER_SECONDS:
+            return False
+        self.logged = True
+        return True
 
     @property
     def is_full(self) -> bool:
