@@ -23,7 +23,7 @@ help:
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
 	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
-	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests"
+	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests, Envoy"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
 	@echo "make trainers     run the lines of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"

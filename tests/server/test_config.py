@@ -44,6 +44,7 @@ def test_every_setting_can_be_set_both_ways() -> None:
         "--max-shared-memory": ("1GiB", 1 << 30),
         "--reflection": ("on", True),
         "--joint-share": ("0.25", 0.25),
+        "--joint-regroup": ("2.5", 2.5),
         "--joint-timeout": ("1.5", 1.5),
         "--max-runs": ("7", 7),
         "--drain-seconds": ("0", 0.0),

@@ -37,6 +37,7 @@ DEFAULT_REFLECTION = False
 DEFAULT_SHARED_MEMORY = False
 DEFAULT_MAX_SHARED_BYTES = 16 << 30
 DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
+DEFAULT_JOINT_REGROUP_SECONDS = 0.0
 DEFAULT_JOINT_SHARE = 0.5
 DEFAULT_MAX_RUNS = 20
 DEFAULT_OTLP_ENDPOINT = ""
@@ -170,6 +171,14 @@ class ServerConfig(AccessSettings):
         "how long the ranks of a joint step wait for missing ranks; must be less than the timeout of their calls",
         _number,
     )
+    joint_regroup_seconds: float = _setting(
+        DEFAULT_JOINT_REGROUP_SECONDS,
+        "--joint-regroup",
+        "SECONDS",
+        "with several servers: how long the ranks of a joint step wait before they are asked to call again, as the "
+        "missing ranks may have reached another server; each further time after twice as long; 0: never",
+        _number,
+    )
     joint_share: float = _setting(
         DEFAULT_JOINT_SHARE,
         "--joint-share",
@@ -242,7 +251,7 @@ class ServerConfig(AccessSettings):
         for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_segments", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
-        for name in ("max_batch_delay_seconds", "drain_seconds"):
+        for name in ("max_batch_delay_seconds", "drain_seconds", "joint_regroup_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "a number >= 0")
         for name in (

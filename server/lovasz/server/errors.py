@@ -106,5 +106,11 @@ class JointBrokenError(ServerError):
     """The step cannot be completed: a rank is missing, or its request is invalid. The step can be tried again."""
 
 
+class RegroupError(ServerError):
+    """Ranks of a step wait that should call again: with several servers, the missing ones may have reached another."""
+
+    retry_after_seconds = 0.1
+
+
 class SessionLostError(ServerError):
     """The request's shared memory belongs to a session that has ended, or to another server."""

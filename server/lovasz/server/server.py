@@ -87,7 +87,12 @@ class Server:
             TURN_ELEMENTS[device.type],
         )
         self._joints = JointTable(
-            self._admission, self._batcher, self._metrics, config.joint_timeout_seconds, config.joint_share
+            self._admission,
+            self._batcher,
+            self._metrics,
+            config.joint_timeout_seconds,
+            config.joint_share,
+            config.joint_regroup_seconds,
         )
         self._engine = Engine(
             device,

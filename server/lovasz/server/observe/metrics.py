@@ -51,6 +51,7 @@ class JointOutcome(enum.Enum):
     STOPPING = "stopping"
     ABORTED = "aborted"
     OUT_OF_STEP = "out_of_step"
+    REGROUPED = "regrouped"
 
 
 class Rejection(enum.Enum):
@@ -193,8 +194,8 @@ class Metrics:
         self.joint_groups = Counter(
             "lovasz_joint_groups",
             "Joint steps that ended: completed, or not, because ranks were missing at the timeout, all had left, there "
-            "was no room, the server was stopping, a rank could not take part (aborted), or the ranks waited for each "
-            "other at different steps (out_of_step).",
+            "was no room, the server was stopping, a rank could not take part (aborted), the ranks were asked to call "
+            "again (regrouped), or they waited for each other at different steps (out_of_step).",
             ["outcome"],
             registry=registry,
         )

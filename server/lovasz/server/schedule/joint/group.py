@@ -16,6 +16,9 @@ from lovasz.server.errors import OverloadedError, ServerError
 from lovasz.server.schedule.admission import Permit
 from lovasz.server.schedule.job import Caller, Job
 
+STRAGGLER_SECONDS = 5.0
+"""A step that waits for longer is logged, with the ranks that it waits for."""
+
 
 class Run(NamedTuple):
     """A run, as the server knows it: trainings with different owners never meet, also if they have the same name.
@@ -122,7 +125,7 @@ class Group:
         deadline: until when the ranks wait for each other (``time.monotonic``).
         seats: by rank; those that are neither LOST nor DONE.
         job: what is computed once the group is complete, until the last rank is done.
-        since: when the first rank came (``time.monotonic``).
+        since: when the first rank came (``time.monotonic``), also if the ranks were asked to call again since then.
         completed: when the group was complete (``time.monotonic``); None before.
         error: why the group is broken.
         logged: whether it was logged that it waits.
@@ -144,7 +147,9 @@ class Group:
     logged: bool = False
 
     @classmethod
-    def begun_by(cls, request: wire.Request, absent: set[int], permit: Permit, deadline: float) -> Group:
+    def begun_by(
+        cls, request: wire.Request, absent: set[int], permit: Permit, since: float, timeout_seconds: float
+    ) -> Group:
         """The group of the request that came first, with room for all its ranks; nobody has a seat yet."""
         joint = request.joint
         assert joint is not None
@@ -155,7 +160,8 @@ class Group:
             absent=absent,
             share=request.tensor_bytes,
             permit=permit,
-            deadline=deadline,
+            deadline=since + timeout_seconds,
+            since=since,
         )
 
     @property
@@ -166,6 +172,13 @@ class Group:
             for rank in range(self.world_size)
             if rank not in self.absent and (rank not in self.seats or self.seats[rank].state is not SeatState.ARRIVED)
         ]
+
+    def begins_to_straggle(self, now: float) -> bool:
+        """Whether it has waited for long; true once."""
+        if self.logged or now - self.since <= STRAGGLER_SECONDS:
+            return False
+        self.logged = True
+        return True
 
     @property
     def is_full(self) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import replace
 
 from lovasz import wire
@@ -32,14 +33,12 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.aborted import AbortedSteps
 from lovasz.server.schedule.joint.attendance import Attendance
-from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
+from lovasz.server.schedule.joint.group import STRAGGLER_SECONDS, Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
 from lovasz.server.schedule.joint.out_of_step import out_of_step
+from lovasz.server.schedule.joint.regrouping import Regrouping
 
 _log = logging.getLogger(__name__)
-
-STRAGGLER_SECONDS = 5.0
-"""A step that waits for longer is logged, with the ranks that it waits for."""
 
 
 class JointTable:
@@ -50,12 +49,19 @@ class JointTable:
     """
 
     def __init__(
-        self, admission: Admission, batcher: Batcher, metrics: Metrics, timeout_seconds: float, share: float = 1.0
+        self,
+        admission: Admission,
+        batcher: Batcher,
+        metrics: Metrics,
+        timeout_seconds: float,
+        share: float = 1.0,
+        regroup_seconds: float = 0.0,
     ) -> None:
         """No group waits yet.
 
         Args:
             share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
+            regroup_seconds: how long ranks wait before they are asked to call again for the first time; 0: never.
         """
         self._ahead = AheadRoom(admission, share)
         self._admission, self._batcher, self._metrics = admission, batcher, metrics
@@ -67,6 +73,7 @@ class JointTable:
         """By call, for calls that have a name."""
         self._kept = KeptAnswers()
         self._attendance = Attendance()
+        self._regrouping = Regrouping(regroup_seconds, timeout_seconds)
         self._aborted = AbortedSteps()
         admission.reclaim = self._reclaim
 
@@ -249,12 +256,11 @@ class JointTable:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
         with self._changed:
             for group in list(self._waiting.values()):
-                text = f"the server is stopping, and {texts.missing_ranks(group)}"
-                self._break(group, StoppingError(text), JointOutcome.STOPPING)
+                self._break(group, StoppingError(texts.stopping(group)), JointOutcome.STOPPING)
 
     def check(self) -> None:
-        """A chore: forgets what is old, ends steps whose time is up or whose ranks wait for each other, and logs which
-        ranks steps wait for."""
+        """A chore: forgets what is old, ends steps whose time is up, or whose ranks wait for each other or are to call
+        again, and logs which ranks steps wait for."""
         now = time.monotonic()
         with self._changed:
             self._kept.drop_old()
@@ -266,9 +272,10 @@ class JointTable:
                     self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
             for group in [group for group in self._waiting.values() if now >= group.deadline]:
                 self._time_out(group)
+            for group in self._regrouping.due(self._waiting.values(), now):
+                self._break(group, self._regrouping.error(group), JointOutcome.REGROUPED)
             for group in self._waiting.values():
-                if not group.logged and now - group.since > STRAGGLER_SECONDS:
-                    group.logged = True
+                if group.begins_to_straggle(now):
                     self._log("a joint step waits", group, missing=texts.ranks(group.missing))
 
     def _end_earlier(self, call: wire.Request) -> None:
@@ -302,8 +309,8 @@ class JointTable:
             absent = self._attendance.absent(step, joint.world_size)
             present = joint.world_size - len(absent)
             permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address)
-            deadline = time.monotonic() + self._timeout_seconds
-            group = self._waiting[step] = Group.begun_by(request, absent, permit, deadline)
+            since = self._regrouping.since(step)
+            group = self._waiting[step] = Group.begun_by(request, absent, permit, since, self._timeout_seconds)
         elif joint.rank in group.absent:
             group.take_back(joint.rank, self._admission.reserve(group.share))
         return group
@@ -319,6 +326,7 @@ class JointTable:
     def _complete(self, group: Group, last_rank: int) -> Job:
         """All ranks of a group are here: returns what is to be queued."""
         del self._waiting[group.step]
+        self._regrouping.ended(group, JointOutcome.COMPLETED)
         self._metrics.joint_groups.labels(JointOutcome.COMPLETED.value).inc()
         if time.monotonic() - group.since > STRAGGLER_SECONDS:
             self._log("a joint step waited", group, last_rank=last_rank)
@@ -338,10 +346,8 @@ class JointTable:
     def _answer(self, seat: Seat) -> Answer:
         group, caller = seat.group, seat.caller
         assert caller is not None
-        try:
+        with suppress(FutureTimeoutError):
             return caller.wait(max(0.0, group.deadline - time.monotonic()))
-        except FutureTimeoutError:
-            pass
         with self._changed:
             if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
                 self._time_out(group)
@@ -385,6 +391,7 @@ class JointTable:
         """A group that waited is gone, with the room for the ranks that did not come."""
         del self._waiting[group.step]
         group.permit.release()
+        self._regrouping.ended(group, outcome)
         self._metrics.joint_groups.labels(outcome.value).inc()
         self._changed.notify_all()
 

@@ -90,6 +90,11 @@ def missing_ranks(group: Group) -> str:
     return f"{_named(group.missing)} of {group.world_size} did not arrive at {_step(group.step)} of run {run!r}"
 
 
+def stopping(group: Group) -> str:
+    """Says that the server takes no more ranks, and which did not arrive."""
+    return f"the server is stopping, and {missing_ranks(group)}"
+
+
 def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group], attendance: Attendance) -> str:
     """Says which ranks did not arrive in time, and where other ranks of the same run wait.
 
