@@ -15,11 +15,13 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (three minutes)"
+	@echo "make joint-study  train with the joint loss and with each rank's own loss on five seeds, and compare the networks"
+	@echo "                  (ten minutes on two cores)"
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
 	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
@@ -51,6 +53,9 @@ demo: $(INSTALLED)
 
 joint-demo: $(INSTALLED)
 	$(BIN)/python examples/compare_ddp.py --plot out
+
+joint-study: $(INSTALLED)
+	$(BIN)/python examples/joint_study.py --json out/joint_study.json --plot out
 
 SIDE_BY_SIDE := -m "not alone" -n $(JOBS) --dist worksteal
 

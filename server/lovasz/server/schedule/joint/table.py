@@ -33,10 +33,11 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.aborted import AbortedSteps
 from lovasz.server.schedule.joint.attendance import Attendance
-from lovasz.server.schedule.joint.group import STRAGGLER_SECONDS, Group, GroupState, Run, Seat, SeatState, Step
+from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
 from lovasz.server.schedule.joint.out_of_step import out_of_step
 from lovasz.server.schedule.joint.regrouping import Regrouping
+from lovasz.server.schedule.joint.waiting import WaitingGroups, log
 
 _log = logging.getLogger(__name__)
 
@@ -64,16 +65,16 @@ class JointTable:
             regroup_seconds: how long ranks wait before they are asked to call again for the first time; 0: never.
         """
         self._ahead = AheadRoom(admission, share)
-        self._admission, self._batcher, self._metrics = admission, batcher, metrics
+        self._admission, self._batcher = admission, batcher
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
         """Guards all below, and the groups, seats and kept answers; notified when a seat is free or a group ends."""
-        self._waiting: dict[Step, Group] = {}
         self._seats: dict[wire.Request, Seat] = {}
         """By call, for calls that have a name."""
         self._kept = KeptAnswers()
         self._attendance = Attendance()
         self._regrouping = Regrouping(regroup_seconds, timeout_seconds)
+        self._waiting = WaitingGroups(metrics, self._regrouping, self._changed.notify_all)
         self._aborted = AbortedSteps()
         admission.reclaim = self._reclaim
 
@@ -86,7 +87,7 @@ class JointTable:
     def waiting_ranks(self) -> int:
         """Ranks that wait for others."""
         with self._changed:
-            return sum(len(group.seats) for group in self._waiting.values())
+            return sum(len(group.seats) for group in self._waiting)
 
     @property
     def kept(self) -> int:
@@ -97,7 +98,7 @@ class JointTable:
         """The groups that wait, the longest first."""
         now = time.monotonic()
         with self._changed:
-            groups = sorted(self._waiting.values(), key=lambda group: group.since)
+            groups = sorted(self._waiting, key=lambda group: group.since)
             return [texts.waiting_step(group, now, self._attendance) for group in groups]
 
     def join(self, request: wire.Request, cancel: Callable[[], object], address: str = "") -> Seat | Kept:
@@ -127,7 +128,7 @@ class JointTable:
                 seat = group.take_seat(request, call, cancel, address)
             except OverloadedError as error:
                 refusal = self._never_fits(group, request) or error
-                self._break(group, refusal, JointOutcome.OVERLOADED)
+                self._waiting.refuse(group, refusal, JointOutcome.OVERLOADED)
                 raise refusal from None
             if call is not None:
                 self._seats[call] = seat
@@ -148,7 +149,7 @@ class JointTable:
             seat.caller, seat.state = caller, SeatState.ARRIVED
             if not group.is_full:
                 return
-            job = self._complete(group, last_rank=seat.joint.rank)
+            job = self._waiting.complete(group, last_rank=seat.joint.rank)
         self._queue(job)
 
     def wait(self, seat: Seat, staging: Staging) -> Kept:
@@ -219,7 +220,7 @@ class JointTable:
             told = {joint.rank: joint.call}
             if group is not None:
                 told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
-                self._break(group, JointBrokenError(text), JointOutcome.ABORTED)
+                self._waiting.refuse(group, JointBrokenError(text), JointOutcome.ABORTED)
             else:
                 fields = {"run": step.run.name, "step": step.number, "reason": text}
                 _log.warning("a rank cannot take part in a joint step", extra=fields)
@@ -237,13 +238,14 @@ class JointTable:
         with self._changed:
             self._attendance.leave(joint, leave.evaluation_step)
             self._kept.acknowledge(joint)
-            for step, group in list(self._waiting.items()):
+            for group in self._waiting:
+                step = group.step
                 is_meant = (step.run, step.round, group.world_size) == (run, joint.round, joint.world_size)
                 first = joint.step if step.want_grad else leave.evaluation_step
                 if is_meant and step.number >= first and joint.rank not in group.seats.keys() | group.absent:
                     group.leave(joint.rank)
                     if group.seats and group.is_full:
-                        jobs.append(self._complete(group, last_rank=joint.rank))
+                        jobs.append(self._waiting.complete(group, last_rank=joint.rank))
         for job in jobs:
             self._queue(job)
 
@@ -255,8 +257,8 @@ class JointTable:
     def stop(self) -> None:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
         with self._changed:
-            for group in list(self._waiting.values()):
-                self._break(group, StoppingError(texts.stopping(group)), JointOutcome.STOPPING)
+            for group in self._waiting:
+                self._waiting.refuse(group, StoppingError(texts.stopping(group)), JointOutcome.STOPPING)
 
     def check(self) -> None:
         """A chore: forgets what is old, ends steps whose time is up, or whose ranks wait for each other or are to call
@@ -266,17 +268,17 @@ class JointTable:
             self._kept.drop_old()
             self._aborted.forget_old()
             self._attendance.forget_old()
-            for groups in out_of_step(self._waiting.values(), self._attendance, now):
+            for groups in out_of_step(self._waiting, self._attendance, now):
                 text = texts.out_of_step(groups, self._attendance)
                 for group in groups:
-                    self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
-            for group in [group for group in self._waiting.values() if now >= group.deadline]:
-                self._time_out(group)
-            for group in self._regrouping.due(self._waiting.values(), now):
-                self._break(group, self._regrouping.error(group), JointOutcome.REGROUPED)
-            for group in self._waiting.values():
+                    self._waiting.refuse(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
+            for group in [group for group in self._waiting if now >= group.deadline]:
+                self._waiting.time_out(group, self._timeout_seconds, self._attendance)
+            for group in self._regrouping.due(self._waiting, now):
+                self._waiting.refuse(group, self._regrouping.error(group), JointOutcome.REGROUPED)
+            for group in self._waiting:
                 if group.begins_to_straggle(now):
-                    self._log("a joint step waits", group, missing=texts.ranks(group.missing))
+                    log("a joint step waits", group, missing=texts.ranks(group.missing))
 
     def _end_earlier(self, call: wire.Request) -> None:
         """The same call has come again: ends the earlier one, or waits for it if it is being computed.
@@ -310,7 +312,7 @@ class JointTable:
             present = joint.world_size - len(absent)
             permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address)
             since = self._regrouping.since(step)
-            group = self._waiting[step] = Group.begun_by(request, absent, permit, since, self._timeout_seconds)
+            group = self._waiting.add(Group.begun_by(request, absent, permit, since, self._timeout_seconds))
         elif joint.rank in group.absent:
             group.take_back(joint.rank, self._admission.reserve(group.share))
         return group
@@ -320,17 +322,10 @@ class JointTable:
             self._aborted.forget_run(Run.of(joint))
         strangers = Run(joint.run)
         if joint.secret and self._attendance.knows(strangers):  # Those that wait without a secret are told at once.
-            for group in [group for group in self._waiting.values() if group.step.run == strangers]:
-                self._break(group, RunConflictError(self._attendance.conflict(strangers)), JointOutcome.ABORTED)
-
-    def _complete(self, group: Group, last_rank: int) -> Job:
-        """All ranks of a group are here: returns what is to be queued."""
-        del self._waiting[group.step]
-        self._regrouping.ended(group, JointOutcome.COMPLETED)
-        self._metrics.joint_groups.labels(JointOutcome.COMPLETED.value).inc()
-        if time.monotonic() - group.since > STRAGGLER_SECONDS:
-            self._log("a joint step waited", group, last_rank=last_rank)
-        return group.complete()
+            for group in [group for group in self._waiting if group.step.run == strangers]:
+                self._waiting.refuse(
+                    group, RunConflictError(self._attendance.conflict(strangers)), JointOutcome.ABORTED
+                )
 
     def _queue(self, job: Job) -> None:
         try:
@@ -350,12 +345,8 @@ class JointTable:
             return caller.wait(max(0.0, group.deadline - time.monotonic()))
         with self._changed:
             if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
-                self._time_out(group)
+                self._waiting.time_out(group, self._timeout_seconds, self._attendance)
         return caller.wait()
-
-    def _time_out(self, group: Group) -> None:
-        text = texts.timed_out(group, self._timeout_seconds, self._waiting.values(), self._attendance)
-        self._break(group, JointBrokenError(text), JointOutcome.TIMEOUT)
 
     def _lose(self, seat: Seat, error: ServerError, *, may_end: bool = True) -> None:
         """Frees the seat of a group that is not complete, unless that was done before.
@@ -370,7 +361,7 @@ class JointTable:
         group.lose(seat, error)
         if may_end and group.state is GroupState.WAITING and not group.seats:
             group.state = GroupState.DESERTED
-            self._end(group, JointOutcome.LEFT)
+            self._waiting.end(group, JointOutcome.LEFT)
 
     def _vacate(self, seat: Seat) -> None:
         self._forget(seat)
@@ -381,26 +372,6 @@ class JointTable:
         if seat.call is not None and self._seats.get(seat.call) is seat:
             del self._seats[seat.call]
 
-    def _break(self, group: Group, error: ServerError, outcome: JointOutcome) -> None:
-        """Refuses all ranks of a group that waits."""
-        self._log("a joint step is broken", group, level=logging.WARNING, reason=str(error))
-        group.refuse(error)
-        self._end(group, outcome)
-
-    def _end(self, group: Group, outcome: JointOutcome) -> None:
-        """A group that waited is gone, with the room for the ranks that did not come."""
-        del self._waiting[group.step]
-        group.permit.release()
-        self._regrouping.ended(group, outcome)
-        self._metrics.joint_groups.labels(outcome.value).inc()
-        self._changed.notify_all()
-
     def _reclaim(self) -> bool:
         with self._changed:
             return self._kept.drop_unused()
-
-    def _log(self, event: str, group: Group, *, level: int = logging.INFO, **fields: object) -> None:
-        waited = round(time.monotonic() - group.since, 1)
-        _log.log(
-            level, event, extra={"run": group.step.run.name, "step": group.step.number, "seconds": waited, **fields}
-        )
