@@ -13,6 +13,7 @@ from typing import Any
 from checking import ROOT, CheckFailed, compose_environment, ok, require, run
 
 PROFILES = {"gpu": {"server", "prometheus", "grafana"}, "cpu": {"server-cpu", "prometheus", "grafana"}}
+SECURE_FILES = ("-f", "docker-compose.yml", "-f", "docker-compose.secure.yml")
 GRPC_PORT = 50051
 ENVOY_FOLDER = "/etc/envoy"
 """Where Envoy's configuration expects the certificate."""
@@ -59,7 +60,26 @@ def check_configuration(compose: list[str]) -> dict[str, Any]:
         for name, service in read.items():
             _check_service(f"profile {profile}, {name}", service)
     ok("only gRPC can be reached from other machines; each service has a version, limits and a read-only root")
+    check_secure_configuration(compose)
     return services("--profile", "cpu")
+
+
+def check_secure_configuration(compose: list[str]) -> None:
+    """Checks what docker-compose.secure.yml adds to each of the two servers."""
+    command = [*compose, *SECURE_FILES, "--profile", "*", "config", "--format", "json"]
+    read = json.loads(run(command, env=compose_environment()))
+    for name in ("server", "server-cpu"):
+        server = read["services"][name]
+        mounted = {f"/run/secrets/{secret['source']}" for secret in server["secrets"]}
+        named = {
+            server["environment"][f"LOVASZ_{variable}"]
+            for variable in ("TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "TOKENS")
+        }
+        if mounted != named:
+            raise CheckFailed(f"{name}: the files {sorted(named)} are not the secrets {sorted(mounted)}")
+        if server["healthcheck"]["test"][3] not in server["environment"]["LOVASZ_LISTEN"].split(","):
+            raise CheckFailed(f"{name}: the health check asks where the server does not listen")
+    ok("docker-compose.secure.yml: certificate, key, CA and tokens are mounted as secrets; health is asked on a socket")
 
 
 def _check_service(where: str, service: dict[str, Any]) -> None:

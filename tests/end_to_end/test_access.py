@@ -269,6 +269,18 @@ def test_a_server_that_is_not_there_is_no_matter_of_tls(secure: Secure) -> None:
         client.server_info(timeout=5)
 
 
+def test_failed_handshakes_write_no_log(secure: Secure) -> None:
+    before = len(secure.server.log)
+    for _ in range(20):
+        with socket.create_connection(address(secure.server.target)) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            connection.recv(100)
+    with secure.connect(CAROL) as client, pytest.raises(AuthenticationError):
+        client.server_info()
+    assert eventually(lambda: len(secure.server.log) > before)
+    assert len(secure.server.log) - before <= 2
+
+
 @pytest.mark.parametrize(("port", "said"), [("gRPC", "EOF"), ("metrics", "PROTOCOL_VERSION")])
 def test_tls_is_1_2_at_least(secure: Secure, port: str, said: str) -> None:
     target = secure.server.target if port == "gRPC" else secure.server.metrics_url.split("/")[2]

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lovasz-server: {error}", file=sys.stderr)
         return 2
     logs.configure(config.log_level, config.log_format)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # Else each failed handshake of a stranger is a line on stderr.
     keep_freed_memory()
     if unknown := unknown_variables(os.environ):
         _log.warning("variables that set nothing", extra={"variables": unknown})

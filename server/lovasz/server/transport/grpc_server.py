@@ -42,6 +42,8 @@ _OPTIONS = (
     # Pings from clients are accepted, also between calls, and the server sends its own.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default a connection may take two minutes for TLS and HTTP/2's first frames.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     *wire.KEEPALIVE_OPTIONS,
 )
 
