@@ -15,7 +15,7 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
@@ -30,6 +30,9 @@ help:
 	@echo "make trainers     run the lines of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
+	@echo "make sbom         write what a server is made of: out/sbom.json (CycloneDX) and out/licences.md"
+	@echo "make pin-images   pin the images of Dockerfile and docker-compose.yml by digests (needs Docker and the registries)"
+	@echo "make audit        look for known vulnerabilities of the pinned versions (needs pypi.org itself, not a mirror)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
 	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
@@ -101,6 +104,21 @@ deploy-check: $(INSTALLED) .venv-deploy/.installed
 image-check: $(INSTALLED) .venv-deploy/.installed
 	$(BIN)/python deploy/image_check.py
 
+.venv-sbom/.installed: deploy/sbom.txt
+	@test -x .venv-sbom/bin/pip || $(PYTHON) -m venv .venv-sbom
+	PIP_CONSTRAINT= .venv-sbom/bin/python -m pip install --quiet --requirement deploy/sbom.txt
+	@touch $@
+
+sbom: $(INSTALLED) .venv-sbom/.installed
+	.venv-sbom/bin/python deploy/sbom.py $(BIN)/python out
+
+pin-images:
+	$(PYTHON) deploy/pin_images.py
+
+# --strict: a package that could not be looked up is a failure, not a pass.
+audit: .venv-sbom/.installed
+	PIP_CONSTRAINT= .venv-sbom/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -115,7 +133,7 @@ endef
 
 types: $(INSTALLED)
 	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana deploy/kubernetes
-	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py deploy/kubernetes_check.py
+	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py deploy/kubernetes_check.py deploy/sbom.py deploy/pin_images.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
@@ -195,5 +213,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-inference-server .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-inference-server .venv-proto .venv-deploy .venv-sbom .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto core client server -name __pycache__ -type d -exec rm -rf {} +
