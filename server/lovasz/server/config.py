@@ -248,7 +248,8 @@ class ServerConfig:
         DEFAULT_DEVICE_STALL_SECONDS,
         "--device-stall",
         "SECONDS",
-        "a device that takes longer than this for one batch counts as unhealthy",
+        "a device that takes longer than this for one batch counts as unhealthy; the server ends (exit status 3) when "
+        "its device has been unhealthy for as long",
         _number,
     )
     log_level: str = _setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))

@@ -9,6 +9,7 @@ from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
+from lovasz.server.device.guard import DeviceGuard
 from lovasz.server.device.hardware import choose_device, hardware_name
 from lovasz.server.device.load import DeviceWatch
 from lovasz.server.errors import DeviceError
@@ -25,6 +26,7 @@ from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
 from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.reflection import Reflection
+from lovasz.server.transport.self_check import SelfCheck
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -46,6 +48,7 @@ class Server:
     Attributes:
         targets: where it serves gRPC, each HOST:PORT with the bound port, or unix:/path.
         metrics_url: where it serves its metrics.
+        failure: why it can serve no more, and stops; empty: it can.
     """
 
     def __init__(self, config: ServerConfig, stopping: threading.Event) -> None:
@@ -60,6 +63,8 @@ class Server:
         self._config = config
         self._stopping = stopping
         self._start_error: Exception | None = None
+        self.failure = ""
+        self._self_check: SelfCheck | None = None
         self._metrics = Metrics(config.max_runs)
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._admission.starting = True
@@ -119,20 +124,22 @@ class Server:
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
-        self._housekeepers = (
+        guard = DeviceGuard(self._engine, self._admission, config.device_stall_seconds, self._fail)
+        self._housekeepers = [
             Housekeeper(
                 "housekeeper",
                 [
                     *(calls.check for calls in timed),
                     sending.check,
                     self._joints.check,
+                    guard.check,
                     self._staging.trim,
                     memory.check,
                     self._check_socket_files,
                 ],
             ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
-        )
+        ]
         self._declare_gauges()
         page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
         self._web = WebServer(self._metrics.registry, page)
@@ -171,20 +178,16 @@ class Server:
             False if the server was told to stop before it was ready: threads of the device are still at work then.
 
         Raises:
-            OSError: an address cannot be bound.
+            OSError: an address cannot be bound, or the system refuses a thread.
             DeviceError: the device does not compute.
         """
+        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
         try:
             self._bind()
+            self._start_threads(starter)
         except OSError:
             self.abandon()
             raise
-        self._health.start()
-        for housekeeper in self._housekeepers:
-            housekeeper.start()
-        self._grpc.start()
-        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
-        starter.start()
         while starter.is_alive() and not self._stopping.is_set():
             starter.join(_LOOK_SECONDS)
         if starter.is_alive():
@@ -207,6 +210,32 @@ class Server:
         )
         return True
 
+    def _start_threads(self, starter: threading.Thread) -> None:
+        """Starts all threads, so that none is refused later."""
+        try:
+            self._grpc.start()
+            self._health.start()
+            for housekeeper in self._housekeepers:
+                housekeeper.start()
+            starter.start()
+        except RuntimeError as error:
+            raise OSError(f"{error}: is there a limit of processes, threads or address space?") from error
+
+    def _listen_to_itself(self) -> None:
+        try:
+            self._self_check = SelfCheck(self._fail)
+            self._grpc.listen_privately(self._self_check.path)
+        except OSError as error:
+            _log.warning("the server cannot watch its own gRPC", extra={"reason": str(error)})
+            return
+        self._housekeepers.append(Housekeeper("self-check", [self._self_check.check]))
+
+    def _fail(self, reason: str) -> None:
+        if not self._stopping.is_set():
+            self.failure = reason
+            _log.error("the server cannot go on: stopping", extra={"reason": reason})
+            self._stopping.set()
+
     def _bind(self) -> None:
         config = self._config
         self.targets = tuple(map(self._grpc.bind, config.addresses))
@@ -220,6 +249,7 @@ class Server:
             web_port = self._web.start(host, web_port)
         except OSError as error:
             raise OSError(f"--metrics-listen {config.metrics_listen}: {error.strerror or error}") from error
+        self._listen_to_itself()
         self.metrics_url = f"http://{addresses.joined(host, web_port)}/metrics"
 
     def _start_engine(self) -> None:
@@ -240,6 +270,9 @@ class Server:
         for shared_memory in self._shared_memory:
             shared_memory.stop()
         self._web.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
+        self._grpc.end_threads(wait=False)
 
     def _take_peak_bytes(self) -> int:
         return self._admission.take_peak_bytes() + self._staging.idle_bytes
@@ -264,6 +297,8 @@ class Server:
             shared_memory.stop()
         for housekeeper in self._housekeepers:
             housekeeper.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
         self._grpc.end_threads(wait=finished)
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished
