@@ -20,6 +20,8 @@ from lovasz.version import VERSION
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
+_STOP_SECONDS = 30.0
+"""How long a stop may take beyond --drain-seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 after a complete drain, or if it was told to stop while it started; 1 if requests were cut
-        off; 2 for an invalid setting, or an address or a device that cannot be used.
+        off; 2 for an invalid setting, or an address or a device that cannot be used, or threads that cannot start; 3 if
+        its device or its gRPC no longer answered.
     """
     try:
         config = ServerConfig.load(sys.argv[1:] if arguments is None else arguments, os.environ)
@@ -65,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Not forever: a signal that comes just before the wait would not wake it, and its handler would never run.
     while not stopping.wait(_LOOK_SECONDS):
         pass
+    if server.failure:
+        _end_in(_STOP_SECONDS)
+        server.abandon()
+        _exit_at_once(3)
+    _end_in(config.drain_seconds + _STOP_SECONDS)
     finished = server.stop()
     # Not by returning: if it did not finish, threads are stuck in requests; if it did, nothing is left to do, and the
     # interpreter would spend half a second to take torch apart.
@@ -74,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _on_signals(act: Callable[[], object]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: act())
+
+
+def _end_in(seconds: float) -> None:
+    """Lets the system end the process after this time, whatever its threads do then."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _exit_at_once(status: int) -> NoReturn:

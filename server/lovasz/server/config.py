@@ -212,7 +212,8 @@ class ServerConfig(AccessSettings):
         DEFAULT_DEVICE_STALL_SECONDS,
         "--device-stall",
         "SECONDS",
-        "a device that takes longer than this for one batch counts as unhealthy",
+        "a device that takes longer than this for one batch counts as unhealthy; the server ends (exit status 3) when "
+        "its device has been unhealthy for as long",
         _number,
     )
     otlp_endpoint: str = _setting(

@@ -13,6 +13,7 @@ from lovasz.server.access.exposure import warn_if_open
 from lovasz.server.access.tokens import token_file
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
+from lovasz.server.device.guard import DeviceGuard
 from lovasz.server.device.hardware import choose_device, hardware_name
 from lovasz.server.device.load import DeviceWatch
 from lovasz.server.errors import DeviceError
@@ -31,6 +32,7 @@ from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
 from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.reflection import Reflection
+from lovasz.server.transport.self_check import SelfCheck
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -57,6 +59,7 @@ class Server:
     Attributes:
         targets: where it serves gRPC, each HOST:PORT with the bound port, or unix:/path.
         metrics_url: where it serves its metrics.
+        failure: why it can serve no more, and stops; empty: it can.
     """
 
     def __init__(self, config: ServerConfig, stopping: threading.Event) -> None:
@@ -72,6 +75,8 @@ class Server:
         self._config = config
         self._stopping = stopping
         self._start_error: Exception | None = None
+        self.failure = ""
+        self._self_check: SelfCheck | None = None
         self._metrics = Metrics(config.max_runs)
         self._certificates = certificate_files(config)
         self._tokens = token_file("--tokens", config.tokens_file)
@@ -146,13 +151,15 @@ class Server:
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
-        self._housekeepers = (
+        device_guard = DeviceGuard(self._engine, self._admission, config.device_stall_seconds, self._fail)
+        self._housekeepers = [
             Housekeeper(
                 "housekeeper",
                 [
                     *(calls.check for calls in timed),
                     sending.check,
                     self._joints.check,
+                    device_guard.check,
                     self._staging.trim,
                     memory.check,
                     self._check_socket_files,
@@ -166,7 +173,7 @@ class Server:
                     self._forget_callers,
                 ],
             ),
-        )
+        ]
         self._declare_gauges()
         page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
         guard = Guard((addresses.split(config.metrics_listen)[0], *config.metrics_host_names), metrics_tokens)
@@ -207,21 +214,17 @@ class Server:
             False if the server was told to stop before it was ready: threads of the device are still at work then.
 
         Raises:
-            OSError: an address cannot be bound.
+            OSError: an address cannot be bound, or the system refuses a thread.
             DeviceError: the device does not compute.
         """
+        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
         try:
             self._bind()
+            warn_if_open(self._config)
+            self._start_threads(starter)
         except OSError:
             self.abandon()
             raise
-        warn_if_open(self._config)
-        self._health.start()
-        for housekeeper in self._housekeepers:
-            housekeeper.start()
-        self._grpc.start()
-        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
-        starter.start()
         while starter.is_alive() and not self._stopping.is_set():
             starter.join(_LOOK_SECONDS)
         if starter.is_alive():
@@ -244,6 +247,34 @@ class Server:
         )
         return True
 
+    def _start_threads(self, starter: threading.Thread) -> None:
+        """Starts all threads, so that none is refused later."""
+        try:
+            if self._shared_memory:
+                self._socket_threads.start_all()
+            self._grpc.start()
+            self._health.start()
+            for housekeeper in self._housekeepers:
+                housekeeper.start()
+            starter.start()
+        except RuntimeError as error:
+            raise OSError(f"{error}: is there a limit of processes, threads or address space?") from error
+
+    def _listen_to_itself(self) -> None:
+        try:
+            self._self_check = SelfCheck(self._fail)
+            self._grpc.listen_privately(self._self_check.path)
+        except OSError as error:
+            _log.warning("the server cannot watch its own gRPC", extra={"reason": str(error)})
+            return
+        self._housekeepers.append(Housekeeper("self-check", [self._self_check.check]))
+
+    def _fail(self, reason: str) -> None:
+        if not self._stopping.is_set():
+            self.failure = reason
+            _log.error("the server cannot go on: stopping", extra={"reason": reason})
+            self._stopping.set()
+
     def _bind(self) -> None:
         config = self._config
         self.targets = tuple(map(self._grpc.bind, config.addresses))
@@ -257,6 +288,7 @@ class Server:
             web_port = self._web.start(host, web_port)
         except OSError as error:
             raise OSError(f"--metrics-listen {config.metrics_listen}: {error.strerror or error}") from error
+        self._listen_to_itself()
         scheme = "https" if config.metrics_tls else "http"
         self.metrics_url = f"{scheme}://{addresses.joined(host, web_port)}/metrics"
 
@@ -282,6 +314,9 @@ class Server:
         for shared_memory in self._shared_memory:
             shared_memory.stop()
         self._web.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
+        self._grpc.end_threads(wait=False)
 
     def _take_peak_bytes(self) -> int:
         return self._admission.take_peak_bytes() + self._staging.idle_bytes
@@ -306,6 +341,8 @@ class Server:
             shared_memory.stop()
         for housekeeper in self._housekeepers:
             housekeeper.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
         self._grpc.end_threads(wait=finished)
         self._socket_threads.stop(wait=finished)
         if self._spans is not None:

@@ -68,6 +68,14 @@ class Batcher:
                 jobs.remove(job)
                 self._drop_empty(job.key)
 
+    def take_all(self) -> list[Job]:
+        """Takes out all jobs that wait, unclaimed."""
+        with self._changed:
+            jobs = [job for waiting in self._waiting.values() for job in waiting]
+            self._waiting.clear()
+            self._turns.forget()
+            return jobs
+
     def close(self) -> None:
         """Takes no more jobs; those that wait can still be taken."""
         with self._changed:

@@ -100,7 +100,9 @@ class Caller:
         return self._future.done()
 
     def answer(self, answer: Answer) -> None:
-        self._future.set_result(answer)
+        """Answers, unless the caller was refused before."""
+        with suppress(InvalidStateError):
+            self._future.set_result(answer)
 
     def refuse(self, error: Exception) -> None:
         """Answers with an error, unless the caller was answered before."""

@@ -16,6 +16,7 @@ from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.identity import CALLER_NAME
 from lovasz.server.transport.status import status_of
+from lovasz.server.transport.threads import start_all
 
 _HEADER = "authorization"
 _THREADS = 2
@@ -58,6 +59,10 @@ class Gate:
         self._metrics.rejections.labels(status.rejection.value).inc()
         self._log.info("a request was refused", peer=context.peer(), method=name, reason=text)
         context.abort(status.code, text)
+
+    def start_threads(self) -> None:
+        """Starts the threads that refuse."""
+        start_all(self._threads, _THREADS)
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads that refuse."""

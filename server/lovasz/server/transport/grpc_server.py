@@ -19,7 +19,7 @@ from lovasz.server.transport.health import HealthMonitor
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
-from lovasz.server.transport.threads import CallThreads, LimitedHandler
+from lovasz.server.transport.threads import CallThreads, LimitedHandler, start_all
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ _LEAST_STREAMS = 128
 
 _LAST_BYTES_SECONDS = 1.0
 """How long answers that were handed to gRPC may take to leave the host, once nothing else is in flight."""
+
+_STOP_SECONDS = 5.0
+"""How long gRPC itself may take to stop: it never does if one of its threads has died."""
 
 _OPTIONS = (
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
@@ -127,8 +130,24 @@ class GrpcServer:
         self._ports += 1
         return f"{address.rpartition(':')[0]}:{port}"
 
+    def listen_privately(self, path: str) -> None:
+        """Listens on a Unix socket that has a folder of its own, for this process alone.
+
+        Raises:
+            OSError: the socket cannot be bound.
+        """
+        _add_port(self._socket_server, f"{UNIX}{path}")
+
     def start(self) -> None:
-        """Accepts calls from now on."""
+        """Accepts calls from now on, with all threads that they may need.
+
+        Raises:
+            RuntimeError: the system refuses a thread.
+        """
+        start_all(self.readers, self._max_calls)
+        self._calls.start_all()
+        for service in self._services:
+            service.start_threads()
         for server in self._servers:
             server.start()
 
@@ -184,7 +203,8 @@ class GrpcServer:
         for file in self._socket_files:
             file.remove()
         for ended in [server.stop(_LAST_BYTES_SECONDS) for server in self._servers]:
-            ended.wait()
+            if not ended.wait(_STOP_SECONDS):
+                _log.error("gRPC does not stop")
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads of calls and streams; waits for them unless some may be stuck."""

@@ -204,6 +204,14 @@ class SocketThreads:
         self._compute = compute
         self._threads = CallThreads(most, "socket-call")
 
+    def start_all(self) -> None:
+        """Starts all threads.
+
+        Raises:
+            RuntimeError: the system refuses one.
+        """
+        self._threads.start_all()
+
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
         if self._threads.is_full:
