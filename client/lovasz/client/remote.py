@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec, wire
-from lovasz.client.channels import Channels
+from lovasz.client.connection import Connection
 from lovasz.client.errors import (
-    CallCancelledError,
     IncompatibleServerError,
-    InvalidInputError,
     LossError,
     ServerUnavailableError,
-    from_rpc_error,
 )
-from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import (
     IN_SHARED_MEMORY,
@@ -32,8 +28,6 @@ from lovasz.client.options import (
     ClientOptions,
     Transport,
 )
-from lovasz.client.proxy import remark
-from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Region, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
@@ -47,6 +41,11 @@ UNARY_BYTES = 2 << 20
 SHARED_BYTES = 64 << 10
 """Requests with a larger payload go through shared memory also where the server takes no calls on its socket; smaller
 ones are as fast in a message then. A smaller gradient is copied from shared memory."""
+
+_log = logging.getLogger(__name__)
+
+_MOST_WARNINGS = 10
+"""The log gets each warning of the server once, and no more than these."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class Call:
     memory: tuple[Memory, ...]
     region: Region | None
     original: Array
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The call's gRPC metadata: gRPC and proxies find the calls of a run by it."""
-        return _metadata(self.request.joint)
 
     def compute(self, timeout: float) -> spec.Result[Any]:
         """Computes it on the server within ``timeout`` seconds, retries included."""
@@ -108,11 +102,9 @@ class RemoteTarget:
         self._transport = options.transport
         self._wire_dtype = options.wire_dtype
         self._run = options.run
-        self._load_balancing = options.load_balancing if path is None else None
-        self._closed = False
-        self._http_proxy = options.http_proxy
-        self._channels = Channels(target, http_proxy=options.http_proxy, load_balancing=self._load_balancing)
-        self._retries = Retries()
+        self._warned: set[str] = set()
+        self._connection = Connection(target, options)
+        self._channels, self._retries = self._connection.channels, self._connection.retries
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._shared = None if path is None or self._transport is Transport.GRPC else SharedMemory(path)
 
@@ -152,13 +144,15 @@ class RemoteTarget:
         return is_worth_it and (self._transport is Transport.SHM or shared.is_offered)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
-        if self._closed:
-            raise CallCancelledError(f"{self._name}: the client was closed")
+        self._connection.check_open()
         with self._grpc_errors_translated():
             if call.region is not None:
                 response, grad = self._through_region(call, call.region, timeout)
             else:
                 response, grad = self._in_messages(call, timeout)
+        if response.warning and response.warning not in self._warned and len(self._warned) < _MOST_WARNINGS:
+            self._warned.add(response.warning)
+            _log.warning("%s: %s", self._name, "".join(c if c.isprintable() else " " for c in response.warning))
         return spec.Result(
             loss=response.loss,
             grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
@@ -171,16 +165,18 @@ class RemoteTarget:
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:
         with self._grpc_errors_translated():
-            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=_metadata(abort.joint))
+            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=self._connection.metadata(abort.joint))
 
     def leave_run(self, leave: wire.Leave, timeout: float) -> None:
-        message, metadata = leave.to_proto(), _metadata(leave.joint)
+        message, metadata = leave.to_proto(), self._connection.metadata
         with self._grpc_errors_translated():
-            self._retries.call(lambda left: self._channels.leave(message, timeout=left, metadata=metadata), timeout)
+            self._retries.call(
+                lambda left: self._channels.leave(message, timeout=left, metadata=metadata(leave.joint)), timeout
+            )
 
     def server_info(self, timeout: float) -> ServerInfo:
         with self._grpc_errors_translated():
-            info = self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)
+            info = self._info(timeout)
         return ServerInfo(
             version=info.version,
             devices=tuple(
@@ -207,27 +203,13 @@ class RemoteTarget:
     def _grpc_errors_translated(self) -> Iterator[None]:
         """Turns what gRPC raises inside into the client's errors."""
         try:
-            yield
-        except grpc.RpcError as error:
-            if self._closed:
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            if self._load_balancing is LoadBalancing.RING_HASH and cannot_hash(error):
-                raise InvalidInputError("load_balancing", HASH_PROBLEM) from None
-            unreachable = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            raise from_rpc_error(
-                error, self._name, remark(self._name, self._http_proxy) if unreachable else ""
-            ) from None
-        except ValueError:
-            if self._closed:  # gRPC raises it for a channel that was closed meanwhile.
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            raise
+            with self._connection.errors_translated():
+                yield
         except _WrongAnswer as error:
             raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
 
     def close(self) -> None:
-        self._closed = True
-        self._retries.close()
-        self._channels.close()
+        self._connection.close()
         self._memory.close()
         if self._shared is not None:
             self._shared.close()
@@ -245,11 +227,11 @@ class RemoteTarget:
 
     def _unary(self, call: Call, timeout: float) -> Answer:
         request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._channels.unary(request, timeout=timeout, metadata=call.metadata)
+        answer = self._channels.unary(request, timeout=timeout, metadata=self._metadata(call))
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Answer:
-        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=call.metadata)
+        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=self._metadata(call))
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
@@ -299,17 +281,17 @@ class RemoteTarget:
         try:
             session = shared.share(region, timeout)
         except ServerUnavailableError:
-            self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers: its error.
+            self._info(timeout)  # If no server answers: its error.
             raise
         at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
         header = call.request.to_proto(at)
         try:
             if session.takes(call.request, header):
-                message = pb.SharedMemoryCall(header=header, metadata=dict(call.metadata))
+                message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
                 answer, transport = session.socket.call(message, timeout), IN_SHARED_MEMORY
             else:
                 request = framing.UnaryRequest(header, b"", b"")
-                answer = self._channels.shared(request, timeout=timeout, metadata=call.metadata).header
+                answer = self._channels.shared(request, timeout=timeout, metadata=self._metadata(call)).header
                 transport = IN_SHARED_MEMORY_OVER_GRPC
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
@@ -317,6 +299,16 @@ class RemoteTarget:
             raise
         with _misfit_is_wrong_answer():
             return wire.Response.from_proto(answer, call.request, transport)
+
+    def _metadata(self, call: Call) -> tuple[tuple[str, str], ...]:
+        return self._connection.metadata(call.request.joint)
+
+    def _info(self, timeout: float) -> pb.GetServerInfoResponse:
+        metadata = self._connection.metadata(None)
+        info: pb.GetServerInfoResponse = self._channels.info(
+            pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata
+        )
+        return info
 
     def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))
@@ -333,10 +325,6 @@ def _misfit_is_wrong_answer() -> Iterator[None]:
         yield
     except InvalidInput as error:
         raise _WrongAnswer(str(error)) from None
-
-
-def _metadata(joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
-    return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
 
 
 def _written(tensor: Outgoing, memory: Memory, offset: int) -> memoryview:

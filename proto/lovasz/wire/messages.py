@@ -278,6 +278,7 @@ class Response:
         grad_scale: a power of two: the gradient is sent multiplied by it.
         timing: where the server spent the time.
         ranks: the number of ranks of the joint step; 1 without one.
+        warning: what people should know of their run; empty: nothing.
     """
 
     loss: float
@@ -288,6 +289,7 @@ class Response:
     grad_scale: float
     timing: spec.Timing
     ranks: int = 1
+    warning: str = ""
 
     def to_proto(self) -> pb.ResponseHeader:
         timing = self.timing
@@ -306,6 +308,7 @@ class Response:
             grad=None if self.grad is None else self.grad.to_proto(),
             grad_scale=self.grad_scale,
             ranks=self.ranks,
+            warning=self.warning,
             timing=pb.ServerTiming(
                 receive_seconds=timing.receive_seconds,
                 queue_seconds=timing.queue_seconds,
@@ -380,4 +383,5 @@ class Response:
                 transport,
             ),
             ranks=message.ranks,
+            warning=message.warning,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lovasz import spec, wire
+from lovasz.client.access import Access
 from lovasz.client.bench.load import DEFAULT_DURATION_SECONDS, DEFAULT_WARMUP_SECONDS
 from lovasz.client.bench.text import choice_text, shape_text
 from lovasz.client.bench.workload import Workload, loss_for
@@ -39,6 +40,7 @@ class Settings:
         workloads: the combinations, in the order in which they run.
         json: the file for all figures; None: none.
         plot: the file for the plot; None: none.
+        access: TLS and token.
     """
 
     target: str
@@ -50,6 +52,7 @@ class Settings:
     timeout_seconds: float
     json: Path | None
     plot: Path | None
+    access: Access
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> Settings:
@@ -78,6 +81,7 @@ class Settings:
             timeout_seconds=parsed.timeout,
             json=parsed.json,
             plot=parsed.plot,
+            access=parsed.access,
         )
 
 

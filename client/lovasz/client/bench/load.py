@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lovasz.client.access import Access
 from lovasz.client.bench.measurement import Failure, Measurement, Phase, Progress, Record, Sample
 from lovasz.client.bench.workload import Workload
 from lovasz.client.client import LossClient
 from lovasz.client.errors import (
+    AuthenticationError,
     CallCancelledError,
     IncompatibleServerError,
     InvalidInputError,
     LossError,
     ServerUnavailableError,
+    TLSError,
 )
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS
 
@@ -30,7 +33,13 @@ _WATCH_SECONDS = 0.25
 _GRACE_SECONDS = 2.0
 """How long requests under way may take after Ctrl-C before their connections are closed."""
 
-_PERMANENT = (InvalidInputError, ServerUnavailableError, IncompatibleServerError)
+_PERMANENT = (
+    InvalidInputError,
+    ServerUnavailableError,
+    IncompatibleServerError,
+    AuthenticationError,
+    TLSError,
+)
 """Errors of the first request that all later ones would have, too."""
 
 
@@ -41,6 +50,7 @@ def measure(
     duration_seconds: float = DEFAULT_DURATION_SECONDS,
     warmup_seconds: float = DEFAULT_WARMUP_SECONDS,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    access: Access | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Measurement:
     """Sends a workload's requests, each thread one after another, until the time is up; waits for those under way.
@@ -54,12 +64,13 @@ def measure(
         duration_seconds: for how long requests are measured.
         warmup_seconds: for how long requests are sent before that.
         timeout_seconds: for each request.
+        access: TLS and token; None: neither.
         watch: called a few times a second, in this thread.
 
     Raises:
         ValueError: the target or the timeout is invalid.
-        LossError: the first request failed as all others would: InvalidInputError, ServerUnavailableError or
-            IncompatibleServerError.
+        LossError: the first request failed as all others would: InvalidInputError, ServerUnavailableError,
+            IncompatibleServerError, AuthenticationError or TLSError.
     """
     logits, labels = workload.tensors()
     before, measured = Record(), Record()
@@ -68,7 +79,9 @@ def measure(
         load = _Load(workload, logits, labels, threads, watch)
         try:
             for _ in range(workload.concurrency):
-                load.clients.append(connections.enter_context(workload.client(target, timeout_seconds)))
+                load.clients.append(
+                    connections.enter_context(workload.client(target, timeout_seconds, access or Access()))
+                )
             load.send_first(before)
             if warmup_seconds > 0:
                 load.send(Phase.WARMUP, warmup_seconds, before)
