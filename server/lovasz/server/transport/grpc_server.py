@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 
@@ -214,7 +215,8 @@ class GrpcServer:
             service.end_threads(wait=wait)
 
     def _new_server(self, handlers: list[grpc.GenericRpcHandler]) -> grpc.Server:
-        return grpc.server(self._calls, handlers=handlers, options=self._options)
+        threads: Any = self._calls  # gRPC only submits to it.
+        return grpc.server(threads, handlers=handlers, options=self._options)
 
 
 def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NoReturn, TypeAlias
+from functools import partial
+from typing import NoReturn
 
 import grpc
 
@@ -15,11 +15,11 @@ from lovasz.server.observe.logs import Sparingly
 from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
 from lovasz.server.transport.status import FAULT_TEXT
 from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS
+from lovasz.server.transport.warm_threads import WarmThreads
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
-_Inbox: TypeAlias = "queue.SimpleQueue[SocketCall | None]"
 Compute = Callable[[pb.RequestHeader, Carrier], pb.ResponseHeader]
 """Computes a request, and writes its gradient to its region."""
 
@@ -55,8 +55,8 @@ class SocketCall:
         """Whether its caller waits for an answer."""
         self._retry_after: str | None = None
 
-    def served(self, compute: Compute) -> pb.SharedMemoryAnswer:
-        """Computes it."""
+    def serve(self, compute: Compute) -> Callable[[], None]:
+        """Computes it; returns what sends the answer, if its caller waits for one."""
         header: pb.ResponseHeader | None = None
         failure: pb.CallError | None = None
         try:
@@ -67,11 +67,8 @@ class SocketCall:
         except Exception:  # Outside the service, which ends its own faults with an error.
             _log.exception("a fault of a call over the socket of shared memory")
             failure = pb.CallError(code=grpc.StatusCode.INTERNAL.name, text=FAULT_TEXT)
-        return pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
-
-    def end(self, answer: pb.SharedMemoryAnswer) -> None:
-        """Sends its answer, if its caller waits for one."""
-        self._calls.end(answer, is_heard=self._is_heard)
+        answer = pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
+        return partial(self._calls.end, answer, is_heard=self._is_heard)
 
     def peer(self) -> str:
         return self._calls.peer
@@ -198,24 +195,16 @@ class SessionCalls:
 class SocketThreads:
     """Threads for the calls of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
 
-    A call goes to the thread that was busy last, whose memory the processor still knows. (A pool of the standard
-    library takes them in turn, and makes a future for each call.)
-
     Attributes:
         most: the most calls at a time, of one connection or of all.
         log: for refusals.
     """
 
     def __init__(self, most: int, compute: Compute) -> None:
-        """Starts no thread yet."""
         self.most = most
         self.log = Sparingly(_log)
         self._compute = compute
-        self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._inboxes: list[_Inbox] = []
-        self._idle: list[_Inbox] = []
-        """Those of the threads that have nothing to do."""
+        self._threads = WarmThreads(most, "socket-call")
 
     def start_all(self) -> None:
         """Starts all threads.
@@ -223,34 +212,15 @@ class SocketThreads:
         Raises:
             RuntimeError: the system refuses one.
         """
-        for number in range(self.most):
-            inbox: _Inbox = queue.SimpleQueue()
-            thread = threading.Thread(target=self._run, args=(inbox,), name=f"socket-call_{number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-            self._inboxes.append(inbox)
-        self._idle += reversed(self._inboxes)
+        self._threads.start_all()
 
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
-        with self._lock:
-            inbox = self._idle.pop() if self._idle else None
-        if inbox is None:
+        if self._threads.is_full:
             return False
-        inbox.put(call)
+        self._threads.put(partial(call.serve, self._compute))
         return True
 
     def stop(self, *, wait: bool) -> None:
         """Ends the threads; waits for them unless some may be stuck."""
-        for inbox in self._inboxes:
-            inbox.put(None)
-        for thread in self._threads if wait else ():
-            thread.join()
-
-    def _run(self, inbox: _Inbox) -> None:
-        while (call := inbox.get()) is not None:
-            answer = call.served(self._compute)
-            with self._lock:  # Before its caller has the answer, and may make the next call.
-                self._idle.append(inbox)
-            call.end(answer)
-            del call, answer  # So that no tensors are held while waiting for the next call.
+        self._threads.stop(wait=wait)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.transport.carrier import PUSHBACK_KEY
+from lovasz.server.transport.warm_threads import WarmThreads
 
 TOO_MANY_CALLS = "too many calls at a time"
 RETRY_MILLISECONDS = "1000"
@@ -33,38 +34,41 @@ def start_all(pool: ThreadPoolExecutor, most: int) -> None:
         go_on.set()
 
 
-class CallThreads(ThreadPoolExecutor):
-    """Threads for so many calls. gRPC's own limit would count the calls of the health service, too."""
+class CallThreads(Executor):
+    """Threads for so many calls of gRPC. gRPC's own limit would count the calls of the health service, too."""
 
     def __init__(self, most: int) -> None:
-        super().__init__(most, thread_name_prefix="call")
-        self._most = most
-        self._count_lock = threading.Lock()
-        self._open = 0
+        self._threads = WarmThreads(most, "call")
 
     def start_all(self) -> None:
-        """As :func:`start_all`."""
-        start_all(self, self._most)
+        """Starts all threads.
+
+        Raises:
+            RuntimeError: the system refuses one.
+        """
+        self._threads.start_all()
 
     @property
     def is_full(self) -> bool:
         """Whether each thread has a call."""
-        return self._open >= self._most
+        return self._threads.is_full
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        with self._count_lock:
-            self._open += 1
-        try:
-            future = super().submit(call, *arguments, **options)
-        except BaseException:
-            self._end(None)
-            raise
-        future.add_done_callback(self._end)
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call(*arguments, **options))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._threads.put(work)
         return future
 
-    def _end(self, _: object) -> None:
-        with self._count_lock:
-            self._open -= 1
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the threads. gRPC has ended all calls before."""
+        self._threads.stop(wait=wait)
 
 
 class LimitedHandler(grpc.GenericRpcHandler):

@@ -1,0 +1,71 @@
+"""Threads that stay warm: who gets the work, what waits, and how they end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.waiting import eventually
+
+from lovasz.server.transport.threads import CallThreads
+from lovasz.server.transport.warm_threads import WarmThreads
+
+
+@pytest.fixture
+def threads() -> Iterator[WarmThreads]:
+    threads = WarmThreads(3, "warm")
+    assert threads.is_full
+    threads.start_all()
+    yield threads
+    threads.stop(wait=True)
+
+
+def free(threads: WarmThreads, count: int) -> bool:
+    return eventually(lambda: len(threads._idle) == count)
+
+
+def test_work_goes_to_the_thread_that_was_busy_last(threads: WarmThreads) -> None:
+    did: list[str] = []
+    for turn in range(1, 6):
+        threads.put(lambda: did.append(threading.current_thread().name))
+        assert eventually(lambda turn=turn: len(did) == turn)
+        assert free(threads, 3)
+    assert did == ["warm_0"] * 5
+
+
+def test_work_beyond_the_threads_waits_for_one(threads: WarmThreads) -> None:
+    go_on, did = threading.Event(), threading.Semaphore(0)
+
+    def work() -> None:
+        go_on.wait(30)
+        did.release()
+
+    for _ in range(10):
+        threads.put(work)
+    assert threads.is_full
+    assert not did.acquire(blocking=False)
+    go_on.set()
+    assert all(did.acquire(timeout=30) for _ in range(10))
+    assert free(threads, 3)
+
+
+def test_a_thread_is_free_before_it_does_the_last_step(threads: WarmThreads) -> None:
+    found: list[int] = []
+
+    def work() -> Callable[[], None]:
+        return lambda: found.append(len(threads._idle))
+
+    threads.put(work)
+    assert eventually(lambda: found == [3])
+
+
+def test_calls_have_futures() -> None:
+    calls = CallThreads(2)
+    calls.start_all()
+    assert not calls.is_full
+    assert calls.submit(divmod, 7, 3).result(30) == (2, 1)
+    with pytest.raises(ZeroDivisionError):
+        calls.submit(divmod, 7, 0).result(30)
+    calls.shutdown()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("call_")]
