@@ -186,20 +186,32 @@ class SharedTensors(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., region: _Optional[int] = ..., logits_offset: _Optional[int] = ..., labels_offset: _Optional[int] = ..., grad_offset: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryRequest(_message.Message):
-    __slots__ = ("region", "release")
+    __slots__ = ("region", "release", "device_memory")
     REGION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     region: int
     release: bool
-    def __init__(self, region: _Optional[int] = ..., release: bool = ...) -> None: ...
+    device_memory: DeviceMemory
+    def __init__(self, region: _Optional[int] = ..., release: bool = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
+
+class DeviceMemory(_message.Message):
+    __slots__ = ("device", "nbytes")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    device: bytes
+    nbytes: int
+    def __init__(self, device: _Optional[bytes] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryReply(_message.Message):
-    __slots__ = ("session", "error")
+    __slots__ = ("session", "error", "devices")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     error: str
-    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
+    devices: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ..., devices: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ComputeRequest(_message.Message):
     __slots__ = ("header", "logits", "labels")
