@@ -18,7 +18,7 @@ from lovasz.core.answers import Answer as CoreAnswer
 from lovasz.core.answers import JointFault, Pending
 from lovasz.core.dispatch import advice, give_memory_back, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
-from lovasz.server.device.gradients import to_host
+from lovasz.server.device.gradients import to_callers
 from lovasz.server.device.self_test import computes_known_losses
 from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
 from lovasz.server.memory.exhaustion import is_out_of_memory
@@ -201,7 +201,7 @@ class Engine:
                 answers = iter(running.pending.collect())
                 computed = time.monotonic()
                 mark = None if running.stream is None else _mark(running.stream)
-                hosted = list(_to_host(answers, running.jobs))
+                placed = list(_to_callers(answers, running.jobs))
                 copy_seconds = time.monotonic() - computed
                 if running.stream is not None and mark is not None:
                     copied = _mark(running.stream)
@@ -217,7 +217,7 @@ class Engine:
         self._busy_until = now
         requests = len(running.callers)
         self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
-        remaining = iter(hosted)
+        remaining = iter(placed)
         for job in running.jobs:
             for caller in job.callers:
                 answer, scale = next(remaining)
@@ -282,9 +282,9 @@ def _refuse(jobs: Sequence[Job], error: Exception) -> None:
         job.refuse(error)
 
 
-def _to_host(answers: Iterator[CoreAnswer], jobs: Sequence[Job]) -> Iterator[tuple[CoreAnswer, float]]:
+def _to_callers(answers: Iterator[CoreAnswer], jobs: Sequence[Job]) -> Iterator[tuple[CoreAnswer, float]]:
     for job in jobs:
-        yield from to_host(list(itertools.islice(answers, len(job.callers))), job.callers)
+        yield from to_callers(list(itertools.islice(answers, len(job.callers))), job.callers)
 
 
 def _what(job: Job) -> str:

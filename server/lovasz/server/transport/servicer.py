@@ -117,10 +117,16 @@ class LossServicer:
             if isinstance(request, Undecodable):
                 raise request.error("ComputeRequest")
             header = call.read_header(request.header)
-            answer = call.compute(header, lambda staging: payload.receive(staging, header, request, self.shared_memory))
-            grad = payload.grad_bytes(answer)
-            if header.shared is not None:
-                payload.write(payload.shared_tensors(header, self.shared_memory).grad, grad)
+            answer = call.compute(
+                header,
+                lambda staging: payload.receive(staging, header, request, self.shared_memory),
+                on_device=payload.is_on_device(header, self.shared_memory),
+            )
+            if header.shared is None:
+                grad = payload.grad_bytes(answer)
+            else:
+                place = payload.shared_tensors(header, self.shared_memory).grad
+                payload.write(place, answer, self.engine.device)
                 grad = memoryview(b"")
             # Encoded here, as the gradient's memory is given back with the call.
             encoded = framing.UnaryResponse(call.response_header(header, answer), grad).encode()

@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from google.protobuf.message import DecodeError
 
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
+from lovasz.server.memory.device_staging import DeviceBytes
+from lovasz.server.memory.shared_devices import SharedDevices
+from lovasz.server.transport.device_region import DeviceRegion
 from lovasz.server.transport.regions import Closer, Region
 from lovasz.server.transport.socket_file import Place, SocketFile
 from lovasz.spec import InvalidInput
@@ -55,15 +59,15 @@ class _Session:
     user: int
     since: float = field(default_factory=time.monotonic)
     has_shared: bool = False
-    regions: dict[int, Region] = field(default_factory=dict)
+    regions: dict[int, Region | DeviceRegion] = field(default_factory=dict)
 
 
 class TensorBytes(NamedTuple):
     """The tensors of one request in shared memory; ``grad`` is the room for the gradient, empty if none is wanted."""
 
-    logits: memoryview
-    labels: memoryview
-    grad: memoryview
+    logits: memoryview | DeviceBytes
+    labels: memoryview | DeviceBytes
+    grad: memoryview | DeviceBytes
 
 
 class SharedMemory:
@@ -73,14 +77,16 @@ class SharedMemory:
         path: the path of the socket. :meth:`start` creates it, and :meth:`stop` removes it.
     """
 
-    def __init__(self, path: str, max_region_bytes: int, max_bytes: int) -> None:
+    def __init__(self, path: str, max_region_bytes: int, max_bytes: int, devices: SharedDevices | None = None) -> None:
         """Nothing listens yet.
 
         Args:
             max_region_bytes: the largest region.
             max_bytes: the most that all regions may have together.
+            devices: the GPUs whose memory is taken, too; None: none.
         """
         self.path = path
+        self._devices = devices
         self._max_region_bytes, self._max_bytes = max_region_bytes, max_bytes
         self._closer = Closer()
         self._lock = threading.Lock()
@@ -96,8 +102,16 @@ class SharedMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of all regions that are shared."""
+        return sum(region.nbytes for region in self._regions())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them that are device memory."""
+        return sum(region.nbytes for region in self._regions() if isinstance(region, DeviceRegion))
+
+    def _regions(self) -> list[Region | DeviceRegion]:
         with self._lock:
-            return sum(region.nbytes for session in self._sessions.values() for region in session.regions.values())
+            return [region for session in self._sessions.values() for region in session.regions.values()]
 
     def start(self) -> None:
         """Listens on the socket.
@@ -125,6 +139,14 @@ class SharedMemory:
         self._file.remove()
         self._listener.close()
         self._wake.close()
+
+    def is_on_device(self, request: wire.Request) -> bool:
+        """Whether the tensors of a request are in device memory; False if there is no such region."""
+        shared = request.shared
+        assert shared is not None
+        with self._lock:
+            session = self._sessions.get(shared.session)
+            return session is not None and isinstance(session.regions.get(shared.region), DeviceRegion)
 
     def tensors(self, request: wire.Request) -> TensorBytes:
         """Where the tensors of a request are.
@@ -223,7 +245,7 @@ class SharedMemory:
         with self._lock:
             self._sessions[session.name] = session
         self._selector.register(connection, selectors.EVENT_READ, session)
-        if not _reply(session):
+        if not _reply(session, devices=() if self._devices is None else self._devices.uuids):
             self._end(session)
 
     def _receive(self, session: _Session) -> None:
@@ -262,7 +284,7 @@ class SharedMemory:
             raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
-        region = Region(descriptors[0], self._max_region_bytes)
+        region = self._region(request, descriptors[0])
         if self.nbytes + region.nbytes > self._max_bytes:
             raise InvalidInput(
                 "region",
@@ -272,6 +294,14 @@ class SharedMemory:
         session.has_shared = True
         with self._lock:
             session.regions[request.region] = region
+
+    def _region(self, request: pb.SharedMemoryRequest, descriptor: int) -> Region | DeviceRegion:
+        if not request.HasField("device_memory"):
+            return Region(descriptor, self._max_region_bytes)
+        memory = request.device_memory
+        if self._devices is None:
+            raise InvalidInput("region", "got device memory; expected a memfd, as this server takes nothing else")
+        return DeviceRegion(self._devices.load(descriptor, memory.device, memory.nbytes, self._max_region_bytes))
 
     def _end_silent(self) -> None:
         """Ends the sessions that have not shared anything in time: there is room for so many only."""
@@ -305,10 +335,11 @@ def _user_of(connection: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[1])
 
 
-def _reply(session: _Session, error: str = "") -> bool:
+def _reply(session: _Session, error: str = "", devices: Iterable[bytes] = ()) -> bool:
     """Sends the answer to a packet; False if the caller is gone, or does not read answers."""
+    reply = pb.SharedMemoryReply(session=session.name, error=error, devices=devices)
     try:
-        session.connection.send(pb.SharedMemoryReply(session=session.name, error=error).SerializeToString())
+        session.connection.send(reply.SerializeToString())
     except OSError:
         return False
     return True
