@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec, wire
+from lovasz.client.devices import Devices
 from lovasz.client.errors import (
     CallCancelledError,
     IncompatibleServerError,
@@ -27,7 +28,7 @@ from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import ClientOptions, Transport
 from lovasz.client.proxy import enabled_option, remark
 from lovasz.client.retry import Retries
-from lovasz.client.shared_memory import Region, SharedMemory, places
+from lovasz.client.shared_memory import Shared, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
 from lovasz.spec import InvalidInput
@@ -63,10 +64,10 @@ class Call:
     Attributes:
         target: the server.
         request: all of the request but its payload.
-        logits: the bytes that are sent.
-        labels: the bytes that are sent.
+        logits: the bytes that are sent, unless ``region`` has them.
+        labels: likewise.
         memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
-        region: the shared memory that they are in; None if the call does not use any.
+        region: the shared memory that the tensors are in; None if the call does not use any.
         original: the logits as an array or a tensor.
     """
 
@@ -75,7 +76,7 @@ class Call:
     logits: memoryview
     labels: memoryview
     memory: tuple[Memory, ...]
-    region: Region | None
+    region: Shared | None
     original: Array
 
     @property
@@ -88,7 +89,7 @@ class Call:
         return self.target.compute(self, timeout)
 
 
-Answer = tuple[wire.Response, npt.NDArray[Any]]
+Answer = tuple[wire.Response, Array]
 """A response, and its gradient as it was sent (empty if none was wanted)."""
 
 
@@ -134,24 +135,13 @@ class RemoteTarget:
             request_serializer=framing.encode_stream_message,
             response_deserializer=framing.stream_message_decoder(pb.ComputeStreamResponse),
         )
-        self._call_info = self._messages.unary_unary(
-            _method("GetServerInfo"),
-            request_serializer=pb.GetServerInfoRequest.SerializeToString,
-            response_deserializer=pb.GetServerInfoResponse.FromString,
-        )
-        self._call_abort = self._messages.unary_unary(
-            _method("AbortStep"),
-            request_serializer=pb.AbortStepRequest.SerializeToString,
-            response_deserializer=pb.AbortStepResponse.FromString,
-        )
-        self._call_leave = self._messages.unary_unary(
-            _method("LeaveRun"),
-            request_serializer=pb.LeaveRunRequest.SerializeToString,
-            response_deserializer=pb.LeaveRunResponse.FromString,
-        )
+        self._call_info = _plain(self._messages, "GetServerInfo")
+        self._call_abort = _plain(self._messages, "AbortStep")
+        self._call_leave = _plain(self._messages, "LeaveRun")
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._memory_path = None if path is None or self._transport is Transport.GRPC else path + wire.MEMORY_SUFFIX
         self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
+        self._devices = None if self._shared is None else Devices(self._shared, options.timeout)
 
     def prepare(
         self,
@@ -162,17 +152,26 @@ class RemoteTarget:
         joint: wire.Joint | None,
         offsets: AnyArray | None,
     ) -> Call:
-        scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
-        request = wire.Request.checked(
-            loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run, offsets=offsets
-        )
-        if scores.dtype != "bfloat16" or is_torch(scores.source):
-            LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
-        if self._shared is not None and self._is_shared(request):
-            place = places(request)
-            region = self._shared.regions.take(place.nbytes)
-            sent = _written(scores, region, place.logits), _written(targets, region, place.labels)
-            return Call(self, request, *sent, memory=(), region=region, original=scores.source)
+        scores = encode_logits(logits, self._wire_dtype)
+
+        def checked(targets: Outgoing) -> wire.Request:
+            request = wire.Request.checked(
+                loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run, offsets=offsets
+            )
+            if scores.dtype != "bfloat16" or is_torch(scores.source):
+                LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
+            return request
+
+        if self._devices is not None and self._is_offered() and self._devices.may_take(logits):
+            targets = encode_labels(labels, narrow=False)
+            request = checked(targets)
+            region = self._devices.region(logits, places(request).nbytes)
+            if region is not None:
+                return self._in_region(region, request, scores, targets)
+        targets = encode_labels(labels)
+        request = checked(targets)
+        if self._shared is not None and request.payload_bytes > SHARED_BYTES and self._is_offered():
+            return self._in_region(self._shared.regions.take(places(request).nbytes), request, scores, targets)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
@@ -180,14 +179,22 @@ class RemoteTarget:
             if array is not None:
                 return wire.as_bytes(array)
             memory.append(self._memory.take(tensor.spec.nbytes))
-            return _written(tensor, memory[-1], 0)
+            return memory[-1].write(0, tensor)
 
         return Call(self, request, on_host(scores), on_host(targets), tuple(memory), None, scores.source)
 
-    def _is_shared(self, request: wire.Request) -> bool:
-        if self._memory_path is None or request.payload_bytes <= SHARED_BYTES:
-            return False
-        return self._transport is Transport.SHM or os.path.exists(self._memory_path)
+    def _in_region(self, region: Shared, request: wire.Request, scores: Outgoing, targets: Outgoing) -> Call:
+        place = places(request)
+        try:
+            sent = region.write(place.logits, scores), region.write(place.labels, targets)
+        except BaseException:
+            region.close()
+            raise
+        return Call(self, request, *sent, memory=(), region=region, original=scores.source)
+
+    def _is_offered(self) -> bool:
+        """Whether the server may take shared memory."""
+        return self._memory_path is not None and (self._transport is Transport.SHM or os.path.exists(self._memory_path))
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         if self._closed:
@@ -256,6 +263,8 @@ class RemoteTarget:
         self._messages.close()
         self._streams.close()
         self._memory.close()
+        if self._devices is not None:
+            self._devices.close()
         if self._shared is not None:
             self._shared.close()
 
@@ -291,7 +300,7 @@ class RemoteTarget:
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
         return response, grad
 
-    def _through_region(self, call: Call, region: Region, timeout: float) -> Answer:
+    def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
         assert self._shared is not None
         try:
@@ -300,21 +309,24 @@ class RemoteTarget:
             except LossError:  # The server takes no shared memory.
                 if self._transport is Transport.SHM:
                     raise
-                response, grad = self._retries.call(lambda left: self._stream(call, left), timeout)
-                self._shared.regions.give(region)
+                tensors = call.request.logits, call.request.labels
+                logits, labels = map(region.bytes, places(call.request), (tensor.nbytes for tensor in tensors))
+                sent = replace(call, logits=logits, labels=labels)
+                response, grad = self._retries.call(lambda left: self._stream(sent, left), timeout)
+                region.give_back()
                 return response, grad
         except BaseException:
             region.close()
             raise
         if response.grad is None:
-            self._shared.regions.give(region)
+            region.give_back()
             return response, np.empty(0, np.float32)
-        offset = places(call.request).grad
-        return response, self._shared.regions.lend(region, offset, response.grad.shape, response.grad.dtype.numpy)
+        return response, region.lend(places(call.request).grad, response.grad)
 
-    def _in_shared_memory(self, call: Call, region: Region, timeout: float) -> wire.Response:
+    def _in_shared_memory(self, call: Call, region: Shared, timeout: float) -> wire.Response:
         assert self._shared is not None
         place = places(call.request)
+        region.complete()
         try:
             session = self._shared.share(region, timeout)
         except ServerUnavailableError:
@@ -365,11 +377,13 @@ def _unary(channel: grpc.Channel) -> Callable[..., framing.UnaryResponse]:
     )
 
 
-def _written(tensor: Outgoing, memory: Memory, offset: int) -> memoryview:
-    """The tensor's bytes, written to memory."""
-    array = memory.array(offset, tensor.spec.shape, tensor.spec.dtype.numpy)
-    tensor.write(array)
-    return wire.as_bytes(array)
+def _plain(channel: grpc.Channel, name: str) -> Callable[..., Any]:
+    """A method whose messages protobuf reads and writes."""
+    return channel.unary_unary(
+        _method(name),
+        request_serializer=getattr(pb, f"{name}Request").SerializeToString,
+        response_deserializer=getattr(pb, f"{name}Response").FromString,
+    )
 
 
 def _messages(call: Call) -> Iterator[pb.ComputeStreamRequest | memoryview]:

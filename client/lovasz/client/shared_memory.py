@@ -12,49 +12,112 @@ import os
 import socket
 import threading
 import weakref
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory import Memory, MemoryPool
+from lovasz.client.tensors import Array, Outgoing
 from lovasz.v1 import loss_pb2 as pb
 
 _MAX_PACKET_BYTES = 4096
 _ALIGNMENT = 64
 
 
-class Region(Memory):
-    """A block of memory that can be shared with another process.
+class Shared(ABC):
+    """Memory that can be shared with another process by a file descriptor.
 
     Attributes:
-        descriptor: its memfd.
+        descriptor: stands for the memory.
         session: the session in which the server has it; None if it has not.
         number: its number in that session.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._close_descriptor = weakref.finalize(self, os.close, descriptor)
+        self.session: Session | None = None
+        self.number = 0
+
+    def description(self) -> pb.DeviceMemory | None:
+        """What the server has to know of it beside the descriptor; None for a memfd."""
+        return None
+
+    @abstractmethod
+    def write(self, offset: int, tensor: Outgoing) -> memoryview:
+        """Copies a tensor to its place, at the latest when :meth:`complete` returns.
+
+        Returns:
+            Its bytes there; empty if they are not in the host's memory.
+        """
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Waits until all that was written to it is there."""
+
+    @abstractmethod
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        """A part of it, in this process's host memory."""
+
+    @abstractmethod
+    def lend(self, offset: int, spec: wire.TensorSpec) -> Array:
+        """A part of it as a tensor; it returns to its pool when the tensor's last view is gone."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Returns it to its pool."""
+
+    def close(self) -> None:
+        """Ends the sharing. The memory is freed once nothing uses it."""
+        if self.session is not None:
+            self.session.release(self)
+        self._close_descriptor()
+
+
+class Region(Memory, Shared):
+    """A block of memory of the host that can be shared with another process."""
+
+    def __init__(self, nbytes: int, pool: MemoryPool[Region] | None = None) -> None:
         """Allocates the region.
+
+        Args:
+            nbytes: its size.
+            pool: that it returns to.
 
         Raises:
             OSError: there is no memory left.
         """
-        self.descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Allocating all pages at once is faster than one by one at the first writes.
-            os.posix_fallocate(self.descriptor, 0, nbytes)
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.map = mmap.mmap(self.descriptor, nbytes)
+            os.posix_fallocate(descriptor, 0, nbytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.map = mmap.mmap(descriptor, nbytes)
         except BaseException:
-            os.close(self.descriptor)
+            os.close(descriptor)
             raise
-        self._close_descriptor = weakref.finalize(self, os.close, self.descriptor)
-        self.session: Session | None = None
-        self.number = 0
+        Shared.__init__(self, descriptor)
+        self._pool = pool
+
+    def complete(self) -> None:
+        """Nothing to wait for."""
+
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.map)[offset : offset + nbytes]
+
+    def lend(self, offset: int, spec: wire.TensorSpec) -> npt.NDArray[Any]:
+        assert self._pool is not None
+        return self._pool.lend(self, offset, spec.shape, spec.dtype.numpy)
+
+    def give_back(self) -> None:
+        assert self._pool is not None
+        self._pool.give(self)
 
     def close(self) -> None:
-        if self.session is not None:
-            self.session.release(self)
-        self._close_descriptor()
+        Shared.close(self)
 
 
 class Session:
@@ -62,6 +125,7 @@ class Session:
 
     Attributes:
         name: names the session in ``SharedTensors``.
+        devices: the UUIDs of the GPUs whose memory the server takes.
     """
 
     _numbers = itertools.count(1)
@@ -81,7 +145,8 @@ class Session:
         self._socket.settimeout(timeout)
         try:
             self._socket.connect(path)
-            self.name = self._reply().session
+            hello = self._reply()
+            self.name, self.devices = hello.session, frozenset(hello.devices)
         except OSError as error:
             self._socket.close()
             raise ServerUnavailableError(
@@ -92,7 +157,7 @@ class Session:
             self._socket.close()
             raise
 
-    def share(self, region: Region) -> None:
+    def share(self, region: Shared) -> None:
         """Shares a region, unless the server already has it.
 
         Raises:
@@ -103,7 +168,7 @@ class Session:
         number = next(self._numbers)
         try:
             with self._lock:
-                packet = pb.SharedMemoryRequest(region=number).SerializeToString()
+                packet = pb.SharedMemoryRequest(region=number, device_memory=region.description()).SerializeToString()
                 socket.send_fds(self._socket, [packet], [region.descriptor])
                 self._reply()
         except OSError as error:
@@ -111,7 +176,7 @@ class Session:
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
         region.session, region.number = self, number
 
-    def release(self, region: Region) -> None:
+    def release(self, region: Shared) -> None:
         """Stops sharing a region."""
         region.session = None
         try:
@@ -168,9 +233,22 @@ class SharedMemory:
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._closed = False
-        self.regions: MemoryPool[Region] = MemoryPool(Region)
+        self.regions: MemoryPool[Region] = MemoryPool(lambda nbytes: Region(nbytes, self.regions))
 
-    def share(self, region: Region, timeout: float) -> bytes:
+    def devices(self, timeout: float) -> frozenset[bytes]:
+        """The UUIDs of the GPUs whose memory the server takes.
+
+        Raises:
+            ServerUnavailableError: no server takes shared memory there, or this was closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ServerUnavailableError(f"{self._path}: closed")
+            if self._session is None:
+                self._session = Session(self._path, timeout)
+            return self._session.devices
+
+    def share(self, region: Shared, timeout: float) -> bytes:
         """Shares the region, unless the server already has it; returns the session's name.
 
         Raises:
