@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -20,7 +21,7 @@ from support.scrape import metric
 from support.vector_cases import Case, load
 from support.waiting import eventually
 
-from lovasz.client import Joint, LossClient, LovaszSoftmax, device_memory, devices
+from lovasz.client import Joint, LossClient, LovaszSoftmax, cli, device_memory, devices
 from lovasz.client.torch import RemoteLoss
 from lovasz.device_memory.driver import DriverError
 from lovasz.server.launch import ServerProcess
@@ -124,6 +125,15 @@ def test_a_loss_module_and_threads_through_one_client(sharing: ServerProcess, dr
             assert torch.equal(future.result().grad, own.compute(*tensors(20 + seed % 3, seed=seed), SOFTMAX).grad)
 
 
+def test_bench_with_tensors_on_a_device(sharing: ServerProcess, driver: HostDriver, tmp_path: Path) -> None:
+    """``cpu:0``: tensors of torch, which are in the stand-in's memory; without it, bench sends arrays of NumPy."""
+    short = ["--shape", "1x3x60x60", "--duration", "0.1", "--warmup", "0"]
+    for device, made in (("cpu", False), ("cpu:0", True)):
+        assert cli.main(["bench", sharing.target, "--device", device, "--json", f"{tmp_path}/json", *short]) == 0
+        assert json.loads((tmp_path / "json").read_text())["device"] == device
+        assert bool(driver.made) is made
+
+
 def test_ranks_of_a_joint_step_on_several_devices(sharing: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 is on the server's device, rank 1 on one that it can access, rank 2 on one that it cannot."""
     monkeypatch.setattr(devices, "DEVICE_TYPE", "cpu")
@@ -220,7 +230,7 @@ CLIENT = """
 import sys, threading; sys.path.insert(0, sys.argv[1])
 import torch
 from support.host_driver import NAME, HostDriver
-from lovasz.client import Joint, LossClient, LovaszSoftmax, device_memory, devices
+from lovasz.client import Joint, LossClient, LovaszSoftmax, cli, device_memory, devices
 devices.DEVICE_TYPE, device_memory.open_driver = "cpu", HostDriver
 client, phase = LossClient(sys.argv[3]), sys.argv[2]
 joint = Joint("run", 0, 2, step=0) if phase == "waiting" else None

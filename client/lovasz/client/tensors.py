@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 15
 """Elements that torch converts in the calling thread, without waking its other threads."""
 
+HOST = "cpu"
+"""Torch's name for the host as a device."""
+
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 AnyArray: TypeAlias = Any
 """What callers pass: an ``Array``, or an array of another framework, read by ``__array__`` or DLPack."""
@@ -31,6 +34,21 @@ def is_torch(value: object) -> TypeGuard[torch.Tensor]:
     """Whether the value is a torch tensor. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def on_device(array: npt.NDArray[Any], device: str) -> torch.Tensor:
+    """A copy of an array as a tensor on a device.
+
+    Raises:
+        ValueError: there is no such device, or no torch.
+    """
+    try:
+        import torch
+
+        return torch.from_numpy(array).to(device)
+    except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # Of many kinds: no driver, no CUDA in torch.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {device!r}; expected one that torch has here ({reason})") from None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def _measured(workload: Workload, settings: Settings, watch: Callable[[Progress]
             duration_seconds=settings.duration_seconds,
             warmup_seconds=settings.warmup_seconds,
             timeout_seconds=settings.timeout_seconds,
+            device=settings.device,
             watch=watch,
         )
     except MemoryError:

@@ -6,10 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from lovasz.client.bench.measurement import Failure, Measurement, Phase, Progress, Record, Sample
 from lovasz.client.bench.workload import Workload
@@ -22,6 +18,7 @@ from lovasz.client.errors import (
     ServerUnavailableError,
 )
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS
+from lovasz.client.tensors import HOST, Array, on_device
 
 DEFAULT_DURATION_SECONDS = 5.0
 DEFAULT_WARMUP_SECONDS = 1.0
@@ -41,6 +38,7 @@ def measure(
     duration_seconds: float = DEFAULT_DURATION_SECONDS,
     warmup_seconds: float = DEFAULT_WARMUP_SECONDS,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    device: str = HOST,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Measurement:
     """Sends a workload's requests, each thread one after another, until the time is up; waits for those under way.
@@ -54,14 +52,15 @@ def measure(
         duration_seconds: for how long requests are measured.
         warmup_seconds: for how long requests are sent before that.
         timeout_seconds: for each request.
+        device: where the tensors are, as torch names it; ``"cpu"``: arrays of NumPy.
         watch: called a few times a second, in this thread.
 
     Raises:
-        ValueError: the target or the timeout is invalid.
+        ValueError: the target, the timeout or the device is invalid.
         LossError: the first request failed as all others would: InvalidInputError, ServerUnavailableError or
             IncompatibleServerError.
     """
-    logits, labels = workload.tensors()
+    logits, labels = (array if device == HOST else on_device(array, device) for array in workload.tensors())
     before, measured = Record(), Record()
     interrupted = False
     with ExitStack() as connections, ThreadPoolExecutor(workload.concurrency, "lovasz-load") as threads:
@@ -89,8 +88,8 @@ class _Load:
     def __init__(
         self,
         workload: Workload,
-        logits: npt.NDArray[np.float32],
-        labels: npt.NDArray[Any],
+        logits: Array,
+        labels: Array,
         threads: ThreadPoolExecutor,
         watch: Callable[[Progress], None],
     ) -> None:
