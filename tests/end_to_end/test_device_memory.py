@@ -22,6 +22,7 @@ from support.vector_cases import Case, load
 from support.waiting import eventually
 
 from lovasz.client import Joint, LossClient, LovaszSoftmax, cli, device_memory, devices
+from lovasz.client.shared_memory import Session
 from lovasz.client.torch import RemoteLoss
 from lovasz.device_memory.driver import DriverError
 from lovasz.server.launch import ServerProcess
@@ -80,12 +81,23 @@ def test_the_same_bits_as_over_grpc(
             answers.append(client.compute(logits, labels, SOFTMAX, want_grad=want_grad))
             assert (shared_bytes(sharing) > 0) is (transport == "auto")
         assert eventually(lambda: shared_bytes(sharing) == 0)
+    assert [answer.timing.transport for answer in answers] == ["device", "grpc"]
     assert answers[0].loss == answers[1].loss
     if want_grad:
         assert answers[0].grad.dtype == answers[1].grad.dtype
         assert torch.equal(answers[0].grad, answers[1].grad)
     else:
         assert answers[0].grad is None
+
+
+def test_a_call_that_does_not_fit_on_the_socket_is_made_over_grpc(
+    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "takes", lambda *_: False)
+    with LossClient(sharing.target) as client:
+        result = client.compute(*tensors(30), SOFTMAX)
+    assert result.timing.transport == "device+grpc"
+    assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(30), SOFTMAX).grad)
 
 
 @pytest.mark.parametrize("labels", ["int8", "uint16", "float32", "bool", "numpy"])
@@ -193,20 +205,25 @@ def test_without_device_memory_tensors_go_through_shared_memory_and_the_log_says
             result = client.compute(*tensors(150), SOFTMAX)
         assert metric(sharing, "lovasz_shared_memory_bytes") > 0
         assert shared_bytes(sharing) == 0
+    assert result.timing.transport == "shm"
     assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(150), SOFTMAX).grad)
     (told,) = (record.getMessage() for record in caplog.records)
     assert told == f"device memory is not used ({reason}): tensors go through the host's memory"
 
 
-def test_a_server_that_takes_less_than_it_said_gets_the_tensors_over_grpc(
-    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_takes_less_than_it_said_gets_the_tensors_in_another_way(
+    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its driver refuses the memory, as that of another MIG instance may do."""
     monkeypatch.setattr(HostDriver, "export", lambda self, handle: os.memfd_create("no device memory"))
-    with LossClient(sharing.target) as client:
-        result = client.compute(*tensors(40), SOFTMAX)
+    with caplog.at_level(logging.WARNING), LossClient(sharing.target) as client:
+        results = [client.compute(*tensors(40), SOFTMAX) for _ in range(3)]
         assert shared_bytes(sharing) == 0
-    assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(40), SOFTMAX).grad)
+    assert [result.timing.transport for result in results] == ["grpc", "shm", "shm"]
+    for result in results:
+        assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(40), SOFTMAX).grad)
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "cuMemImportFromShareableHandle: CUDA_ERROR_INVALID_VALUE" in told
 
 
 # --- Deaths -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import socket
 import struct
@@ -17,6 +16,7 @@ import pytest
 from faults.conftest import ARGUMENTS, BUDGET_BYTES, MAX_THREADS
 from support.audit import Audit
 from support.footprint import Footprint
+from support.memory_caller import MemoryCaller, memfd, memory_path
 from support.messages import header_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
@@ -32,7 +32,6 @@ from lovasz.v1 import loss_pb2_grpc
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 KEEP_SIZE, PUNCH_HOLE = 1, 2
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 MAX_SHARED_BYTES = 2 * BUDGET_BYTES
 PATIENCE_SECONDS = 15.0
 
@@ -58,38 +57,23 @@ def audit(at_rest: Audit) -> Iterator[Audit]:
 
 @pytest.fixture
 def session(sharing: ServerProcess, audit: Audit) -> Iterator[Session]:
-    session = Session(socket_of(sharing), PATIENCE_SECONDS)
+    session = Session(memory_path(sharing), PATIENCE_SECONDS)
     yield session
     session.close()
 
 
-def socket_of(server: ServerProcess) -> str:
-    return server.targets[1].removeprefix("unix:") + wire.MEMORY_SUFFIX
+@pytest.fixture
+def caller(sharing: ServerProcess, audit: Audit) -> Iterator[MemoryCaller]:
+    caller = MemoryCaller(memory_path(sharing))
+    yield caller
+    caller.close()
 
 
-def say(session: Session, number: int, descriptor: int) -> str:
-    """What the server answers to a descriptor."""
-    packet = pb.SharedMemoryRequest(region=number).SerializeToString()
-    socket.send_fds(session._socket, [packet], [descriptor])
-    return pb.SharedMemoryReply.FromString(session._socket.recv(4096)).error
-
-
-@contextlib.contextmanager
-def memfd(nbytes: int, *, sparse: bool) -> Iterator[int]:
-    descriptor = os.memfd_create("attack", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(descriptor, nbytes) if sparse else os.posix_fallocate(descriptor, 0, nbytes)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def test_memory_that_is_not_there_is_refused(sharing: ServerProcess, session: Session) -> None:
+def test_memory_that_is_not_there_is_refused(sharing: ServerProcess, caller: MemoryCaller) -> None:
     before = Footprint.of(sharing.pid).resident_bytes
     for number in range(1, 30):
         with memfd(BUDGET_BYTES // 2, sparse=True) as descriptor:
-            assert "got a memfd with 0 of" in say(session, number, descriptor)
+            assert "got a memfd with 0 of" in (caller.share(number, descriptor) or "")
     assert Footprint.of(sharing.pid).resident_bytes < before + BUDGET_BYTES // 4
 
 
@@ -120,21 +104,21 @@ def test_memory_that_is_given_back_later_is_not_used(sharing: ServerProcess, ses
 
 
 def test_no_region_is_larger_than_the_budget_nor_all_together_than_they_may(
-    sharing: ServerProcess, session: Session
+    sharing: ServerProcess, session: Session, caller: MemoryCaller
 ) -> None:
     with memfd(1 << 42, sparse=True) as descriptor:
-        assert "expected at most 67108864 (--memory-budget)" in say(session, 1, descriptor)
+        assert "expected at most 67108864 (--memory-budget)" in (caller.share(1, descriptor) or "")
     regions = [Region(MAX_SHARED_BYTES // 4) for _ in range(4)]
     for region in regions:
         session.share(region)
     assert metric(sharing, "lovasz_shared_memory_bytes") == MAX_SHARED_BYTES
-    with memfd(4096, sparse=False) as descriptor:
-        assert "(--max-shared-memory)" in say(session, 1, descriptor)
+    with memfd() as descriptor:
+        assert "(--max-shared-memory)" in (caller.share(1, descriptor) or "")
     for region in regions:
         region.close()
 
 
-def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, session: Session) -> None:
+def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, caller: MemoryCaller) -> None:
     """To close the last descriptor of this socket takes a minute: its last bytes are sent first, and nobody reads."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         foreign = socket.create_connection(listener.getsockname())
@@ -146,10 +130,12 @@ def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, sessi
         foreign.setblocking(True)
         foreign.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
         packet = pb.SharedMemoryRequest(region=1).SerializeToString()
-        socket.send_fds(session._socket, [packet], [foreign.fileno()])
+        socket.send_fds(caller.socket, [packet], [foreign.fileno()])
         os.close(foreign.detach())
-        assert "expected a memfd" in pb.SharedMemoryReply.FromString(session._socket.recv(4096)).error
-        with contextlib.closing(Session(socket_of(sharing), PATIENCE_SECONDS)) as other:
+        reply = caller.reply()
+        assert reply is not None
+        assert "expected a memfd" in reply.error
+        with contextlib.closing(Session(memory_path(sharing), PATIENCE_SECONDS)) as other:
             region = Region(4096)
             other.share(region)
             region.close()
@@ -160,7 +146,7 @@ def test_silent_connections_end_and_make_room(sharing: ServerProcess, audit: Aud
     with contextlib.ExitStack() as connections:
         for _ in range(250):
             connection = connections.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            connection.connect(socket_of(sharing))
+            connection.connect(memory_path(sharing))
         since = time.monotonic()
         assert eventually(lambda: metric(sharing, "lovasz_shared_memory_sessions") == 0)
         assert time.monotonic() - since < 3 * FIRST_REGION_SECONDS

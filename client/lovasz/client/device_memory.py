@@ -14,6 +14,7 @@ import torch
 from lovasz import wire
 from lovasz.client.errors import LossError
 from lovasz.client.memory import Pool
+from lovasz.client.options import IN_DEVICE_MEMORY
 from lovasz.client.shared_memory import Shared, SharedMemory
 from lovasz.client.tensors import Outgoing
 from lovasz.device_memory.driver import OUT_OF_MEMORY, Driver, DriverError
@@ -38,6 +39,8 @@ class DeviceRegion(Shared):
     Attributes:
         nbytes: its size.
     """
+
+    kind = IN_DEVICE_MEMORY
 
     def __init__(self, driver: Driver, device: int, nbytes: int, pool: Pool[DeviceRegion]) -> None:
         """Allocates the block.
@@ -73,7 +76,7 @@ class DeviceRegion(Shared):
         part = self._part(offset, wire.TensorSpec(wire.dtype_named("uint8"), (nbytes,)), self)
         return memoryview(part.cpu().numpy().tobytes())
 
-    def lend(self, offset: int, spec: wire.TensorSpec) -> torch.Tensor:
+    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> torch.Tensor:
         owner = _Owner()
         # Takes no lock, as the garbage collector may call it at any point of any thread.
         weakref.finalize(owner, self._pool.give, self).atexit = False

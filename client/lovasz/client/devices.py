@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from lovasz.client.errors import LossError
@@ -20,6 +22,10 @@ DEVICE_TYPE = "cuda"
 """Torch's name for the devices whose memory can be shared."""
 
 
+_PAUSE_SECONDS = 30.0
+"""How long a client whose server has refused its device memory does without."""
+
+
 class Devices:
     """Finds device memory for requests. Says in the log why there is none, each reason once."""
 
@@ -31,14 +37,26 @@ class Devices:
             timeout: seconds to ask the server whether it takes device memory.
         """
         self._shared, self._timeout = shared, timeout
+        self._paused_until = -math.inf
         self._lock = threading.Lock()
         self._memory: DeviceMemory | None = None
         self._reason = ""
+        """Why this process can share no device memory; empty as long as it is not known that it cannot."""
         self._told: set[str] = set()
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether the server may take device memory; False for a while after it refused."""
+        return time.monotonic() >= self._paused_until and self._shared.is_offered
+
+    def pause(self, why: Exception) -> None:
+        """Does without device memory for a while; says why, once."""
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+        self._tell(str(why))
 
     def may_take(self, logits: AnyArray) -> bool:
         """Whether the logits are on a device whose memory this process can share, as far as it knows."""
-        return is_torch(logits) and logits.device.type == DEVICE_TYPE and self._opened() is not None
+        return is_torch(logits) and logits.device.type == DEVICE_TYPE and not self._reason
 
     def region(self, logits: AnyArray, nbytes: int) -> DeviceRegion | None:
         """Memory of the logits' device, of at least ``nbytes`` bytes; None if the server or the device has none."""

@@ -24,6 +24,12 @@ class Transport(Enum):
     """Through shared memory only."""
 
 
+OVER_GRPC = "grpc"
+IN_SHARED_MEMORY = "shm"
+IN_DEVICE_MEMORY = "device"
+ASKED_OVER_GRPC = "+grpc"
+"""The ways of requests, as ``spec.Timing.transport`` tells them."""
+
 TRANSPORTS = tuple(transport.value for transport in Transport)
 LOAD_BALANCING = tuple(balancing.value for balancing in LoadBalancing)
 

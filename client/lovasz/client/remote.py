@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import grpc
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec, wire
+from lovasz.client.channels import Channels
 from lovasz.client.devices import Devices
 from lovasz.client.errors import (
     CallCancelledError,
@@ -23,10 +24,16 @@ from lovasz.client.errors import (
     ServerUnavailableError,
     from_rpc_error,
 )
-from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash, service_config
+from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash
 from lovasz.client.memory import Memory, MemoryPool
-from lovasz.client.options import ClientOptions, Transport
-from lovasz.client.proxy import enabled_option, remark
+from lovasz.client.options import (
+    ASKED_OVER_GRPC,
+    IN_DEVICE_MEMORY,
+    OVER_GRPC,
+    ClientOptions,
+    Transport,
+)
+from lovasz.client.proxy import remark
 from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Shared, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
@@ -39,22 +46,8 @@ from lovasz.wire import framing
 UNARY_BYTES = 2 << 20
 """Requests with a larger payload are streamed: about where a stream becomes faster (measured on loopback, 2 cores)."""
 SHARED_BYTES = 64 << 10
-"""Requests with a larger payload go through shared memory if possible; smaller ones are as fast in a message."""
-
-_OPTIONS = (
-    # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
-    ("grpc.use_local_subchannel_pool", 1),
-    # lovasz.client.retry repeats calls instead.
-    ("grpc.enable_retries", 0),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
-    *wire.KEEPALIVE_OPTIONS,
-    # By default a client may take two minutes to reconnect to a server that restarted.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
-"""gRPC's options for every channel."""
+"""Requests with a larger payload go through shared memory also where the server takes no calls on its socket; smaller
+ones are as fast in a message then. A smaller gradient is copied from shared memory."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Call:
     Attributes:
         target: the server.
         request: all of the request but its payload.
-        logits: the bytes that are sent, unless ``region`` has them.
+        logits: the bytes that are sent, unless ``region`` has them on a device.
         labels: likewise.
         memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
         region: the shared memory that the tensors are in; None if the call does not use any.
@@ -89,12 +82,16 @@ class Call:
         return self.target.compute(self, timeout)
 
 
-Answer = tuple[wire.Response, Array]
-"""A response, and its gradient as it was sent (empty if none was wanted)."""
+class Answer(NamedTuple):
+    """A response, its gradient as it was sent (empty if none was wanted), and the way that it took."""
+
+    response: wire.Response
+    grad: Array
+    transport: str = OVER_GRPC
 
 
 class RemoteTarget:
-    """A server, reached by gRPC."""
+    """A server, reached by gRPC, and by the socket of shared memory."""
 
     def __init__(self, target: str, options: ClientOptions) -> None:
         """Opens the channels, which connect at the first call.
@@ -119,28 +116,10 @@ class RemoteTarget:
         self._load_balancing = options.load_balancing if path is None else None
         self._closed = False
         self._http_proxy = options.http_proxy
-        channel_options = (
-            *_OPTIONS,
-            enabled_option(target, options.http_proxy),
-            ("grpc.service_config", service_config(self._load_balancing)),
-        )
-        self._messages = grpc.insecure_channel(target, options=channel_options)
-        # Large transfers have their own connection, so that they delay no small request.
-        self._streams = grpc.insecure_channel(target, options=channel_options)
+        self._channels = Channels(target, http_proxy=options.http_proxy, load_balancing=self._load_balancing)
         self._retries = Retries()
-        self._call_unary = _unary(self._messages)
-        self._call_shared = _unary(self._streams)
-        self._call_stream = self._streams.stream_stream(
-            _method("ComputeStream"),
-            request_serializer=framing.encode_stream_message,
-            response_deserializer=framing.stream_message_decoder(pb.ComputeStreamResponse),
-        )
-        self._call_info = _plain(self._messages, "GetServerInfo")
-        self._call_abort = _plain(self._messages, "AbortStep")
-        self._call_leave = _plain(self._messages, "LeaveRun")
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
-        self._memory_path = None if path is None or self._transport is Transport.GRPC else path + wire.MEMORY_SUFFIX
-        self._shared = None if self._memory_path is None else SharedMemory(self._memory_path)
+        self._shared = None if path is None or self._transport is Transport.GRPC else SharedMemory(path)
         self._devices = None if self._shared is None else Devices(self._shared, options.timeout)
 
     def prepare(
@@ -162,7 +141,7 @@ class RemoteTarget:
                 LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
             return request
 
-        if self._devices is not None and self._is_offered() and self._devices.may_take(logits):
+        if self._devices is not None and self._devices.may_take(logits) and self._is_offered(self._devices):
             targets = encode_labels(labels, narrow=False)
             request = checked(targets)
             region = self._devices.region(logits, places(request).nbytes)
@@ -170,8 +149,8 @@ class RemoteTarget:
                 return self._in_region(region, request, scores, targets)
         targets = encode_labels(labels)
         request = checked(targets)
-        if self._shared is not None and request.payload_bytes > SHARED_BYTES and self._is_offered():
-            return self._in_region(self._shared.regions.take(places(request).nbytes), request, scores, targets)
+        if self._shared is not None and self._is_shared(self._shared, request):
+            return self._in_region(self._shared.take(places(request).nbytes), request, scores, targets)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
@@ -192,40 +171,44 @@ class RemoteTarget:
             raise
         return Call(self, request, *sent, memory=(), region=region, original=scores.source)
 
-    def _is_offered(self) -> bool:
-        """Whether the server may take shared memory."""
-        return self._memory_path is not None and (self._transport is Transport.SHM or os.path.exists(self._memory_path))
+    def _is_shared(self, shared: SharedMemory, request: wire.Request) -> bool:
+        is_worth_it = shared.takes_calls is not False or request.payload_bytes > SHARED_BYTES
+        return is_worth_it and self._is_offered(shared)
+
+    def _is_offered(self, memory: SharedMemory | Devices) -> bool:
+        return self._transport is Transport.SHM or memory.is_offered
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         if self._closed:
             raise CallCancelledError(f"{self._name}: the client was closed")
         with self._grpc_errors_translated():
             if call.region is not None:
-                response, grad = self._through_region(call, call.region, timeout)
+                answer = self._through_region(call, call.region, timeout)
             else:
-                response, grad = self._in_messages(call, timeout)
+                answer = self._in_messages(call, timeout)
+        response, grad = answer.response, answer.grad
         return spec.Result(
             loss=response.loss,
             grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
             terms=response.terms,
             intersection=response.intersection,
             union=response.union,
-            timing=response.timing,
+            timing=replace(response.timing, transport=answer.transport),
             ranks=response.ranks,
         )
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:
         with self._grpc_errors_translated():
-            self._call_abort(abort.to_proto(), timeout=timeout, metadata=_metadata(abort.joint))
+            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=_metadata(abort.joint))
 
     def leave_run(self, leave: wire.Leave, timeout: float) -> None:
         message, metadata = leave.to_proto(), _metadata(leave.joint)
         with self._grpc_errors_translated():
-            self._retries.call(lambda left: self._call_leave(message, timeout=left, metadata=metadata), timeout)
+            self._retries.call(lambda left: self._channels.leave(message, timeout=left, metadata=metadata), timeout)
 
     def server_info(self, timeout: float) -> ServerInfo:
         with self._grpc_errors_translated():
-            info = self._call_info(pb.GetServerInfoRequest(), timeout=timeout)
+            info = self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)
         return ServerInfo(
             version=info.version,
             devices=tuple(
@@ -260,8 +243,7 @@ class RemoteTarget:
     def close(self) -> None:
         self._closed = True
         self._retries.close()
-        self._messages.close()
-        self._streams.close()
+        self._channels.close()
         self._memory.close()
         if self._devices is not None:
             self._devices.close()
@@ -269,20 +251,23 @@ class RemoteTarget:
             self._shared.close()
 
     def _in_messages(self, call: Call, timeout: float) -> Answer:
-        send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream
         try:
-            return self._retries.call(lambda left: send(call, left), timeout)
+            return self._over_grpc(call, timeout)
         finally:
             for memory in call.memory:
                 self._memory.give(memory)
 
+    def _over_grpc(self, call: Call, timeout: float) -> Answer:
+        send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream
+        return self._retries.call(lambda left: send(call, left), timeout)
+
     def _unary(self, call: Call, timeout: float) -> Answer:
         request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._call_unary(request, timeout=timeout, metadata=call.metadata)
+        answer = self._channels.unary(request, timeout=timeout, metadata=call.metadata)
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Answer:
-        answers = self._call_stream(_messages(call), timeout=timeout, metadata=call.metadata)
+        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=call.metadata)
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
@@ -298,51 +283,68 @@ class RemoteTarget:
             if response.grad is not None:
                 grad = self._memory.new(response.grad.shape, response.grad.dtype.numpy)
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
-        return response, grad
+        return Answer(response, grad)
 
     def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
-        assert self._shared is not None
+        shared, devices = self._shared, self._devices
+        assert shared is not None
+        assert devices is not None
         try:
             try:
-                response = self._retries.call(lambda left: self._in_shared_memory(call, region, left), timeout)
-            except LossError:  # The server takes no shared memory.
+                response, transport = self._retries.call(
+                    lambda left: self._in_shared_memory(call, shared, region, left), timeout
+                )
+            except LossError as error:  # The server takes no shared memory.
                 if self._transport is Transport.SHM:
                     raise
-                tensors = call.request.logits, call.request.labels
-                logits, labels = map(region.bytes, places(call.request), (tensor.nbytes for tensor in tensors))
-                sent = replace(call, logits=logits, labels=labels)
-                response, grad = self._retries.call(lambda left: self._stream(sent, left), timeout)
+                (devices if region.kind == IN_DEVICE_MEMORY else shared).pause(error)
+                answer = self._over_grpc(self._with_bytes(call, region), timeout)
                 region.give_back()
-                return response, grad
+                return answer
         except BaseException:
             region.close()
             raise
         if response.grad is None:
             region.give_back()
-            return response, np.empty(0, np.float32)
-        return response, region.lend(places(call.request).grad, response.grad)
+            return Answer(response, np.empty(0, np.float32), transport)
+        copied = response.grad.nbytes <= SHARED_BYTES
+        grad = region.take_gradient(places(call.request).grad, response.grad, copied=copied)
+        return Answer(response, grad, transport)
 
-    def _in_shared_memory(self, call: Call, region: Shared, timeout: float) -> wire.Response:
-        assert self._shared is not None
+    def _with_bytes(self, call: Call, region: Shared) -> Call:
+        """The call, with the bytes of its tensors from its region."""
+        tensors = call.request.logits, call.request.labels
+        logits, labels = map(region.bytes, places(call.request), (tensor.nbytes for tensor in tensors))
+        return replace(call, logits=logits, labels=labels)
+
+    def _in_shared_memory(
+        self, call: Call, shared: SharedMemory, region: Shared, timeout: float
+    ) -> tuple[wire.Response, str]:
+        """The response, and what asked for it."""
         place = places(call.request)
         region.complete()
         try:
-            session = self._shared.share(region, timeout)
+            session = shared.share(region, timeout)
         except ServerUnavailableError:
-            self._call_info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers, its error is raised.
+            self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers: its error.
             raise
-        shared = wire.SharedTensors(session, region.number, place.logits, place.labels, place.grad)
-        header = replace(call.request, shared=shared).to_proto()
+        at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
+        header = replace(call.request, shared=at).to_proto()
         try:
-            message = framing.UnaryRequest(header, b"", b"")
-            answer = self._call_shared(message, timeout=timeout, metadata=call.metadata)
+            if session.takes(call.request, header):
+                message = pb.SharedMemoryCall(header=header, metadata=dict(call.metadata))
+                answer, transport = session.socket.call(message, timeout), region.kind
+            else:
+                request = framing.UnaryRequest(header, b"", b"")
+                answer = self._channels.shared(request, timeout=timeout, metadata=call.metadata).header
+                transport = region.kind + ASKED_OVER_GRPC
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
-                self._shared.forget()
+                shared.forget(session)
             raise
         with _misfit_is_wrong_answer():
-            return wire.Response.from_proto(answer.header, call.request)
+            return wire.Response.from_proto(answer, call.request), transport
 
     def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))
@@ -363,27 +365,6 @@ def _misfit_is_wrong_answer() -> Iterator[None]:
 
 def _metadata(joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
     return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
-
-
-def _method(name: str) -> str:
-    return f"/{pb.DESCRIPTOR.services_by_name['LossService'].full_name}/{name}"
-
-
-def _unary(channel: grpc.Channel) -> Callable[..., framing.UnaryResponse]:
-    return channel.unary_unary(
-        _method("Compute"),
-        request_serializer=framing.UnaryRequest.encode,
-        response_deserializer=framing.UnaryResponse.decode,
-    )
-
-
-def _plain(channel: grpc.Channel, name: str) -> Callable[..., Any]:
-    """A method whose messages protobuf reads and writes."""
-    return channel.unary_unary(
-        _method(name),
-        request_serializer=getattr(pb, f"{name}Request").SerializeToString,
-        response_deserializer=getattr(pb, f"{name}Response").FromString,
-    )
 
 
 def _messages(call: Call) -> Iterator[pb.ComputeStreamRequest | memoryview]:

@@ -1,40 +1,56 @@
 """Memory that is shared with a server on this host: a session with the server, and regions that hold tensors.
 
-The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, passed over a Unix socket next to gRPC's.
+The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, passed over a Unix socket next to gRPC's. On it
+calls can be made, too.
 """
 
 from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
+import math
 import mmap
 import os
-import socket
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory import Memory, MemoryPool
+from lovasz.client.memory_socket import MemorySocket, check_same_server
+from lovasz.client.options import IN_SHARED_MEMORY
 from lovasz.client.tensors import Array, Outgoing
 from lovasz.v1 import loss_pb2 as pb
 
-_MAX_PACKET_BYTES = 4096
+_log = logging.getLogger(__name__)
+
 _ALIGNMENT = 64
+_LEAST_REGION_BYTES = 64 << 10
+"""So that small requests can use each other's regions."""
+_MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
+"""Of a call on the socket: the rest of the packet is for its metadata."""
+_RELEASE_SECONDS = 1.0
+_PAUSE_SECONDS = 30.0
+"""How long a client whose server has refused its memory does without."""
 
 
 class Shared(ABC):
-    """Memory that can be shared with another process by a file descriptor.
+    """Memory that can be shared with another process by a file descriptor, and that returns to a pool.
 
     Attributes:
+        kind: the way of a request in it, as ``spec.Timing.transport`` tells it.
         descriptor: stands for the memory.
         session: the session in which the server has it; None if it has not.
         number: its number in that session.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -63,8 +79,14 @@ class Shared(ABC):
         """A part of it, in this process's host memory."""
 
     @abstractmethod
-    def lend(self, offset: int, spec: wire.TensorSpec) -> Array:
-        """A part of it as a tensor; it returns to its pool when the tensor's last view is gone."""
+    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> Array:
+        """The gradient in it. It returns to its pool with the gradient's last view, or at once.
+
+        Args:
+            offset: where the gradient is.
+            spec: its element type and shape.
+            copied: it may be copied out of the memory.
+        """
 
     @abstractmethod
     def give_back(self) -> None:
@@ -79,6 +101,8 @@ class Shared(ABC):
 
 class Region(Memory, Shared):
     """A block of memory of the host that can be shared with another process."""
+
+    kind = IN_SHARED_MEMORY
 
     def __init__(self, nbytes: int, pool: MemoryPool[Region] | None = None) -> None:
         """Allocates the region.
@@ -108,9 +132,15 @@ class Region(Memory, Shared):
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.map)[offset : offset + nbytes]
 
-    def lend(self, offset: int, spec: wire.TensorSpec) -> npt.NDArray[Any]:
-        assert self._pool is not None
-        return self._pool.lend(self, offset, spec.shape, spec.dtype.numpy)
+    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> npt.NDArray[Any]:
+        shape, dtype = spec.shape, spec.dtype.numpy
+        if not copied:
+            assert self._pool is not None
+            return self._pool.lend(self, offset, shape, dtype)
+        # Costs less than a region that is not there for the next call.
+        grad: npt.NDArray[Any] = self.array(offset, shape, dtype).copy()
+        self.give_back()
+        return grad
 
     def give_back(self) -> None:
         assert self._pool is not None
@@ -125,6 +155,7 @@ class Session:
 
     Attributes:
         name: names the session in ``SharedTensors``.
+        takes_calls: whether the server takes calls on it.
         devices: the UUIDs of the GPUs whose memory the server takes.
     """
 
@@ -135,27 +166,22 @@ class Session:
 
         Args:
             path: of the socket on which the server takes regions.
-            timeout: seconds for each packet.
+            timeout: seconds for each packet about a region.
 
         Raises:
-            ServerUnavailableError: no server takes shared memory there.
+            ServerUnavailableError: no server takes shared memory there, or somebody else than the server.
+            LossError: the server refuses it.
         """
-        self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(timeout)
+        self._timeout = timeout
         try:
-            self._socket.connect(path)
-            hello = self._reply()
-            self.name, self.devices = hello.session, frozenset(hello.devices)
+            self.socket = MemorySocket(path, timeout)
         except OSError as error:
-            self._socket.close()
             raise ServerUnavailableError(
                 f"{path}: no shared memory: {error.strerror or error} (is the server up, and started with "
                 "--shared-memory?)"
             ) from None
-        except BaseException:
-            self._socket.close()
-            raise
+        hello = self.socket.hello
+        self.name, self.takes_calls, self.devices = hello.session, hello.takes_calls, frozenset(hello.devices)
 
     def share(self, region: Shared) -> None:
         """Shares a region, unless the server already has it.
@@ -167,38 +193,28 @@ class Session:
             return
         number = next(self._numbers)
         try:
-            with self._lock:
-                packet = pb.SharedMemoryRequest(region=number, device_memory=region.description()).SerializeToString()
-                socket.send_fds(self._socket, [packet], [region.descriptor])
-                self._reply()
+            request = pb.SharedMemoryRequest(region=number, device_memory=region.description())
+            self.socket.ask(request, [region.descriptor], self._timeout)
         except OSError as error:
-            self.close()  # A late reply would be taken for the reply to the next packet.
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
         region.session, region.number = self, number
+
+    def takes(self, request: wire.Request, header: pb.RequestHeader) -> bool:
+        """Whether a call can be made on the socket: the server takes it, and header and answer fit into a packet."""
+        fits = header.ByteSize() < _MAX_HEADER_BYTES and request.max_answer_bytes <= wire.MAX_PACKET_BYTES
+        return self.takes_calls and fits
 
     def release(self, region: Shared) -> None:
         """Stops sharing a region."""
         region.session = None
         try:
-            with self._lock:
-                packet = pb.SharedMemoryRequest(region=region.number, release=True)
-                self._socket.send(packet.SerializeToString())
-                self._reply()
+            self.socket.ask(pb.SharedMemoryRequest(region=region.number, release=True), (), _RELEASE_SECONDS)
         except (OSError, LossError):
             self.close()  # Ends the sharing of all regions.
 
     def close(self) -> None:
         """Ends the session."""
-        self._socket.close()
-
-    def _reply(self) -> pb.SharedMemoryReply:
-        packet = self._socket.recv(_MAX_PACKET_BYTES)
-        if not packet:
-            raise ConnectionResetError("the server ended the session")
-        reply = pb.SharedMemoryReply.FromString(packet)
-        if reply.error:
-            raise LossError(f"shared memory: {reply.error}")
-        return reply
+        self.socket.close()
 
 
 class Places(NamedTuple):
@@ -221,68 +237,120 @@ def places(request: wire.Request) -> Places:
 
 
 class SharedMemory:
-    """The regions of one client, and its session with the server. A session that has ended is replaced."""
+    """The regions of one client, and its session with the server. A session that has ended is replaced.
+
+    Attributes:
+        takes_calls: whether the server took calls on the socket when a session last began; None before the first.
+    """
 
     def __init__(self, path: str) -> None:
         """Connects at the first region that is shared.
 
         Args:
-            path: of the socket on which the server takes regions.
+            path: of the server's gRPC socket.
         """
-        self._path = path
+        self._server_path, self._path = path, path + wire.MEMORY_SUFFIX
+        self._closed = False
+        self._paused_until = -math.inf
+        self._has_said_why = False
+        self.takes_calls: bool | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._session: Session | None = None
-        self._closed = False
         self.regions: MemoryPool[Region] = MemoryPool(lambda nbytes: Region(nbytes, self.regions))
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether the server seems to take shared memory; False for a while after it refused."""
+        return time.monotonic() >= self._paused_until and os.path.exists(self._path)
+
+    def pause(self, why: Exception) -> None:
+        """Does without shared memory for a while; says why, once."""
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+        if not self._has_said_why and not self._closed:
+            self._has_said_why = True
+            _log.warning("tensors go over gRPC, not through shared memory: %s", why)
+
+    def take(self, nbytes: int) -> Region:
+        """A region of at least ``nbytes`` bytes. After a fork, never one that is shared with the parent."""
+        if self._process != os.getpid():
+            inherited = self._session
+            self._begin()
+            if inherited is not None:
+                inherited.socket.drop()
+        return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
 
     def devices(self, timeout: float) -> frozenset[bytes]:
         """The UUIDs of the GPUs whose memory the server takes.
 
         Raises:
             ServerUnavailableError: no server takes shared memory there, or this was closed.
+            LossError: the server refuses the session.
         """
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
-            if self._session is None:
-                self._session = Session(self._path, timeout)
+            if self._session is None or self._session.socket.is_closed:
+                self._session = self._new_session(timeout)
             return self._session.devices
 
-    def share(self, region: Shared, timeout: float) -> bytes:
-        """Shares the region, unless the server already has it; returns the session's name.
+    def share(self, region: Shared, timeout: float) -> Session:
+        """Shares the region, unless the server already has it; returns the session.
 
         Raises:
             ServerUnavailableError: no server takes shared memory there, or this was closed.
             LossError: the server refuses the region.
         """
+        session = self._session
+        if session is not None and region.session is session and not session.socket.is_closed:
+            return session
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
             if self._session is not None:
                 try:
                     self._session.share(region)
-                    return self._session.name
+                    return self._session
                 except ServerUnavailableError:  # That server is gone; another one may have started.
                     self._end(self._session)
-            session = Session(self._path, timeout)
+            session = self._new_session(timeout)
             try:
                 session.share(region)
             except LossError:
                 session.close()
                 raise
+            if self._closed:
+                session.close()
             self._session = session
-            return session.name
+            return session
 
-    def forget(self) -> None:
-        """Drops the session, which the server no longer knows. The next call begins another."""
+    def _new_session(self, timeout: float) -> Session:
+        session = Session(self._path, timeout)
+        try:
+            check_same_server(session.socket.peer, self._server_path, timeout)
+        except OSError as error:
+            session.close()
+            raise ServerUnavailableError(f"{self._server_path}: {error.strerror or error}") from None
+        except BaseException:
+            session.close()
+            raise
+        self.takes_calls = session.takes_calls
+        return session
+
+    def forget(self, session: Session) -> None:
+        """Drops a session, which the server no longer knows. The next call begins another."""
         with self._lock:
-            if self._session is not None:
-                self._end(self._session)
+            self._end(session)
 
     def close(self) -> None:
         """Ends the session and frees the idle regions."""
         self._closed = True
-        self.forget()
+        session = self._session
+        if session is not None:
+            session.close()  # Without the lock: another thread may hold it while it waits for the server.
         self.regions.close()
 
     def _end(self, session: Session) -> None:

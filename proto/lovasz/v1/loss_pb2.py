@@ -14,19 +14,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lovasz/v1/loss.proto\x12\tlovasz.v1\"C\n\nTensorInfo\x12&\n\tdata_type\x18\x01 \x01(\x0e\x32\x13.lovasz.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\xd6\x01\n\rLovaszSoftmax\x12\x32\n\x0f\x63lass_selection\x18\x01 \x01(\x0e\x32\x19.lovasz.v1.ClassSelection\x12\x16\n\x0elisted_classes\x18\x02 \x03(\x05\x12\x15\n\rclass_weights\x18\x03 \x03(\x01\x12\x11\n\tper_image\x18\x04 \x01(\x08\x12\x19\n\x0cignore_index\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12#\n\x05input\x18\x06 \x01(\x0e\x32\x14.lovasz.v1.InputKindB\x0f\n\r_ignore_index\"`\n\x0bLovaszHinge\x12\x11\n\tper_image\x18\x01 \x01(\x08\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"j\n\x0c\x43rossEntropy\x12\x15\n\rclass_weights\x18\x01 \x03(\x01\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\x0flabel_smoothing\x18\x03 \x01(\x01\x42\x0f\n\r_ignore_index\"b\n\rLovaszSigmoid\x12\x11\n\tper_image\x18\x01 \x01(\x08\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"h\n\x12\x42inaryCrossEntropy\x12\x12\n\npos_weight\x18\x01 \x03(\x01\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"\xb7\x02\n\x04Term\x12\x13\n\x06weight\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x32\n\x0elovasz_softmax\x18\x02 \x01(\x0b\x32\x18.lovasz.v1.LovaszSoftmaxH\x00\x12.\n\x0clovasz_hinge\x18\x03 \x01(\x0b\x32\x16.lovasz.v1.LovaszHingeH\x00\x12\x30\n\rcross_entropy\x18\x04 \x01(\x0b\x32\x17.lovasz.v1.CrossEntropyH\x00\x12\x32\n\x0elovasz_sigmoid\x18\x05 \x01(\x0b\x32\x18.lovasz.v1.LovaszSigmoidH\x00\x12=\n\x14\x62inary_cross_entropy\x18\x06 \x01(\x0b\x32\x1d.lovasz.v1.BinaryCrossEntropyH\x00\x42\x06\n\x04lossB\t\n\x07_weight\"&\n\x04Loss\x12\x1e\n\x05terms\x18\x01 \x03(\x0b\x32\x0f.lovasz.v1.Term\"\x80\x02\n\rRequestHeader\x12\x1d\n\x04loss\x18\x01 \x01(\x0b\x32\x0f.lovasz.v1.Loss\x12%\n\x06logits\x18\x02 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12%\n\x06labels\x18\x03 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x11\n\twant_grad\x18\x04 \x01(\x08\x12\x30\n\x0eshared_tensors\x18\x05 \x01(\x0b\x32\x18.lovasz.v1.SharedTensors\x12\x1f\n\x05joint\x18\x06 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x0b\n\x03run\x18\x07 \x01(\t\x12\x0f\n\x07offsets\x18\x08 \x03(\x03\"\x84\x01\n\x05Joint\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12\x0c\n\x04\x63\x61ll\x18\x05 \x01(\x0c\x12\r\n\x05round\x18\x06 \x01(\x05\x12\x10\n\x08\x62locking\x18\x07 \x01(\x08\x12\x0f\n\x07process\x18\x08 \x01(\x0c\"s\n\rSharedTensors\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06region\x18\x02 \x01(\x03\x12\x15\n\rlogits_offset\x18\x03 \x01(\x03\x12\x15\n\rlabels_offset\x18\x04 \x01(\x03\x12\x13\n\x0bgrad_offset\x18\x05 \x01(\x03\"f\n\x13SharedMemoryRequest\x12\x0e\n\x06region\x18\x01 \x01(\x03\x12\x0f\n\x07release\x18\x02 \x01(\x08\x12.\n\rdevice_memory\x18\n \x01(\x0b\x32\x17.lovasz.v1.DeviceMemory\".\n\x0c\x44\x65viceMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x02 \x01(\x03\"D\n\x11SharedMemoryReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\n \x03(\x0c\"Z\n\x0e\x43omputeRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeader\x12\x0e\n\x06logits\x18\x02 \x01(\x0c\x12\x0e\n\x06labels\x18\x03 \x01(\x0c\"^\n\x14\x43omputeStreamRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"J\n\nTermResult\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x16\n\x0eper_class_loss\x18\x02 \x03(\x01\x12\x16\n\x0eper_image_loss\x18\x03 \x03(\x01\"\xa1\x01\n\x0cServerTiming\x12\x17\n\x0freceive_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x62\x61tch_requests\x18\x04 \x01(\x05\x12\x1a\n\x12joint_wait_seconds\x18\x05 \x01(\x01\x12\x14\n\x0c\x63opy_seconds\x18\x06 \x01(\x01\"\xda\x01\n\x0eResponseHeader\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12$\n\x05terms\x18\x02 \x03(\x0b\x32\x15.lovasz.v1.TermResult\x12\x14\n\x0cintersection\x18\x03 \x03(\x03\x12\r\n\x05union\x18\x04 \x03(\x03\x12#\n\x04grad\x18\x05 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x12\n\ngrad_scale\x18\x06 \x01(\x01\x12\'\n\x06timing\x18\x07 \x01(\x0b\x32\x17.lovasz.v1.ServerTiming\x12\r\n\x05ranks\x18\x08 \x01(\x05\"J\n\x0f\x43omputeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeader\x12\x0c\n\x04grad\x18\x02 \x01(\x0c\"`\n\x15\x43omputeStreamResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"V\n\x10\x41\x62ortStepRequest\x12\x1f\n\x05joint\x18\x01 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x11\n\twant_grad\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x13\n\x11\x41\x62ortStepResponse\"K\n\x0fLeaveRunRequest\x12\x1f\n\x05joint\x18\x01 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x17\n\x0f\x65valuation_step\x18\x02 \x01(\x03\"\x12\n\x10LeaveRunResponse\"\x16\n\x14GetServerInfoRequest\"K\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08hardware\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x10\n\x08starting\x18\x04 \x01(\x08\"\xaa\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\"\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x11.lovasz.v1.Device\x12\x0e\n\x06losses\x18\x03 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13memory_budget_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cmax_requests\x18\x06 \x01(\x05*\xbf\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x07*\x83\x01\n\x0e\x43lassSelection\x12\x1f\n\x1b\x43LASS_SELECTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43LASS_SELECTION_PRESENT\x10\x01\x12\x17\n\x13\x43LASS_SELECTION_ALL\x10\x02\x12\x1a\n\x16\x43LASS_SELECTION_LISTED\x10\x03*\\\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11INPUT_KIND_LOGITS\x10\x01\x12\x1c\n\x18INPUT_KIND_PROBABILITIES\x10\x02\x32\x88\x03\n\x0bLossService\x12@\n\x07\x43ompute\x12\x19.lovasz.v1.ComputeRequest\x1a\x1a.lovasz.v1.ComputeResponse\x12V\n\rComputeStream\x12\x1f.lovasz.v1.ComputeStreamRequest\x1a .lovasz.v1.ComputeStreamResponse(\x01\x30\x01\x12\x46\n\tAbortStep\x12\x1b.lovasz.v1.AbortStepRequest\x1a\x1c.lovasz.v1.AbortStepResponse\x12\x43\n\x08LeaveRun\x12\x1a.lovasz.v1.LeaveRunRequest\x1a\x1b.lovasz.v1.LeaveRunResponse\x12R\n\rGetServerInfo\x12\x1f.lovasz.v1.GetServerInfoRequest\x1a .lovasz.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lovasz/v1/loss.proto\x12\tlovasz.v1\"C\n\nTensorInfo\x12&\n\tdata_type\x18\x01 \x01(\x0e\x32\x13.lovasz.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\xd6\x01\n\rLovaszSoftmax\x12\x32\n\x0f\x63lass_selection\x18\x01 \x01(\x0e\x32\x19.lovasz.v1.ClassSelection\x12\x16\n\x0elisted_classes\x18\x02 \x03(\x05\x12\x15\n\rclass_weights\x18\x03 \x03(\x01\x12\x11\n\tper_image\x18\x04 \x01(\x08\x12\x19\n\x0cignore_index\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12#\n\x05input\x18\x06 \x01(\x0e\x32\x14.lovasz.v1.InputKindB\x0f\n\r_ignore_index\"`\n\x0bLovaszHinge\x12\x11\n\tper_image\x18\x01 \x01(\x08\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"j\n\x0c\x43rossEntropy\x12\x15\n\rclass_weights\x18\x01 \x03(\x01\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\x0flabel_smoothing\x18\x03 \x01(\x01\x42\x0f\n\r_ignore_index\"b\n\rLovaszSigmoid\x12\x11\n\tper_image\x18\x01 \x01(\x08\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"h\n\x12\x42inaryCrossEntropy\x12\x12\n\npos_weight\x18\x01 \x03(\x01\x12\x19\n\x0cignore_index\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nmultilabel\x18\x03 \x01(\x08\x42\x0f\n\r_ignore_index\"\xb7\x02\n\x04Term\x12\x13\n\x06weight\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x32\n\x0elovasz_softmax\x18\x02 \x01(\x0b\x32\x18.lovasz.v1.LovaszSoftmaxH\x00\x12.\n\x0clovasz_hinge\x18\x03 \x01(\x0b\x32\x16.lovasz.v1.LovaszHingeH\x00\x12\x30\n\rcross_entropy\x18\x04 \x01(\x0b\x32\x17.lovasz.v1.CrossEntropyH\x00\x12\x32\n\x0elovasz_sigmoid\x18\x05 \x01(\x0b\x32\x18.lovasz.v1.LovaszSigmoidH\x00\x12=\n\x14\x62inary_cross_entropy\x18\x06 \x01(\x0b\x32\x1d.lovasz.v1.BinaryCrossEntropyH\x00\x42\x06\n\x04lossB\t\n\x07_weight\"&\n\x04Loss\x12\x1e\n\x05terms\x18\x01 \x03(\x0b\x32\x0f.lovasz.v1.Term\"\x80\x02\n\rRequestHeader\x12\x1d\n\x04loss\x18\x01 \x01(\x0b\x32\x0f.lovasz.v1.Loss\x12%\n\x06logits\x18\x02 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12%\n\x06labels\x18\x03 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x11\n\twant_grad\x18\x04 \x01(\x08\x12\x30\n\x0eshared_tensors\x18\x05 \x01(\x0b\x32\x18.lovasz.v1.SharedTensors\x12\x1f\n\x05joint\x18\x06 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x0b\n\x03run\x18\x07 \x01(\t\x12\x0f\n\x07offsets\x18\x08 \x03(\x03\"\x84\x01\n\x05Joint\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12\x0c\n\x04\x63\x61ll\x18\x05 \x01(\x0c\x12\r\n\x05round\x18\x06 \x01(\x05\x12\x10\n\x08\x62locking\x18\x07 \x01(\x08\x12\x0f\n\x07process\x18\x08 \x01(\x0c\"s\n\rSharedTensors\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06region\x18\x02 \x01(\x03\x12\x15\n\rlogits_offset\x18\x03 \x01(\x03\x12\x15\n\rlabels_offset\x18\x04 \x01(\x03\x12\x13\n\x0bgrad_offset\x18\x05 \x01(\x03\"\xb0\x01\n\x13SharedMemoryRequest\x12\x0e\n\x06region\x18\x01 \x01(\x03\x12\x0f\n\x07release\x18\x02 \x01(\x08\x12+\n\x04\x63\x61ll\x18\x03 \x01(\x0b\x32\x1b.lovasz.v1.SharedMemoryCallH\x00\x12\x10\n\x06\x63\x61ncel\x18\x04 \x01(\x03H\x00\x12.\n\rdevice_memory\x18\x06 \x01(\x0b\x32\x17.lovasz.v1.DeviceMemoryB\t\n\x07message\".\n\x0c\x44\x65viceMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x02 \x01(\x03\"\xec\x01\n\x10SharedMemoryCall\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x06header\x18\x02 \x01(\x0b\x32\x18.lovasz.v1.RequestHeader\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12;\n\x08metadata\x18\x04 \x03(\x0b\x32).lovasz.v1.SharedMemoryCall.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x12\n\x10_timeout_seconds\"\x83\x01\n\x12SharedMemoryAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12+\n\x06header\x18\x02 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeaderH\x00\x12%\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.lovasz.v1.CallErrorH\x00\x42\t\n\x07outcome\"k\n\tCallError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12%\n\x18retry_after_milliseconds\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x1b\n\x19_retry_after_milliseconds\"\x88\x01\n\x11SharedMemoryReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x13\n\x0btakes_calls\x18\x03 \x01(\x08\x12-\n\x06\x61nswer\x18\x04 \x01(\x0b\x32\x1d.lovasz.v1.SharedMemoryAnswer\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\x0c\"Z\n\x0e\x43omputeRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeader\x12\x0e\n\x06logits\x18\x02 \x01(\x0c\x12\x0e\n\x06labels\x18\x03 \x01(\x0c\"^\n\x14\x43omputeStreamRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.lovasz.v1.RequestHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"J\n\nTermResult\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x16\n\x0eper_class_loss\x18\x02 \x03(\x01\x12\x16\n\x0eper_image_loss\x18\x03 \x03(\x01\"\xa1\x01\n\x0cServerTiming\x12\x17\n\x0freceive_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x62\x61tch_requests\x18\x04 \x01(\x05\x12\x1a\n\x12joint_wait_seconds\x18\x05 \x01(\x01\x12\x14\n\x0c\x63opy_seconds\x18\x06 \x01(\x01\"\xda\x01\n\x0eResponseHeader\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12$\n\x05terms\x18\x02 \x03(\x0b\x32\x15.lovasz.v1.TermResult\x12\x14\n\x0cintersection\x18\x03 \x03(\x03\x12\r\n\x05union\x18\x04 \x03(\x03\x12#\n\x04grad\x18\x05 \x01(\x0b\x32\x15.lovasz.v1.TensorInfo\x12\x12\n\ngrad_scale\x18\x06 \x01(\x01\x12\'\n\x06timing\x18\x07 \x01(\x0b\x32\x17.lovasz.v1.ServerTiming\x12\r\n\x05ranks\x18\x08 \x01(\x05\"J\n\x0f\x43omputeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeader\x12\x0c\n\x04grad\x18\x02 \x01(\x0c\"`\n\x15\x43omputeStreamResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.lovasz.v1.ResponseHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"V\n\x10\x41\x62ortStepRequest\x12\x1f\n\x05joint\x18\x01 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x11\n\twant_grad\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x13\n\x11\x41\x62ortStepResponse\"K\n\x0fLeaveRunRequest\x12\x1f\n\x05joint\x18\x01 \x01(\x0b\x32\x10.lovasz.v1.Joint\x12\x17\n\x0f\x65valuation_step\x18\x02 \x01(\x03\"\x12\n\x10LeaveRunResponse\"\x16\n\x14GetServerInfoRequest\"K\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08hardware\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x10\n\x08starting\x18\x04 \x01(\x08\"\xaa\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\"\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x11.lovasz.v1.Device\x12\x0e\n\x06losses\x18\x03 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13memory_budget_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cmax_requests\x18\x06 \x01(\x05*\xbf\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x07*\x83\x01\n\x0e\x43lassSelection\x12\x1f\n\x1b\x43LASS_SELECTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43LASS_SELECTION_PRESENT\x10\x01\x12\x17\n\x13\x43LASS_SELECTION_ALL\x10\x02\x12\x1a\n\x16\x43LASS_SELECTION_LISTED\x10\x03*\\\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11INPUT_KIND_LOGITS\x10\x01\x12\x1c\n\x18INPUT_KIND_PROBABILITIES\x10\x02\x32\x88\x03\n\x0bLossService\x12@\n\x07\x43ompute\x12\x19.lovasz.v1.ComputeRequest\x1a\x1a.lovasz.v1.ComputeResponse\x12V\n\rComputeStream\x12\x1f.lovasz.v1.ComputeStreamRequest\x1a .lovasz.v1.ComputeStreamResponse(\x01\x30\x01\x12\x46\n\tAbortStep\x12\x1b.lovasz.v1.AbortStepRequest\x1a\x1c.lovasz.v1.AbortStepResponse\x12\x43\n\x08LeaveRun\x12\x1a.lovasz.v1.LeaveRunRequest\x1a\x1b.lovasz.v1.LeaveRunResponse\x12R\n\rGetServerInfo\x12\x1f.lovasz.v1.GetServerInfoRequest\x1a .lovasz.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lovasz.v1.loss_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=3124
-  _globals['_DATATYPE']._serialized_end=3315
-  _globals['_CLASSSELECTION']._serialized_start=3318
-  _globals['_CLASSSELECTION']._serialized_end=3449
-  _globals['_INPUTKIND']._serialized_start=3451
-  _globals['_INPUTKIND']._serialized_end=3543
+  _globals['_SHAREDMEMORYCALL_METADATAENTRY']._loaded_options = None
+  _globals['_SHAREDMEMORYCALL_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_DATATYPE']._serialized_start=3750
+  _globals['_DATATYPE']._serialized_end=3941
+  _globals['_CLASSSELECTION']._serialized_start=3944
+  _globals['_CLASSSELECTION']._serialized_end=4075
+  _globals['_INPUTKIND']._serialized_start=4077
+  _globals['_INPUTKIND']._serialized_end=4169
   _globals['_TENSORINFO']._serialized_start=35
   _globals['_TENSORINFO']._serialized_end=102
   _globals['_LOVASZSOFTMAX']._serialized_start=105
@@ -49,40 +51,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINT']._serialized_end=1479
   _globals['_SHAREDTENSORS']._serialized_start=1481
   _globals['_SHAREDTENSORS']._serialized_end=1596
-  _globals['_SHAREDMEMORYREQUEST']._serialized_start=1598
-  _globals['_SHAREDMEMORYREQUEST']._serialized_end=1700
-  _globals['_DEVICEMEMORY']._serialized_start=1702
-  _globals['_DEVICEMEMORY']._serialized_end=1748
-  _globals['_SHAREDMEMORYREPLY']._serialized_start=1750
-  _globals['_SHAREDMEMORYREPLY']._serialized_end=1818
-  _globals['_COMPUTEREQUEST']._serialized_start=1820
-  _globals['_COMPUTEREQUEST']._serialized_end=1910
-  _globals['_COMPUTESTREAMREQUEST']._serialized_start=1912
-  _globals['_COMPUTESTREAMREQUEST']._serialized_end=2006
-  _globals['_TERMRESULT']._serialized_start=2008
-  _globals['_TERMRESULT']._serialized_end=2082
-  _globals['_SERVERTIMING']._serialized_start=2085
-  _globals['_SERVERTIMING']._serialized_end=2246
-  _globals['_RESPONSEHEADER']._serialized_start=2249
-  _globals['_RESPONSEHEADER']._serialized_end=2467
-  _globals['_COMPUTERESPONSE']._serialized_start=2469
-  _globals['_COMPUTERESPONSE']._serialized_end=2543
-  _globals['_COMPUTESTREAMRESPONSE']._serialized_start=2545
-  _globals['_COMPUTESTREAMRESPONSE']._serialized_end=2641
-  _globals['_ABORTSTEPREQUEST']._serialized_start=2643
-  _globals['_ABORTSTEPREQUEST']._serialized_end=2729
-  _globals['_ABORTSTEPRESPONSE']._serialized_start=2731
-  _globals['_ABORTSTEPRESPONSE']._serialized_end=2750
-  _globals['_LEAVERUNREQUEST']._serialized_start=2752
-  _globals['_LEAVERUNREQUEST']._serialized_end=2827
-  _globals['_LEAVERUNRESPONSE']._serialized_start=2829
-  _globals['_LEAVERUNRESPONSE']._serialized_end=2847
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2849
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2871
-  _globals['_DEVICE']._serialized_start=2873
-  _globals['_DEVICE']._serialized_end=2948
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2951
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=3121
-  _globals['_LOSSSERVICE']._serialized_start=3546
-  _globals['_LOSSSERVICE']._serialized_end=3938
+  _globals['_SHAREDMEMORYREQUEST']._serialized_start=1599
+  _globals['_SHAREDMEMORYREQUEST']._serialized_end=1775
+  _globals['_DEVICEMEMORY']._serialized_start=1777
+  _globals['_DEVICEMEMORY']._serialized_end=1823
+  _globals['_SHAREDMEMORYCALL']._serialized_start=1826
+  _globals['_SHAREDMEMORYCALL']._serialized_end=2062
+  _globals['_SHAREDMEMORYCALL_METADATAENTRY']._serialized_start=1995
+  _globals['_SHAREDMEMORYCALL_METADATAENTRY']._serialized_end=2042
+  _globals['_SHAREDMEMORYANSWER']._serialized_start=2065
+  _globals['_SHAREDMEMORYANSWER']._serialized_end=2196
+  _globals['_CALLERROR']._serialized_start=2198
+  _globals['_CALLERROR']._serialized_end=2305
+  _globals['_SHAREDMEMORYREPLY']._serialized_start=2308
+  _globals['_SHAREDMEMORYREPLY']._serialized_end=2444
+  _globals['_COMPUTEREQUEST']._serialized_start=2446
+  _globals['_COMPUTEREQUEST']._serialized_end=2536
+  _globals['_COMPUTESTREAMREQUEST']._serialized_start=2538
+  _globals['_COMPUTESTREAMREQUEST']._serialized_end=2632
+  _globals['_TERMRESULT']._serialized_start=2634
+  _globals['_TERMRESULT']._serialized_end=2708
+  _globals['_SERVERTIMING']._serialized_start=2711
+  _globals['_SERVERTIMING']._serialized_end=2872
+  _globals['_RESPONSEHEADER']._serialized_start=2875
+  _globals['_RESPONSEHEADER']._serialized_end=3093
+  _globals['_COMPUTERESPONSE']._serialized_start=3095
+  _globals['_COMPUTERESPONSE']._serialized_end=3169
+  _globals['_COMPUTESTREAMRESPONSE']._serialized_start=3171
+  _globals['_COMPUTESTREAMRESPONSE']._serialized_end=3267
+  _globals['_ABORTSTEPREQUEST']._serialized_start=3269
+  _globals['_ABORTSTEPREQUEST']._serialized_end=3355
+  _globals['_ABORTSTEPRESPONSE']._serialized_start=3357
+  _globals['_ABORTSTEPRESPONSE']._serialized_end=3376
+  _globals['_LEAVERUNREQUEST']._serialized_start=3378
+  _globals['_LEAVERUNREQUEST']._serialized_end=3453
+  _globals['_LEAVERUNRESPONSE']._serialized_start=3455
+  _globals['_LEAVERUNRESPONSE']._serialized_end=3473
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=3475
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=3497
+  _globals['_DEVICE']._serialized_start=3499
+  _globals['_DEVICE']._serialized_end=3574
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=3577
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=3747
+  _globals['_LOSSSERVICE']._serialized_start=4172
+  _globals['_LOSSSERVICE']._serialized_end=4564
 # @@protoc_insertion_point(module_scope)

@@ -186,14 +186,18 @@ class SharedTensors(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., region: _Optional[int] = ..., logits_offset: _Optional[int] = ..., labels_offset: _Optional[int] = ..., grad_offset: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryRequest(_message.Message):
-    __slots__ = ("region", "release", "device_memory")
+    __slots__ = ("region", "release", "call", "cancel", "device_memory")
     REGION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     region: int
     release: bool
+    call: SharedMemoryCall
+    cancel: int
     device_memory: DeviceMemory
-    def __init__(self, region: _Optional[int] = ..., release: bool = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
+    def __init__(self, region: _Optional[int] = ..., release: bool = ..., call: _Optional[_Union[SharedMemoryCall, _Mapping]] = ..., cancel: _Optional[int] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
 
 class DeviceMemory(_message.Message):
     __slots__ = ("device", "nbytes")
@@ -203,15 +207,58 @@ class DeviceMemory(_message.Message):
     nbytes: int
     def __init__(self, device: _Optional[bytes] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
+class SharedMemoryCall(_message.Message):
+    __slots__ = ("number", "header", "timeout_seconds", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    header: RequestHeader
+    timeout_seconds: float
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, number: _Optional[int] = ..., header: _Optional[_Union[RequestHeader, _Mapping]] = ..., timeout_seconds: _Optional[float] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class SharedMemoryAnswer(_message.Message):
+    __slots__ = ("number", "header", "error")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    header: ResponseHeader
+    error: CallError
+    def __init__(self, number: _Optional[int] = ..., header: _Optional[_Union[ResponseHeader, _Mapping]] = ..., error: _Optional[_Union[CallError, _Mapping]] = ...) -> None: ...
+
+class CallError(_message.Message):
+    __slots__ = ("code", "text", "retry_after_milliseconds")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    text: str
+    retry_after_milliseconds: int
+    def __init__(self, code: _Optional[str] = ..., text: _Optional[str] = ..., retry_after_milliseconds: _Optional[int] = ...) -> None: ...
+
 class SharedMemoryReply(_message.Message):
-    __slots__ = ("session", "error", "devices")
+    __slots__ = ("session", "error", "takes_calls", "answer", "devices")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    TAKES_CALLS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     error: str
+    takes_calls: bool
+    answer: SharedMemoryAnswer
     devices: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ..., devices: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ..., takes_calls: bool = ..., answer: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ..., devices: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ComputeRequest(_message.Message):
     __slots__ = ("header", "logits", "labels")

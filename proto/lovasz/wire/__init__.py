@@ -16,6 +16,7 @@ from lovasz.wire.joint import (
 )
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
 from lovasz.wire.messages import (
+    MAX_PACKET_BYTES,
     MAX_SOCKET_PATH_BYTES,
     MEMORY_SUFFIX,
     Request,
@@ -33,6 +34,7 @@ __all__ = [
     "MAX_CALL_BYTES",
     "MAX_FRAME_BYTES",
     "MAX_MESSAGE_BYTES",
+    "MAX_PACKET_BYTES",
     "MAX_RUN_CHARACTERS",
     "MAX_WORLD_SIZE",
     "KEEPALIVE_OPTIONS",

@@ -21,12 +21,18 @@ MAX_SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux."""
 MEMORY_SUFFIX = ".memory"
 """The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
+MAX_PACKET_BYTES = 64 << 10
+"""The longest packet on that socket."""
 
 MAX_HEADER_BYTES = 64 << 10
 """The longest header, beside what the options of its classes and its offsets take."""
 _OPTION_BYTES = 11
 """A class of a term: its weight, and its number in a list of classes."""
 _OFFSET_BYTES = 10
+_COUNT_BYTES = 10
+_LOSS_BYTES = 8
+_ANSWER_BYTES = 4096
+"""What is in an answer's header, at most, beside the numbers of classes and images."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,14 @@ class Request:
     def payload_bytes(self) -> int:
         """Bytes of logits and labels."""
         return self.logits.nbytes + self.labels.nbytes
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """The most bytes that the header of its answer has."""
+        channels, images = self.layout.channels, min(self.layout.scored_images, spec.MAX_IMAGE_LOSSES)
+        per_image = sum(isinstance(loss, spec.LovaszLoss) and loss.per_image for _, loss in self.loss.terms)
+        losses = len(self.loss.terms) * (channels + 2) + per_image * images
+        return _ANSWER_BYTES + losses * _LOSS_BYTES + 2 * channels * _COUNT_BYTES
 
     def to_proto(self) -> pb.RequestHeader:
         return pb.RequestHeader(

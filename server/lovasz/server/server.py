@@ -29,6 +29,7 @@ from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.server.transport.timed_calls import TimedCalls
 from lovasz.server.web.http_server import WebServer
 from lovasz.server.web.status_page import StatusPage
@@ -114,6 +115,9 @@ class Server:
         )
         reflection = Reflection((SERVICE_NAME, HEALTH_SERVICE_NAME), self._metrics) if config.reflection else None
         self._grpc.offer(servicer, self._health, reflection)
+        self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared)
+        for shared_memory in self._shared_memory:
+            shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
@@ -266,5 +270,6 @@ class Server:
         for housekeeper in self._housekeepers:
             housekeeper.stop()
         self._grpc.end_threads(wait=finished)
+        self._socket_threads.stop(wait=finished)
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished

@@ -18,7 +18,8 @@ from lovasz.device_memory.driver import DriverError
 from lovasz.device_memory.mapping import Mapping, create
 from lovasz.server.memory.device_staging import DeviceBytes, DeviceStaging
 from lovasz.server.memory.shared_devices import SharedDevices, shared_devices
-from lovasz.server.transport.shared_memory import SharedMemory, TensorBytes
+from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.server.transport.tensor_bytes import TensorBytes
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 

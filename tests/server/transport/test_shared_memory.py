@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.memory_caller import SEALS, TIMEOUT, MemoryCaller, memfd
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
@@ -27,10 +28,7 @@ from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 
-TIMEOUT = 30.0
-"""Seconds; nothing takes so long."""
 MEMFD = "lovasz-test"
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 LIBC, KEEP_SIZE = ctypes.CDLL(None, use_errno=True), 1
 MIB = 1 << 20
 
@@ -59,7 +57,18 @@ def serve(path: Path) -> SharedMemory:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "s"
+    return tmp_path / f"s{wire.MEMORY_SUFFIX}"
+
+
+@pytest.fixture
+def client(path: Path) -> Iterator[Client]:
+    """A client of the server at the path; what stands in for gRPC's socket is of this process, too."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path).removesuffix(wire.MEMORY_SUFFIX))
+        listener.listen()
+        client = Client(str(path).removesuffix(wire.MEMORY_SUFFIX))
+        yield client
+        client.close()
 
 
 @pytest.fixture
@@ -104,59 +113,11 @@ def mappings(name: str) -> int:
     return Path("/proc/self/maps").read_text(encoding="ascii").count(f"/memfd:{name} ")
 
 
-class Caller:
-    """A caller that says what it likes, without the client's care."""
-
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(TIMEOUT)
-        self._socket.connect(path)
-        self.hello = self.reply()
-
-    def reply(self) -> pb.SharedMemoryReply | None:
-        """The next answer; None if the server has ended the session."""
-        try:
-            packet = self._socket.recv(4096)
-        except ConnectionResetError:
-            return None
-        return pb.SharedMemoryReply.FromString(packet) if packet else None
-
-    def say(self, packet: bytes, *given: int) -> str | None:
-        """The error that it is answered with, empty if it was none; None if the server has ended the session."""
-        if given:
-            socket.send_fds(self._socket, [packet], list(given))
-        else:
-            self._socket.send(packet)
-        reply = self.reply()
-        return None if reply is None else reply.error
-
-    def share(self, region: int, *given: int) -> str | None:
-        return self.say(pb.SharedMemoryRequest(region=region).SerializeToString(), *given)
-
-    def release(self, region: int) -> str | None:
-        return self.say(pb.SharedMemoryRequest(region=region, release=True).SerializeToString())
-
-    def close(self) -> None:
-        self._socket.close()
-
-
 @pytest.fixture
-def caller(server: SharedMemory) -> Iterator[Caller]:
-    caller = Caller(server.path)
+def caller(server: SharedMemory) -> Iterator[MemoryCaller]:
+    caller = MemoryCaller(server.path)
     yield caller
     caller.close()
-
-
-@contextlib.contextmanager
-def memfd(nbytes: int = 4096, seals: int = SEALS) -> Iterator[int]:
-    descriptor = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        if nbytes:
-            os.posix_fallocate(descriptor, 0, nbytes)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 # --- What is shared -----------------------------------------------------------------------------------------------
@@ -203,13 +164,15 @@ def test_a_region_is_shared_once_and_found_until_it_is_taken_back(server: Shared
     assert server.nbytes == 0  # Regions that are closed are taken back.
 
 
-def test_to_take_back_what_is_not_shared_is_no_error(server: SharedMemory, caller: Caller) -> None:
+def test_to_take_back_what_is_not_shared_is_no_error(server: SharedMemory, caller: MemoryCaller) -> None:
     assert caller.release(5) == ""
     assert server.sessions == 1
 
 
 @pytest.mark.parametrize("number", [-(2**63), -1, 0, 1, 2**63 - 1])
-def test_a_region_has_the_number_that_its_caller_gives_it(server: SharedMemory, caller: Caller, number: int) -> None:
+def test_a_region_has_the_number_that_its_caller_gives_it(
+    server: SharedMemory, caller: MemoryCaller, number: int
+) -> None:
     assert caller.hello is not None
     with memfd() as descriptor:
         assert caller.share(number, descriptor) == ""
@@ -217,7 +180,7 @@ def test_a_region_has_the_number_that_its_caller_gives_it(server: SharedMemory, 
     assert caller.release(number) == ""
 
 
-def test_a_region_of_another_session_is_not_found(server: SharedMemory, session: Session, caller: Caller) -> None:
+def test_a_region_of_another_session_is_not_found(server: SharedMemory, session: Session, caller: MemoryCaller) -> None:
     assert caller.hello is not None
     assert caller.hello.session != session.name
     with region_of() as region:
@@ -267,7 +230,7 @@ def test_tensors_larger_than_any_region_are_refused(server: SharedMemory, sessio
 # --- What is refused ----------------------------------------------------------------------------------------------
 
 
-def refused(server: SharedMemory, caller: Caller, error: str | None, text: str) -> None:
+def refused(server: SharedMemory, caller: MemoryCaller, error: str | None, text: str) -> None:
     """That the caller is told why, that nothing is kept, and that the session goes on."""
     assert error is not None
     assert text in error
@@ -276,12 +239,12 @@ def refused(server: SharedMemory, caller: Caller, error: str | None, text: str) 
         assert caller.share(77, descriptor) == ""
 
 
-def test_no_descriptor(server: SharedMemory, caller: Caller) -> None:
+def test_no_descriptor(server: SharedMemory, caller: MemoryCaller) -> None:
     refused(server, caller, caller.share(1), "region: got 0 file descriptors beside it; expected 1")
 
 
 @pytest.mark.parametrize("count", [2, 8, 20])
-def test_several_descriptors(server: SharedMemory, caller: Caller, count: int) -> None:
+def test_several_descriptors(server: SharedMemory, caller: MemoryCaller, count: int) -> None:
     with memfd() as descriptor:
         error = caller.share(1, *[descriptor] * count)
         refused(server, caller, error, f"region: got {min(count, 8)} file descriptors")
@@ -289,7 +252,7 @@ def test_several_descriptors(server: SharedMemory, caller: Caller, count: int) -
     assert descriptors(MEMFD) == 0
 
 
-def test_a_regular_file(server: SharedMemory, caller: Caller, tmp_path: Path) -> None:
+def test_a_regular_file(server: SharedMemory, caller: MemoryCaller, tmp_path: Path) -> None:
     with (tmp_path / "file").open("w+b") as file:
         file.write(bytes(4096))
         file.flush()
@@ -297,7 +260,7 @@ def test_a_regular_file(server: SharedMemory, caller: Caller, tmp_path: Path) ->
     refused(server, caller, error, "region: got a file descriptor of another kind; expected a memfd")
 
 
-def test_a_socket(server: SharedMemory, caller: Caller) -> None:
+def test_a_socket(server: SharedMemory, caller: MemoryCaller) -> None:
     with socket.socket() as other:
         error = caller.share(1, other.fileno())
     refused(server, caller, error, "region: got a file descriptor of another kind; expected a memfd")
@@ -306,25 +269,25 @@ def test_a_socket(server: SharedMemory, caller: Caller) -> None:
 @pytest.mark.parametrize(
     "seals", [0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK], ids=["no seal", "may shrink", "may grow"]
 )
-def test_memory_that_can_change_its_size(server: SharedMemory, caller: Caller, seals: int) -> None:
+def test_memory_that_can_change_its_size(server: SharedMemory, caller: MemoryCaller, seals: int) -> None:
     with memfd(seals=seals) as descriptor:
         error = caller.share(1, descriptor)
     refused(server, caller, error, "region: got a memfd that can change its size; expected one sealed")
 
 
-def test_memory_that_cannot_be_written(server: SharedMemory, caller: Caller) -> None:
+def test_memory_that_cannot_be_written(server: SharedMemory, caller: MemoryCaller) -> None:
     with memfd(seals=SEALS | fcntl.F_SEAL_WRITE) as descriptor:
         error = caller.share(1, descriptor)
     refused(server, caller, error, "Operation not permitted")
 
 
-def test_memory_of_no_bytes(server: SharedMemory, caller: Caller) -> None:
+def test_memory_of_no_bytes(server: SharedMemory, caller: MemoryCaller) -> None:
     with memfd(0) as descriptor:
         error = caller.share(1, descriptor)
     refused(server, caller, error, "region: got an empty memfd; expected at least one byte")
 
 
-def test_a_number_that_is_in_use(server: SharedMemory, caller: Caller) -> None:
+def test_a_number_that_is_in_use(server: SharedMemory, caller: MemoryCaller) -> None:
     assert caller.hello is not None
     with memfd(4096) as one, memfd(8192) as other:
         assert caller.share(1, one) == ""
@@ -334,7 +297,7 @@ def test_a_number_that_is_in_use(server: SharedMemory, caller: Caller) -> None:
 
 
 @pytest.mark.parametrize("packet", [b"\xff", b"\x08", b"\xff" * 1024, b"\xff" * 5000], ids=len)
-def test_a_packet_that_is_no_message(server: SharedMemory, caller: Caller, packet: bytes) -> None:
+def test_a_packet_that_is_no_message(server: SharedMemory, caller: MemoryCaller, packet: bytes) -> None:
     with memfd() as descriptor:
         refused(server, caller, caller.say(packet, descriptor), "")
     assert caller.release(77) == ""
@@ -379,7 +342,7 @@ def test_more_sessions_than_a_user_may_have(server: SharedMemory, monkeypatch: p
     assert eventually(lambda: server.sessions == 0)
 
 
-def test_memory_beyond_its_end_does_not_make_up_for_holes(server: SharedMemory, caller: Caller) -> None:
+def test_memory_beyond_its_end_does_not_make_up_for_holes(server: SharedMemory, caller: MemoryCaller) -> None:
     """KEEP_SIZE allocates pages that no mapping reaches."""
     with memfd(8192, seals=0) as descriptor:
         assert LIBC.fallocate(descriptor, KEEP_SIZE, ctypes.c_long(8192), ctypes.c_long(4 * MIB)) == 0
@@ -391,7 +354,7 @@ def test_memory_beyond_its_end_does_not_make_up_for_holes(server: SharedMemory, 
 # --- What is left -------------------------------------------------------------------------------------------------
 
 
-def test_of_a_session_that_has_ended_nothing_is_left(server: SharedMemory, caller: Caller) -> None:
+def test_of_a_session_that_has_ended_nothing_is_left(server: SharedMemory, caller: MemoryCaller) -> None:
     assert caller.hello is not None
     for number in range(1, 6):
         with memfd() as descriptor:
@@ -405,7 +368,7 @@ def test_of_a_session_that_has_ended_nothing_is_left(server: SharedMemory, calle
         server.tensors(request(caller.hello.session, 1))
 
 
-def test_what_a_request_uses_stays_until_it_is_done(server: SharedMemory, caller: Caller) -> None:
+def test_what_a_request_uses_stays_until_it_is_done(server: SharedMemory, caller: MemoryCaller) -> None:
     assert caller.hello is not None
     with memfd() as descriptor:
         os.pwrite(descriptor, b"x" * 4096, 0)
@@ -421,7 +384,7 @@ def test_what_a_request_uses_stays_until_it_is_done(server: SharedMemory, caller
     assert (descriptors(MEMFD), mappings(MEMFD)) == (0, 0)
 
 
-def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: Caller) -> None:
+def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: MemoryCaller) -> None:
     for _ in range(3):
         with memfd() as descriptor:
             assert caller.share(1, descriptor) == ""
@@ -510,27 +473,27 @@ def test_the_socket_of_a_server_that_was_killed_is_replaced(path: Path) -> None:
     server.stop()
 
 
-def test_a_client_begins_a_new_session_when_its_server_was_started_again(path: Path) -> None:
-    server, client = serve(path), Client(str(path))
-    region = client.regions.take(4096)
-    name = client.share(region, TIMEOUT)
-    assert client.share(region, TIMEOUT) == name
+def test_a_client_begins_a_new_session_when_its_server_was_started_again(path: Path, client: Client) -> None:
+    server = serve(path)
+    region = client.take(4096)
+    session = client.share(region, TIMEOUT)
+    assert client.share(region, TIMEOUT) is session
     server.stop()
     server = serve(path)
     with pytest.raises(SessionLostError):
-        server.tensors(request(name, region.number))
-    client.forget()
+        server.tensors(request(session.name, region.number))
+    client.forget(session)
     renamed = client.share(region, TIMEOUT)
-    assert renamed != name
-    assert server.tensors(request(renamed, region.number))
+    assert renamed.name != session.name
+    assert server.tensors(request(renamed.name, region.number))
     client.regions.give(region)
     client.close()
     assert eventually(lambda: server.sessions == 0)
     server.stop()
 
 
-def test_a_client_whose_server_went_away_unnoticed_can_try_again(path: Path) -> None:
-    server, client = serve(path), Client(str(path))
+def test_a_client_whose_server_went_away_unnoticed_can_try_again(path: Path, client: Client) -> None:
+    server = serve(path)
     one, other = Region(4096), Region(4096)
     client.share(one, TIMEOUT)
     server.stop()

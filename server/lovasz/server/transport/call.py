@@ -37,9 +37,10 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
 from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.sending import SendWatch
-from lovasz.server.transport.status import FAULT, STATUS, Status, status_of
+from lovasz.server.transport.status import FAULT, FAULT_TEXT, STATUS, Status, status_of
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -74,9 +75,7 @@ class Pipeline:
 class Call:
     """One call, from its header to its last byte. At the end of its ``with``, it gives back all that it holds."""
 
-    def __init__(
-        self, pipeline: Pipeline, method: str, context: grpc.ServicerContext, *, loss: str = "unknown"
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, method: str, context: Carrier, *, loss: str = "unknown") -> None:
         """Begins the call.
 
         Args:
@@ -308,9 +307,9 @@ class Call:
         if status is FAULT:
             self._pipeline.metrics.faults.inc()
             _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
-            text = "the server failed on this request; its log says why"
+            text = FAULT_TEXT
         if isinstance(error, ServerError) and error.retry_after_seconds is not None:
             # gRPC's own retries wait for this long; if it is negative, they do not try again.
             milliseconds = str(round(error.retry_after_seconds * 1000))
-            self._context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
+            self._context.set_trailing_metadata(((PUSHBACK_KEY, milliseconds),))
         self._context.abort(status.code, text)

@@ -13,7 +13,8 @@ from lovasz.server.errors import SessionLostError
 from lovasz.server.memory.device_staging import DeviceBytes, DeviceStaging
 from lovasz.server.memory.staging import Staging
 from lovasz.server.schedule.job import Answer
-from lovasz.server.transport.shared_memory import SharedMemory, TensorBytes
+from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.server.transport.tensor_bytes import TensorBytes
 from lovasz.spec import InvalidInput
 from lovasz.wire import framing
 from lovasz.wire.framing import Bytes

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import grpc
-
 from lovasz.server.observe.metrics import Metrics
+from lovasz.server.transport.carrier import Carrier
 
 MOST_UNSENT_BYTES = 64 << 20
 """Answers of one message that gRPC may hold beside the memory budget. Beyond that they keep what they have reserved."""
@@ -52,7 +51,7 @@ class SendWatch:
             with self._lock:
                 self._answers.discard(answer)
 
-    def hand_over(self, nbytes: int, context: grpc.ServicerContext, give_back: Callable[[], None]) -> None:
+    def hand_over(self, nbytes: int, context: Carrier, give_back: Callable[[], None]) -> None:
         """An answer of one message goes to gRPC, which takes it at once, and whose transport waits for its caller.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lovasz.server.device.hardware import hardware_name
 from lovasz.server.errors import ServerError
 from lovasz.server.transport import payload
 from lovasz.server.transport.call import Call, Pipeline
+from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.messages import Undecodable, decoded_stream, or_undecodable
 from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.server.transport.sending import SendWatch
@@ -28,6 +30,9 @@ from lovasz.version import VERSION
 from lovasz.wire import framing
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
+
+SHARED_MEMORY = "SharedMemory"
+"""What metrics and log call the method of calls over the socket of shared memory."""
 
 _SUMS = ("cross_entropy+lovasz_softmax", "binary_cross_entropy+lovasz_hinge", "binary_cross_entropy+lovasz_sigmoid")
 _LOSSES = (*LOSS_KINDS, *_SUMS, "unknown")
@@ -55,7 +60,7 @@ class LossServicer:
 
     def __post_init__(self) -> None:
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
-        kinds = [*itertools.product(("Compute", "ComputeStream"), _LOSSES), *_WITHOUT_LOSS]
+        kinds = [*itertools.product(("Compute", "ComputeStream", SHARED_MEMORY), _LOSSES), *_WITHOUT_LOSS]
         for (method, loss), code in itertools.product(kinds, CODES):
             self.pipeline.metrics.requests.labels(method, loss, code.name)
 
@@ -116,22 +121,41 @@ class LossServicer:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("ComputeRequest")
-            header = call.read_header(request.header)
-            answer = call.compute(
-                header,
-                lambda staging: payload.receive(staging, header, request, self.shared_memory),
-                on_device=payload.is_on_device(header, self.shared_memory),
-            )
-            if header.shared is None:
-                grad = payload.grad_bytes(answer)
-            else:
-                place = payload.shared_tensors(header, self.shared_memory).grad
-                payload.write(place, answer, self.engine.device)
-                grad = memoryview(b"")
             # Encoded here, as the gradient's memory is given back with the call.
-            encoded = framing.UnaryResponse(call.response_header(header, answer), grad).encode()
+            encoded = self._answer(call, request).encode()
             call.hand_over(len(encoded), self.sending)
             return encoded
+
+    def compute_shared(self, header: pb.RequestHeader, carrier: Carrier) -> pb.ResponseHeader:
+        """Computes a request that comes over the socket of shared memory."""
+        with Call(self.pipeline, SHARED_MEMORY, carrier) as call:
+            call.enter()
+            if not header.HasField("shared_tensors"):
+                raise InvalidInput("shared_tensors", "got none; expected where the tensors are in shared memory")
+            return self._answer(call, framing.UnaryRequest(header, b"", b""), wire.MAX_PACKET_BYTES).header
+
+    def _answer(
+        self, call: Call, request: framing.UnaryRequest, max_header_bytes: float = math.inf
+    ) -> framing.UnaryResponse:
+        header = call.read_header(request.header)
+        if header.max_answer_bytes > max_header_bytes:
+            raise InvalidInput(
+                "header",
+                f"the header of its answer may have {header.max_answer_bytes} bytes; expected at most "
+                f"{max_header_bytes:.0f} on the socket of shared memory: make this call with Compute",
+            )
+        answer = call.compute(
+            header,
+            lambda staging: payload.receive(staging, header, request, self.shared_memory),
+            on_device=payload.is_on_device(header, self.shared_memory),
+        )
+        if header.shared is None:
+            grad = payload.grad_bytes(answer)
+        else:
+            place = payload.shared_tensors(header, self.shared_memory).grad
+            payload.write(place, answer, self.engine.device)
+            grad = memoryview(b"")
+        return framing.UnaryResponse(call.response_header(header, answer), grad)
 
     def compute_stream(
         self, messages: Iterator[pb.ComputeStreamRequest | memoryview | Undecodable], context: grpc.ServicerContext

@@ -1,13 +1,14 @@
-"""The Unix socket on which processes on this host share memory with the server, and the regions that they share.
+"""The Unix socket on which processes on this host share memory with the server, and ask for losses of tensors in it.
 
-A session is a connection. When it ends, its regions are released, except those that a request still uses: these live
-until that request is done. If a process is killed, the kernel closes its connection.
+A session is a connection. When it ends, so do its calls, and its regions are released, except those that a request
+still uses: these live until that request is done. If a process is killed, the kernel closes its connection.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import resource
 import secrets
 import selectors
@@ -15,19 +16,20 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from lovasz import wire
+from lovasz.server.config import UNIX
 from lovasz.server.errors import SessionLostError
-from lovasz.server.memory.device_staging import DeviceBytes
 from lovasz.server.memory.shared_devices import SharedDevices
 from lovasz.server.transport.device_region import DeviceRegion
 from lovasz.server.transport.regions import Closer, Region
+from lovasz.server.transport.socket_calls import LAST_ANSWERS_SECONDS, SessionCalls, SocketThreads
 from lovasz.server.transport.socket_file import Place, SocketFile
+from lovasz.server.transport.tensor_bytes import TensorBytes
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -43,16 +45,22 @@ FIRST_REGION_SECONDS = 10.0
 _DESCRIPTORS_SHARE = 8
 """All regions together may take a quarter of the file descriptors that the process may have: each takes two."""
 
-_MAX_PACKET_BYTES = 1024
 _SESSION_BYTES = 16
+_UNREAD_BYTES = 1 << 20
+"""Answers that a caller may leave unread, if the system's limit (net.core.wmem_max) is not lower."""
 _BACKLOG = 64
+_LOOK_SECONDS = 0.005
 _CHECK_SECONDS = 1.0
 """How often the thread looks whether the socket's file is still there, and who is silent."""
 
 
 @dataclass
 class _Session:
-    """A process that is connected, since when (``time.monotonic``), and whether it has ever shared a region."""
+    """A process that is connected, since when (``time.monotonic``), and whether it has ever shared a region.
+
+    Attributes:
+        calls: its calls in flight; None if the socket takes none.
+    """
 
     connection: socket.socket
     name: bytes
@@ -60,14 +68,28 @@ class _Session:
     since: float = field(default_factory=time.monotonic)
     has_shared: bool = False
     regions: dict[int, Region | DeviceRegion] = field(default_factory=dict)
+    calls: SessionCalls | None = None
+    _sending: threading.Lock = field(default_factory=threading.Lock)
 
+    def send(self, reply: pb.SharedMemoryReply) -> None:
+        """Sends a packet. If the caller is gone, or reads so slowly that the socket is full, the session ends."""
+        packet = reply.SerializeToString()
+        with self._sending:
+            try:
+                self.connection.send(packet)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.connection.shutdown(socket.SHUT_RDWR)  # So that the thread sees its end.
 
-class TensorBytes(NamedTuple):
-    """The tensors of one request in shared memory; ``grad`` is the room for the gradient, empty if none is wanted."""
+    def reply(self, error: str = "", devices: Sequence[bytes] = ()) -> None:
+        """Answers a packet about a region, or greets."""
+        takes_calls = self.calls is not None
+        self.send(pb.SharedMemoryReply(session=self.name, error=error, takes_calls=takes_calls, devices=devices))
 
-    logits: memoryview | DeviceBytes
-    labels: memoryview | DeviceBytes
-    grad: memoryview | DeviceBytes
+    def close(self) -> None:
+        """Closes the connection; other threads may be about to send."""
+        with self._sending:
+            self.connection.close()
 
 
 class SharedMemory:
@@ -91,6 +113,9 @@ class SharedMemory:
         self._closer = Closer()
         self._lock = threading.Lock()
         self._sessions: dict[bytes, _Session] = {}
+        self._call_threads: SocketThreads | None = None
+        self._due = math.inf
+        """When a call's deadline passes, or before (``time.monotonic``)."""
         self._max_all_regions = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
         self._thread = threading.Thread(target=self._serve, name="shared-memory", daemon=True)
 
@@ -113,6 +138,10 @@ class SharedMemory:
         with self._lock:
             return [region for session in self._sessions.values() for region in session.regions.values()]
 
+    def offer(self, threads: SocketThreads) -> None:
+        """Takes calls on the socket, too; comes before :meth:`start`."""
+        self._call_threads = threads
+
     def start(self) -> None:
         """Listens on the socket.
 
@@ -128,9 +157,12 @@ class SharedMemory:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends all sessions and removes the socket."""
+        """Ends all sessions and removes the socket. Calls that are about to be answered have a moment left."""
         if not self._thread.is_alive():
             return
+        until = time.monotonic() + LAST_ANSWERS_SECONDS
+        while time.monotonic() < until and any(session.calls for session in list(self._sessions.values())):
+            time.sleep(_LOOK_SECONDS)
         self._waker.close()
         self._thread.join()
         self._selector.close()
@@ -142,11 +174,7 @@ class SharedMemory:
 
     def is_on_device(self, request: wire.Request) -> bool:
         """Whether the tensors of a request are in device memory; False if there is no such region."""
-        shared = request.shared
-        assert shared is not None
-        with self._lock:
-            session = self._sessions.get(shared.session)
-            return session is not None and isinstance(session.regions.get(shared.region), DeviceRegion)
+        return isinstance(self._found(request)[1], DeviceRegion)
 
     def tensors(self, request: wire.Request) -> TensorBytes:
         """Where the tensors of a request are.
@@ -155,23 +183,17 @@ class SharedMemory:
             SessionLostError: there is no such session; its caller can begin another.
             InvalidInput: there is no such region, or a tensor is not inside it.
         """
+        session, region = self._found(request)
+        if session is None:
+            raise SessionLostError("the session of the shared memory has ended, or belongs to another server")
+        return TensorBytes.of(request, region)
+
+    def _found(self, request: wire.Request) -> tuple[_Session | None, Region | DeviceRegion | None]:
         shared = request.shared
         assert shared is not None
         with self._lock:
             session = self._sessions.get(shared.session)
-            region = session.regions.get(shared.region) if session is not None else None
-        if session is None:
-            raise SessionLostError("the session of the shared memory has ended, or belongs to another server")
-        if region is None:
-            raise InvalidInput(
-                "shared_tensors.region", f"got {shared.region}; expected the number of a region that is shared"
-            )
-        region.check_allocated()
-        return TensorBytes(
-            logits=region.part("logits", shared.logits_offset, request.logits.nbytes),
-            labels=region.part("labels", shared.labels_offset, request.labels.nbytes),
-            grad=region.part("grad", shared.grad_offset, request.grad_bytes),
-        )
+            return session, None if session is None else session.regions.get(shared.region)
 
     def _open(self) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -204,11 +226,14 @@ class SharedMemory:
     def _serve(self) -> None:
         checked = time.monotonic()
         while True:
-            ready = self._selector.select(_CHECK_SECONDS)
-            if time.monotonic() >= checked + _CHECK_SECONDS:
-                checked = time.monotonic()
+            now = time.monotonic()
+            if now >= self._due:
+                self._expire(now)
+            if now >= checked + _CHECK_SECONDS:
+                checked = now
                 self._check_file()
                 self._end_silent()
+            ready = self._selector.select(min(_CHECK_SECONDS, self._due - now))
             for key, _ in ready:
                 if key.fileobj is self._wake:
                     return
@@ -232,45 +257,67 @@ class SharedMemory:
             self._listen(False)
             return
         connection.setblocking(False)
-        session = _Session(connection, secrets.token_bytes(_SESSION_BYTES), _user_of(connection))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
+        process, user = _peer_of(connection)
+        session = _Session(connection, secrets.token_bytes(_SESSION_BYTES), user)
+        if self._call_threads is not None:
+            session.calls = SessionCalls(self._call_threads, f"{UNIX}uid={user},pid={process}", session.send)
         of_user = sum(other.user == session.user for other in self._sessions.values())
         for count, most, of_whom in (
             (len(self._sessions), MAX_SESSIONS, ""),
             (of_user, MAX_SESSIONS_OF_USER, " of one user"),
         ):
             if count >= most:
-                _reply(session, error=f"{count} processes{of_whom} share memory with this server, as many as may")
-                connection.close()
+                session.reply(f"{count} processes{of_whom} share memory with this server, as many as may")
+                session.close()
                 return
         with self._lock:
             self._sessions[session.name] = session
         self._selector.register(connection, selectors.EVENT_READ, session)
-        if not _reply(session, devices=() if self._devices is None else self._devices.uuids):
-            self._end(session)
+        session.reply(devices=() if self._devices is None else self._devices.uuids)
 
     def _receive(self, session: _Session) -> None:
         try:
-            packet, descriptors, _, _ = socket.recv_fds(
-                session.connection, _MAX_PACKET_BYTES, 8, socket.MSG_CMSG_CLOEXEC
+            packet, descriptors, flags, _ = socket.recv_fds(
+                session.connection, wire.MAX_PACKET_BYTES, 8, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return
         except ConnectionError:
-            packet, descriptors = b"", []
+            packet, descriptors, flags = b"", [], 0
         try:
             if not packet and not descriptors:  # An empty packet with a descriptor is region number 0.
                 self._end(session)
                 return
             error = ""
             try:
-                self._carry_out(session, pb.SharedMemoryRequest.FromString(packet), descriptors)
+                if flags & socket.MSG_TRUNC:
+                    raise InvalidInput("packet", f"got a longer one; expected at most {wire.MAX_PACKET_BYTES} bytes")
+                request = pb.SharedMemoryRequest.FromString(packet)
+                kind = request.WhichOneof("message")
+                if kind is not None and session.calls is not None:
+                    self._call(session.calls, request)
+                    return
+                self._carry_out(session, request, descriptors)
             except (InvalidInput, OSError, DecodeError) as problem:
                 error = str(problem)
-            if not _reply(session, error):
-                self._end(session)
+            session.reply(error)
         finally:
             for descriptor in descriptors:
                 self._closer.close(descriptor)
+
+    def _call(self, calls: SessionCalls, request: pb.SharedMemoryRequest) -> None:
+        if request.HasField("cancel"):
+            calls.cancel(request.cancel)
+            return
+        due = calls.begin(request.call)
+        if due is not None:
+            self._due = min(self._due, due)
+
+    def _expire(self, now: float) -> None:
+        """Ends the calls whose deadlines have passed, and finds the next deadline."""
+        every = [session.calls for session in self._sessions.values() if session.calls is not None]
+        self._due = min((due for due in (calls.expire(now) for calls in every) if due is not None), default=math.inf)
 
     def _carry_out(self, session: _Session, request: pb.SharedMemoryRequest, descriptors: list[int]) -> None:
         if request.release:
@@ -298,10 +345,7 @@ class SharedMemory:
     def _region(self, request: pb.SharedMemoryRequest, descriptor: int) -> Region | DeviceRegion:
         if not request.HasField("device_memory"):
             return Region(descriptor, self._max_region_bytes)
-        memory = request.device_memory
-        if self._devices is None:
-            raise InvalidInput("region", "got device memory; expected a memfd, as this server takes nothing else")
-        return DeviceRegion(self._devices.load(descriptor, memory.device, memory.nbytes, self._max_region_bytes))
+        return DeviceRegion.imported(request.device_memory, descriptor, self._devices, self._max_region_bytes)
 
     def _end_silent(self) -> None:
         """Ends the sessions that have not shared anything in time: there is room for so many only."""
@@ -315,7 +359,9 @@ class SharedMemory:
         if session.connection.fileno() >= 0:
             with contextlib.suppress(KeyError, RuntimeError):  # Not registered, or the selector is closed.
                 self._selector.unregister(session.connection)
-            session.connection.close()
+            session.close()
+        if session.calls is not None:
+            session.calls.cancel_all()
         session.regions.clear()
         if threading.current_thread() is self._thread:
             self._listen(True)
@@ -329,17 +375,8 @@ class SharedMemory:
         self._listening = listen
 
 
-def _user_of(connection: socket.socket) -> int:
-    """The user id of the process at the other end."""
+def _peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process id and the user id at the other end."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
-
-
-def _reply(session: _Session, error: str = "", devices: Iterable[bytes] = ()) -> bool:
-    """Sends the answer to a packet; False if the caller is gone, or does not read answers."""
-    reply = pb.SharedMemoryReply(session=session.name, error=error, devices=devices)
-    try:
-        session.connection.send(reply.SerializeToString())
-    except OSError:
-        return False
-    return True
+    process, user, _ = struct.unpack("3i", credentials)
+    return process, user

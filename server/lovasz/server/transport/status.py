@@ -62,6 +62,8 @@ STATUS: dict[type[BaseException], Status] = {
 FAULT = Status(grpc.StatusCode.INTERNAL)
 """Any other error is a fault of the server: the log has its trace, and the caller is told no details."""
 
+FAULT_TEXT = "the server failed on this request; its log says why"
+
 CODES = (grpc.StatusCode.OK, *dict.fromkeys(status.code for status in (*STATUS.values(), FAULT)))
 """Every code that a call can end with, each once."""
 

@@ -11,16 +11,19 @@ from typing import Any
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
+from lovasz.server.transport.carrier import PUSHBACK_KEY
 
+TOO_MANY_CALLS = "too many calls at a time"
+RETRY_MILLISECONDS = "1000"
+"""How long a caller that is refused is told to wait."""
 _REFUSING_THREADS = 2
-_RETRY_MILLISECONDS = "1000"
 
 
 class CallThreads(ThreadPoolExecutor):
     """Threads for so many calls. gRPC's own limit would count the calls of the health service, too."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__(most, thread_name_prefix="call")
+    def __init__(self, most: int, name: str = "call") -> None:
+        super().__init__(most, thread_name_prefix=name)
         self._most = most
         self._count_lock = threading.Lock()
         self._open = 0
@@ -55,9 +58,9 @@ class LimitedHandler(grpc.GenericRpcHandler):
         self._log = Sparingly(logging.getLogger(__name__))
 
         def refuse(_: object, context: grpc.ServicerContext) -> None:
-            self._log.warning("too many calls at a time", peer=context.peer())
-            context.set_trailing_metadata((("grpc-retry-pushback-ms", _RETRY_MILLISECONDS),))
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at a time (--max-requests)")
+            self._log.warning(TOO_MANY_CALLS, peer=context.peer())
+            context.set_trailing_metadata(((PUSHBACK_KEY, RETRY_MILLISECONDS),))
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{TOO_MANY_CALLS} (--max-requests)")
 
         refuse.experimental_thread_pool = self._refusing  # type: ignore[attr-defined]
         self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(refuse)

@@ -1,0 +1,215 @@
+"""The calls that come over the socket of shared memory: what carries them, and the threads that serve them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+import grpc
+
+from lovasz.server.observe.logs import Sparingly
+from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
+from lovasz.server.transport.status import FAULT_TEXT
+from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS, CallThreads
+from lovasz.v1 import loss_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+Compute = Callable[[pb.RequestHeader, Carrier], pb.ResponseHeader]
+"""Computes a request, and writes its gradient to its region."""
+
+LAST_ANSWERS_SECONDS = 1.0
+"""How long answers may take to leave when the server stops."""
+
+
+class _Aborted(Exception):
+    """The call ends with an error."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(code, text)
+        self.code, self.text = code, text
+
+
+class SocketCall:
+    """One call: a :class:`Carrier`.
+
+    Attributes:
+        due: its deadline (``time.monotonic``); None: none.
+    """
+
+    def __init__(self, calls: SessionCalls, message: pb.SharedMemoryCall) -> None:
+        self._calls, self._message = calls, message
+        self.due: float | None = None
+        if message.HasField("timeout_seconds"):
+            seconds = message.timeout_seconds
+            self.due = time.monotonic() + (seconds if seconds > 0 else 0.0)  # NaN counts as 0.
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] | None = []
+        """None once it has ended."""
+        self._is_heard = True
+        """Whether its caller waits for an answer."""
+        self._retry_after: str | None = None
+
+    def serve(self, compute: Compute) -> None:
+        """Computes it and sends its answer."""
+        answer = pb.SharedMemoryAnswer(number=self._message.number)
+        try:
+            answer.header.CopyFrom(compute(self._message.header, self))
+        except _Aborted as error:
+            answer.error.code, answer.error.text = error.code.name, error.text
+            if self._retry_after is not None:
+                answer.error.retry_after_milliseconds = int(self._retry_after)
+        except Exception:  # Outside the service, which ends its own faults with an error.
+            _log.exception("a fault of a call over the socket of shared memory")
+            answer.error.code, answer.error.text = grpc.StatusCode.INTERNAL.name, FAULT_TEXT
+        self._calls.end(answer, is_heard=self._is_heard)
+
+    def peer(self) -> str:
+        return self._calls.peer
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        return self._message.metadata.items()
+
+    def time_remaining(self) -> float | None:
+        return None if self.due is None else self.due - time.monotonic()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def is_active(self) -> bool:
+        return self._callbacks is not None
+
+    def cancel(self) -> None:
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, None
+        for callback in callbacks or ():
+            callback()
+
+    def abandon(self) -> None:
+        """Its caller does not wait any more."""
+        self._is_heard = False
+        self.cancel()
+
+    def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...]) -> None:
+        self._retry_after = dict(trailing_metadata).get(PUSHBACK_KEY)
+
+    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        raise _Aborted(code, details)
+
+
+class SessionCalls:
+    """The calls in flight of one connection.
+
+    Attributes:
+        peer: the process at its other end.
+    """
+
+    def __init__(self, threads: SocketThreads, peer: str, send: Callable[[pb.SharedMemoryReply], None]) -> None:
+        """None yet.
+
+        Args:
+            send: sends a packet to the caller, at once or never.
+        """
+        self.peer = peer
+        self._threads, self._send = threads, send
+        self._lock = threading.Lock()
+        self._open: dict[int, SocketCall] = {}
+        self._leaving = 0
+        """Answers that are being sent."""
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._open) + self._leaving
+
+    def begin(self, message: pb.SharedMemoryCall) -> float | None:
+        """Starts a call in a thread, or refuses it.
+
+        Returns:
+            Its deadline (``time.monotonic``); None: none.
+        """
+        number, refusal = message.number, None
+        call = SocketCall(self, message)
+        with self._lock:
+            if number in self._open:
+                text = f"call.number: got {number}, which is in flight; expected another number"
+                refusal = pb.CallError(code=grpc.StatusCode.INVALID_ARGUMENT.name, text=text)
+            elif len(self._open) >= self._threads.most or not self._threads.start(call):
+                self._threads.log.warning(TOO_MANY_CALLS, peer=self.peer)
+                refusal = pb.CallError(
+                    code=grpc.StatusCode.RESOURCE_EXHAUSTED.name,
+                    text=f"{TOO_MANY_CALLS} (--max-requests)",
+                    retry_after_milliseconds=int(RETRY_MILLISECONDS),
+                )
+            else:
+                self._open[number] = call
+        if refusal is not None:
+            self._send(pb.SharedMemoryReply(answer=pb.SharedMemoryAnswer(number=number, error=refusal)))
+            return None
+        return call.due
+
+    def cancel(self, number: int) -> None:
+        """Its caller does not wait for this call any more."""
+        with self._lock:
+            call = self._open.get(number)
+        if call is not None:
+            call.abandon()
+
+    def cancel_all(self) -> None:
+        """The caller has gone."""
+        for call in self._calls():
+            call.abandon()
+
+    def expire(self, now: float) -> float | None:
+        """Ends the calls whose deadline has passed; returns the next deadline, None if there is none."""
+        due = [(call.due, call) for call in self._calls() if call.due is not None]
+        for when, call in due:
+            if when <= now:
+                call.cancel()
+        return min((when for when, _ in due if when > now), default=None)
+
+    def end(self, answer: pb.SharedMemoryAnswer, *, is_heard: bool) -> None:
+        """A call is done."""
+        with self._lock:
+            del self._open[answer.number]  # Before its caller has the answer, and may use the number again.
+            self._leaving += 1
+        if is_heard:
+            self._send(pb.SharedMemoryReply(answer=answer))
+        with self._lock:
+            self._leaving -= 1
+
+    def _calls(self) -> list[SocketCall]:
+        with self._lock:
+            return list(self._open.values())
+
+
+class SocketThreads:
+    """Threads for the calls of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
+
+    Attributes:
+        most: the most calls at a time, of one connection or of all.
+        log: for refusals.
+    """
+
+    def __init__(self, most: int, compute: Compute) -> None:
+        self.most = most
+        self.log = Sparingly(_log)
+        self._compute = compute
+        self._threads = CallThreads(most, "socket-call")
+
+    def start(self, call: SocketCall) -> bool:
+        """Serves a call in a thread; False if none is free."""
+        if self._threads.is_full:
+            return False
+        self._threads.submit(call.serve, self._compute)
+        return True
+
+    def stop(self, *, wait: bool) -> None:
+        """Ends the threads; waits for them unless some may be stuck."""
+        self._threads.shutdown(wait=wait, cancel_futures=True)
