@@ -137,13 +137,22 @@ def test_a_loss_module_and_threads_through_one_client(sharing: ServerProcess, dr
             assert torch.equal(future.result().grad, own.compute(*tensors(20 + seed % 3, seed=seed), SOFTMAX).grad)
 
 
+def test_ping_tells_the_way_of_tensors_on_a_gpu(sharing: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ping", sharing.target, "--count", "1"]) == 0
+    ways = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if "asked for" in line]
+    assert ways == [
+        ["tensors", "through shared memory, asked for on its socket"],
+        ["on", "a GPU    through device memory, asked for on the socket of shared memory"],
+    ]
+
+
 def test_bench_with_tensors_on_a_device(sharing: ServerProcess, driver: HostDriver, tmp_path: Path) -> None:
     """``cpu:0``: tensors of torch, which are in the stand-in's memory; without it, bench sends arrays of NumPy."""
     short = ["--shape", "1x3x60x60", "--duration", "0.1", "--warmup", "0"]
     for device, made in (("cpu", False), ("cpu:0", True)):
         assert cli.main(["bench", sharing.target, "--device", device, "--json", f"{tmp_path}/json", *short]) == 0
-        assert json.loads((tmp_path / "json").read_text())["device"] == device
-        assert bool(driver.made) is made
+        figures = json.loads((tmp_path / "json").read_text())
+        assert (figures["device"], figures["combinations"][0]["way"]) == (device, "device" if made else "shm")
 
 
 def test_ranks_of_a_joint_step_on_several_devices(sharing: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from lovasz.client import (
     LossClient,
     LovaszSoftmax,
     ServerUnavailableError,
+    cli,
 )
 from lovasz.client import remote as client_remote
 from lovasz.client.shared_memory import Region, Session, places
@@ -179,6 +180,27 @@ def welcomed(listener: socket.socket) -> bytes:
         return connection.recv(4096)
 
 
+def test_ping_and_the_client_tell_the_way(
+    sharing: ServerProcess, plain: ServerProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(target: str, transport: str = "auto") -> tuple[str, ...]:
+        assert cli.main(["ping", target, "--count", "1"]) == 0
+        said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "  tensors " in line]
+        with LossClient(target, transport=transport) as client:
+            assert client.compute(*tensors(100), SOFTMAX).timing.transport == client.transport()
+            return client.transport(), *said
+
+    unix, tcp = sharing.targets
+    assert told(unix) == ("shm", "through shared memory, asked for on its socket")
+    assert told(unix, "grpc")[0] == "grpc"
+    assert told(tcp) == ("grpc",)
+    assert told(plain.target) == ("grpc", "over gRPC")
+    with LossClient(plain.target, transport="shm") as client, pytest.raises(ServerUnavailableError):
+        client.transport()
+    without_calls(monkeypatch)
+    assert told(unix) == ("shm+grpc", "through shared memory, asked for over gRPC")
+
+
 def test_a_small_request_goes_in_a_message_where_the_server_takes_no_calls_on_its_socket(
     sharing: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +237,9 @@ def test_ranks_on_the_socket_and_elsewhere_meet(sharing: ServerProcess) -> None:
             results = [future.result() for future in pending]
             assert len({result.loss for result in results}) == 1
             assert [result.timing.transport for result in results] == [way for _, _, way in ways]
+        for rank, client in enumerate(clients):
+            client.leave(Joint("meet", rank, 3, step=3), 0)
+    assert eventually(lambda: metric(sharing, "lovasz_in_flight_bytes") == 0)  # No answer is kept for a retry.
 
 
 def test_a_call_that_is_given_up_on_the_socket_leaves_its_step(sharing: ServerProcess) -> None:

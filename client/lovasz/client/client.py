@@ -213,6 +213,22 @@ class LossClient:
         self._check_open()
         return self._target.server_info(self._seconds(timeout))
 
+    def transport(self, *, on_gpu: bool = False, timeout: float | None = None) -> str:
+        """The way that requests take, as :attr:`Timing.transport` tells it; empty in process.
+
+        A single request may take another: one whose header or answer is too long for a packet, or whose tensors are on
+        a GPU that the server cannot reach.
+
+        Args:
+            on_gpu: True: the way of tensors that are on a GPU.
+            timeout: seconds; None: the client's.
+
+        Raises:
+            LossError: one of its subclasses: the client's ``transport`` is ``"shm"``, and it is not to be had.
+        """
+        self._check_open()
+        return self._target.transport(self._seconds(timeout), on_gpu=on_gpu)
+
     def close(self, *, cancel: bool = False) -> None:
         """Waits for submitted calls, then ends the connections. Further calls raise CallCancelledError.
 

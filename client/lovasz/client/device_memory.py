@@ -120,7 +120,7 @@ class DeviceMemory:
         """
         number = device.index or 0
         uuid = self._driver.uuid(number)
-        if uuid not in self._shared.devices(timeout):
+        if uuid not in self._shared.session(timeout).devices:
             raise LossError(f"the server cannot reach {device}, GPU {uuid.hex()}")
         step = self._driver.granularity(number)
         return self._pool(number).take(-(-nbytes // step) * step)

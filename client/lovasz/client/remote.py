@@ -29,6 +29,7 @@ from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import (
     ASKED_OVER_GRPC,
     IN_DEVICE_MEMORY,
+    IN_SHARED_MEMORY,
     OVER_GRPC,
     ClientOptions,
     Transport,
@@ -218,6 +219,19 @@ class RemoteTarget:
             memory_budget_bytes=info.memory_budget_bytes,
             max_requests=info.max_requests,
         )
+
+    def transport(self, timeout: float, *, on_gpu: bool) -> str:
+        if self._shared is None or not (self._transport is Transport.SHM or self._shared.is_offered):
+            return OVER_GRPC
+        try:
+            session = self._shared.session(timeout)
+        except LossError as error:
+            if self._transport is Transport.SHM:
+                raise
+            self._shared.pause(error)
+            return OVER_GRPC
+        kind = IN_DEVICE_MEMORY if on_gpu and session.devices else IN_SHARED_MEMORY
+        return kind if session.takes_calls else kind + ASKED_OVER_GRPC
 
     @contextmanager
     def _grpc_errors_translated(self) -> Iterator[None]:

@@ -283,20 +283,6 @@ class SharedMemory:
                 inherited.socket.drop()
         return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
 
-    def devices(self, timeout: float) -> frozenset[bytes]:
-        """The UUIDs of the GPUs whose memory the server takes.
-
-        Raises:
-            ServerUnavailableError: no server takes shared memory there, or this was closed.
-            LossError: the server refuses the session.
-        """
-        with self._lock:
-            if self._closed:
-                raise ServerUnavailableError(f"{self._path}: closed")
-            if self._session is None or self._session.socket.is_closed:
-                self._session = self._new_session(timeout)
-            return self._session.devices
-
     def share(self, region: Shared, timeout: float) -> Session:
         """Shares the region, unless the server already has it; returns the session.
 
@@ -326,6 +312,20 @@ class SharedMemory:
                 session.close()
             self._session = session
             return session
+
+    def session(self, timeout: float) -> Session:
+        """The session; begins one if there is none.
+
+        Raises:
+            ServerUnavailableError: no server takes shared memory there, or this was closed.
+            LossError: it refuses the session.
+        """
+        with self._lock:
+            if self._closed:
+                raise ServerUnavailableError(f"{self._path}: closed")
+            if self._session is None or self._session.socket.is_closed:
+                self._session = self._new_session(timeout)
+            return self._session
 
     def _new_session(self, timeout: float) -> Session:
         session = Session(self._path, timeout)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ MAX_HEADER_BYTES = 64 << 10
 _OPTION_BYTES = 11
 """A class of a term: its weight, and its number in a list of classes."""
 _OFFSET_BYTES = 10
+_KEPT_HEADER_BYTES = 4096
+"""What longer headers mean is found out each time."""
 _COUNT_BYTES = 10
 _LOSS_BYTES = 8
 _ANSWER_BYTES = 4096
@@ -117,6 +120,7 @@ class Request:
         joint: Joint | None = None,
         run: str = "",
         offsets: Any = None,
+        may_be_empty: bool = False,
     ) -> Request:
         """A request whose shapes were checked against its loss.
 
@@ -133,7 +137,7 @@ class Request:
             raise spec.InvalidInput(
                 "labels", f"got element type {labels.dtype.name}; expected one of {', '.join(INTEGERS)}"
             )
-        layout = loss.layout(logits.shape, labels.shape, offsets, may_be_empty=joint is not None)
+        layout = loss.layout(logits.shape, labels.shape, offsets, may_be_empty=may_be_empty or joint is not None)
         return cls(loss, logits, labels, want_grad, layout, shared, joint, run)
 
     @property
@@ -178,17 +182,46 @@ class Request:
         Raises:
             InvalidInput: a field is missing, unknown, invalid or too long.
         """
-        _check_size(header)
-        return cls.checked(
-            loss_from_proto(header.loss),
-            _tensor_from_proto("logits", header.logits, FLOATS),
-            _tensor_from_proto("labels", header.labels, INTEGERS),
-            header.want_grad,
-            SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
-            Joint.from_proto(header.joint) if header.HasField("joint") else None,
-            header.run,
-            tuple(header.offsets) or None,
+        joint = header.HasField("joint")
+        if header.offsets or header.ByteSize() > _KEPT_HEADER_BYTES:
+            request = _request(header, may_be_empty=joint)
+        else:
+            parts = (part.SerializeToString() for part in (header.loss, header.logits, header.labels))
+            request = _kept_request(*parts, header.want_grad, header.run, joint)
+        if not joint and not header.HasField("shared_tensors"):
+            return request
+        return replace(
+            request,
+            joint=Joint.from_proto(header.joint) if joint else None,
+            shared=SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
         )
+
+
+def _request(header: pb.RequestHeader, *, may_be_empty: bool) -> Request:
+    """The request without its places in shared memory and in a joint step."""
+    _check_size(header)
+    return Request.checked(
+        loss_from_proto(header.loss),
+        _tensor_from_proto("logits", header.logits, FLOATS),
+        _tensor_from_proto("labels", header.labels, INTEGERS),
+        header.want_grad,
+        run=header.run,
+        offsets=tuple(header.offsets) or None,
+        may_be_empty=may_be_empty,
+    )
+
+
+@lru_cache(maxsize=256)
+def _kept_request(loss: bytes, logits: bytes, labels: bytes, want_grad: bool, run: str, may_be_empty: bool) -> Request:
+    """A training sends the same header for each of its steps: what it means is found out once."""
+    header = pb.RequestHeader(
+        loss=pb.Loss.FromString(loss),
+        logits=pb.TensorInfo.FromString(logits),
+        labels=pb.TensorInfo.FromString(labels),
+        want_grad=want_grad,
+        run=run,
+    )
+    return _request(header, may_be_empty=may_be_empty)
 
 
 def _check_size(header: pb.RequestHeader) -> None:
@@ -216,6 +249,11 @@ def _tensor_from_proto(name: str, message: pb.TensorInfo, expected: Sequence[str
     if len(message.shape) > spec.MAX_AXES:
         raise spec.InvalidInput(name, f"got {len(message.shape)} axes; expected at most {spec.MAX_AXES}")
     return TensorSpec(dtype, tuple(message.shape))
+
+
+def _array(numbers: Sequence[float], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """A repeated field as an array; ``np.asarray`` of it takes many times as long."""
+    return np.fromiter(numbers, dtype, len(numbers))
 
 
 @dataclass(frozen=True)
@@ -247,11 +285,15 @@ class Response:
         return pb.ResponseHeader(
             loss=self.loss,
             terms=[
-                pb.TermResult(loss=term.loss, per_class_loss=term.per_class_loss, per_image_loss=term.per_image_loss)
+                pb.TermResult(
+                    loss=term.loss,
+                    per_class_loss=term.per_class_loss.tolist(),
+                    per_image_loss=term.per_image_loss.tolist(),
+                )
                 for term in self.terms
             ],
-            intersection=self.intersection,
-            union=self.union,
+            intersection=self.intersection.tolist(),  # Protobuf reads numbers of NumPy far more slowly.
+            union=self.union.tolist(),
             grad=None if self.grad is None else self.grad.to_proto(),
             grad_scale=self.grad_scale,
             ranks=self.ranks,
@@ -305,13 +347,13 @@ class Response:
                 spec.TermResult(
                     kind,
                     term.loss,
-                    np.asarray(term.per_class_loss, np.float64),
-                    np.asarray(term.per_image_loss, np.float64),
+                    _array(term.per_class_loss, np.float64),
+                    _array(term.per_image_loss, np.float64),
                 )
                 for kind, term in zip(kinds, message.terms, strict=True)
             ),
-            intersection=np.asarray(message.intersection, np.int64),
-            union=np.asarray(message.union, np.int64),
+            intersection=_array(message.intersection, np.int64),
+            union=_array(message.union, np.int64),
             grad=grad,
             grad_scale=message.grad_scale,
             timing=spec.Timing(

@@ -190,8 +190,8 @@ class ServerConfig:
         DEFAULT_SHARED_MEMORY,
         "--shared-memory",
         "on|off",
-        "take tensors through memory that callers on this host share, on a second socket for each unix: address of "
-        "--listen (its path with .memory appended); whoever may open that socket may share memory",
+        "take tensors through memory that callers on this host share, and calls, on a second socket for each unix: "
+        "address of --listen (its path with .memory appended); whoever may open that socket may use it",
         _switch,
     )
     max_shared_bytes: int = _setting(

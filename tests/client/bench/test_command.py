@@ -24,7 +24,7 @@ from lovasz.server.launch import ServerProcess
 from lovasz.v1 import loss_pb2 as pb
 
 SHORT = ("--duration", "0.3", "--warmup", "0.1")
-WORKLOAD = ["shape", "dtype", "transport", "concurrency"]
+WORKLOAD = ["shape", "dtype", "transport", "way", "concurrency"]
 FIGURES = ["requests", "errors", "requests/s", "MiB/s", "p50", "p90", "p99", "max"]
 HEADINGS = [*WORKLOAD, *FIGURES, "receive", "queue", "compute", "copy", "other", "batch"]
 
@@ -78,6 +78,7 @@ def test_a_table_of_every_combination(
     for row, found in zip(table, figures["combinations"], strict=True):
         assert_says(row, found)
         assert (row["dtype"], row["transport"], row["errors"]) == ("float32", "auto", "0")
+        assert row["way"] == found["way"] == "grpc"
         assert found["requests"] > 0
         assert found["warmup_requests"] > 0
         assert found["elapsed_seconds"] > 0.2
@@ -107,7 +108,7 @@ def test_in_process(loss: str, shape: str, capsys: pytest.CaptureFixture[str]) -
     assert f"{loss}; 0.3 s each" in out
     (row,) = rows(out)
     assert int(row["requests"]) > 0
-    assert (row["receive"], row["queue"], row["batch"]) == ("0.00", "0.00", "1.0")
+    assert (row["way"], row["receive"], row["queue"], row["batch"]) == ("-", "0.00", "0.00", "1.0")
 
 
 def test_dtypes_and_transports(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:

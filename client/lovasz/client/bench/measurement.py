@@ -82,6 +82,7 @@ class Measurement:
         elapsed_seconds: from the start of the first measured request to the end of the last.
         warmup_requests: requests before that, answered or failed.
         latency_seconds: float64, one for each measured request that was answered.
+        way: that most requests took (``spec.Timing.transport``); empty if none was answered.
         mean_batch_requests: how many requests shared a batch on the server, on average over the requests.
         interrupted: whether Ctrl-C ended it early.
     """
@@ -91,6 +92,7 @@ class Measurement:
     warmup_requests: int
     latency_seconds: npt.NDArray[np.float64]
     split: Split
+    way: str
     mean_batch_requests: float
     failures: tuple[Failures, ...]
     interrupted: bool
@@ -167,6 +169,7 @@ class Record:
             warmup_requests=warmup_requests,
             latency_seconds=latency,
             split=Split(receive, queue, compute, copy, other),
+            way=Counter(timing.transport for timing in timings).most_common(1)[0][0] if timings else "",
             mean_batch_requests=statistics.fmean(t.batch_requests for t in timings) if timings else math.nan,
             failures=tuple(Failures(kind, count, firsts[kind]) for kind, count in counts.most_common()),
             interrupted=interrupted,

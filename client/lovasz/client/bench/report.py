@@ -96,6 +96,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
         "shape": workload.shape,
         "dtype": workload.dtype.name,
         "transport": workload.transport.value,
+        "way": measurement.way,
         "concurrency": workload.concurrency,
         "payload_bytes": workload.payload_bytes,
         "elapsed_seconds": measurement.elapsed_seconds,

@@ -33,6 +33,7 @@ _COLUMNS = (
     _Column("shape", lambda m: shape_text(m.workload.shape), left=True),
     _Column("dtype", lambda m: m.workload.dtype.name, left=True),
     _Column("transport", lambda m: m.workload.transport.value, left=True),
+    _Column("way", lambda m: m.way or "-", width=8, left=True),
     _Column("concurrency", lambda m: str(m.workload.concurrency)),
     _Column("requests", lambda m: str(m.requests)),
     _Column("errors", lambda m: str(m.errors)),

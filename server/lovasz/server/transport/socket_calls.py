@@ -55,16 +55,17 @@ class SocketCall:
 
     def serve(self, compute: Compute) -> None:
         """Computes it and sends its answer."""
-        answer = pb.SharedMemoryAnswer(number=self._message.number)
+        header: pb.ResponseHeader | None = None
+        failure: pb.CallError | None = None
         try:
-            answer.header.CopyFrom(compute(self._message.header, self))
+            header = compute(self._message.header, self)
         except _Aborted as error:
-            answer.error.code, answer.error.text = error.code.name, error.text
-            if self._retry_after is not None:
-                answer.error.retry_after_milliseconds = int(self._retry_after)
+            retry_after = None if self._retry_after is None else int(self._retry_after)
+            failure = pb.CallError(code=error.code.name, text=error.text, retry_after_milliseconds=retry_after)
         except Exception:  # Outside the service, which ends its own faults with an error.
             _log.exception("a fault of a call over the socket of shared memory")
-            answer.error.code, answer.error.text = grpc.StatusCode.INTERNAL.name, FAULT_TEXT
+            failure = pb.CallError(code=grpc.StatusCode.INTERNAL.name, text=FAULT_TEXT)
+        answer = pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
         self._calls.end(answer, is_heard=self._is_heard)
 
     def peer(self) -> str:
