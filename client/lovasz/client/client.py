@@ -51,7 +51,8 @@ class LossClient:
                 computes here on the logits' device.
             timeout: seconds for a call with all its retries, unless the call gives its own; no effect in process.
             transport: ``"auto"``: tensors go through shared memory if the target is a Unix socket and its server takes
-                it (``--shared-memory``), else over gRPC. ``"grpc"`` or ``"shm"``: only that way.
+                it (``--shared-memory``), else over gRPC; tensors on a GPU that the server can reach stay there.
+                ``"grpc"``: over gRPC only. ``"shm"``: never over gRPC.
             wire_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which logits and gradient travel;
                 None: the logits' own. 16 bits halve the traffic; docs/benchmarks.md states the error. No effect in
                 process.
@@ -132,7 +133,8 @@ class LossClient:
 
         Returns:
             The result. Its ``grad`` is a tensor on the logits' device if they are one, otherwise an array of numpy; in
-            their dtype (float32 for 16-bit logits).
+            their dtype (float32 for 16-bit logits). On a GPU, use it on the stream that is current at the call, or on
+            one that waits for that stream: its memory may be used again when it is dropped.
 
         Raises:
             InvalidInputError: the request is invalid.
