@@ -238,14 +238,22 @@ def test_a_server_that_takes_less_than_it_said_gets_the_tensors_in_another_way(
 # --- Deaths -------------------------------------------------------------------------------------------------------
 
 
-def test_a_restart_of_the_server_is_ridden_out(driver: HostDriver, tmp_path: Path) -> None:
+def test_the_death_of_a_server_is_ridden_out(driver: HostDriver, tmp_path: Path) -> None:
+    """Between calls, and in the middle of one."""
+    large = tensors(700, classes=19)
     with LossClient(f"unix:{tmp_path}/s") as client:
-        for _ in range(2):
-            with device_server("--listen", f"unix:{tmp_path}/s") as server:
-                grads = [client.compute(*tensors(30), SOFTMAX).grad for _ in range(2)]
-                assert shared_bytes(server) > 0
-                server.kill()
-    assert torch.equal(grads[0], grads[1])
+        with device_server("--listen", f"unix:{tmp_path}/s") as first:
+            before = client.compute(*tensors(30), SOFTMAX)
+            pending = client.submit(*large, SOFTMAX)
+            assert eventually(lambda: metric(first, "lovasz_in_flight_requests") > 0 or pending.done())
+            first.kill()
+        with device_server("--listen", f"unix:{tmp_path}/s") as second:
+            answer = pending.result()
+            again = client.compute(*tensors(30), SOFTMAX)
+            assert shared_bytes(second) > 0
+    assert {result.timing.transport for result in (before, answer, again)} == {"device"}
+    assert torch.equal(before.grad, again.grad)
+    assert torch.equal(answer.grad, LossClient("inprocess").compute(*large, SOFTMAX).grad)
 
 
 def mapped(server: ServerProcess) -> int:

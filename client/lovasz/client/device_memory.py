@@ -58,7 +58,7 @@ class DeviceRegion(Shared):
     def write(self, offset: int, tensor: Outgoing) -> memoryview:
         """Queues a copy on this thread's stream."""
         stream = torch.cuda.current_stream(self._mapping.device) if torch.cuda.is_initialized() else None
-        if stream is not None and self._stream is not None:
+        if stream is not None and self._stream not in (None, stream):
             stream.wait_stream(self._stream)  # The last gradient may still be read there.
         tensor.write_tensor(self._part(offset, tensor.spec, self))
         if stream is not None:

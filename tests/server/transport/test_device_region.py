@@ -17,6 +17,7 @@ from lovasz import wire
 from lovasz.device_memory.driver import DriverError
 from lovasz.device_memory.mapping import Mapping, create
 from lovasz.server.memory.device_staging import DeviceBytes, DeviceStaging
+from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.shared_devices import SharedDevices, shared_devices
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.tensor_bytes import TensorBytes
@@ -110,12 +111,12 @@ def test_tensors_are_copied_from_the_memory_and_the_gradient_into_it(
     request = header(caller.name, 5)
     assert server.is_on_device(request)
     logits, labels, grad = server.tensors(request)
-    staging = DeviceStaging(request, CPU)
+    staging = DeviceStaging(request, StagingPool(CPU))
     staging.receive([logits, labels])
     caller.memory.fill_(99)  # The caller's tensors are the server's own from here on.
     assert torch.equal(staging.request().logits.view(-1), LOGITS)
     assert torch.equal(staging.request().labels.view(-1), LABELS)
-    grad.write(-LOGITS)
+    grad.write(-LOGITS, None)
     assert torch.equal(caller.memory[192:312].view(torch.float32), -LOGITS)
     assert driver.copies == [120, 10, 120]
 
@@ -130,7 +131,7 @@ def test_memory_is_given_back_when_it_is_taken_back_and_nothing_uses_it(
     gc.collect()
     assert driver.in_use == (0, 1)
     assert used is not None
-    used.grad.write(LOGITS)  # A call that still runs.
+    used.grad.write(LOGITS, None)  # A call that still runs.
     used = None
     gc.collect()
     assert driver.in_use == (0, 0)
@@ -227,7 +228,7 @@ def test_a_part_keeps_its_memory(driver: HostDriver) -> None:
     part = DeviceBytes(mapping, "field", 64, 40)
     mapping = None
     gc.collect()
-    part.write(torch.ones(10))
+    part.write(torch.ones(10), None)
     read = torch.zeros(10)
-    part.read(read, 0)
+    part.read(read, None)
     assert read.sum() == 10

@@ -188,8 +188,8 @@ class Engine:
         for job in jobs:
             job.when_left = stop_if_all_left
         for caller in callers:
-            if caller.staging is not None and caller.staging.upload is not None:
-                caller.staging.upload.hand_over(stream)
+            if caller.staging is not None:
+                caller.staging.hand_over(stream)
         stop_if_all_left()  # Some may have left before when_left was set.
         requests, joined = [caller.request for caller in callers], [len(job.callers) for job in jobs]
         return submit(requests, first.loss, self.device, joined=joined, want_grad=first.want_grad, stop=stop)

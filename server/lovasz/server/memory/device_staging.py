@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
@@ -11,6 +11,7 @@ from lovasz import wire
 from lovasz.core.batch import Request
 from lovasz.device_memory.driver import ALIGNMENT
 from lovasz.device_memory.mapping import Mapping
+from lovasz.server.memory.pool import StagingPool
 from lovasz.spec import InvalidInput
 
 
@@ -38,50 +39,46 @@ class DeviceBytes:
             raise InvalidInput(field, f"got {offset} in device memory; expected a multiple of {ALIGNMENT}")
         self._mapping, self._address, self.nbytes = mapping, mapping.address + offset, nbytes
 
-    def read(self, target: torch.Tensor, stream: int) -> None:
+    def read(self, target: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         """Queues a copy to a contiguous tensor of as many bytes, on a stream of the device that computes."""
         self._copy(target.data_ptr(), self._address, stream)
 
-    def write(self, source: torch.Tensor) -> None:
+    def write(self, source: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         """Copies a contiguous tensor of as many bytes, which is complete, and waits until that is done."""
-        stream = new_stream(source.device)
-        self._copy(self._address, source.data_ptr(), number_of(stream))
+        self._copy(self._address, source.data_ptr(), stream)
         if stream is not None:
             stream.synchronize()
 
-    def _copy(self, target: int, source: int, stream: int) -> None:
+    def _copy(self, target: int, source: int, stream: torch.cuda.Stream | None) -> None:
         if self.nbytes:
-            self._mapping.driver.copy(target, source, self.nbytes, self._mapping.device, stream)
+            number = 0 if stream is None else stream.cuda_stream
+            self._mapping.driver.copy(target, source, self.nbytes, self._mapping.device, number)
 
 
 class DeviceStaging:
     """The tensors of one request on the device, copied from memory that its caller can change at any time.
 
-    Attributes:
-        grad: None: the gradient stays where the backend writes it.
-        upload: None: the tensors are on the device.
+    The gradient stays where the backend writes it.
     """
 
-    grad = upload = None
-
-    def __init__(self, header: wire.Request, device: torch.device) -> None:
+    def __init__(self, header: wire.Request, pool: StagingPool) -> None:
         """Allocates memory.
 
         Raises:
             torch.OutOfMemoryError: the device has none left.
         """
         self._header = header
-        self._stream = new_stream(device)
-        with _on(self._stream):
+        self._stream = pool.copy_stream
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             self._logits, self._labels = (
-                torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.name), device=device)
+                torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.name), device=pool.device)
                 for tensor in (header.logits, header.labels)
             )
 
     def receive(self, sources: Sequence[DeviceBytes]) -> None:
         """Copies the tensors, and waits until that is done: the caller may then do with its memory what it likes."""
         for source, target in zip(sources, (self._logits, self._labels), strict=True):
-            source.read(target, number_of(self._stream))
+            source.read(target, self._stream)
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -89,19 +86,11 @@ class DeviceStaging:
         """The tensors as the core takes them."""
         return Request(self._logits, self._labels, self._header.layout)
 
+    def hand_over(self, stream: torch.cuda.Stream | None) -> None:
+        """Lets the work queued on this stream from now on use the tensors."""
+        if stream is not None:
+            self._logits.record_stream(stream)
+            self._labels.record_stream(stream)
+
     def release(self) -> None:
         """Nothing may use the tensors any more; torch takes their memory back once nothing refers to them."""
-
-
-def new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream on which copies wait for no computation; None on a CPU, which has none."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
-def number_of(stream: torch.cuda.Stream | None) -> int:
-    """The driver's number for a stream."""
-    return 0 if stream is None else stream.cuda_stream
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -182,7 +182,7 @@ class Call:
     def _new_staging(self, header: wire.Request, on_device: bool) -> Staging | DeviceStaging:
         pool = self._pipeline.staging
         try:
-            return DeviceStaging(header, pool.device) if on_device else Staging(header, pool)
+            return DeviceStaging(header, pool) if on_device else Staging(header, pool)
         except Exception as error:
             if is_out_of_memory(error):
                 where = pool.device if on_device else "host"

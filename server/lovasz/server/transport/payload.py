@@ -11,6 +11,7 @@ import torch
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
 from lovasz.server.memory.device_staging import DeviceBytes, DeviceStaging
+from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.schedule.job import Answer
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -86,13 +87,10 @@ def grad_bytes(answer: Answer) -> memoryview:
     return grad.reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
-def write(place: memoryview | DeviceBytes, answer: Answer, device: torch.device) -> None:
-    """Copies the gradient to its place in shared memory.
-
-    Args:
-        device: the one that computes. The gradient is there if its request came from device memory.
-    """
+def write(place: memoryview | DeviceBytes, answer: Answer, pool: StagingPool) -> None:
+    """Copies the gradient to its place in shared memory; it is complete then."""
     if isinstance(place, memoryview):
         np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(grad_bytes(answer), np.uint8))
     elif answer.result.grad is not None:
-        place.write(answer.result.grad.to(device))
+        # A rank that asks again for an answer may have asked by another way before: then it is on the host.
+        place.write(answer.result.grad.to(pool.device), pool.copy_stream)

@@ -153,7 +153,7 @@ class LossServicer:
             grad = payload.grad_bytes(answer)
         else:
             place = payload.shared_tensors(header, self.shared_memory).grad
-            payload.write(place, answer, self.engine.device)
+            payload.write(place, answer, self.pipeline.staging)
             grad = memoryview(b"")
         return framing.UnaryResponse(call.response_header(header, answer), grad)
 
