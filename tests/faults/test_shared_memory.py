@@ -7,13 +7,15 @@ import ctypes
 import os
 import socket
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
-from faults.conftest import ARGUMENTS, BUDGET_BYTES, MAX_THREADS
+from faults.conftest import ARGUMENTS, BUDGET_BYTES, MAX_REQUESTS, MAX_THREADS
 from support.audit import Audit
 from support.footprint import Footprint
 from support.memory_caller import MemoryCaller, memfd, memory_path
@@ -77,30 +79,52 @@ def test_memory_that_is_not_there_is_refused(sharing: ServerProcess, caller: Mem
     assert Footprint.of(sharing.pid).resident_bytes < before + BUDGET_BYTES // 4
 
 
-def test_memory_that_is_given_back_later_is_not_used(sharing: ServerProcess, session: Session) -> None:
-    logits, labels = tensors(300)
-    header = header_of(logits, labels)
-    request = wire.Request.from_proto(header)
-    place = places(request)
-    region = Region(place.nbytes)
-    session.share(region)
-    shared = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
-    header.shared_tensors.CopyFrom(shared.to_proto())
-    region.map[place.logits : place.logits + logits.nbytes] = logits.tobytes()
-    region.map[place.labels : place.labels + labels.nbytes] = labels.tobytes()
-    with grpc.insecure_channel(sharing.target) as channel:
-        compute = loss_pb2_grpc.LossServiceStub(channel).Compute
-        answer = compute(pb.ComputeRequest(header=header), timeout=30)
-        assert answer.header.loss > 0
+@pytest.mark.parametrize("carrier", ["socket", "grpc"])
+def test_memory_that_is_given_back_later_is_not_used(sharing: ServerProcess, session: Session, carrier: str) -> None:
+    region, header = shared(session)
+    with asking(sharing, session, carrier) as ask:
+        assert ask(header) == ""
         assert LIBC.fallocate(region.descriptor, KEEP_SIZE | PUNCH_HOLE, 0, ctypes.c_long(1 << 20)) == 0
         blocks = os.fstat(region.descriptor).st_blocks
         for _ in range(5):
-            with pytest.raises(grpc.RpcError) as refused:
-                compute(pb.ComputeRequest(header=header), timeout=30)
-            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert "expected all (posix_fallocate)" in refused.value.details()
+            refused = ask(header)
+            assert refused.startswith("INVALID_ARGUMENT")
+            assert "expected all (posix_fallocate)" in refused
     assert os.fstat(region.descriptor).st_blocks == blocks
     region.close()
+
+
+def shared(session: Session, *, joint: wire.Joint | None = None) -> tuple[Region, pb.RequestHeader]:
+    """A region with tensors, and the header of a request for them."""
+    logits, labels = tensors(300)
+    header = header_of(logits, labels, joint=joint)
+    place = places(wire.Request.from_proto(header))
+    region = Region(place.nbytes)
+    session.share(region)
+    at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
+    header.shared_tensors.CopyFrom(at.to_proto())
+    region.map[place.logits : place.logits + logits.nbytes] = logits.tobytes()
+    region.map[place.labels : place.labels + labels.nbytes] = labels.tobytes()
+    return region, header
+
+
+@contextlib.contextmanager
+def asking(server: ServerProcess, session: Session, carrier: str) -> Iterator[Callable[[pb.RequestHeader], str]]:
+    """Makes calls on the socket or over gRPC; they return the error, empty if there was none."""
+    with grpc.insecure_channel(server.target) as channel:
+        compute = loss_pb2_grpc.LossServiceStub(channel).Compute
+
+        def ask(header: pb.RequestHeader) -> str:
+            try:
+                if carrier == "socket":
+                    session.socket.call(pb.SharedMemoryCall(header=header), PATIENCE_SECONDS)
+                else:
+                    compute(pb.ComputeRequest(header=header), timeout=PATIENCE_SECONDS)
+            except grpc.RpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            return ""
+
+        yield ask
 
 
 def test_no_region_is_larger_than_the_budget_nor_all_together_than_they_may(
@@ -152,3 +176,65 @@ def test_silent_connections_end_and_make_room(sharing: ServerProcess, audit: Aud
         assert time.monotonic() - since < 3 * FIRST_REGION_SECONDS
         with LossClient(sharing.targets[1], transport="shm") as client:
             assert np.isfinite(client.compute(*tensors(16), LovaszSoftmax()).loss)
+
+
+# --- Calls on the socket ------------------------------------------------------------------------------------------
+
+
+def test_calls_that_wait_on_the_socket_leave_grpc_and_health_alone(
+    sharing: ServerProcess, session: Session, audit: Audit
+) -> None:
+    """Each waits for a rank that does not come. There are more of them than threads for calls on sockets."""
+    region, header = shared(session)
+    with contextlib.ExitStack() as stack:
+        for place in range(3):
+            caller = MemoryCaller(memory_path(sharing))
+            stack.callback(caller.close)
+            for number in range(MAX_REQUESTS):
+                joint = wire.Joint(f"{place}", number, 0, 2)
+                header.joint.CopyFrom(joint.to_proto())
+                caller.ask(number, header)
+        assert eventually(lambda: metric(sharing, "lovasz_joint_ranks_waiting") >= MAX_REQUESTS // 4)
+        for _ in range(5):
+            audit.check_loss()
+            audit.check_health()
+        assert caller.answer().error.code == "RESOURCE_EXHAUSTED"
+    region.close()
+
+
+def test_a_flood_of_calls_on_the_socket_leaves_grpc_and_health_alone(sharing: ServerProcess, audit: Audit) -> None:
+    """Calls that are refused at once, as fast as they are answered."""
+    stop, calls = threading.Event(), MAX_REQUESTS // 2
+
+    def flood() -> int:
+        caller, answers = MemoryCaller(memory_path(sharing)), 0
+        while not stop.is_set():
+            for number in range(calls):
+                caller.ask(number, pb.RequestHeader())
+            answers += len([caller.answer().error.code for _ in range(calls)])
+        caller.close()
+        return answers
+
+    with ThreadPoolExecutor(2) as attackers:
+        floods = [attackers.submit(flood) for _ in range(2)]
+        try:
+            for _ in range(5):
+                audit.check_loss()
+                audit.check_health()
+        finally:
+            stop.set()
+        assert all(answers.result() > calls for answers in floods)
+
+
+def test_answers_that_nobody_reads_end_their_session_alone(
+    sharing: ServerProcess, session: Session, audit: Audit
+) -> None:
+    region, header = shared(session)
+    deaf = MemoryCaller(memory_path(sharing))
+    with pytest.raises(OSError, match=r"Broken pipe|reset"):  # noqa: PT012 - at one of them
+        for number in range(100_000):
+            deaf.ask(number, header)
+    deaf.close()
+    assert eventually(lambda: metric(sharing, "lovasz_shared_memory_sessions") == 1)
+    assert session.socket.call(pb.SharedMemoryCall(header=header), PATIENCE_SECONDS).loss > 0
+    region.close()
