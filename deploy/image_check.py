@@ -31,7 +31,7 @@ from sandbox.podman import Podman
 from static_check import check_configuration, check_dockerfile, find, find_compose, quick
 
 PROJECT = "lovasz"
-VOLUMES = {"lovasz_compiled", "lovasz_prometheus"}
+VOLUMES = {"lovasz_compiled", "lovasz_prometheus", "lovasz_sockets"}
 TARGET, PROMETHEUS = "127.0.0.1:50051", "http://127.0.0.1:9090"
 START_SECONDS = 300
 DISK_BYTES = 8 << 30
