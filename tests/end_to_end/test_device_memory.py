@@ -193,8 +193,8 @@ def no_driver() -> HostDriver:
 @pytest.mark.parametrize(
     ("open_driver", "reason"),
     [
-        (lambda: HostDriver(1, first=2), "the server cannot reach cpu, GPU 00000000000000000000000000000002"),
-        (lambda: HostDriver(1, first=9), "the server cannot reach cpu, GPU 00000000000000000000000000000009"),
+        (lambda: HostDriver(1, first=2), "the server cannot reach cpu, GPU-00000000-0000-0000-0000-000000000002"),
+        (lambda: HostDriver(1, first=9), "the server cannot reach cpu, GPU-00000000-0000-0000-0000-000000000009"),
         (lambda: HostDriver(memory_bytes=1), "cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY"),
         (lambda: NoDriver(1), "cuMemGetAllocationGranularity: CUDA_ERROR_NOT_SUPPORTED"),
         (no_driver, "cuInit: CUDA_ERROR_NO_DEVICE"),
@@ -220,15 +220,20 @@ def test_without_device_memory_tensors_go_through_shared_memory_and_the_log_says
     assert told == f"device memory is not used ({reason}): tensors go through the host's memory"
 
 
+@pytest.mark.parametrize("transport", ["auto", "shm"])
 def test_a_server_that_takes_less_than_it_said_gets_the_tensors_in_another_way(
-    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    sharing: ServerProcess,
+    driver: HostDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    transport: str,
 ) -> None:
     """Its driver refuses the memory, as that of another MIG instance may do."""
     monkeypatch.setattr(HostDriver, "export", lambda self, handle: os.memfd_create("no device memory"))
-    with caplog.at_level(logging.WARNING), LossClient(sharing.target) as client:
+    with caplog.at_level(logging.WARNING), LossClient(sharing.target, transport=transport) as client:
         results = [client.compute(*tensors(40), SOFTMAX) for _ in range(3)]
         assert shared_bytes(sharing) == 0
-    assert [result.timing.transport for result in results] == ["grpc", "shm", "shm"]
+    assert [result.timing.transport for result in results] == ["shm"] * 3
     for result in results:
         assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(40), SOFTMAX).grad)
     (told,) = (record.getMessage() for record in caplog.records)

@@ -17,7 +17,7 @@ from lovasz.client.memory import Pool
 from lovasz.client.options import IN_DEVICE_MEMORY
 from lovasz.client.shared_memory import Shared, SharedMemory
 from lovasz.client.tensors import Outgoing
-from lovasz.device_memory.driver import OUT_OF_MEMORY, Driver, DriverError
+from lovasz.device_memory.driver import OUT_OF_MEMORY, Driver, DriverError, name_of
 from lovasz.device_memory.mapping import create
 from lovasz.v1 import loss_pb2 as pb
 
@@ -121,7 +121,7 @@ class DeviceMemory:
         number = device.index or 0
         uuid = self._driver.uuid(number)
         if uuid not in self._shared.session(timeout).devices:
-            raise LossError(f"the server cannot reach {device}, GPU {uuid.hex()}")
+            raise LossError(f"the server cannot reach {device}, {name_of(uuid)}")
         step = self._driver.granularity(number)
         return self._pool(number).take(-(-nbytes // step) * step)
 

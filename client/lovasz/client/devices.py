@@ -20,8 +20,6 @@ _log = logging.getLogger(__name__)
 
 DEVICE_TYPE = "cuda"
 """Torch's name for the devices whose memory can be shared."""
-
-
 _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its device memory does without."""
 
@@ -37,6 +35,7 @@ class Devices:
             timeout: seconds to ask the server whether it takes device memory.
         """
         self._shared, self._timeout = shared, timeout
+        self._closed = False
         self._paused_until = -math.inf
         self._lock = threading.Lock()
         self._memory: DeviceMemory | None = None
@@ -44,19 +43,17 @@ class Devices:
         """Why this process can share no device memory; empty as long as it is not known that it cannot."""
         self._told: set[str] = set()
 
-    @property
-    def is_offered(self) -> bool:
-        """Whether the server may take device memory; False for a while after it refused."""
-        return time.monotonic() >= self._paused_until and self._shared.is_offered
-
     def pause(self, why: Exception) -> None:
         """Does without device memory for a while; says why, once."""
         self._paused_until = time.monotonic() + _PAUSE_SECONDS
-        self._tell(str(why))
+        if not self._closed:
+            self._tell(str(why))
 
     def may_take(self, logits: AnyArray) -> bool:
-        """Whether the logits are on a device whose memory this process can share, as far as it knows."""
-        return is_torch(logits) and logits.device.type == DEVICE_TYPE and not self._reason
+        """Whether the logits are on a device whose memory the server may take; not for a while after it refused."""
+        if not is_torch(logits) or logits.device.type != DEVICE_TYPE:
+            return False
+        return not self._reason and time.monotonic() >= self._paused_until
 
     def region(self, logits: AnyArray, nbytes: int) -> DeviceRegion | None:
         """Memory of the logits' device, of at least ``nbytes`` bytes; None if the server or the device has none."""
@@ -71,6 +68,7 @@ class Devices:
 
     def close(self) -> None:
         """Frees the memory that is idle."""
+        self._closed = True
         if self._memory is not None:
             self._memory.close()
 

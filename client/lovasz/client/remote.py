@@ -142,7 +142,7 @@ class RemoteTarget:
                 LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
             return request
 
-        if self._devices is not None and self._devices.may_take(logits) and self._is_offered(self._devices):
+        if self._is_offered() and self._devices is not None and self._devices.may_take(logits):
             targets = encode_labels(labels, narrow=False)
             request = checked(targets)
             region = self._devices.region(logits, places(request).nbytes)
@@ -174,10 +174,11 @@ class RemoteTarget:
 
     def _is_shared(self, shared: SharedMemory, request: wire.Request) -> bool:
         is_worth_it = shared.takes_calls is not False or request.payload_bytes > SHARED_BYTES
-        return is_worth_it and self._is_offered(shared)
+        return is_worth_it and self._is_offered()
 
-    def _is_offered(self, memory: SharedMemory | Devices) -> bool:
-        return self._transport is Transport.SHM or memory.is_offered
+    def _is_offered(self) -> bool:
+        """Whether the server may take shared memory."""
+        return self._shared is not None and (self._transport is Transport.SHM or self._shared.is_offered)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         if self._closed:
@@ -309,11 +310,17 @@ class RemoteTarget:
                 response, transport = self._retries.call(
                     lambda left: self._in_shared_memory(call, shared, region, left), timeout
                 )
-            except LossError as error:  # The server takes no shared memory.
-                if self._transport is Transport.SHM:
+            except LossError as error:  # The server takes no such memory.
+                if region.kind == IN_DEVICE_MEMORY:
+                    devices.pause(error)
+                    host = shared.moved(region, call.request)
+                    logits, labels = host.tensors(call.request)
+                    answer = self._through_region(replace(call, logits=logits, labels=labels), host, timeout)
+                elif self._transport is Transport.SHM:
                     raise
-                (devices if region.kind == IN_DEVICE_MEMORY else shared).pause(error)
-                answer = self._over_grpc(self._with_bytes(call, region), timeout)
+                else:
+                    shared.pause(error)
+                    answer = self._over_grpc(call, timeout)
                 region.give_back()
                 return answer
         except BaseException:
@@ -325,12 +332,6 @@ class RemoteTarget:
         copied = response.grad.nbytes <= SHARED_BYTES
         grad = region.take_gradient(places(call.request).grad, response.grad, copied=copied)
         return Answer(response, grad, transport)
-
-    def _with_bytes(self, call: Call, region: Shared) -> Call:
-        """The call, with the bytes of its tensors from its region."""
-        tensors = call.request.logits, call.request.labels
-        logits, labels = map(region.bytes, places(call.request), (tensor.nbytes for tensor in tensors))
-        return replace(call, logits=logits, labels=labels)
 
     def _in_shared_memory(
         self, call: Call, shared: SharedMemory, region: Shared, timeout: float

@@ -78,6 +78,11 @@ class Shared(ABC):
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         """A part of it, in this process's host memory."""
 
+    def tensors(self, request: wire.Request) -> tuple[memoryview, memoryview]:
+        """Logits and labels of a request that is in it, in this process's host memory."""
+        place = places(request)
+        return self.bytes(place.logits, request.logits.nbytes), self.bytes(place.labels, request.labels.nbytes)
+
     @abstractmethod
     def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> Array:
         """The gradient in it. It returns to its pool with the gradient's last view, or at once.
@@ -282,6 +287,13 @@ class SharedMemory:
             if inherited is not None:
                 inherited.socket.drop()
         return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
+
+    def moved(self, source: Shared, request: wire.Request) -> Region:
+        """A region of the host's memory with the tensors that are in another one."""
+        region = self.take(places(request).nbytes)
+        for into, tensor in zip(region.tensors(request), source.tensors(request), strict=True):
+            into[:] = tensor
+        return region
 
     def share(self, region: Shared, timeout: float) -> Session:
         """Shares the region, unless the server already has it; returns the session.

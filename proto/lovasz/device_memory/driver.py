@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +14,11 @@ ALIGNMENT = 64
 
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"
+
+
+def name_of(uuid: bytes) -> str:
+    """A device's UUID as ``nvidia-smi -L`` writes it; anything else in hexadecimal."""
+    return f"GPU-{UUID(bytes=uuid)}" if len(uuid) == UUID_BYTES else f"GPU {uuid.hex()}"
 
 
 class DriverError(Exception):

@@ -77,10 +77,12 @@ class DeviceStaging:
 
     def receive(self, sources: Sequence[DeviceBytes]) -> None:
         """Copies the tensors, and waits until that is done: the caller may then do with its memory what it likes."""
-        for source, target in zip(sources, (self._logits, self._labels), strict=True):
-            source.read(target, self._stream)
-        if self._stream is not None:
-            self._stream.synchronize()
+        try:
+            for source, target in zip(sources, (self._logits, self._labels), strict=True):
+                source.read(target, self._stream)
+        finally:
+            if self._stream is not None:
+                self._stream.synchronize()
 
     def request(self) -> Request:
         """The tensors as the core takes them."""

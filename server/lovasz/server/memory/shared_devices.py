@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lovasz.device_memory.cuda import CudaDriver
-from lovasz.device_memory.driver import Driver, DriverError
+from lovasz.device_memory.driver import Driver, DriverError, name_of
 from lovasz.device_memory.mapping import Mapping, load
 from lovasz.spec import InvalidInput
 
@@ -47,7 +47,7 @@ class SharedDevices:
             InvalidInput: it is not memory of that device or size, the device is none of these, or it is too much.
         """
         if uuid not in self.uuids:
-            raise InvalidInput("region", f"got memory of GPU {uuid.hex()}, which this server cannot reach")
+            raise InvalidInput("region", f"got memory of {name_of(uuid)}, which this server cannot reach")
         if not 0 < nbytes <= max_bytes:
             raise InvalidInput(
                 "region", f"got device memory of {nbytes} bytes; expected 1 to {max_bytes} (--memory-budget)"
@@ -60,7 +60,9 @@ class SharedDevices:
                 "region", f"this is no device memory of {nbytes} bytes that can be used: {error}"
             ) from None
         if owner != uuid:
-            raise InvalidInput("region", f"got memory of GPU {owner.hex()}; expected {uuid.hex()}, as its caller said")
+            raise InvalidInput(
+                "region", f"got memory of {name_of(owner)}; expected {name_of(uuid)}, as its caller said"
+            )
         return mapping
 
 
