@@ -146,15 +146,16 @@ class ServerConfig(AccessSettings):
         DEFAULT_SHARED_MEMORY,
         "--shared-memory",
         "on|off",
-        "take tensors through memory that callers on this host share, and calls, on a second socket for each unix: "
-        "address of --listen (its path with .memory appended); whoever may open that socket may use it",
+        "take tensors through memory that callers on this host share (also that of a GPU which the server can reach), "
+        "and calls, on a second socket for each unix: address of --listen (its path with .memory appended); whoever "
+        "may open that socket may use it",
         _switch,
     )
     max_shared_bytes: int = _setting(
         DEFAULT_MAX_SHARED_BYTES,
         "--max-shared-memory",
         "SIZE",
-        "the most memory that callers on this host may share with the server, all together",
+        "the most memory that callers on this host may share with the server, of the host and of GPUs, all together",
         parse_bytes,
     )
     reflection: bool = _setting(

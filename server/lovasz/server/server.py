@@ -20,6 +20,7 @@ from lovasz.server.errors import DeviceError
 from lovasz.server.housekeeping import INTERVAL_SECONDS, Housekeeper
 from lovasz.server.memory.allocator import MemoryReturner
 from lovasz.server.memory.pool import KEPT_SECONDS, StagingPool
+from lovasz.server.memory.shared_devices import shared_devices
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
@@ -108,8 +109,11 @@ class Server:
         )
         self._staging = StagingPool(self._engine.device)
         paths = config.socket_paths if config.shared_memory else ()
+        devices = shared_devices(self._engine.device) if paths else None
         self._shared_memory = [
-            SharedMemory(path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths))
+            SharedMemory(
+                path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths), devices
+            )
             for path in paths
         ]
         self._grpc = GrpcServer(
@@ -194,6 +198,9 @@ class Server:
                 "lovasz_staging_idle_bytes": lambda: self._staging.idle_bytes,
                 "lovasz_shared_memory_sessions": lambda: sum(shared.sessions for shared in self._shared_memory),
                 "lovasz_shared_memory_bytes": lambda: sum(shared.nbytes for shared in self._shared_memory),
+                "lovasz_shared_device_memory_bytes": lambda: sum(
+                    shared.device_nbytes for shared in self._shared_memory
+                ),
                 "lovasz_joint_groups_waiting": lambda: joints.groups,
                 "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
                 "lovasz_joint_answers_kept": lambda: joints.kept,
