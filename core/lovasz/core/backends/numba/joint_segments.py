@@ -13,25 +13,28 @@ from lovasz.core.backends.numba import sorting, tables
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes
-from lovasz.core.backends.numba.segments import ABSENT, Parts, Rules, Segments
+from lovasz.core.backends.numba.segments import Parts, Rules, Segments
 from lovasz.core.ranks import Ranks
 
 _VOID, _FOREGROUND = 2, 1
 """Codes of the pixels that were sent; background is 0."""
 
 
-def add_tables(ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integers, parts: Parts) -> None:
+def add_tables(ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integers, parts: Parts, cut: bool) -> None:
     """Adds each segment's table over the ranks, and sets the range of its bins to that of all ranks.
 
-    Bins below the smallest foreground error are left out: background there has g = 0.
+    Bins below the smallest foreground error are left out: background there has g = 0. Not so with ``cut``, where
+    foreground may have an error of 0, which no table counts.
 
     Args:
+        cut: ``Rules.cut``.
         firsts: the first part of each segment, whose table holds those of the other parts.
         parts: ``lowest`` and ``highest`` are changed.
     """
     bounds = np.empty((2, len(firsts)), np.int64)
     for s, first in enumerate(firsts):
-        bounds[:, s] = -parts.lowest[first], _last_used(part_tables[first, tables.BINS : 2 * tables.BINS])
+        last = parts.highest[first] if cut else _last_used(part_tables[first, tables.BINS : 2 * tables.BINS])
+        bounds[:, s] = -parts.lowest[first], last
     ranks.reduce((), [bounds])
     summed = []
     for s, first in enumerate(firsts):
@@ -63,7 +66,7 @@ def sort_sent(
     ranks.reduce((), [smallest])
     places = []
     for s, (error, code) in enumerate(own):
-        if found.state[s] == ABSENT:
+        if found.foreground_count[s] == 0:
             valid = np.flatnonzero(code != _VOID)
             places.append(valid[[int(error[valid].argmax())]] if len(valid) else valid)
         else:
@@ -108,7 +111,7 @@ def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[floa
     """Loss and gradient of the pixels that were sent; errors of foreground have the sign bit set."""
     error, code = np.abs(values), np.signbit(values).astype(np.uint8)
     g = np.empty(len(values) if rules.want_grad else 0, np.float32)
-    if found.state[s] == ABSENT:
+    if found.foreground_count[s] == 0:
         return sorting.largest(error, code, _VOID, _VOID, found.weight[s], rules.cut, g), g
     keys = np.empty((2, len(values)), np.uint64)
     loss = sorting.extension(
