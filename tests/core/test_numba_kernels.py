@@ -206,11 +206,11 @@ each_kind = pytest.mark.parametrize("kind", ["uniform", "decades", "two bins", "
 
 
 def new_table() -> npt.NDArray[np.int64]:
-    return np.zeros(2 * bins.BINS + 1, np.int64)
+    return np.zeros(tables.WORDS, np.int64)
 
 
 def count(errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64]) -> tuple[int, int]:
-    return tables.count(errors, codes, 1, VOID, IGNORED, bins.SOFTMAX_TOP, table)
+    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.SOFTMAX_TOP, table)
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
@@ -249,7 +249,9 @@ def test_tables_of_shards_add(kind: str, shards: int) -> None:
         table = new_table()
         ranges.append(count(errors[owner == shard], codes[owner == shard], table))
         added += table
-    assert added.tobytes() == whole.tobytes()
+    in_bins = slice(2 * bins.BINS)  # Which of the other words counts a void pixel depends on its place.
+    assert added[in_bins].tobytes() == whole[in_bins].tobytes()
+    assert added[2 * bins.BINS :].sum() == whole[2 * bins.BINS :].sum()
     assert (min(low for low, _ in ranges), max(high for _, high in ranges)) == (lowest, highest)
     loss = scan(whole, lowest, highest, foreground)
     assert scan(added, 0, bins.BINS - 1, foreground) == loss  # also where nobody knows the range
@@ -528,8 +530,8 @@ with open(index, "wb") as file:
 
 CLEAR = """
 import numpy as np
-from lovasz.core.backends.numba.tables import BINS, clear
-clear(np.zeros(2 * BINS + 1, np.int64), 0, 1)
+from lovasz.core.backends.numba.tables import WORDS, clear
+clear(np.zeros(WORDS, np.int64), 0, 1)
 """
 
 
