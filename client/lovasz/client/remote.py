@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import numpy as np
@@ -77,12 +77,8 @@ class Call:
         return self.target.compute(self, timeout)
 
 
-class Answer(NamedTuple):
-    """A response, its gradient as it was sent (empty if none was wanted), and the way that it took."""
-
-    response: wire.Response
-    grad: Array
-    transport: str = OVER_GRPC
+Answer = tuple[wire.Response, Array]
+"""A response, and its gradient as it was sent (empty if none was wanted)."""
 
 
 class RemoteTarget:
@@ -176,10 +172,9 @@ class RemoteTarget:
         self._connection.check_open()
         with self._grpc_errors_translated():
             if call.region is not None:
-                answer = self._through_region(call, call.region, timeout)
+                response, grad = self._through_region(call, call.region, timeout)
             else:
-                answer = self._in_messages(call, timeout)
-        response, grad = answer.response, answer.grad
+                response, grad = self._in_messages(call, timeout)
         if response.warning and response.warning not in self._warned and len(self._warned) < _MOST_WARNINGS:
             self._warned.add(response.warning)
             _log.warning("%s: %s", self._name, "".join(c if c.isprintable() else " " for c in response.warning))
@@ -189,7 +184,7 @@ class RemoteTarget:
             terms=response.terms,
             intersection=response.intersection,
             union=response.union,
-            timing=replace(response.timing, transport=answer.transport),
+            timing=response.timing,
             ranks=response.ranks,
         )
 
@@ -275,12 +270,12 @@ class RemoteTarget:
 
     def _received(self, header: pb.ResponseHeader, chunks: Iterable[framing.Bytes], call: Call) -> Answer:
         with _misfit_is_wrong_answer():
-            response = wire.Response.from_proto(header, call.request)
+            response = wire.Response.from_proto(header, call.request, OVER_GRPC)
             grad = np.empty(0, np.float32)
             if response.grad is not None:
                 grad = self._memory.new(response.grad.shape, response.grad.dtype.numpy)
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
-        return Answer(response, grad)
+        return response, grad
 
     def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
@@ -289,9 +284,7 @@ class RemoteTarget:
         assert devices is not None
         try:
             try:
-                response, transport = self._retries.call(
-                    lambda left: self._in_shared_memory(call, shared, region, left), timeout
-                )
+                response = self._retries.call(lambda left: self._in_shared_memory(call, shared, region, left), timeout)
             except LossError as error:  # The server takes no such memory.
                 if region.kind == IN_DEVICE_MEMORY:
                     devices.pause(error)
@@ -310,15 +303,11 @@ class RemoteTarget:
             raise
         if response.grad is None:
             region.give_back()
-            return Answer(response, np.empty(0, np.float32), transport)
+            return response, np.empty(0, np.float32)
         copied = response.grad.nbytes <= SHARED_BYTES
-        grad = region.take_gradient(places(call.request).grad, response.grad, copied=copied)
-        return Answer(response, grad, transport)
+        return response, region.take_gradient(places(call.request).grad, response.grad, copied=copied)
 
-    def _in_shared_memory(
-        self, call: Call, shared: SharedMemory, region: Shared, timeout: float
-    ) -> tuple[wire.Response, str]:
-        """The response, and what asked for it."""
+    def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
         place = places(call.request)
         region.complete()
         try:
@@ -327,7 +316,7 @@ class RemoteTarget:
             self._info(timeout)  # If no server answers: its error.
             raise
         at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
-        header = replace(call.request, shared=at).to_proto()
+        header = call.request.to_proto(at)
         try:
             if session.takes(call.request, header):
                 message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
@@ -341,7 +330,7 @@ class RemoteTarget:
                 shared.forget(session)
             raise
         with _misfit_is_wrong_answer():
-            return wire.Response.from_proto(answer, call.request), transport
+            return wire.Response.from_proto(answer, call.request, transport)
 
     def _metadata(self, call: Call) -> tuple[tuple[str, str], ...]:
         return self._connection.metadata(call.request.joint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ import grpc
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
 from lovasz.server.transport.status import FAULT_TEXT
-from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS, CallThreads
+from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ class SocketCall:
         """Whether its caller waits for an answer."""
         self._retry_after: str | None = None
 
-    def serve(self, compute: Compute) -> None:
-        """Computes it and sends its answer."""
+    def served(self, compute: Compute) -> pb.SharedMemoryAnswer:
+        """Computes it."""
         header: pb.ResponseHeader | None = None
         failure: pb.CallError | None = None
         try:
@@ -65,7 +66,10 @@ class SocketCall:
         except Exception:  # Outside the service, which ends its own faults with an error.
             _log.exception("a fault of a call over the socket of shared memory")
             failure = pb.CallError(code=grpc.StatusCode.INTERNAL.name, text=FAULT_TEXT)
-        answer = pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
+        return pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
+
+    def end(self, answer: pb.SharedMemoryAnswer) -> None:
+        """Sends its answer, if its caller waits for one."""
         self._calls.end(answer, is_heard=self._is_heard)
 
     def peer(self) -> str:
@@ -193,6 +197,9 @@ class SessionCalls:
 class SocketThreads:
     """Threads for the calls of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
 
+    They are started as they are needed, and kept. A pool of the standard library makes a future for each call, which
+    takes longer than all of this.
+
     Attributes:
         most: the most calls at a time, of one connection or of all.
         log: for refusals.
@@ -202,7 +209,10 @@ class SocketThreads:
         self.most = most
         self.log = Sparingly(_log)
         self._compute = compute
-        self._threads = CallThreads(most, "socket-call")
+        self._lock = threading.Lock()
+        self._open = 0
+        self._threads: list[threading.Thread] = []
+        self._queue: queue.SimpleQueue[SocketCall | None] = queue.SimpleQueue()
 
     def start_all(self) -> None:
         """Starts all threads.
@@ -214,11 +224,39 @@ class SocketThreads:
 
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
-        if self._threads.is_full:
-            return False
-        self._threads.submit(call.serve, self._compute)
+        with self._lock:
+            if self._open >= self.most or not self._has_thread():
+                return False
+            self._open += 1
+        self._queue.put(call)
         return True
 
     def stop(self, *, wait: bool) -> None:
         """Ends the threads; waits for them unless some may be stuck."""
-        self._threads.shutdown(wait=wait, cancel_futures=True)
+        self._queue.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _has_thread(self) -> bool:
+        """Whether a thread is free; starts one if none is."""
+        if self._open < len(self._threads):
+            return True
+        thread = threading.Thread(target=self._run, name=f"socket-call_{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # The system has no more threads.
+            return False
+        self._threads.append(thread)
+        return True
+
+    def _run(self) -> None:
+        while True:
+            call = self._queue.get()
+            if call is None:
+                self._queue.put(None)  # For the next thread.
+                return
+            answer = call.served(self._compute)
+            with self._lock:  # Before its caller has the answer, and may make the next call.
+                self._open -= 1
+            call.end(answer)
+            del call, answer  # So that no tensors are held while waiting for the next call.

@@ -36,8 +36,8 @@ def start_all(pool: ThreadPoolExecutor, most: int) -> None:
 class CallThreads(ThreadPoolExecutor):
     """Threads for so many calls. gRPC's own limit would count the calls of the health service, too."""
 
-    def __init__(self, most: int, name: str = "call") -> None:
-        super().__init__(most, thread_name_prefix=name)
+    def __init__(self, most: int) -> None:
+        super().__init__(most, thread_name_prefix="call")
         self._most = most
         self._count_lock = threading.Lock()
         self._open = 0
