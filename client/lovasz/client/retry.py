@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 import grpc
 
-from lovasz.client.errors import speaks_no_grpc
+from lovasz.client.errors import speaks_no_grpc, was_reset
 
 FIRST_ATTEMPTS = 5
 """Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit. That a
@@ -76,7 +76,7 @@ class Retries:
         if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
             self._answered = True
         hopeless = number >= FIRST_ATTEMPTS or speaks_no_grpc(error)
-        if error.code() not in RETRYABLE or (hopeless and not self._answered):
+        if not (error.code() in RETRYABLE or was_reset(error)) or (hopeless and not self._answered):
             return None
         if PUSHBACK_KEY in metadata:
             milliseconds = str(metadata[PUSHBACK_KEY])
