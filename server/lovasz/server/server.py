@@ -85,7 +85,7 @@ class Server:
             SharedMemory(path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths))
             for path in paths
         ]
-        self._grpc = GrpcServer(config.max_requests)
+        self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds)
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
             "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
