@@ -116,9 +116,8 @@ class Server:
             )
             for path in paths
         ]
-        self._grpc = GrpcServer(
-            config.max_requests, self._certificates, None if self._tokens is None else Gate(self._tokens, self._metrics)
-        )
+        gate = None if self._tokens is None else Gate(self._tokens, self._metrics)
+        self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds, self._certificates, gate)
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
             "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
@@ -257,8 +256,6 @@ class Server:
     def _start_threads(self, starter: threading.Thread) -> None:
         """Starts all threads, so that none is refused later."""
         try:
-            if self._shared_memory:
-                self._socket_threads.start_all()
             self._grpc.start()
             self._health.start()
             for housekeeper in self._housekeepers:

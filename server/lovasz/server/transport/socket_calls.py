@@ -214,14 +214,6 @@ class SocketThreads:
         self._threads: list[threading.Thread] = []
         self._queue: queue.SimpleQueue[SocketCall | None] = queue.SimpleQueue()
 
-    def start_all(self) -> None:
-        """Starts all threads.
-
-        Raises:
-            RuntimeError: the system refuses one.
-        """
-        self._threads.start_all()
-
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
         with self._lock:
