@@ -22,6 +22,7 @@ from support.vector_cases import Case, load
 from support.waiting import eventually
 
 from lovasz.client import Joint, LossClient, LovaszSoftmax, cli, device_memory, devices
+from lovasz.client import joint as client_joint
 from lovasz.client.shared_memory import Session
 from lovasz.client.torch import RemoteLoss
 from lovasz.device_memory.driver import DriverError
@@ -55,6 +56,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
 
 def shared_bytes(server: ServerProcess) -> float:
     return metric(server, "lovasz_shared_device_memory_bytes")
+
+
+def completed(server: ServerProcess) -> float:
+    return metric(server, "lovasz_joint_groups_total", outcome="completed")
 
 
 @pytest.mark.parametrize("case", load(), ids=lambda case: case.name)
@@ -176,6 +181,23 @@ def test_ranks_of_a_joint_step_on_several_devices(sharing: ServerProcess, monkey
     assert torch.equal(torch.cat([results[rank].grad for rank in range(3)]), whole.grad)
     assert {results[rank].loss for rank in range(3)} == {whole.loss}
     assert [bool(driver.made) for driver in drivers] == [True, True, False]
+
+
+@pytest.mark.parametrize("ways", [("auto", "grpc"), ("grpc", "auto"), ("auto", "auto")])
+def test_a_rank_that_asks_again_gets_its_answer_by_another_way(
+    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch, ways: tuple[str, str]
+) -> None:
+    """The retry of a call whose answer was lost: in other memory, or over gRPC."""
+    monkeypatch.setattr(client_joint.os, "urandom", lambda count: b"c" * count)
+    logits, labels = tensors(30)
+    joint, before, grads = Joint("+".join(ways), 0, 1, step=0), completed(sharing), []
+    for way in ways:
+        with LossClient(sharing.target, transport=way) as client:
+            result = client.compute(logits, labels.byte(), SOFTMAX, joint=joint)
+            assert (result.timing.transport == "device") is (way == "auto")
+            grads.append(result.grad)
+    assert torch.equal(grads[0], grads[1])
+    assert completed(sharing) == before + 1
 
 
 # --- Where there is none ------------------------------------------------------------------------------------------
