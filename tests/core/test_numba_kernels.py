@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -117,6 +118,35 @@ def test_widening_is_exact_for_all_words(kind: int, dtype: torch.dtype, first: i
     is_nan = np.isnan(expected)
     assert (np.isnan(out) == is_nan).all()
     assert out[~is_nan].tobytes() == expected[~is_nan].tobytes()
+
+
+# --- Point clouds -------------------------------------------------------------------------------------------------
+
+CLOUD_LOSSES: list[LossLike] = [
+    [(1.0, CrossEntropy(None, 255, 0.1)), (1.0, LovaszSoftmax(ignore_index=255)), (0.5, LovaszSoftmax([1, 4]))],
+    LovaszSoftmax(classes=[0, 2], ignore_index=255),
+    LovaszSoftmax(input="probabilities", ignore_index=255),
+]
+
+
+@pytest.mark.parametrize("loss", CLOUD_LOSSES, ids=["terms", "listed", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_point_cloud_has_the_bits_of_an_image_of_its_points(
+    loss: LossLike, dtype: torch.dtype, number: int, threads: None
+) -> None:
+    torch.set_num_threads(number)
+    points = 3 * normal(17_003, 5, seed=11, dtype=torch.float32)
+    points = (points.softmax(1) if weighted_sum(loss).probabilities else points).to(dtype)
+    labels = random_labels(17_003, values=5, seed=12, void=None if isinstance(loss, list) else 255)
+    cloud = compute(points, labels, loss, backend=Backend.NUMBA)
+    image = compute(points.T[None], labels[None], loss, backend=Backend.NUMBA)
+    assert cloud.grad is not None
+    assert image.grad is not None
+    assert torch.equal(cloud.grad, image.grad[0].T)
+    assert cloud.grad.is_contiguous()
+    assert bits(replace(cloud, grad=None)) == bits(replace(image, grad=None))
+    assert compute(points, labels, loss, want_grad=False, backend=Backend.NUMBA).loss == cloud.loss
 
 
 # --- Bins ---------------------------------------------------------------------------------------------------------

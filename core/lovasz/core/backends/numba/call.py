@@ -70,8 +70,8 @@ class Call:
 
     Attributes:
         ranks: if the batch is one rank's part of a joint: all ranks of it.
-        grads: one per request, float32, in the order of the planes: of the shape of its logits, but flat where images
-            are fused; empty if no gradient is wanted.
+        grads: one per request, float32: of the shape of its logits, or flat, K rows, where these had to be transposed;
+            empty if no gradient is wanted.
         outline: what the plan alone decides.
         counts: labels, predictions, hits and faults.
         valid: flat (planes x K), for binary losses: the number of pixels that are not void.
@@ -94,35 +94,52 @@ class Call:
         self.plan_planes = self.outline.planes
         self._requests = batch.requests
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
-        pairs = list(zip(batch.requests, self.plan_planes.fused.tolist(), strict=True))
-        self._any_fused = any(is_fused for _, is_fused in pairs)
-        self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
-        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_binary) for r, is_fused in pairs]
-        self.grads = [_room(r, is_fused, want_grad) for r, is_fused in pairs]
         self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
-        self.planes = self._planes()
+        of_points = self.outline.with_points if self.logits_kind == FLOAT32 else self.outline.without_points
+        are_points, self._transposed = of_points
+        pairs = list(zip(batch.requests, self._transposed, strict=True))
+        self._logits = [_contiguous(r.logits, r.layout, transposed) for r, transposed in pairs]
+        self._labels = [_contiguous(r.labels, r.layout, transposed and plan.is_binary) for r, transposed in pairs]
+        self.grads = [_room(r, transposed, want_grad) for r, transposed in pairs]
+        # Loops write the gradients of points to rows of scratch; only the last one writes them in their order.
+        self._g = self._rows_of_points(are_points) if want_grad and are_points.any() else self.grads
+        self.planes = self._planes(are_points)
         self.threads = 1 if self.outline.is_small else thread_count()
         labels, predictions, hits, valid = self._counts = np.zeros((4, len(self.plan_planes) * plan.channels), np.int64)
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
         self.valid = valid
         self.errors = self.rows("errors", plan.channels, np.float32)
 
-    def _planes(self) -> Planes:
+    def _rows_of_points(self, are_points: npt.NDArray[np.bool_]) -> list[Tensor]:
+        """``grads``, with rows of scratch in place of those of points."""
+        sizes = [r.logits.numel() if points else 0 for r, points in zip(self._requests, are_points, strict=True)]
+        rows = torch.from_numpy(self.scratch.array("point gradients", (sum(sizes),), np.float32)).split(sizes)
+        return [row if points else grad for row, grad, points in zip(rows, self.grads, are_points, strict=True)]
+
+    def _planes(self, are_points: npt.NDArray[np.bool_]) -> Planes:
         layout, request = self.plan_planes, self.outline.request
-        tensors = self._logits, self._labels, self.grads
-        firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)
+        tensors = self._logits, self._labels, self._g, self.grads
+        firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)[:, request]
         kinds = [_LABEL_KINDS[labels.dtype] for labels in self._labels]
         offsets = self.outline.byte_offsets(FLOAT_BYTES[self.logits_kind], [LABEL_BYTES[kind] for kind in kinds])
-        logits, labels, grads = (firsts[:, request] + offsets).view(np.uint64)
-        return Planes(logits, labels, np.array(kinds)[request], grads, layout.start, layout.pixels, layout.joint)
+        logits, labels, grads = (firsts[:3] + offsets).view(np.uint64)
+        return Planes(
+            logits=logits,
+            labels=labels,
+            label_kind=np.array(kinds)[request],
+            grads=grads,
+            start=layout.start,
+            pixels=layout.pixels,
+            joint=layout.joint,
+            are_points=are_points[request],
+            points=firsts[3].view(np.uint64),
+        )
 
     def grads_of_requests(self) -> tuple[Tensor, ...]:
         """The gradients in the shapes of the requests' logits."""
-        if not self._any_fused:
-            return tuple(self.grads)
         return tuple(
-            images_first(grad, request) if fused else grad
-            for grad, request, fused in zip(self.grads, self._requests, self.plan_planes.fused, strict=True)
+            images_first(grad, request) if transposed else grad
+            for grad, request, transposed in zip(self.grads, self._requests, self._transposed, strict=True)
         )
 
     def clear_grads(self, scored: npt.NDArray[np.bool_] | None = None) -> None:
@@ -132,7 +149,7 @@ class Call:
             scored: shape (planes, K): the rows to leave as they are; None to clear all.
         """
         first = 0
-        for grad, layout, fused in zip(self.grads, self.plan.layouts, self.plan_planes.fused, strict=True):
+        for grad, layout, fused in zip(self._g, self.plan.layouts, self.plan_planes.fused, strict=True):
             count = 1 if fused else layout.images
             rows = grad.numpy().reshape(count, layout.channels, -1)
             rows[slice(None) if scored is None else ~scored[first : first + count]] = 0
@@ -200,11 +217,11 @@ def _contiguous(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
     return (classes_first(tensor, layout) if transpose else tensor).contiguous()
 
 
-def _room(request: Request, fused: bool, want_grad: bool) -> Tensor:
+def _room(request: Request, transposed: bool, want_grad: bool) -> Tensor:
     if not want_grad:
         return _NOTHING
     shape = request.logits.shape
-    if request.grad is not None and not fused:
+    if request.grad is not None and not transposed:
         return request.grad.view(shape)
     # Allocated by NumPy, since it asks the system for large pages.
-    return torch.from_numpy(np.empty(shape.numel() if fused else shape, np.float32))
+    return torch.from_numpy(np.empty(shape.numel() if transposed else shape, np.float32))

@@ -58,6 +58,8 @@ class Outline:
     Attributes:
         planes: the planes; images of few pixels are fused.
         request: the request of each plane, as an index.
+        with_points: one element per request: whether it is a point cloud whose classes stay last (an array), and if its
+            tensors have to be transposed (a list). For float32; ``without_points`` is for 16 bits.
         blocks: the tasks of loops over pixels.
         labelling: how labels become codes.
         is_small: whether the calling thread computes the batch alone.
@@ -68,6 +70,10 @@ class Outline:
         self.planes = plan.planes(FUSE_BELOW_PIXELS)
         is_one_each = len(self.planes) == len(plan.layouts)
         self.request: slice | Integers = slice(None) if is_one_each else self.planes.request
+        fused, has_finish = self.planes.fused, not (plan.is_binary or plan.loss.probabilities)
+        are_points = fused & [layout.pixels == 1 and has_finish for layout in plan.layouts]
+        self.with_points = are_points, (fused & ~are_points).tolist()
+        self.without_points = np.zeros_like(are_points), fused.tolist()
         self.blocks = _blocks(self.planes.pixels)
         values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
         self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
