@@ -15,7 +15,7 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint faults figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
@@ -35,6 +35,7 @@ help:
 	@echo "make audit        look for known vulnerabilities of the pinned versions (needs pypi.org itself, not a mirror)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
+	@echo "make faults       long attacks on a server, MINUTES=5 each: fuzz, soak, overload, SIGSTOP, packet loss (half an hour)"
 	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
 	@echo "make gpu          benchmark and tests on a GPU from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there; for what it does with a server, also grpcio,"
@@ -208,6 +209,10 @@ bench-remote: $(INSTALLED) .venv-inference-server/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.remote --inference-server .venv-inference-server/bin/python \
 		--json benchmarks/results/data_plane_cpu.json --plot docs/figures
+
+MINUTES ?= 5
+faults: $(INSTALLED)
+	$(BIN)/python -m benchmarks.faults --minutes $(MINUTES) --json benchmarks/results/faults_cpu.json --plot docs/figures
 
 bench-joint: $(INSTALLED)
 	$(BIN)/python -m benchmarks.joint --json benchmarks/results/joint_cpu.json
