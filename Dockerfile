@@ -53,7 +53,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
  && wheel="/dist/lovasz-${VERSION}-py3-none-any.whl" \
  && { test -e "$wheel" || { echo "VERSION is ${VERSION}, but the wheel is $(ls /dist)" >&2; exit 1; }; } \
- && /opt/build/bin/pip --python /opt/lovasz/bin/python install --constraint constraints.txt "${wheel}[server,cpu,gpu]" \
+ && /opt/build/bin/pip --python /opt/lovasz/bin/python install --constraint constraints.txt "${wheel}[server,cpu,gpu,otel]" \
  && /opt/lovasz/bin/python -c 'import lovasz.server.server'
 
 

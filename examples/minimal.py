@@ -2,6 +2,7 @@
 
 python examples/minimal.py                             # computes the loss in this process; some seconds on a CPU
 python examples/minimal.py --server localhost:50051    # asks a running server for it
+                             --secrets secrets         # with TLS and a token, from the files of docs/security.md
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from lovasz.client import CrossEntropy, DatasetIoU, LovaszSoftmax
+from lovasz.client import TLS, CrossEntropy, DatasetIoU, LovaszSoftmax
 from lovasz.client.torch import RemoteLoss
 
 VOID = 255
@@ -43,10 +44,15 @@ def dataset_iou(model: nn.Module, criterion: RemoteLoss, images: Tensor, labels:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--server", metavar="TARGET", default="inprocess", help="HOST:PORT or unix:/path")
+    parser.add_argument("--secrets", metavar="FOLDER", help="of certificates and token, as docs/security.md makes it")
+    arguments = parser.parse_args()
+    folder = arguments.secrets
     torch.manual_seed(0)
     criterion = RemoteLoss(
-        parser.parse_args().server,
+        arguments.server,
         [(1.0, CrossEntropy(ignore_index=VOID)), (1.0, LovaszSoftmax(ignore_index=VOID))],
+        tls=folder and TLS(f"{folder}/ca.pem", f"{folder}/trainer.pem", f"{folder}/trainer.key"),
+        token_file=folder and f"{folder}/trainer.token",
     )
     layers = [nn.Conv2d(2, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Conv2d(16, 3, 1))

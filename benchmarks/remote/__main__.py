@@ -28,6 +28,7 @@ from benchmarks.remote.connections import connections
 from benchmarks.remote.crossover import crossover
 from benchmarks.remote.effort import FULL, QUICK
 from benchmarks.remote.fairness import fairness
+from benchmarks.remote.fixed import fixed_cost
 from benchmarks.remote.inference import AgainstInferenceServer
 from benchmarks.remote.large import LargeRequest
 from benchmarks.remote.report import Part, markdown
@@ -35,7 +36,7 @@ from benchmarks.remote.small import small_requests
 from lovasz.server.launch import ServerProcess
 
 TERMINATED = 128 + signal.SIGTERM
-PARTS = ("large", "crossover", "small", "connections", "fairness", "inference-server")
+PARTS = ("fixed", "large", "crossover", "small", "connections", "fairness", "inference-server")
 
 
 def measure(args: argparse.Namespace, progress: Progress) -> Iterator[Part]:
@@ -44,6 +45,8 @@ def measure(args: argparse.Namespace, progress: Progress) -> Iterator[Part]:
     with tempfile.TemporaryDirectory() as folder:
         listen = f"127.0.0.1:0,unix:{folder}/lovasz"
         with ServerProcess(["--device", "cpu", "--listen", listen, "--shared-memory"]) as server:
+            if "fixed" in args.only:
+                yield fixed_cost(server, effort, progress)
             if "large" in args.only:
                 yield LargeRequest(server, effort, progress).part()
             if "crossover" in args.only:

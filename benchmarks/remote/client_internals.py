@@ -12,8 +12,9 @@ from benchmarks.workloads import Regime, Workload
 from lovasz import wire
 from lovasz.client import LovaszSoftmax, remote
 from lovasz.client.options import ClientOptions, Transport
-from lovasz.client.tensors import encode_labels
+from lovasz.client.tensors import encode_labels, encode_logits
 from lovasz.spec import weighted_sum
+from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire.framing import UnaryRequest
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -23,11 +24,6 @@ MAX_MESSAGE_BYTES = 4 << 20
 def stream_above_bytes() -> int:
     """Requests with a larger payload are streamed."""
     return remote.UNARY_BYTES
-
-
-def share_above_bytes() -> int:
-    """Requests with a larger payload go through shared memory, where there is any."""
-    return remote.SHARED_BYTES
 
 
 @contextmanager
@@ -42,18 +38,13 @@ def _changing(stream_above: int, share_above: int) -> Iterator[None]:
 
 
 def one_message() -> AbstractContextManager[None]:
-    """Requests travel in one message meanwhile."""
-    return _changing(MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
+    """Requests of a client that keeps to gRPC travel in one message meanwhile."""
+    return _changing(MAX_MESSAGE_BYTES, remote.SHARED_BYTES)
 
 
 def stream() -> AbstractContextManager[None]:
-    """Requests are streamed meanwhile."""
-    return _changing(0, MAX_MESSAGE_BYTES)
-
-
-def shared_memory() -> AbstractContextManager[None]:
-    """Requests go through shared memory meanwhile, if they can."""
-    return _changing(MAX_MESSAGE_BYTES, 0)
+    """Requests of a client that keeps to gRPC are streamed meanwhile."""
+    return _changing(0, remote.SHARED_BYTES)
 
 
 def payload(logits: Tensor, labels: Tensor) -> list[memoryview]:
@@ -70,3 +61,13 @@ def encoded(workload: Workload, regime: Regime) -> bytes:
         return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
     finally:
         target.close()
+
+
+def packet_bytes(workload: Workload, regime: Regime) -> int:
+    """The size of a call's packet on the socket of shared memory."""
+    ((logits, labels),) = workload.inputs(regime)
+    specs = encode_logits(logits).spec, encode_labels(labels).spec
+    request = wire.Request.checked(weighted_sum(LovaszSoftmax()), *specs, want_grad=True)
+    header = request.to_proto(wire.SharedTensors(bytes(16), 1, 0, specs[0].nbytes, specs[0].nbytes + specs[1].nbytes))
+    call = pb.SharedMemoryCall(number=1, header=header, timeout_seconds=60.0)
+    return pb.SharedMemoryRequest(call=call).ByteSize()

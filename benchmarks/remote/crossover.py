@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,24 +34,24 @@ def crossover(server: ServerProcess, effort: Effort, say: Progress) -> tuple[Par
             "unary",
             "One message or a stream, TCP",
             "stream",
-            client_internals.stream_above_bytes(),
-            _rows(tcp, "stream", client_internals.stream, STREAM_BYTES, effort, say),
+            f"The client changes to a stream above {client_internals.stream_above_bytes():,} bytes.",
+            _rows(tcp, "stream", "grpc", client_internals.stream, STREAM_BYTES, effort, say),
         ),
         _part(
             "shared",
             "One message or shared memory, Unix socket",
             "shared memory",
-            client_internals.share_above_bytes(),
-            _rows(unix, "shared memory", client_internals.shared_memory, SHARED_BYTES, effort, say),
+            "Shared memory is asked for on its socket, whatever the size.",
+            _rows(unix, "shared memory", "shm", nullcontext, SHARED_BYTES, effort, say),
         ),
     )
 
 
-def _part(key: str, title: str, other: str, above_bytes: int, rows: list[dict[str, Any]]) -> Part:
+def _part(key: str, title: str, other: str, note: str, rows: list[dict[str, Any]]) -> Part:
     return Part(
         key,
         title,
-        f"Cross-entropy, milliseconds, medians. The client changes to the other above {above_bytes:,} bytes.",
+        f"Cross-entropy, milliseconds, medians. {note}",
         (
             Column("payload_bytes", "bytes", ",d"),
             Column("message_ms", "one message", ".2f"),
@@ -63,24 +63,29 @@ def _part(key: str, title: str, other: str, above_bytes: int, rows: list[dict[st
 
 
 def _rows(
-    target: str, name: str, other: Transport, sizes: Sequence[int], effort: Effort, say: Progress
+    target: str, name: str, transport: str, other: Transport, sizes: Sequence[int], effort: Effort, say: Progress
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    with LossClient(target) as client:
+    with LossClient(target, transport="grpc") as messages, LossClient(target, transport=transport) as others:
 
-        def call(pair: Pair, transport: Transport) -> object:
-            with transport():
+        def call(client: LossClient, pair: Pair, way: Transport) -> object:
+            with way():
                 return client.compute(*pair, CrossEntropy())
 
         for size in sizes:
             (pair,) = Workload.of_bytes(size).inputs(HALF_TRAINED, labels=torch.uint8)
             entered = {
-                "one message": Timed(partial(call, pair, client_internals.one_message)),
-                name: Timed(partial(call, pair, other)),
+                "one message": Timed(partial(call, messages, pair, client_internals.one_message)),
+                name: Timed(partial(call, others, pair, other)),
             }
             race(entered, effort.crossover_turns, CALLS, progress.after(say, f"{name}, {size:,} bytes"))
-            message, others = (timed.median_ms for timed in entered.values())
+            message_ms, other_ms = (timed.median_ms for timed in entered.values())
             rows.append(
-                {"payload_bytes": size, "message_ms": message, "other_ms": others, "of_message": others / message}
+                {
+                    "payload_bytes": size,
+                    "message_ms": message_ms,
+                    "other_ms": other_ms,
+                    "of_message": other_ms / message_ms,
+                }
             )
     return rows

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 
 import torch
 
-from benchmarks.remote.client_internals import encoded
+from benchmarks.remote.client_internals import encoded, packet_bytes, payload
 from benchmarks.remote.echo import raw_call
+from benchmarks.remote.memory_echo import MemoryEchoPeer
 from benchmarks.workloads import Regime, Workload
 from lovasz.client import LossClient, LovaszSoftmax
+
+GRPC, SHARED_MEMORY, MEMORY_ECHO = "grpc", "shm", "memory echo"
+"""What sends, if not calls of a gRPC method: a ``LossClient`` of this transport, or a peer of the echo."""
 
 
 class Generator:
@@ -21,6 +25,7 @@ class Generator:
         torch.set_num_threads(1)
         ((self._logits, self._labels),) = workload.inputs(regime)
         self._request = encoded(workload, regime)
+        self._packet_bytes = packet_bytes(workload, regime)
         self._threads = threads
         self._callers: dict[tuple[str, str], list[Callable[[], object]]] = {}
         self._stack = ExitStack()
@@ -30,7 +35,7 @@ class Generator:
         """Sends from ``start`` on, an instant of ``time.perf_counter``, for ``seconds``.
 
         Args:
-            method: of calls with ready bytes; "" for calls of ``LossClient``.
+            method: of calls with ready bytes; or one of the three above.
 
         Returns:
             How many calls were made, and the instant when the last one ended.
@@ -44,9 +49,14 @@ class Generator:
         self._stack.close()
 
     def _caller(self, target: str, method: str) -> Callable[[], object]:
-        if method:
+        if method == MEMORY_ECHO:
+            parts = payload(self._logits, self._labels)
+            return self._stack.enter_context(
+                closing(MemoryEchoPeer(target, parts, self._logits.nbytes, self._packet_bytes))
+            )
+        if method not in (GRPC, SHARED_MEMORY):
             return raw_call(target, method, self._request, self._stack)
-        client = self._stack.enter_context(LossClient(target, transport="grpc"))
+        client = self._stack.enter_context(LossClient(target, transport=method))
         return lambda: client.compute(self._logits, self._labels, LovaszSoftmax())
 
 

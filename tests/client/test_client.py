@@ -25,6 +25,7 @@ from torch import Tensor
 import lovasz.client
 import lovasz.core
 from lovasz.client import (
+    AuthenticationError,
     CallAbortedError,
     CallCancelledError,
     CrossEntropy,
@@ -41,6 +42,7 @@ from lovasz.client import (
     ServerFaultError,
     ServerOverloadedError,
     ServerUnavailableError,
+    TLSError,
 )
 from lovasz.client.errors import from_rpc_error
 from lovasz.client.remote import UNARY_BYTES
@@ -388,7 +390,7 @@ ERRORS: dict[grpc.StatusCode, type[LossError]] = {
     grpc.StatusCode.NOT_FOUND: ServerFaultError,
     grpc.StatusCode.ALREADY_EXISTS: ServerFaultError,
     grpc.StatusCode.PERMISSION_DENIED: ServerFaultError,
-    grpc.StatusCode.UNAUTHENTICATED: ServerFaultError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerOverloadedError,
     grpc.StatusCode.FAILED_PRECONDITION: JointMismatchError,
     grpc.StatusCode.ABORTED: CallAbortedError,
@@ -402,7 +404,7 @@ ERRORS: dict[grpc.StatusCode, type[LossError]] = {
 
 def test_the_table_of_errors_is_complete() -> None:
     assert set(ERRORS) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
-    assert set(ERRORS.values()) == set(LossError.__subclasses__())
+    assert {*ERRORS.values(), TLSError} == set(LossError.__subclasses__())  # TLS fails before there is a call.
 
 
 def test_errors_are_also_what_python_calls_them() -> None:

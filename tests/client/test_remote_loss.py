@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -466,7 +467,11 @@ def test_rank_and_world_size_are_those_of_the_default_group_at_the_first_call(
         criterion(logits, labels)
     group_of_one()
     criterion(logits, labels)
-    assert criterion.joint == Joint.from_distributed("run-7") == Joint("run-7", 0, 1)
+    assert criterion.joint == Joint.from_distributed("run-7")
+    assert replace(criterion.joint, secret=None) == Joint("run-7", 0, 1)
+    assert isinstance(criterion.joint.secret, bytes)
+    assert criterion.joint.secret != Joint.from_distributed("run-8").secret
+    assert repr(criterion.joint.secret) not in repr(criterion.joint)
     torch.distributed.destroy_process_group()
     again = copying(criterion)
     again(logits, labels)

@@ -19,8 +19,9 @@ from support.comparison import bits, normal, random_labels, slow_bin
 from support.ways import rank_on_cpu
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, compute, reference
-from lovasz.core.backends.numba import bins, elementary, planes, scratch, sorting, tables
+from lovasz.core.backends.numba import bins, elementary, joint_tables, planes, scratch, sorting, tables
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
+from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.dispatch import Backend
 from lovasz.core.tables import MAX_PIXELS, REST_BITS, REST_SUM_BITS
@@ -255,6 +256,48 @@ def test_tables_of_shards_add(kind: str, shards: int) -> None:
     in_use = slice(lowest, highest + 1)
     assert added[in_use].tobytes() == whole[in_use].tobytes()
     assert added[bins.BINS :][in_use].tobytes() == whole[bins.BINS :][in_use].tobytes()
+
+
+MOST_PIXELS = {3: 0, 6: 1, 9: 170, 12: 171, 15: 40_000}
+"""Of a bin, from each of these octaves on."""
+
+
+def test_tables_of_ranks_add_in_words_of_both_lengths() -> None:
+    """Three ranks with at most 170 pixels in a bin have sums below 512, which fit into a short word, and no more do."""
+    ranks, dice = 3, np.random.default_rng(0)
+    starts = bins.first_bins()
+    own = np.zeros((ranks, 1, 2 * bins.BINS + 1), np.int64)
+    for octave in range(3, 20):
+        most = MOST_PIXELS[max(first for first in MOST_PIXELS if first <= octave)]
+        for half in (0, bins.BINS) if octave < 18 else (0,):
+            place = slice(half + starts[octave], half + starts[octave + 1])
+            rests = most * ((1 << REST_BITS) - 1)  # The largest sum.
+            own[:, 0, place] = ((most << REST_SUM_BITS) + rests) * dice.integers(0, 2, own[:, 0, place].shape)
+    lowest, highest = starts[4], starts[20] - 1  # Of all ranks; foreground ends in octave 17.
+    one, surveys = np.zeros(1, np.int64), []
+    for table in own:
+        parts = Parts(*(np.array([n]) for n in (0, 0, 1, lowest, highest)))
+        bounds, most_of_rank = np.empty((1, 2), np.int64), np.empty((1, 2, joint_tables.OCTAVES), np.int64)
+        joint_tables.survey(one.copy(), one, parts, table, bounds, most_of_rank)
+        surveys.append((bounds, most_of_rank))
+    bounds, most_of_all = (np.max(column, axis=0) for column in zip(*surveys, strict=True))
+    low, stop = -bounds[:, 0], bounds[:, 1] + 1
+    sent, short_count, long_count = joint_tables.chosen(low, stop, most_of_all, ranks)
+    short, long = np.zeros((ranks, short_count), np.int32), np.zeros((ranks, long_count), np.int64)
+    for table, *words in zip(own, short, long, strict=True):
+        joint_tables.pack(one.copy(), one, sent, table, *words)
+    assert (low, stop.max() - 1) == (lowest, np.flatnonzero(own[:, 0, bins.BINS : -1].sum(0))[-1])
+    places = sent.stop - sent.first
+    assert (places[0, :, [4, 5]] == 0).all()  # Where no rank has pixels, nothing is sent.
+    assert sent.is_short[0, :, 6:12].all()
+    assert not sent.is_short[0, :, 12:18].any()
+    assert (short_count, long_count) == (places[0, :, 6:12].sum(), places[0, :, 12:18].sum())
+    expected, received = own.sum(0), own[0].copy()
+    joint_tables.unpack(one.copy(), one, sent, received, short.sum(0, dtype=np.int32), long.sum(0))
+    for half in (0, bins.BINS):
+        np.testing.assert_array_equal(
+            received[:, half + low[0] : half + stop[0]], expected[:, half + low[0] : half + stop[0]]
+        )
 
 
 @each_kind

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import textwrap
 import time
 import urllib.parse
 import urllib.request
@@ -63,6 +64,13 @@ def test_every_alert_has_its_entry_in_the_runbook() -> None:
     assert [heading for heading in headings if heading.startswith("Lovasz")] == list(alerts())
     anchors = re.findall(r"runbook: docs/operations.md#(\w+)", ALERTS.read_text())
     assert anchors == [name.lower() for name in alerts()]
+
+
+def test_kubernetes_has_the_same_alerts() -> None:
+    resource = (DEPLOY / "kubernetes" / "components" / "monitoring" / "prometheusrule.yaml").read_text()
+    _, spec, groups = resource.partition("\nspec:\n")
+    assert spec
+    assert textwrap.dedent(groups) == "groups:\n" + ALERTS.read_text().partition("\ngroups:\n")[2]
 
 
 @needs_prometheus

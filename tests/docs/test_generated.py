@@ -83,7 +83,7 @@ def generate(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_stale_and_missing_files_are_found_and_written(tmp_path: Path) -> None:
-    for part in ("docs", "deploy/grafana", "proto", "core", "client"):
+    for part in ("docs", "deploy/grafana", "deploy/kubernetes", "deploy/prometheus", "proto", "core", "client"):
         shutil.copytree(REPOSITORY / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
     stale, missing = tmp_path / "docs" / "metrics.md", tmp_path / "deploy" / "grafana" / "dashboards" / "training.json"
     was = stale.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The examples without a server of their own: minimal.py, with a server and without, and compare_losses.py."""
+"""The examples without a server of their own: minimal.py (with one, too), compare_losses.py, joint_study.py."""
 
 from __future__ import annotations
 
@@ -40,3 +40,16 @@ def test_all_uses_of_the_loss_are_compared() -> None:
     assert start[0] == "cross-entropy"
     assert then_lovasz[0] == "cross-entropy, then Lovász"
     assert start[1:] != then_lovasz[1:]
+
+
+def test_a_study_of_the_joint_loss_keeps_what_it_has_trained(tmp_path: Path) -> None:
+    options = ["--quick", "--jobs", "1", "--json", str(tmp_path / "study.json"), "--plot", str(tmp_path)]
+    first = output_of("joint_study.py", *options)
+    trainings, _, table = first.partition("\n\n")
+    assert len(trainings.splitlines()) == 14  # Seven ways, two seeds.
+    assert len(re.findall(r"^\| [cL].+ \| [+-]0\.\d{3} \[", table, re.MULTILINE)) == 4
+    means = dict(re.findall(r"^\| ([cL][^|]+) \| (0\.\d{3}) ±", table, re.MULTILINE))
+    assert len(means) == 7
+    assert means["Lovász, own losses"] != means["Lovász, joint"] != means["Lovász, joint micro-batches"]
+    assert (tmp_path / "joint_study.png").read_bytes().startswith(b"\x89PNG")
+    assert output_of("joint_study.py", *options[:-2]).strip() == table.strip()

@@ -8,7 +8,9 @@ from dataclasses import fields
 
 import pytest
 
-from lovasz.server.config import ConfigError, ServerConfig, format_bytes, parse_bytes, unknown_variables, variable_of
+from lovasz.client import access_arguments
+from lovasz.server.config import CLIENT_VARIABLES, ServerConfig, unknown_variables
+from lovasz.server.settings import ConfigError, format_bytes, parse_bytes, variable_of
 from lovasz.version import VERSION
 
 
@@ -42,19 +44,31 @@ def test_every_setting_can_be_set_both_ways() -> None:
         "--max-shared-memory": ("1GiB", 1 << 30),
         "--reflection": ("on", True),
         "--joint-share": ("0.25", 0.25),
+        "--joint-regroup": ("2.5", 2.5),
         "--joint-timeout": ("1.5", 1.5),
         "--max-runs": ("7", 7),
         "--drain-seconds": ("0", 0.0),
         "--health-interval": ("1.5", 1.5),
         "--device-stall": ("9", 9.0),
+        "--otlp-endpoint": ("http://localhost:4317", "http://localhost:4317"),
         "--log-level": ("debug", "debug"),
         "--log-format": ("json", "json"),
     }
+    files = {"--tls-cert": "server.pem", "--tls-key": "server.key"}
+    values |= {flag: (file, file) for flag, file in files.items()}
+    values |= {
+        "--tls-client-ca": ("ca.pem", "ca.pem"),
+        "--tokens": ("tokens", "tokens"),
+        "--metrics-tls": ("on", True),
+        "--metrics-tokens": ("tokens", "tokens"),
+        "--metrics-hosts": ("gpu7.example.org,.lab.example.org", "gpu7.example.org,.lab.example.org"),
+    }
+    needed = [word for pair in files.items() for word in pair]
     flags = {f.metadata["flag"]: f.name for f in fields(ServerConfig)}
     assert flags.keys() == values.keys()
     for flag, (text, expected) in values.items():
-        assert getattr(ServerConfig.load([flag, text], {}), flags[flag]) == expected
-        assert getattr(ServerConfig.load([], {variable_of(flag): text}), flags[flag]) == expected
+        assert getattr(ServerConfig.load([*needed, flag, text], {}), flags[flag]) == expected
+        assert getattr(ServerConfig.load(needed, {variable_of(flag): text}), flags[flag]) == expected
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,16 @@ def test_every_setting_can_be_set_both_ways() -> None:
         ("--max-batch-delay", "nan", "--max-batch-delay: got nan; expected a number >= 0"),
         ("--drain-seconds", "inf", "--drain-seconds: got inf; expected a number >= 0"),
         ("--health-interval", "0", "--health-interval: got 0.0; expected a number > 0"),
+        ("--tls-cert", "a.pem", "--tls-key: got ''; expected a file, as --tls-cert and --tls-key go together"),
+        ("--tls-key", "a.key", "--tls-cert: got ''; expected a file"),
+        ("--tls-client-ca", "ca.pem", "--tls-client-ca: got 'ca.pem'; expected --tls-cert and --tls-key beside it"),
+        ("--metrics-tls", "on", "--metrics-tls: got True; expected --tls-cert and --tls-key beside it"),
+        ("--metrics-hosts", "http://gpu7", "--metrics-hosts: got 'http://gpu7'; expected host names"),
+        (
+            "--otlp-endpoint",
+            "localhost:4317",
+            "--otlp-endpoint: got 'localhost:4317'; expected http://HOST:PORT or https",
+        ),
         ("--log-level", "loud", "--log-level: got 'loud'; expected debug or info or warning or error"),
         ("--log-format", "xml", "--log-format: got 'xml'; expected text or json"),
     ],
@@ -159,3 +183,17 @@ def test_a_wrong_command_line_ends_the_process_with_status_2_and_says_why(argume
     assert ended.returncode == 2
     assert arguments[0] in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_variables_of_the_command_are_known() -> None:
+    assert set(access_arguments.VARIABLES) == CLIENT_VARIABLES
+    assert unknown_variables(dict.fromkeys([*CLIENT_VARIABLES, "LOVASZ_TLS_CERT", "LOVASZ_TLS"], "x")) == ["LOVASZ_TLS"]
+
+
+def test_opentelemetrys_own_variables_stand_for_the_endpoint() -> None:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4317"}
+    assert ServerConfig.load([], environment).otlp_endpoint == "http://all:4317"
+    environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = "http://traces:4317"
+    assert ServerConfig.load([], environment).otlp_endpoint == "http://traces:4317"
+    environment["LOVASZ_OTLP_ENDPOINT"] = "http://own:4317"
+    assert ServerConfig.load([], environment).otlp_endpoint == "http://own:4317"

@@ -105,8 +105,11 @@ class Ended(Exception):
 class Caller:
     """One call's connection."""
 
-    def __init__(self, seconds: float | None = None, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, seconds: float | None = None, metadata: Sequence[tuple[str, str]] = (), address: str = "desk"
+    ) -> None:
         self._sent = metadata
+        self._address = address
         self._lock = threading.Lock()
         self._seconds = seconds
         self._callbacks: list[Callable[[], None]] = []
@@ -120,7 +123,7 @@ class Caller:
         return self._sent
 
     def peer(self) -> str:
-        return "desk"
+        return self._address
 
     def time_remaining(self) -> float | None:
         return self._seconds
@@ -171,6 +174,7 @@ class Rank:
     round: int = 0
     blocking: bool = False
     process: bytes = b""
+    secret: bytes = b""
 
     def again(self) -> Rank:
         """Its place, in another call."""
@@ -215,9 +219,8 @@ class Rank:
 
     def place(self, call: bytes = b"") -> wire.Joint:
         """Where it belongs."""
-        return wire.Joint(
-            self.run, self.step, self.rank, self.world_size, call, self.round, self.blocking, self.process
-        )
+        blocking, process, secret = self.blocking, self.process, self.secret
+        return wire.Joint(self.run, self.step, self.rank, self.world_size, call, self.round, blocking, process, secret)
 
     @property
     def payload(self) -> tuple[bytes, bytes]:
@@ -247,11 +250,13 @@ class Outcome:
 class Desk:
     """A server whose calls are made in this process. Its engine is started by :meth:`compute`."""
 
-    def __init__(self, budget: int = 64 * MIB, max_requests: int = 1000, timeout: float = NEVER) -> None:
+    def __init__(
+        self, budget: int = 64 * MIB, max_requests: int = 1000, timeout: float = NEVER, regroup: float = 0.0
+    ) -> None:
         self.admission = Admission(budget, max_requests)
         self.batcher = Batcher(10**9, 100, 0.0)
         self.metrics = Metrics()
-        self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout)
+        self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout, regroup_seconds=regroup)
         self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER, stall_seconds=NEVER)
         self.pool = CountedPool()
         self._readers, self._calls = ThreadPoolExecutor(200), ThreadPoolExecutor(200)

@@ -16,6 +16,7 @@ class Footprint:
     """How many file descriptors of each kind: socket, pipe, /memfd, ..."""
     threads: int
     resident_bytes: int
+    address_bytes: int
     shared_files: frozenset[str]
 
     @classmethod
@@ -25,6 +26,7 @@ class Footprint:
             descriptors=Counter(_kinds(process / "fd")),
             threads=len(list((process / "task").iterdir())),
             resident_bytes=_status_bytes(pid, "VmRSS"),
+            address_bytes=_status_bytes(pid, "VmSize"),
             shared_files=frozenset(os.listdir("/dev/shm")),
         )
 

@@ -1,8 +1,8 @@
 """What ``test_process_group.py`` runs in processes of their own: the ranks of a process group, and their joint losses.
 
-``python group_ranks.py --rank R --world W --store FILE CHECK ...`` runs the checks one after the other and prints the
-name of each as it ends; a check that fails ends the process. Each rank knows the data of all, and compares its results
-with those of one process that has all images.
+``python group_ranks.py --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process is in,
+and prints the name of each as it ends; a check that fails ends the process. Each rank knows the data of all, and
+compares its results with those of one process that has all images.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ import numpy as np
 import pytest
 import torch
 from support.imports import REPOSITORY
-from support.snippets import snippets_of
+from support.snippets import Snippet, snippets_of
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lovasz.core import (
     BinaryCrossEntropy,
@@ -251,6 +254,52 @@ def check_trainings(rank: int, world: int) -> None:
     with_fault(lambda: iou.all_reduce(), f"counts: got those of {world} ranks")
 
 
+def check_uneven_data(rank: int, world: int) -> None:
+    """The lines of joint.md for data that end at different times: a step has the gradient of the images left."""
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)).double()
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+    criterion = LovaszSoftmaxLoss(group="world")
+    loaders = []
+    for r in range(world):
+        images = [torch.randn(1, 3, 6, 7).double() for _ in range(1 + r)]
+        loaders.append([(one, one.sum(1).abs().long().clamp(max=3)) for one in images])
+    names: dict[str, Any] = {"model": model, "criterion": criterion, "loader": loaders[rank], "torch": torch}
+    # Without steps, the gradients of all batches add up.
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.0)
+    names["optimizer"].zero_grad = lambda: None
+    page = snippet_of_page("Data that end at different times")
+    page = page.changed("torch.empty(0, 3, 512, 512)", "torch.empty(0, 3, 6, 7, dtype=torch.float64)")
+    page.changed("torch.empty(0, 512, 512,", "torch.empty(0, 6, 7,").run(names)
+    own = LovaszSoftmaxLoss()
+    for number in range(world):
+        left = [loader[number] for loader in loaders if number < len(loader)]
+        own(alone(torch.cat([one for one, _ in left])), torch.cat([labels for _, labels in left])).backward()
+    for got, expected in zip(model.module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-10, atol=1e-13)
+
+
+def check_sharded(rank: int, world: int) -> None:
+    """Parameters divided among the ranks (FSDP2): their gradient is that of one process, also after an evaluation."""
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
+    model = copy.deepcopy(alone)
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    images = torch.randn(2 * world, 3, 6, 7).double()
+    labels = images.sum(1).abs().long().clamp(max=3)
+    share = slice(2 * rank, 2 * rank + 2)
+    criterion, own = LovaszSoftmaxLoss(group=mesh.get_group()), LovaszSoftmaxLoss()
+    with torch.no_grad():
+        assert torch.equal(criterion(model(images[share]), labels[share]), own(alone(images), labels))
+    for factor in (1.0, 0.5):
+        (factor * criterion(model(images[share]), labels[share])).backward()
+        (factor * own(alone(images), labels)).backward()
+    for got, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert isinstance(got.grad, DTensor)
+        torch.testing.assert_close(got.grad.full_tensor(), expected.grad, rtol=1e-10, atol=1e-13)
+
+
 def check_copies(rank: int, world: int) -> None:
     """A module with the default group can be copied and pickled; the copy joins, too."""
     criterion = LocalLoss(LovaszSoftmax(), group="world", gradient_reduction="sum")
@@ -401,22 +450,28 @@ def check_page(rank: int, world: int) -> None:
         "images": torch.randn(5, 3, 8, 6, generator=generator),
         "labels": torch.randint(0, 4, (5, 8, 6), generator=generator),
     }
-    training, check = (
-        next(one for one in snippets_of(REPOSITORY / "docs" / "joint.md") if one.heading == heading)
-        for heading in ("With a process group", "Check it")
-    )
+    training, check = snippet_of_page("With a process group"), snippet_of_page("Check it")
     training.changed('torch.distributed.init_process_group("gloo")', "pass").run(names)
     check.run(names)
     assert names["joint"].ranks == world
+
+
+def snippet_of_page(heading: str) -> Snippet:
+    """The first lines of Python below a heading of joint.md."""
+    return next(one for one in snippets_of(REPOSITORY / "docs" / "joint.md") if one.heading == heading)
 
 
 # --- As it is, without a way ----------------------------------------------------------------------------------------
 
 
 def check_large(rank: int, world: int) -> None:
-    """A joint that is large enough for tables by itself: with rare and absent classes, and one rank that is smaller."""
+    """A joint that is large enough for tables by itself: with rare and absent classes, and ranks of different sizes.
+
+    The last rank has few different logits, so that many of its pixels fall into the same bin.
+    """
     loss = [(1.0, LovaszSoftmax(ignore_index=VOID, classes=(0, 1, 2, 5))), (0.5, CrossEntropy(ignore_index=VOID))]
     cases = [a_case(loss, 6, 1, (400 - 90 * r, 500), r, present=2) for r in range(world)]
+    cases[-1].logits.round_()
     cases[1].labels[0, 10:12, :100] = 2  # 200 pixels: sorted. No pixel has class 5.
     sent: list[int] = []
     gather = pixels.gather
@@ -476,27 +531,62 @@ def way(name: str) -> Iterator[None]:
     with (
         changed(joint, "TABLES_FROM_PIXELS", 0),
         changed(extension, "THRESHOLDS", thresholds[name]),
-        changed(extension, "MOST_TABLES", 4),
+        changed(extension, "MOST_JOINT_TABLES", 4),
     ):
         yield
 
 
+PHASES: tuple[dict[tuple[int, ...], tuple[str, ...]], ...] = (
+    {
+        (0, 1): (
+            *("one_request", "one_request:mixed", "options", "options:sorted", "options:mixed"),
+            *("probabilities:torch", "masks_and_offsets", "masks_and_offsets:mixed", "not_finite:torch"),
+            *("all_are_empty", "faults", "other_failures", "group_arguments", "trainings", "sharded", "page"),
+        ),
+        (2, 3): (
+            *("one_request:torch", "options:torch", "options:tables", "probabilities", "probabilities:mixed"),
+            *("masks_and_offsets:tables", "not_finite", "not_finite:mixed", "faults:mixed", "copies"),
+        ),
+    },
+    {
+        (0, 1, 2): (
+            *("options:mixed", "at_random", "at_random:torch", "at_random:tables", "at_random:mixed"),
+            *("faults", "faults:mixed", "parts_of_the_ranks", "parts_of_the_ranks:mixed", "trainings", "uneven_data"),
+        ),
+    },
+    {
+        (0, 1, 2, 3): (
+            *("one_request:mixed", "at_random", "at_random:mixed", "at_random:sorted", "not_finite:mixed", "large"),
+        ),
+    },
+    {(0, 1, 2): ("a_rank_that_ends",)},
+)
+"""One after the other: the checks of each team of processes, with the way in which the loss is computed.
+
+Teams of a phase run at the same time. The processes of a team are the ranks of its default group.
+"""
+
+
+def run_checks(checks: Sequence[str], rank: int, world: int, store: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    for name in checks:
+        check, _, how = name.partition(":")
+        with way(how) if how else nullcontext():
+            getattr(sys.modules[__name__], "check_" + check)(rank, world)
+        print(name, flush=True)
+    distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--world", type=int, required=True)
+    parser.add_argument("--process", type=int, required=True)
     parser.add_argument("--store", required=True)
-    parser.add_argument("checks", nargs="+", help="names of checks, or NAME:WAY")
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.simplefilter("error")
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{given.store}", rank=given.rank, world_size=given.world, timeout=TIMEOUT
-    )
-    for name in given.checks:
-        check, _, how = name.partition(":")
-        with way(how) if how else nullcontext():
-            getattr(sys.modules[__name__], "check_" + check)(given.rank, given.world)
-        print(name, flush=True)
-    distributed.destroy_process_group()
+    for number, teams in enumerate(PHASES):
+        for team, checks in teams.items():
+            if given.process in team:
+                store = f"{given.store}-{number}-{team[0]}"
+                run_checks(checks, team.index(given.process), len(team), store)

@@ -149,6 +149,8 @@ def test_a_joint_request_comes_out_as_it_went_in(joint: wire.Joint) -> None:
         ({"step": True}, "joint.step: got True; expected an integer"),
         ({"call": bytes(65)}, "joint.call: got 65 bytes; expected at most 64"),
         ({"process": bytes(65)}, "joint.process: got 65 bytes; expected at most 64"),
+        ({"secret": b"short"}, "joint.secret: got 5 bytes; expected none, or 8 to 64"),
+        ({"secret": bytes(65)}, "joint.secret: got 65 bytes; expected none, or 8 to 64"),
         ({"round": -1}, "joint.round: got -1; expected a 32-bit number >= 0"),
         ({"round": 1 << 31}, "joint.round: got 2147483648; expected a 32-bit number >= 0"),
     ],

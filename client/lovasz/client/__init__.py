@@ -1,7 +1,9 @@
 """The client of the loss service. Only ``lovasz.client.torch`` and the in-process target need torch."""
 
+from lovasz.client.access import TLS
 from lovasz.client.client import LossClient
 from lovasz.client.errors import (
+    AuthenticationError,
     CallAbortedError,
     CallCancelledError,
     DeadlineExceededError,
@@ -12,6 +14,7 @@ from lovasz.client.errors import (
     ServerFaultError,
     ServerOverloadedError,
     ServerUnavailableError,
+    TLSError,
 )
 from lovasz.client.joint import Joint
 from lovasz.client.target import Device, ServerInfo
@@ -29,6 +32,7 @@ from lovasz.spec import (
 from lovasz.version import VERSION
 
 __all__ = [
+    "AuthenticationError",
     "BinaryCrossEntropy",
     "CallAbortedError",
     "CallCancelledError",
@@ -50,6 +54,8 @@ __all__ = [
     "ServerInfo",
     "ServerOverloadedError",
     "ServerUnavailableError",
+    "TLS",
+    "TLSError",
     "TermResult",
     "Timing",
 ]

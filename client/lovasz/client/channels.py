@@ -1,4 +1,4 @@
-"""The gRPC channels of a client, and the methods that are called on them."""
+"""The methods of a server, on the gRPC channels of a client."""
 
 from __future__ import annotations
 
@@ -7,26 +7,8 @@ from typing import Any
 
 import grpc
 
-from lovasz import wire
-from lovasz.client.load_balancing import LoadBalancing, service_config
-from lovasz.client.proxy import enabled_option
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
-
-_OPTIONS = (
-    # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
-    ("grpc.use_local_subchannel_pool", 1),
-    # lovasz.client.retry repeats calls instead.
-    ("grpc.enable_retries", 0),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
-    *wire.KEEPALIVE_OPTIONS,
-    # By default a client may take two minutes to reconnect to a server that restarted.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
-"""gRPC's options for every channel."""
 
 
 class Channels:
@@ -41,15 +23,14 @@ class Channels:
         leave: LeaveRun.
     """
 
-    def __init__(self, target: str, *, http_proxy: bool, load_balancing: LoadBalancing | None) -> None:
-        options = (
-            *_OPTIONS,
-            enabled_option(target, http_proxy),
-            ("grpc.service_config", service_config(load_balancing)),
-        )
-        self._messages = grpc.insecure_channel(target, options=options)
-        # Large transfers have their own connection, so that they delay no small request.
-        self._streams = grpc.insecure_channel(target, options=options)
+    def __init__(self, messages: grpc.Channel, streams: grpc.Channel) -> None:
+        """Takes the channels over.
+
+        Args:
+            messages: for requests of one message.
+            streams: for large transfers: a connection of their own, so that they delay no small request.
+        """
+        self._messages, self._streams = messages, streams
         self.unary = _compute(self._messages)
         self.shared = _compute(self._streams)
         self.stream = self._streams.stream_stream(

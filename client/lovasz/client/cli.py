@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lovasz.client import access_arguments, token_command
 from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
-from lovasz.client.options import ASKED_OVER_GRPC, IN_DEVICE_MEMORY, IN_SHARED_MEMORY, OVER_GRPC
+from lovasz.client.options import ASKED_OVER_GRPC, IN_DEVICE_MEMORY, IN_SHARED_MEMORY, OVER_GRPC, ClientOptions
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.version import VERSION
 
@@ -40,8 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="put a load on a server, and show its throughput and where the time goes",
         add_arguments=_add_bench_arguments,
     )
+    commands.add_parser(
+        "token", help="make a token for a server with --tokens", add_arguments=token_command.add_arguments
+    )
     options = parser.parse_args(arguments)
     try:
+        if hasattr(options, "target"):
+            options.access = access_arguments.access_of(options, os.environ)
         return int(options.run(options))
     except (LossError, ValueError, OSError) as error:
         print(f"lovasz: {error}", file=sys.stderr)
@@ -64,6 +71,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     from lovasz.client.bench import command
 
     command.add_arguments(parser)
+    access_arguments.add_access_arguments(parser)
 
 
 def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,11 +85,13 @@ def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="keep trying for this long, until the server has started (default: 0, try once)",
     )
+    access_arguments.add_access_arguments(parser)
     parser.set_defaults(run=_ping)
 
 
 def _ping(options: argparse.Namespace) -> int:
-    with LossClient(options.target, timeout=options.timeout) as client:
+    client_options = ClientOptions(options.timeout, access=options.access)
+    with LossClient.with_options(options.target, client_options) as client:
         info = _first_answer(client, time.monotonic() + options.wait)
         seconds = []
         for _ in range(max(1, options.count)):

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from lovasz import spec, wire
+from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.errors import CallCancelledError, invalid_input_translated
 from lovasz.client.joint import Joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
@@ -40,6 +41,10 @@ class LossClient:
         load_balancing: str | None = None,
         run: str | None = None,
         http_proxy: bool = False,
+        tls: TLS | None = None,
+        token: str | None = None,
+        token_file: FilePath | None = None,
+        allow_token_without_tls: bool = False,
     ) -> None:
         """Checks its arguments. It connects at the first call.
 
@@ -65,9 +70,15 @@ class LossClient:
             http_proxy: True: connections go through the HTTP proxy that the environment names (``grpc_proxy``,
                 ``https_proxy`` or ``http_proxy``; ``no_proxy`` lists hosts without), as gRPC does by default; never to
                 a server on this host.
+            tls: whom to trust, and this client's own certificate; None: plain text. No effect in process and on a Unix
+                socket.
+            token: for a server with ``--tokens``. It is not kept in pickles.
+            token_file: a file with the token alone, which is read again when it changes; in place of ``token``.
+            allow_token_without_tls: True: the token may go to another host in plain text. Whoever can read the network
+                then knows it.
 
         Raises:
-            ValueError: an argument is invalid.
+            ValueError: an argument is invalid, or a file cannot be read.
             ModuleNotFoundError: the target is ``"inprocess"``, and torch is not installed.
         """
         self._open(
@@ -79,6 +90,7 @@ class LossClient:
                 load_balancing=load_balancing,
                 run=run,
                 http_proxy=http_proxy,
+                access=Access.parsed(tls, token, token_file, allow_token_without_tls),
             ),
         )
 
@@ -87,7 +99,7 @@ class LossClient:
         """A client with options that were parsed before.
 
         Raises:
-            ValueError: the target is invalid, or does not fit the options.
+            ValueError: the target is invalid, or does not fit the options, or a file cannot be read.
         """
         client = cls.__new__(cls)
         client._open(target, options)

@@ -16,10 +16,12 @@ class LossError(Exception):
     LossError
     ├── InvalidInputError       the request is invalid; also a ValueError
     ├── ServerOverloadedError   the server is full, after all retries; or the request can never fit
+    ├── AuthenticationError     the server asks for a token, and the call has none that it knows
+    ├── TLSError                TLS failed; it says which check
     ├── ServerUnavailableError  no server answers, or it is stopping, after all retries
     ├── DeadlineExceededError   no answer within the timeout; also a TimeoutError
     ├── CallAbortedError        a rank of the joint step is missing or failed, or the call stalled: try the step again
-    ├── JointMismatchError      the request does not match those of the other ranks of its step
+    ├── JointMismatchError      the request does not match those of the other ranks, or two trainings share a run
     ├── CallCancelledError      the call was cancelled, or its client was closed
     ├── IncompatibleServerError what answers does not speak lovasz.v1 as this client does, or no gRPC
     └── ServerFaultError        the server failed on the request; its log says why
@@ -42,6 +44,29 @@ class ServerOverloadedError(LossError):
     """The server was full, after all retries; or the request is larger than it can ever take."""
 
 
+class AuthenticationError(LossError):
+    """The server asks for a token, and the call has none that it knows."""
+
+
+class TLSError(LossError):
+    """No connection, because TLS failed: the text says why.
+
+    Attributes:
+        check: what failed. Of the server's certificate: ``"expired"``, ``"not yet valid"``, ``"wrong host"`` or
+            ``"unknown CA"``. Of this client's: ``"client certificate missing"`` or ``"client certificate refused"``.
+            ``"TLS needed"``: the server speaks TLS, and the client has none; ``"no TLS"``: the other way round.
+            ``"files"``: the client's files cannot be used. ``"no agreement"``: no version or cipher in common.
+            ``"other"``: see the text.
+    """
+
+    def __init__(self, text: str, check: str = "other") -> None:
+        super().__init__(text)
+        self.check = check
+
+    def __reduce__(self) -> tuple[type[TLSError], tuple[str, str]]:
+        return TLSError, (str(self), self.check)
+
+
 class ServerUnavailableError(LossError):
     """After all retries, no server answers at the target, or it is stopping, or its device does not answer."""
 
@@ -59,7 +84,10 @@ class CallAbortedError(LossError):
 
 
 class JointMismatchError(LossError):
-    """The request does not match those of the other ranks of its step; the text names the difference."""
+    """The request does not match those of the other ranks of its step, or another training has a run of the same name.
+
+    The text names the difference, or where the other training is.
+    """
 
 
 class CallCancelledError(LossError):
@@ -77,6 +105,7 @@ class ServerFaultError(LossError):
 _BY_CODE: dict[grpc.StatusCode, type[LossError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerOverloadedError,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.ABORTED: CallAbortedError,
     grpc.StatusCode.FAILED_PRECONDITION: JointMismatchError,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lovasz import wire
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
 
 _PROCESS = os.urandom(8)
+_SECRET_BYTES = 16
+_SECRETS: dict[str, tuple[Any, bytes]] = {}
+"""Those that the processes of a group share, with the group's store, by run: each is read once."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Joint:
             ``RemoteLoss`` counts.
         round: how many times this rank has left the run (``RemoteLoss.leave`` counts). Ranks meet in steps of the same
             round.
+        secret: random, 8 to 64 bytes (a text counts as UTF-8), the same for all ranks of this training: whoever does
+            not know it meets none of them. None: rank and world size of ``torch.distributed`` come with a secret of
+            their own; others have none, and who knows run, step and rank can take a rank's place.
 
     Raises:
         InvalidInputError: a value is invalid.
@@ -41,6 +48,7 @@ class Joint:
     world_size: int | None = None
     step: int | None = None
     round: int = 0
+    secret: bytes | str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.rank is None) != (self.world_size is None):
@@ -53,14 +61,13 @@ class Joint:
     def from_distributed(cls, run: str) -> Joint:
         """Takes rank and world size from ``torch.distributed``'s default group: now, or else at the first call.
 
-        Makes no collective call.
+        Shares a secret among the ranks in the group's store. Makes no collective call.
         """
         joint = cls(run)
-        place = _place_in_default_group()
-        return joint if place is None else replace(joint, rank=place[0], world_size=place[1])
+        return joint if _place_in_default_group() is None else joint.resolved()
 
     def resolved(self) -> Joint:
-        """The same place, with rank and world size.
+        """The same place, with rank and world size, and the secret that comes with them.
 
         Raises:
             InvalidInputError: they are not given, and ``torch.distributed``'s default group is not initialized.
@@ -74,7 +81,8 @@ class Joint:
                 "got None, and torch.distributed's default group is not initialized; expected rank and world_size, or "
                 "a call after init_process_group",
             )
-        return replace(self, rank=place[0], world_size=place[1])
+        secret = _shared_secret(self.run) if self.secret is None else self.secret
+        return replace(self, rank=place[0], world_size=place[1], secret=secret)
 
     def at(self, step: int | None, *, blocking: bool | None = None) -> wire.Joint:
         """This rank's place in a step, for one call.
@@ -97,8 +105,9 @@ class Joint:
     def _place(self, step: int, rank: int, world_size: int, call: bytes = b"", blocking: bool = False) -> wire.Joint:
         # A forked process has the same random bytes.
         process = _PROCESS + os.getpid().to_bytes(8, "little")
+        secret = self.secret.encode() if isinstance(self.secret, str) else self.secret or b""
         with invalid_input_translated():
-            return wire.Joint(self.run, step, rank, world_size, call, self.round, blocking, process)
+            return wire.Joint(self.run, step, rank, world_size, call, self.round, blocking, process, secret)
 
 
 def _place_in_default_group() -> tuple[int, int] | None:
@@ -110,6 +119,23 @@ def _place_in_default_group() -> tuple[int, int] | None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _shared_secret(run: str) -> bytes | None:
+    """A secret that the processes of ``torch.distributed``'s default group share; None if the group has no store.
+
+    The first that asks makes it, so that no process waits for another.
+    """
+    from torch.distributed import distributed_c10d
+
+    store = getattr(distributed_c10d, "_get_default_store", lambda: None)()
+    if store is None:
+        return None
+    known = _SECRETS.get(run)
+    if known is None or known[0] is not store:
+        secret = store.compare_set(f"lovasz/secret/{run}", "", os.urandom(_SECRET_BYTES).hex())
+        known = _SECRETS[run] = (store, bytes.fromhex(secret.decode()))
+    return known[1]
 
 
 class CallingThreads:

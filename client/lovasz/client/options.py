@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from lovasz import wire
+from lovasz.client.access import Access
 from lovasz.client.load_balancing import LoadBalancing
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
@@ -45,6 +46,7 @@ class ClientOptions:
         load_balancing: which of several servers a call goes to; None: the first that answers.
         run: the training's name in the server's metrics; empty: none.
         http_proxy: whether connections go through the HTTP proxy that the environment names.
+        access: TLS and token.
 
     Raises:
         ValueError: an option has an invalid value.
@@ -56,6 +58,7 @@ class ClientOptions:
     load_balancing: LoadBalancing | None = None
     run: str = ""
     http_proxy: bool = False
+    access: Access = field(default_factory=Access)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timeout", checked_timeout(self.timeout))
@@ -74,6 +77,7 @@ class ClientOptions:
         load_balancing: str | None,
         run: str | None,
         http_proxy: bool = False,
+        access: Access | None = None,
     ) -> ClientOptions:
         """The options from the arguments of :class:`LossClient`.
 
@@ -95,6 +99,7 @@ class ClientOptions:
             load_balancing=None if load_balancing is None else LoadBalancing(load_balancing),
             run=run or "",
             http_proxy=bool(http_proxy),
+            access=access or Access(),
         )
 
 

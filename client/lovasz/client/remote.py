@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec, wire
-from lovasz.client.channels import Channels
+from lovasz.client.connection import Connection
 from lovasz.client.devices import Devices
 from lovasz.client.errors import (
-    CallCancelledError,
     IncompatibleServerError,
-    InvalidInputError,
     LossError,
     ServerUnavailableError,
-    from_rpc_error,
 )
-from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, cannot_hash
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import (
     ASKED_OVER_GRPC,
@@ -34,8 +30,6 @@ from lovasz.client.options import (
     ClientOptions,
     Transport,
 )
-from lovasz.client.proxy import remark
-from lovasz.client.retry import Retries
 from lovasz.client.shared_memory import Shared, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
@@ -49,6 +43,11 @@ UNARY_BYTES = 2 << 20
 SHARED_BYTES = 64 << 10
 """Requests with a larger payload go through shared memory also where the server takes no calls on its socket; smaller
 ones are as fast in a message then. A smaller gradient is copied from shared memory."""
+
+_log = logging.getLogger(__name__)
+
+_MOST_WARNINGS = 10
+"""The log gets each warning of the server once, and no more than these."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +72,13 @@ class Call:
     region: Shared | None
     original: Array
 
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The call's gRPC metadata: gRPC and proxies find the calls of a run by it."""
-        return _metadata(self.request.joint)
-
     def compute(self, timeout: float) -> spec.Result[Any]:
         """Computes it on the server within ``timeout`` seconds, retries included."""
         return self.target.compute(self, timeout)
 
 
-class Answer(NamedTuple):
-    """A response, its gradient as it was sent (empty if none was wanted), and the way that it took."""
-
-    response: wire.Response
-    grad: Array
-    transport: str = OVER_GRPC
+Answer = tuple[wire.Response, Array]
+"""A response, and its gradient as it was sent (empty if none was wanted)."""
 
 
 class RemoteTarget:
@@ -114,11 +104,9 @@ class RemoteTarget:
         self._transport = options.transport
         self._wire_dtype = options.wire_dtype
         self._run = options.run
-        self._load_balancing = options.load_balancing if path is None else None
-        self._closed = False
-        self._http_proxy = options.http_proxy
-        self._channels = Channels(target, http_proxy=options.http_proxy, load_balancing=self._load_balancing)
-        self._retries = Retries()
+        self._warned: set[str] = set()
+        self._connection = Connection(target, options)
+        self._channels, self._retries = self._connection.channels, self._connection.retries
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._shared = None if path is None or self._transport is Transport.GRPC else SharedMemory(path)
         self._devices = None if self._shared is None else Devices(self._shared, options.timeout)
@@ -181,36 +169,39 @@ class RemoteTarget:
         return self._shared is not None and (self._transport is Transport.SHM or self._shared.is_offered)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
-        if self._closed:
-            raise CallCancelledError(f"{self._name}: the client was closed")
+        self._connection.check_open()
         with self._grpc_errors_translated():
             if call.region is not None:
-                answer = self._through_region(call, call.region, timeout)
+                response, grad = self._through_region(call, call.region, timeout)
             else:
-                answer = self._in_messages(call, timeout)
-        response, grad = answer.response, answer.grad
+                response, grad = self._in_messages(call, timeout)
+        if response.warning and response.warning not in self._warned and len(self._warned) < _MOST_WARNINGS:
+            self._warned.add(response.warning)
+            _log.warning("%s: %s", self._name, "".join(c if c.isprintable() else " " for c in response.warning))
         return spec.Result(
             loss=response.loss,
             grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
             terms=response.terms,
             intersection=response.intersection,
             union=response.union,
-            timing=replace(response.timing, transport=answer.transport),
+            timing=response.timing,
             ranks=response.ranks,
         )
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:
         with self._grpc_errors_translated():
-            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=_metadata(abort.joint))
+            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=self._connection.metadata(abort.joint))
 
     def leave_run(self, leave: wire.Leave, timeout: float) -> None:
-        message, metadata = leave.to_proto(), _metadata(leave.joint)
+        message, metadata = leave.to_proto(), self._connection.metadata
         with self._grpc_errors_translated():
-            self._retries.call(lambda left: self._channels.leave(message, timeout=left, metadata=metadata), timeout)
+            self._retries.call(
+                lambda left: self._channels.leave(message, timeout=left, metadata=metadata(leave.joint)), timeout
+            )
 
     def server_info(self, timeout: float) -> ServerInfo:
         with self._grpc_errors_translated():
-            info = self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)
+            info = self._info(timeout)
         return ServerInfo(
             version=info.version,
             devices=tuple(
@@ -238,27 +229,13 @@ class RemoteTarget:
     def _grpc_errors_translated(self) -> Iterator[None]:
         """Turns what gRPC raises inside into the client's errors."""
         try:
-            yield
-        except grpc.RpcError as error:
-            if self._closed:
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            if self._load_balancing is LoadBalancing.RING_HASH and cannot_hash(error):
-                raise InvalidInputError("load_balancing", HASH_PROBLEM) from None
-            unreachable = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            raise from_rpc_error(
-                error, self._name, remark(self._name, self._http_proxy) if unreachable else ""
-            ) from None
-        except ValueError:
-            if self._closed:  # gRPC raises it for a channel that was closed meanwhile.
-                raise CallCancelledError(f"{self._name}: the client was closed") from None
-            raise
+            with self._connection.errors_translated():
+                yield
         except _WrongAnswer as error:
             raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
 
     def close(self) -> None:
-        self._closed = True
-        self._retries.close()
-        self._channels.close()
+        self._connection.close()
         self._memory.close()
         if self._devices is not None:
             self._devices.close()
@@ -278,11 +255,11 @@ class RemoteTarget:
 
     def _unary(self, call: Call, timeout: float) -> Answer:
         request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._channels.unary(request, timeout=timeout, metadata=call.metadata)
+        answer = self._channels.unary(request, timeout=timeout, metadata=self._metadata(call))
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Answer:
-        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=call.metadata)
+        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=self._metadata(call))
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
@@ -293,12 +270,12 @@ class RemoteTarget:
 
     def _received(self, header: pb.ResponseHeader, chunks: Iterable[framing.Bytes], call: Call) -> Answer:
         with _misfit_is_wrong_answer():
-            response = wire.Response.from_proto(header, call.request)
+            response = wire.Response.from_proto(header, call.request, OVER_GRPC)
             grad = np.empty(0, np.float32)
             if response.grad is not None:
                 grad = self._memory.new(response.grad.shape, response.grad.dtype.numpy)
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
-        return Answer(response, grad)
+        return response, grad
 
     def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
@@ -307,9 +284,7 @@ class RemoteTarget:
         assert devices is not None
         try:
             try:
-                response, transport = self._retries.call(
-                    lambda left: self._in_shared_memory(call, shared, region, left), timeout
-                )
+                response = self._retries.call(lambda left: self._in_shared_memory(call, shared, region, left), timeout)
             except LossError as error:  # The server takes no such memory.
                 if region.kind == IN_DEVICE_MEMORY:
                     devices.pause(error)
@@ -328,38 +303,44 @@ class RemoteTarget:
             raise
         if response.grad is None:
             region.give_back()
-            return Answer(response, np.empty(0, np.float32), transport)
+            return response, np.empty(0, np.float32)
         copied = response.grad.nbytes <= SHARED_BYTES
-        grad = region.take_gradient(places(call.request).grad, response.grad, copied=copied)
-        return Answer(response, grad, transport)
+        return response, region.take_gradient(places(call.request).grad, response.grad, copied=copied)
 
-    def _in_shared_memory(
-        self, call: Call, shared: SharedMemory, region: Shared, timeout: float
-    ) -> tuple[wire.Response, str]:
-        """The response, and what asked for it."""
+    def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
         place = places(call.request)
         region.complete()
         try:
             session = shared.share(region, timeout)
         except ServerUnavailableError:
-            self._channels.info(pb.GetServerInfoRequest(), timeout=timeout)  # If no server answers: its error.
+            self._info(timeout)  # If no server answers: its error.
             raise
         at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
-        header = replace(call.request, shared=at).to_proto()
+        header = call.request.to_proto(at)
         try:
             if session.takes(call.request, header):
-                message = pb.SharedMemoryCall(header=header, metadata=dict(call.metadata))
+                message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
                 answer, transport = session.socket.call(message, timeout), region.kind
             else:
                 request = framing.UnaryRequest(header, b"", b"")
-                answer = self._channels.shared(request, timeout=timeout, metadata=call.metadata).header
+                answer = self._channels.shared(request, timeout=timeout, metadata=self._metadata(call)).header
                 transport = region.kind + ASKED_OVER_GRPC
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
                 shared.forget(session)
             raise
         with _misfit_is_wrong_answer():
-            return wire.Response.from_proto(answer, call.request), transport
+            return wire.Response.from_proto(answer, call.request, transport)
+
+    def _metadata(self, call: Call) -> tuple[tuple[str, str], ...]:
+        return self._connection.metadata(call.request.joint)
+
+    def _info(self, timeout: float) -> pb.GetServerInfoResponse:
+        metadata = self._connection.metadata(None)
+        info: pb.GetServerInfoResponse = self._channels.info(
+            pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata
+        )
+        return info
 
     def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))
@@ -376,10 +357,6 @@ def _misfit_is_wrong_answer() -> Iterator[None]:
         yield
     except InvalidInput as error:
         raise _WrongAnswer(str(error)) from None
-
-
-def _metadata(joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
-    return () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
 
 
 def _messages(call: Call) -> Iterator[pb.ComputeStreamRequest | memoryview]:

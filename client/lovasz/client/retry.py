@@ -39,7 +39,13 @@ class Retries:
     Until its timeout; before the client has heard from a server, at most :data:`FIRST_ATTEMPTS` times in all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_permanent: Callable[[grpc.RpcError], bool] = speaks_no_grpc) -> None:
+        """No call was made yet.
+
+        Args:
+            is_permanent: whether, before the client's first answer, trying again does not help after an error.
+        """
+        self._is_permanent = is_permanent
         self._answered = False
         self._closed = threading.Event()
 
@@ -75,8 +81,9 @@ class Retries:
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
         if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
             self._answered = True
-        hopeless = number >= FIRST_ATTEMPTS or speaks_no_grpc(error)
-        if error.code() not in RETRYABLE or (hopeless and not self._answered):
+        if error.code() not in RETRYABLE:
+            return None
+        if not self._answered and (number >= FIRST_ATTEMPTS or self._is_permanent(error)):
             return None
         if PUSHBACK_KEY in metadata:
             milliseconds = str(metadata[PUSHBACK_KEY])

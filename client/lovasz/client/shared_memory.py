@@ -233,12 +233,13 @@ class Places(NamedTuple):
 
 def places(request: wire.Request) -> Places:
     """Lays out a request's region: logits, labels and gradient, each aligned."""
-    offset, offsets = 0, []
-    for size in (request.logits.nbytes, request.labels.nbytes, request.grad_bytes):
-        offsets.append(offset)
-        offset = -(-(offset + size) // _ALIGNMENT) * _ALIGNMENT
-    logits, labels, grad = offsets
-    return Places(logits, labels, grad, nbytes=offset)
+    labels = _aligned(request.logits.nbytes)
+    grad = labels + _aligned(request.labels.nbytes)
+    return Places(0, labels, grad, nbytes=grad + _aligned(request.grad_bytes))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class SharedMemory:
@@ -270,6 +271,9 @@ class SharedMemory:
     @property
     def is_offered(self) -> bool:
         """Whether the server seems to take shared memory; False for a while after it refused."""
+        session = self._session
+        if session is not None and not session.socket.is_closed:
+            return True
         return time.monotonic() >= self._paused_until and os.path.exists(self._path)
 
     def pause(self, why: Exception) -> None:

@@ -16,6 +16,7 @@ except ModuleNotFoundError:
 from torch import Tensor
 
 from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untraced, with_gradient
+from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
 from lovasz.client.joint import Joint
@@ -65,6 +66,10 @@ class RemoteLoss(torch.nn.Module):
         load_balancing: str | None = None,
         run: str | None = None,
         http_proxy: bool = False,
+        tls: TLS | None = None,
+        token: str | None = None,
+        token_file: FilePath | None = None,
+        allow_token_without_tls: bool = False,
         joint: Joint | str | None = None,
         gradient_reduction: str = "mean",
         reduction: Reduction = "mean",
@@ -73,7 +78,7 @@ class RemoteLoss(torch.nn.Module):
 
         Args:
             target: as for :class:`LossClient`; or a client, which this module uses and does not close. The client's
-                own options then replace the next six.
+                own options then replace all from ``timeout`` to ``allow_token_without_tls``.
             loss: one of the losses, such as :class:`LovaszSoftmax`, or a list of (weight, loss).
             timeout: seconds for a call with all its retries.
             transport: as for :class:`LossClient`.
@@ -81,6 +86,10 @@ class RemoteLoss(torch.nn.Module):
             load_balancing: as for :class:`LossClient`.
             run: as for :class:`LossClient`.
             http_proxy: as for :class:`LossClient`.
+            tls: as for :class:`LossClient`.
+            token: as for :class:`LossClient`.
+            token_file: as for :class:`LossClient`.
+            allow_token_without_tls: as for :class:`LossClient`.
             joint: this rank's place in a data-parallel training; or the run's name, for rank and world size of
                 ``torch.distributed``'s default group at the first call.
             gradient_reduction: how the trainer combines the gradients of its ranks. ``"mean"``, as
@@ -123,6 +132,7 @@ class RemoteLoss(torch.nn.Module):
                 load_balancing=load_balancing,
                 run=run,
                 http_proxy=http_proxy,
+                access=Access.parsed(tls, token, token_file, allow_token_without_tls),
             )
             if isinstance(target, str)
             else target.options

@@ -24,8 +24,8 @@ class Ranks(Protocol):
     images: tuple[int, ...]
     pixels: tuple[int, ...]
 
-    def add(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
-        """Replaces each array by its sum over the ranks; the arrays are contiguous, and may be large."""
+    def add(self, arrays: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
+        """Replaces each array by its sum over the ranks; the arrays are contiguous, and may be large or empty."""
         ...
 
     def reduce(self, sums: Sequence[npt.NDArray[np.int64]], maxima: Sequence[npt.NDArray[np.int64]]) -> None:

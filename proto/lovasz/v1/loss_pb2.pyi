@@ -152,7 +152,7 @@ class RequestHeader(_message.Message):
     def __init__(self, loss: _Optional[_Union[Loss, _Mapping]] = ..., logits: _Optional[_Union[TensorInfo, _Mapping]] = ..., labels: _Optional[_Union[TensorInfo, _Mapping]] = ..., want_grad: bool = ..., shared_tensors: _Optional[_Union[SharedTensors, _Mapping]] = ..., joint: _Optional[_Union[Joint, _Mapping]] = ..., run: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Joint(_message.Message):
-    __slots__ = ("run", "step", "rank", "world_size", "call", "round", "blocking", "process")
+    __slots__ = ("run", "step", "rank", "world_size", "call", "round", "blocking", "process", "secret")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,7 @@ class Joint(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BLOCKING_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
     run: str
     step: int
     rank: int
@@ -169,7 +170,8 @@ class Joint(_message.Message):
     round: int
     blocking: bool
     process: bytes
-    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., call: _Optional[bytes] = ..., round: _Optional[int] = ..., blocking: bool = ..., process: _Optional[bytes] = ...) -> None: ...
+    secret: bytes
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., call: _Optional[bytes] = ..., round: _Optional[int] = ..., blocking: bool = ..., process: _Optional[bytes] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class SharedTensors(_message.Message):
     __slots__ = ("session", "region", "logits_offset", "labels_offset", "grad_offset")
@@ -305,7 +307,7 @@ class ServerTiming(_message.Message):
     def __init__(self, receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., batch_requests: _Optional[int] = ..., joint_wait_seconds: _Optional[float] = ..., copy_seconds: _Optional[float] = ...) -> None: ...
 
 class ResponseHeader(_message.Message):
-    __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing", "ranks")
+    __slots__ = ("loss", "terms", "intersection", "union", "grad", "grad_scale", "timing", "ranks", "warning")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     INTERSECTION_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +316,7 @@ class ResponseHeader(_message.Message):
     GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
     loss: float
     terms: _containers.RepeatedCompositeFieldContainer[TermResult]
     intersection: _containers.RepeatedScalarFieldContainer[int]
@@ -322,7 +325,8 @@ class ResponseHeader(_message.Message):
     grad_scale: float
     timing: ServerTiming
     ranks: int
-    def __init__(self, loss: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[TermResult, _Mapping]]] = ..., intersection: _Optional[_Iterable[int]] = ..., union: _Optional[_Iterable[int]] = ..., grad: _Optional[_Union[TensorInfo, _Mapping]] = ..., grad_scale: _Optional[float] = ..., timing: _Optional[_Union[ServerTiming, _Mapping]] = ..., ranks: _Optional[int] = ...) -> None: ...
+    warning: str
+    def __init__(self, loss: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[TermResult, _Mapping]]] = ..., intersection: _Optional[_Iterable[int]] = ..., union: _Optional[_Iterable[int]] = ..., grad: _Optional[_Union[TensorInfo, _Mapping]] = ..., grad_scale: _Optional[float] = ..., timing: _Optional[_Union[ServerTiming, _Mapping]] = ..., ranks: _Optional[int] = ..., warning: _Optional[str] = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
     __slots__ = ("header", "grad")

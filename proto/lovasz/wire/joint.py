@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
@@ -14,6 +14,8 @@ MAX_CALL_BYTES = 64
 """The longest name of a call, and of a process."""
 MAX_REASON_CHARACTERS = 1000
 MAX_ROUND = (1 << 31) - 1
+MIN_SECRET_BYTES = 8
+MAX_SECRET_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Joint:
         round: how many times this rank has left the run.
         blocking: whether the rank makes no other call of the run until this one has ended.
         process: names the rank's process; empty: unknown.
+        secret: known to the ranks of the training alone; empty: none. In no text that is made of this.
 
     Raises:
         InvalidInput: a value is invalid.
@@ -42,6 +45,7 @@ class Joint:
     round: int = 0
     blocking: bool = False
     process: bytes = b""
+    secret: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.run, str) or not 1 <= len(self.run) <= MAX_RUN_CHARACTERS:
@@ -63,6 +67,11 @@ class Joint:
         for name, data in (("call", self.call), ("process", self.process)):
             if len(data) > MAX_CALL_BYTES:
                 raise spec.InvalidInput(f"joint.{name}", f"got {len(data)} bytes; expected at most {MAX_CALL_BYTES}")
+        if self.secret and not MIN_SECRET_BYTES <= len(self.secret) <= MAX_SECRET_BYTES:
+            raise spec.InvalidInput(
+                "joint.secret",
+                f"got {len(self.secret)} bytes; expected none, or {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES}",
+            )
 
     def to_proto(self) -> pb.Joint:
         return pb.Joint(
@@ -74,6 +83,7 @@ class Joint:
             round=self.round,
             blocking=self.blocking,
             process=self.process,
+            secret=self.secret,
         )
 
     @classmethod
@@ -92,6 +102,7 @@ class Joint:
             message.round,
             message.blocking,
             message.process,
+            message.secret,
         )
 
 

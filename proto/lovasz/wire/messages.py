@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class TensorSpec:
     dtype: DType
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -163,13 +163,19 @@ class Request:
         losses = len(self.loss.terms) * (channels + 2) + per_image * images
         return _ANSWER_BYTES + losses * _LOSS_BYTES + 2 * channels * _COUNT_BYTES
 
-    def to_proto(self) -> pb.RequestHeader:
+    def to_proto(self, shared: SharedTensors | None = None) -> pb.RequestHeader:
+        """Its header.
+
+        Args:
+            shared: where its tensors are in shared memory, in place of what it says itself.
+        """
+        shared = self.shared if shared is None else shared
         return pb.RequestHeader(
             loss=loss_to_proto(self.loss),
             logits=self.logits.to_proto(),
             labels=self.labels.to_proto(),
             want_grad=self.want_grad,
-            shared_tensors=None if self.shared is None else self.shared.to_proto(),
+            shared_tensors=None if shared is None else shared.to_proto(),
             joint=None if self.joint is None else self.joint.to_proto(),
             run=self.run,
             offsets=self.layout.offsets or (),
@@ -188,12 +194,15 @@ class Request:
         else:
             parts = (part.SerializeToString() for part in (header.loss, header.logits, header.labels))
             request = _kept_request(*parts, header.want_grad, header.run, joint)
-        if not joint and not header.HasField("shared_tensors"):
-            return request
-        return replace(
-            request,
-            joint=Joint.from_proto(header.joint) if joint else None,
-            shared=SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
+        return cls(
+            request.loss,
+            request.logits,
+            request.labels,
+            request.want_grad,
+            request.layout,
+            SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
+            Joint.from_proto(header.joint) if joint else None,
+            request.run,
         )
 
 
@@ -269,6 +278,7 @@ class Response:
         grad_scale: a power of two: the gradient is sent multiplied by it.
         timing: where the server spent the time.
         ranks: the number of ranks of the joint step; 1 without one.
+        warning: what people should know of their run; empty: nothing.
     """
 
     loss: float
@@ -279,6 +289,7 @@ class Response:
     grad_scale: float
     timing: spec.Timing
     ranks: int = 1
+    warning: str = ""
 
     def to_proto(self) -> pb.ResponseHeader:
         timing = self.timing
@@ -297,6 +308,7 @@ class Response:
             grad=None if self.grad is None else self.grad.to_proto(),
             grad_scale=self.grad_scale,
             ranks=self.ranks,
+            warning=self.warning,
             timing=pb.ServerTiming(
                 receive_seconds=timing.receive_seconds,
                 queue_seconds=timing.queue_seconds,
@@ -308,8 +320,13 @@ class Response:
         )
 
     @classmethod
-    def from_proto(cls, message: pb.ResponseHeader, request: Request) -> Response:
+    def from_proto(cls, message: pb.ResponseHeader, request: Request, transport: str = "") -> Response:
         """The response that a protobuf header describes.
+
+        Args:
+            message: the header.
+            request: what it answers.
+            transport: for ``Timing.transport``.
 
         Raises:
             InvalidInput: it does not fit the request, so the server does not keep this contract.
@@ -363,6 +380,8 @@ class Response:
                 timing.batch_requests,
                 timing.joint_wait_seconds,
                 timing.copy_seconds,
+                transport,
             ),
             ranks=message.ranks,
+            warning=message.warning,
         )

@@ -10,15 +10,18 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from lovasz.server.config import ConfigError, ServerConfig, unknown_variables
+from lovasz.server.config import ServerConfig, unknown_variables
 from lovasz.server.errors import DeviceError
 from lovasz.server.memory.allocator import keep_freed_memory
 from lovasz.server.observe import logs
+from lovasz.server.settings import ConfigError
 from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
+_STOP_SECONDS = 30.0
+"""How long a stop may take beyond --drain-seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 after a complete drain, or if it was told to stop while it started; 1 if requests were cut
-        off; 2 for an invalid setting, or an address or a device that cannot be used.
+        off; 2 for an invalid setting, or an address or a device that cannot be used, or threads that cannot start; 3 if
+        its device or its gRPC no longer answered.
     """
     try:
         config = ServerConfig.load(sys.argv[1:] if arguments is None else arguments, os.environ)
@@ -34,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lovasz-server: {error}", file=sys.stderr)
         return 2
     logs.configure(config.log_level, config.log_format)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # Else each failed handshake of a stranger is a line on stderr.
     keep_freed_memory()
     if unknown := unknown_variables(os.environ):
         _log.warning("variables that set nothing", extra={"variables": unknown})
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         server = Server(config, stopping)
         ready = server.start()
-    except (DeviceError, OSError) as error:
+    except (ConfigError, DeviceError, OSError) as error:
         _log.error(str(error))
         return 2
     if not ready:
@@ -63,14 +68,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Not forever: a signal that comes just before the wait would not wake it, and its handler would never run.
     while not stopping.wait(_LOOK_SECONDS):
         pass
-    if not server.stop():
-        _exit_at_once(1)  # Threads are stuck in requests that were cut off.
-    return 0
+    if server.failure:
+        _end_in(_STOP_SECONDS)
+        server.abandon()
+        _exit_at_once(3)
+    _end_in(config.drain_seconds + _STOP_SECONDS)
+    finished = server.stop()
+    # Not by returning: if it did not finish, threads are stuck in requests; if it did, nothing is left to do, and the
+    # interpreter would spend half a second to take torch apart.
+    _exit_at_once(0 if finished else 1)
 
 
 def _on_signals(act: Callable[[], object]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: act())
+
+
+def _end_in(seconds: float) -> None:
+    """Lets the system end the process after this time, whatever its threads do then."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _exit_at_once(status: int) -> NoReturn:

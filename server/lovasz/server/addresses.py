@@ -36,6 +36,14 @@ def free_addresses(host: str, port: int) -> tuple[list[str], int]:
     raise AssertionError
 
 
+def are_loopback(host: str) -> bool:
+    """Whether only this host can reach the addresses of a name or IP address; False if the name has none."""
+    try:
+        return all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in _resolved(host, 0))
+    except OSError:
+        return False
+
+
 def split(address: str) -> tuple[str, int]:
     """The host (without brackets) and the port of HOST:PORT."""
     host, _, port = address.rpartition(":")

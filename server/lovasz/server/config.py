@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from lovasz import wire
+from lovasz.server.access_settings import AccessSettings
+from lovasz.server.settings import ConfigError, format_bytes, parse_bytes, variable_of
+from lovasz.server.settings import integer as _integer
+from lovasz.server.settings import number as _number
+from lovasz.server.settings import setting as _setting
+from lovasz.server.settings import switch as _switch
 from lovasz.version import VERSION
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -31,8 +37,10 @@ DEFAULT_REFLECTION = False
 DEFAULT_SHARED_MEMORY = False
 DEFAULT_MAX_SHARED_BYTES = 16 << 30
 DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
+DEFAULT_JOINT_REGROUP_SECONDS = 0.0
 DEFAULT_JOINT_SHARE = 0.5
 DEFAULT_MAX_RUNS = 20
+DEFAULT_OTLP_ENDPOINT = ""
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
 
@@ -42,33 +50,14 @@ LOG_FORMATS = ("text", "json")
 UNIX = "unix:"
 """The prefix of a Unix socket's address."""
 
-_LEAST_BARE_BYTES = 1 << 20
-"""A size without a unit counts bytes from here on. A smaller one was meant in another unit."""
+CLIENT_VARIABLES = frozenset(
+    f"LOVASZ_{name}"
+    for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY", "TLS_SERVER_NAME")
+)
+"""Those that the command ``lovasz`` reads: a health check beside the server may need them."""
+
 _LEAST_BUDGET_BYTES = 64 << 10
 """A smaller budget holds no request that is worth a call."""
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-
-
-class ConfigError(ValueError):
-    """An invalid setting. The text names it, its value and what was expected."""
-
-
-def parse_bytes(text: str) -> int:
-    """``"512MiB"``, ``"4GiB"``, or a number of bytes, at least 1048576.
-
-    Raises:
-        ValueError: the text is not a size, or a small number without a unit.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", text.strip())
-    if match is None:
-        raise ValueError(f"got {text!r}; expected a size such as 512MiB, 4GiB or a number of bytes")
-    count = int(float(match[1]) * _UNITS[match[2]])
-    if not match[2] and count < _LEAST_BARE_BYTES:
-        raise ValueError(
-            f"got {text!r}; expected a size with a unit, such as 512MiB or 4GiB (a number without a unit counts bytes, "
-            f"and is at least {_LEAST_BARE_BYTES})"
-        )
-    return count
 
 
 def socket_path(address: str) -> str | None:
@@ -76,41 +65,8 @@ def socket_path(address: str) -> str | None:
     return address.removeprefix(UNIX).removeprefix("//") if address.startswith(UNIX) else None
 
 
-def format_bytes(count: int) -> str:
-    """The size in the largest unit in which it is at least 1."""
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if count >= _UNITS[u]), "B")
-    value = count / _UNITS[unit]
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"got {text!r}; expected a whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"got {text!r}; expected a number") from None
-
-
-def _switch(text: str) -> bool:
-    if text.lower() in ("on", "true", "yes", "1"):
-        return True
-    if text.lower() in ("off", "false", "no", "0"):
-        return False
-    raise ValueError(f"got {text!r}; expected on or off")
-
-
-def _setting(default: object, flag: str, metavar: str, text: str, parse: Callable[[str], object] = str) -> Any:
-    return field(default=default, metadata={"flag": flag, "metavar": metavar, "help": text, "parse": parse})
-
-
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(AccessSettings):
     """All settings of a server. Raises ConfigError for an invalid value."""
 
     listen: str = _setting(
@@ -118,13 +74,13 @@ class ServerConfig:
         "--listen",
         "ADDRESSES",
         "where to serve gRPC: HOST:PORT (port 0 takes a free one), unix:/path for callers on this host, or several "
-        "addresses with commas between. There is no authentication: open it only to trusted networks",
+        "addresses with commas between. Open it to a network that others use only with TLS and tokens",
     )
     metrics_listen: str = _setting(
         DEFAULT_METRICS_LISTEN,
         "--metrics-listen",
         "HOST:PORT",
-        "where to serve HTTP: /metrics for Prometheus, / for people, without authentication",
+        "where to serve HTTP: /metrics for Prometheus, / for people",
     )
     device: str = _setting(
         DEFAULT_DEVICE, "--device", "DEVICE", "auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:N"
@@ -216,6 +172,14 @@ class ServerConfig:
         "how long the ranks of a joint step wait for missing ranks; must be less than the timeout of their calls",
         _number,
     )
+    joint_regroup_seconds: float = _setting(
+        DEFAULT_JOINT_REGROUP_SECONDS,
+        "--joint-regroup",
+        "SECONDS",
+        "with several servers: how long the ranks of a joint step wait before they are asked to call again, as the "
+        "missing ranks may have reached another server; each further time after twice as long; 0: never",
+        _number,
+    )
     joint_share: float = _setting(
         DEFAULT_JOINT_SHARE,
         "--joint-share",
@@ -249,8 +213,18 @@ class ServerConfig:
         DEFAULT_DEVICE_STALL_SECONDS,
         "--device-stall",
         "SECONDS",
-        "a device that takes longer than this for one batch counts as unhealthy",
+        "a device that takes longer than this for one batch counts as unhealthy; the server ends (exit status 3) when "
+        "its device has been unhealthy for as long",
         _number,
+    )
+    otlp_endpoint: str = _setting(
+        DEFAULT_OTLP_ENDPOINT,
+        "--otlp-endpoint",
+        "URL",
+        "send a span of each call and its phases to an OpenTelemetry collector by OTLP over gRPC: http://HOST:4317, or "
+        "https:// for TLS (needs the extra otel; OTEL_EXPORTER_OTLP_ENDPOINT stands for it, too, and the other OTEL_* "
+        "variables apply)",
+        others=("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
     )
     log_level: str = _setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
     log_format: str = _setting(
@@ -258,6 +232,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_access()
         for address in self.addresses:
             path = socket_path(address)
             if path is None:
@@ -278,7 +253,7 @@ class ServerConfig:
         for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_segments", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
-        for name in ("max_batch_delay_seconds", "drain_seconds"):
+        for name in ("max_batch_delay_seconds", "drain_seconds", "joint_regroup_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "a number >= 0")
         for name in (
@@ -291,6 +266,8 @@ class ServerConfig:
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number > 0")
+        if self.otlp_endpoint and not re.match(r"https?://[^/\s]", self.otlp_endpoint):
+            self._refuse("otlp_endpoint", "http://HOST:PORT or https://HOST:PORT")
         if self.log_level not in LOG_LEVELS:
             self._refuse("log_level", " or ".join(LOG_LEVELS))
         if self.log_format not in LOG_FORMATS:
@@ -320,10 +297,6 @@ class ServerConfig:
         if match is None or int(match[2]) > 65535:
             self._refuse(name, "HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
 
-    def _refuse(self, name: str, expected: str) -> None:
-        flag = next(f.metadata["flag"] for f in fields(self) if f.name == name)
-        raise ConfigError(f"{flag}: got {getattr(self, name)!r}; expected {expected}")
-
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
         """Reads flags and ``LOVASZ_*`` variables. Flags win over variables, which win over defaults.
@@ -339,8 +312,9 @@ class ServerConfig:
         for f in fields(cls):
             flag, variable = f.metadata["flag"], variable_of(f.metadata["flag"])
             source, text = flag, given[f.name]
-            if text is None:
-                source, text = variable, environment.get(variable) or None
+            for name in (variable, *f.metadata["others"]):
+                if text is None:
+                    source, text = name, environment.get(name) or None
             if text is None:
                 continue
             try:
@@ -350,14 +324,15 @@ class ServerConfig:
         return cls(**values)  # type: ignore[arg-type]
 
 
-def variable_of(flag: str) -> str:
-    """The environment variable that stands for a flag: ``--memory-budget`` is ``LOVASZ_MEMORY_BUDGET``."""
-    return "LOVASZ_" + flag.removeprefix("--").replace("-", "_").upper()
+def settings() -> list[Field[Any]]:
+    """All settings, in the order in which people read them: who may come in, last."""
+    access = {f.name for f in fields(AccessSettings)}
+    return sorted(fields(ServerConfig), key=lambda f: f.name in access)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """``LOVASZ_*`` variables that are no setting: misspelt, or set by others (Kubernetes names some after services)."""
-    known = {variable_of(f.metadata["flag"]) for f in fields(ServerConfig)}
+    known = CLIENT_VARIABLES | {variable_of(f.metadata["flag"]) for f in fields(ServerConfig)}
     return sorted(v for v in environment if v.startswith("LOVASZ_") and v not in known)
 
 
@@ -369,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         "on; the option wins. SIGTERM and SIGINT finish accepted requests, then exit 0.",
     )
     parser.add_argument("--version", action="version", version=f"lovasz-server {VERSION}")
-    for f in fields(ServerConfig):
+    for f in settings():
         default = format_bytes(int(str(f.default))) if f.name.endswith("_bytes") else f.default
         switch = isinstance(f.default, bool)
         if switch:
@@ -380,6 +355,6 @@ def _parser() -> argparse.ArgumentParser:
             metavar=f.metadata["metavar"],
             nargs="?" if switch else None,
             const="on" if switch else None,
-            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
+            help=f"{f.metadata['help']} (default: {'none' if default == '' else default})".replace("%", "%%"),
         )
     return parser

@@ -61,6 +61,10 @@ class TooLargeError(ServerError):
     retry_after_seconds = NEVER
 
 
+class UnauthenticatedError(ServerError):
+    """The call has no token, or one that the server does not know."""
+
+
 class StartingError(ServerError):
     """The server's device is not ready yet."""
 
@@ -94,8 +98,18 @@ class JointMismatchError(ServerError):
     """The request does not fit those of the other ranks of its step."""
 
 
+class RunConflictError(ServerError):
+    """Another training has a run of the same name: the caller has to use another name, or the run's secret."""
+
+
 class JointBrokenError(ServerError):
     """The step cannot be completed: a rank is missing, or its request is invalid. The step can be tried again."""
+
+
+class RegroupError(ServerError):
+    """Ranks of a step wait that should call again: with several servers, the missing ones may have reached another."""
+
+    retry_after_seconds = 0.1
 
 
 class SessionLostError(ServerError):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 from lovasz import wire
 from lovasz.server import addresses
+from lovasz.server.access.certificates import certificate_files
+from lovasz.server.access.exposure import warn_if_open
+from lovasz.server.access.tokens import token_file
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
+from lovasz.server.device.guard import DeviceGuard
 from lovasz.server.device.hardware import choose_device, hardware_name
 from lovasz.server.device.load import DeviceWatch
 from lovasz.server.errors import DeviceError
@@ -19,21 +24,28 @@ from lovasz.server.memory.shared_devices import shared_devices
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
-from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
 from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.settings import ConfigError
 from lovasz.server.transport.call import Pipeline
+from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
 from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.reflection import Reflection
+from lovasz.server.transport.self_check import SelfCheck
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.server.transport.timed_calls import TimedCalls
+from lovasz.server.web.guard import Guard
 from lovasz.server.web.http_server import WebServer
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
+
+if TYPE_CHECKING:
+    from lovasz.server.observe.spans import Spans
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +60,7 @@ class Server:
     Attributes:
         targets: where it serves gRPC, each HOST:PORT with the bound port, or unix:/path.
         metrics_url: where it serves its metrics.
+        failure: why it can serve no more, and stops; empty: it can.
     """
 
     def __init__(self, config: ServerConfig, stopping: threading.Event) -> None:
@@ -57,20 +70,38 @@ class Server:
             stopping: set when the server is to stop; the server sets it itself once no caller can reach it.
 
         Raises:
+            ConfigError: a file of certificates or tokens cannot be used, or spans are wanted without the extra otel.
             DeviceError: this host does not have the configured device.
         """
         self._config = config
         self._stopping = stopping
         self._start_error: Exception | None = None
+        self.failure = ""
+        self._self_check: SelfCheck | None = None
         self._metrics = Metrics(config.max_runs)
+        self._certificates = certificate_files(config)
+        self._tokens = token_file("--tokens", config.tokens_file)
+        metrics_tokens = token_file("--metrics-tokens", config.metrics_tokens_file)
+        self._spans = _spans(config.otlp_endpoint) if config.otlp_endpoint else None
         self._admission = Admission(config.memory_budget_bytes, config.max_requests)
         self._admission.starting = True
-        self._batcher = Batcher(config.max_batch_elements, config.max_batch_requests, config.max_batch_delay_seconds)
+        device = choose_device(config.device)
+        self._batcher = Batcher(
+            config.max_batch_elements,
+            config.max_batch_requests,
+            config.max_batch_delay_seconds,
+            TURN_ELEMENTS[device.type],
+        )
         self._joints = JointTable(
-            self._admission, self._batcher, self._metrics, config.joint_timeout_seconds, config.joint_share
+            self._admission,
+            self._batcher,
+            self._metrics,
+            config.joint_timeout_seconds,
+            config.joint_share,
+            config.joint_regroup_seconds,
         )
         self._engine = Engine(
-            choose_device(config.device),
+            device,
             self._batcher,
             self._metrics,
             health_interval_seconds=config.health_interval_seconds,
@@ -85,7 +116,9 @@ class Server:
             )
             for path in paths
         ]
-        self._grpc = GrpcServer(config.max_requests)
+        self._grpc = GrpcServer(
+            config.max_requests, self._certificates, None if self._tokens is None else Gate(self._tokens, self._metrics)
+        )
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
             "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
@@ -99,6 +132,7 @@ class Server:
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
             max_segments=config.max_segments,
+            spans=self._spans,
         )
         servicer = LossServicer(
             pipeline=pipeline,
@@ -121,23 +155,34 @@ class Server:
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
-        self._housekeepers = (
+        device_guard = DeviceGuard(self._engine, self._admission, config.device_stall_seconds, self._fail)
+        self._housekeepers = [
             Housekeeper(
                 "housekeeper",
                 [
                     *(calls.check for calls in timed),
                     sending.check,
                     self._joints.check,
+                    device_guard.check,
                     self._staging.trim,
                     memory.check,
                     self._check_socket_files,
                 ],
             ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
-        )
+            Housekeeper(  # As it may if a file's disk does.
+                "access-files",
+                [
+                    *(files.check for files in (self._certificates, self._tokens, metrics_tokens) if files),
+                    self._forget_callers,
+                ],
+            ),
+        ]
         self._declare_gauges()
         page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
-        self._web = WebServer(self._metrics.registry, page)
+        guard = Guard((addresses.split(config.metrics_listen)[0], *config.metrics_host_names), metrics_tokens)
+        certificates = self._certificates if config.metrics_tls else None
+        self._web = WebServer(self._metrics.registry, page, guard, certificates)
         self.targets = config.addresses
         self.metrics_url = ""
 
@@ -176,20 +221,17 @@ class Server:
             False if the server was told to stop before it was ready: threads of the device are still at work then.
 
         Raises:
-            OSError: an address cannot be bound.
+            OSError: an address cannot be bound, or the system refuses a thread.
             DeviceError: the device does not compute.
         """
+        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
         try:
             self._bind()
+            warn_if_open(self._config)
+            self._start_threads(starter)
         except OSError:
             self.abandon()
             raise
-        self._health.start()
-        for housekeeper in self._housekeepers:
-            housekeeper.start()
-        self._grpc.start()
-        starter = threading.Thread(target=self._start_engine, name="starter", daemon=True)
-        starter.start()
         while starter.is_alive() and not self._stopping.is_set():
             starter.join(_LOOK_SECONDS)
         if starter.is_alive():
@@ -212,6 +254,34 @@ class Server:
         )
         return True
 
+    def _start_threads(self, starter: threading.Thread) -> None:
+        """Starts all threads, so that none is refused later."""
+        try:
+            if self._shared_memory:
+                self._socket_threads.start_all()
+            self._grpc.start()
+            self._health.start()
+            for housekeeper in self._housekeepers:
+                housekeeper.start()
+            starter.start()
+        except RuntimeError as error:
+            raise OSError(f"{error}: is there a limit of processes, threads or address space?") from error
+
+    def _listen_to_itself(self) -> None:
+        try:
+            self._self_check = SelfCheck(self._fail)
+            self._grpc.listen_privately(self._self_check.path)
+        except OSError as error:
+            _log.warning("the server cannot watch its own gRPC", extra={"reason": str(error)})
+            return
+        self._housekeepers.append(Housekeeper("self-check", [self._self_check.check]))
+
+    def _fail(self, reason: str) -> None:
+        if not self._stopping.is_set():
+            self.failure = reason
+            _log.error("the server cannot go on: stopping", extra={"reason": reason})
+            self._stopping.set()
+
     def _bind(self) -> None:
         config = self._config
         self.targets = tuple(map(self._grpc.bind, config.addresses))
@@ -225,7 +295,13 @@ class Server:
             web_port = self._web.start(host, web_port)
         except OSError as error:
             raise OSError(f"--metrics-listen {config.metrics_listen}: {error.strerror or error}") from error
-        self.metrics_url = f"http://{addresses.joined(host, web_port)}/metrics"
+        self._listen_to_itself()
+        scheme = "https" if config.metrics_tls else "http"
+        self.metrics_url = f"{scheme}://{addresses.joined(host, web_port)}/metrics"
+
+    def _forget_callers(self) -> None:
+        if self._tokens is not None:
+            self._metrics.keep_callers(self._tokens.names)
 
     def _start_engine(self) -> None:
         try:
@@ -245,6 +321,9 @@ class Server:
         for shared_memory in self._shared_memory:
             shared_memory.stop()
         self._web.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
+        self._grpc.end_threads(wait=False)
 
     def _take_peak_bytes(self) -> int:
         return self._admission.take_peak_bytes() + self._staging.idle_bytes
@@ -269,7 +348,23 @@ class Server:
             shared_memory.stop()
         for housekeeper in self._housekeepers:
             housekeeper.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
         self._grpc.end_threads(wait=finished)
         self._socket_threads.stop(wait=finished)
+        if self._spans is not None:
+            self._spans.stop()
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished
+
+
+def _spans(endpoint: str) -> Spans:
+    try:
+        from lovasz.server.observe.spans import Spans
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lovasz."):
+            raise
+        raise ConfigError(
+            f"--otlp-endpoint: got {endpoint!r} without {error.name}: pip install 'lovasz[otel]'"
+        ) from None
+    return Spans(endpoint)

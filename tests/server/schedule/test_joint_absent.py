@@ -32,7 +32,7 @@ from lovasz import wire
 from lovasz.core import compute
 from lovasz.server.schedule.joint import aborted, attendance, out_of_step
 from lovasz.server.schedule.joint.attendance import Attendance
-from lovasz.server.schedule.joint.group import Step
+from lovasz.server.schedule.joint.group import Run, Step
 from lovasz.spec import LossLike, LovaszHinge, LovaszSoftmax
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
@@ -401,14 +401,14 @@ def test_runs_are_forgotten_when_nobody_comes_for_long(desk: Desk, monkeypatch: 
 
 
 def test_what_is_remembered_of_runs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendance, "MAX_ENTRIES", 6)
+    monkeypatch.setattr(attendance, "MAX_ENTRIES", 8)
     runs = Attendance()
     for number in range(50):
         for rank in range(2):
             runs.come(wire.Joint(f"run {number}", 0, rank, 3, process=b"p"), want_grad=False)
         runs.leave(wire.Joint(f"run {number}", 1, 0, 3), 0)
     assert len(runs) == 1
-    assert runs.absent(Step("run 49", 1, want_grad=True), 3) == {0}
+    assert runs.absent(Step(Run("run 49"), 1, want_grad=True), 3) == {0}
     runs.leave(wire.Joint("run 49", 1, 0, 3, round=8), 0)
     runs.leave(wire.Joint("run 49", 1, 0, 3, round=9), 0)
     assert len(runs) == 0, "one run alone can have too many, too"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lovasz import wire
-from lovasz.server.errors import StalledError
+from lovasz.server.errors import AbandonedError, StalledError
 from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.transport import receiving
@@ -33,6 +33,9 @@ SHORT = 0.05
 
 class Call:
     """A stream whose messages come when the test sends them, and the threads that read it."""
+
+    has_left = False
+    """Whether gRPC says that the caller went away, once its messages have ended."""
 
     def __init__(self, *messages: object) -> None:
         self._messages: queue.Queue[object] = queue.Queue()
@@ -62,7 +65,7 @@ class Call:
 
     def receiver(self, stall_seconds: float = LONG) -> Receiver:
         patience = Patience(header_seconds=stall_seconds, stall_seconds=stall_seconds, payload_seconds=LONG)
-        return Receiver(self, self.start, patience)
+        return Receiver(self, self.start, patience, lambda: self.has_left)
 
     def join(self) -> None:
         """Waits until nothing reads any more."""
@@ -252,12 +255,26 @@ def test_what_breaks_the_stream_comes_out(staging: Staging, sent: int) -> None:
     call.join()
 
 
+@pytest.mark.parametrize("sent", [0, 1, 2], ids=["header", "start of the payload", "middle of the payload"])
+def test_messages_that_end_early_since_the_caller_went_away_are_no_invalid_input(staging: Staging, sent: int) -> None:
+    call = Call(*[FIRST, PAYLOAD[:500]][:sent])
+    call.has_left = True
+    call.end()
+    receiver = call.receiver()
+    with pytest.raises(AbandonedError):  # noqa: PT012 - in one of the two
+        receiver.header()
+        receiver.payload(staging)
+    call.join()
+
+
 def test_a_payload_that_is_too_slow_for_its_size_is_not_waited_for(
     staging: Staging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiving, "LEAST_BYTES", 1)
     call = Trickle(piece_bytes=10, pause_seconds=0.01)  # 1300 bytes in 1.3 s
-    receiver = Receiver(call, call.start, Patience(header_seconds=LONG, stall_seconds=0.1, payload_seconds=0.2))
+    receiver = Receiver(
+        call, call.start, Patience(header_seconds=LONG, stall_seconds=0.1, payload_seconds=0.2), lambda: False
+    )
     receiver.header()
     with pytest.raises(StalledError, match=r"too few to be complete within 0\.2 s \(--payload-timeout\)"):
         receiver.payload(staging)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lovasz import spec, wire
+from lovasz.client.access import Access
 from lovasz.client.bench.load import DEFAULT_DURATION_SECONDS, DEFAULT_WARMUP_SECONDS
 from lovasz.client.bench.text import choice_text, shape_text
 from lovasz.client.bench.workload import Workload, loss_for
@@ -41,6 +42,7 @@ class Settings:
         device: where the tensors are, as torch names it.
         json: the file for all figures; None: none.
         plot: the file for the plot; None: none.
+        access: TLS and token.
     """
 
     target: str
@@ -53,6 +55,7 @@ class Settings:
     device: str
     json: Path | None
     plot: Path | None
+    access: Access
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> Settings:
@@ -82,6 +85,7 @@ class Settings:
             device=parsed.device,
             json=parsed.json,
             plot=parsed.plot,
+            access=parsed.access,
         )
 
 

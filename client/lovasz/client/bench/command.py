@@ -15,6 +15,7 @@ from lovasz.client.bench.report import Report
 from lovasz.client.bench.text import shape_text
 from lovasz.client.bench.workload import Workload
 from lovasz.client.client import LossClient
+from lovasz.client.options import ClientOptions
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as of any program that SIGINT ended."""
@@ -55,7 +56,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _run_all(settings: Settings, report: Report, live: Live) -> bool:
     """Returns whether Ctrl-C ended it."""
-    with LossClient(settings.target, timeout=settings.timeout_seconds) as client:
+    options = ClientOptions(settings.timeout_seconds, access=settings.access)
+    with LossClient.with_options(settings.target, options) as client:
         report.begin(client.server_info())
     for workload in settings.workloads:
         live.begin(workload)
@@ -76,6 +78,7 @@ def _measured(workload: Workload, settings: Settings, watch: Callable[[Progress]
             warmup_seconds=settings.warmup_seconds,
             timeout_seconds=settings.timeout_seconds,
             device=settings.device,
+            access=settings.access,
             watch=watch,
         )
     except MemoryError:

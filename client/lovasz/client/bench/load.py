@@ -7,15 +7,18 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 
+from lovasz.client.access import Access
 from lovasz.client.bench.measurement import Failure, Measurement, Phase, Progress, Record, Sample
 from lovasz.client.bench.workload import Workload
 from lovasz.client.client import LossClient
 from lovasz.client.errors import (
+    AuthenticationError,
     CallCancelledError,
     IncompatibleServerError,
     InvalidInputError,
     LossError,
     ServerUnavailableError,
+    TLSError,
 )
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS
 from lovasz.client.tensors import HOST, Array, on_device
@@ -27,7 +30,13 @@ _WATCH_SECONDS = 0.25
 _GRACE_SECONDS = 2.0
 """How long requests under way may take after Ctrl-C before their connections are closed."""
 
-_PERMANENT = (InvalidInputError, ServerUnavailableError, IncompatibleServerError)
+_PERMANENT = (
+    InvalidInputError,
+    ServerUnavailableError,
+    IncompatibleServerError,
+    AuthenticationError,
+    TLSError,
+)
 """Errors of the first request that all later ones would have, too."""
 
 
@@ -39,6 +48,7 @@ def measure(
     warmup_seconds: float = DEFAULT_WARMUP_SECONDS,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     device: str = HOST,
+    access: Access | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Measurement:
     """Sends a workload's requests, each thread one after another, until the time is up; waits for those under way.
@@ -53,12 +63,13 @@ def measure(
         warmup_seconds: for how long requests are sent before that.
         timeout_seconds: for each request.
         device: where the tensors are, as torch names it; ``"cpu"``: arrays of NumPy.
+        access: TLS and token; None: neither.
         watch: called a few times a second, in this thread.
 
     Raises:
         ValueError: the target, the timeout or the device is invalid.
-        LossError: the first request failed as all others would: InvalidInputError, ServerUnavailableError or
-            IncompatibleServerError.
+        LossError: the first request failed as all others would: InvalidInputError, ServerUnavailableError,
+            IncompatibleServerError, AuthenticationError or TLSError.
     """
     logits, labels = (array if device == HOST else on_device(array, device) for array in workload.tensors())
     before, measured = Record(), Record()
@@ -67,7 +78,9 @@ def measure(
         load = _Load(workload, logits, labels, threads, watch)
         try:
             for _ in range(workload.concurrency):
-                load.clients.append(connections.enter_context(workload.client(target, timeout_seconds)))
+                load.clients.append(
+                    connections.enter_context(workload.client(target, timeout_seconds, access or Access()))
+                )
             load.send_first(before)
             if warmup_seconds > 0:
                 load.send(Phase.WARMUP, warmup_seconds, before)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz import spec, wire
+from lovasz.client.access import Access
 from lovasz.client.client import LossClient
 from lovasz.client.options import ClientOptions, Transport
 
@@ -105,11 +106,13 @@ class Workload:
             np.put_along_axis(logits, index, led, axis=1)
         return logits, labels
 
-    def client(self, target: str, timeout_seconds: float) -> LossClient:
+    def client(self, target: str, timeout_seconds: float, access: Access) -> LossClient:
         """A client that sends in this way.
 
         Raises:
-            ValueError: the target or the timeout is invalid.
+            ValueError: the target or the timeout is invalid, or does not fit TLS and token.
         """
         wire_dtype = None if self.dtype == _FLOAT32 else self.dtype  # The logits are float32 already.
-        return LossClient.with_options(target, ClientOptions(timeout_seconds, self.transport, wire_dtype))
+        return LossClient.with_options(
+            target, ClientOptions(timeout_seconds, self.transport, wire_dtype, access=access)
+        )

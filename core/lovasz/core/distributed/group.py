@@ -89,7 +89,7 @@ class Parts:
         self._group, self.rank = group, group.rank
         self.images, self.pixels = tuple(images), tuple(pixels)
 
-    def add(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
+    def add(self, arrays: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
         self._group.add([torch.from_numpy(array) for array in arrays if array.size])
 
     def reduce(self, sums: Sequence[npt.NDArray[np.int64]], maxima: Sequence[npt.NDArray[np.int64]]) -> None:

@@ -23,7 +23,7 @@ from lovasz.core.plan import Plan
 from lovasz.spec import InvalidInput, Result, WeightedSum
 
 TABLES_FROM_PIXELS = 1 << 19
-"""In joints of fewer pixels, every rank gets all pixels: that takes at most a third of the bytes of the tables."""
+"""In joints of fewer pixels, every rank gets all pixels: that takes about as many bytes as the tables, or fewer."""
 
 
 def compute_joint(prepare: Callable[[], tuple[Request, WeightedSum]], given: Any, *, want_grad: bool) -> Result[Tensor]:

@@ -49,6 +49,10 @@ class Engine:
 
     On a GPU a batch is started while the one before still runs, never more than one ahead. The two are on streams of
     their own, so that the answers of the first do not wait for the second.
+
+    Attributes:
+        busy_since: since when it is at work on a batch (``time.monotonic``); None: it is idle.
+        passed_check: whether the device gave the right answer when it was last checked.
     """
 
     def __init__(
@@ -75,9 +79,11 @@ class Engine:
         streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]
         self._streams = itertools.cycle(streams)
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
-        self._busy_since: float | None = None
+        self.busy_since: float | None = None
         self._busy_until = -math.inf
-        self._passed_check = False
+        self._held: tuple[Job, ...] = ()
+        """The jobs that are being computed."""
+        self.passed_check = False
         self._last_check = -math.inf
         self._started = False
 
@@ -99,7 +105,7 @@ class Engine:
             raise DeviceError(f"{self.device} cannot compute: {error}") from error
         _log.info("compiled", extra={**device, "seconds": round(time.monotonic() - since, 1)})
         self._check()
-        if not self._passed_check:
+        if not self.passed_check:
             raise DeviceError(f"{self.device} did not compute a known loss; the log says why")
         self._thread.start()
         self._started = True
@@ -111,6 +117,21 @@ class Engine:
             self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
+    def give_up(self) -> int:
+        """The device is stuck: refuses all requests that wait for it, also those that it computes.
+
+        Returns:
+            How many there were.
+        """
+        held = [caller for caller in _callers(self._held) if not caller.answered]
+        for caller in held:
+            if caller.staging is not None:
+                caller.staging.abandon()
+        callers = [*_callers(self._batcher.take_all()), *held]
+        for caller in callers:
+            caller.refuse(self._no_answer())
+        return len(callers)
+
     @property
     def starting(self) -> bool:
         """Whether :meth:`start` has not succeeded yet."""
@@ -119,10 +140,8 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether the device gave the right answer when it was last checked, and has not been stuck since."""
-        since = self._busy_since
-        return (
-            self._started and self._passed_check and (since is None or time.monotonic() - since < self._stall_seconds)
-        )
+        since = self.busy_since
+        return self._started and self.passed_check and (since is None or time.monotonic() - since < self._stall_seconds)
 
     def _run(self) -> None:
         running: _Running | None = None
@@ -135,8 +154,9 @@ class Engine:
                 for job in [*batch, *(running.jobs if running else ())]:
                     job.refuse(error)
                 running = None
+            self._held = tuple(running.jobs) if running else ()
             batch.clear()  # So that no tensors are held while waiting for the next batch.
-            self._busy_since = time.monotonic() if running else None
+            self.busy_since = time.monotonic() if running else None
 
     def _step(self, batch: list[Job], running: _Running | None) -> _Running | None:
         """Starts a batch, finishes the one before, and returns the batch that runs then."""
@@ -144,8 +164,14 @@ class Engine:
             if time.monotonic() - self._last_check >= self._health_interval_seconds:
                 self._check()
             return None
-        self._busy_since = time.monotonic()
+        self.busy_since = time.monotonic()
+        self._held = (*batch, *(running.jobs if running else ()))
+        if not self.passed_check:
+            self._check()  # What it computes may be wrong.
         following = None
+        if not self.passed_check:
+            _refuse(batch, self._no_answer())
+            batch = []
         if batch:
             try:
                 following = self._begin(batch)
@@ -213,8 +239,12 @@ class Engine:
         now = time.monotonic()
         compute_seconds = max(0.0, now - running.started - copy_seconds)
         # On a GPU a batch may have started before the one before it ended.
-        self._metrics.device_busy_seconds.inc(now - max(running.started, self._busy_until))
+        busy_seconds = now - max(running.started, self._busy_until)
         self._busy_until = now
+        self._metrics.device_busy_seconds.inc(busy_seconds)
+        cost = sum(job.cost for job in running.jobs)
+        for job in running.jobs:
+            self._metrics.shares.add(job.tenant.label, busy_seconds * job.cost / cost if cost else 0.0)
         requests = len(running.callers)
         self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
         remaining = iter(placed)
@@ -255,20 +285,23 @@ class Engine:
             return
         _log.error("a request could not be computed", exc_info=error)
         self._check()
-        fault = error if self._passed_check else DeviceError(f"{self.device} does not answer; try another server")
+        fault = error if self.passed_check else self._no_answer()
         job.refuse(fault)
+
+    def _no_answer(self) -> DeviceError:
+        return DeviceError(f"{self.device} does not answer; try another server")
 
     def _check(self) -> None:
         """Lets the device compute losses that are known."""
-        passed_before = self._passed_check
+        passed_before = self.passed_check
         try:
-            self._passed_check = computes_known_losses(self.device)
-            if not self._passed_check:
+            self.passed_check = computes_known_losses(self.device)
+            if not self.passed_check:
                 _log.error("the device computes wrongly", extra={"device": str(self.device)})
         except Exception:
-            self._passed_check = False
+            self.passed_check = False
             _log.exception("the device does not answer", extra={"device": str(self.device)})
-        if self._passed_check and not passed_before:
+        if self.passed_check and not passed_before:
             _log.info("the device answers", extra={"device": str(self.device)})
         self._last_check = time.monotonic()
 

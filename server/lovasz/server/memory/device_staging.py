@@ -96,3 +96,6 @@ class DeviceStaging:
 
     def release(self) -> None:
         """Nothing may use the tensors any more; torch takes their memory back once nothing refers to them."""
+
+    def abandon(self) -> None:
+        """A device that is stuck may still use the tensors: the engine refers to them, so torch keeps them."""

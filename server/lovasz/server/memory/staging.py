@@ -29,7 +29,7 @@ class Staging:
         Raises:
             MemoryError, RuntimeError: there is no memory left.
         """
-        self._header, self._pool = header, pool
+        self._header, self._pool, self._is_abandoned = header, pool, False
         sizes = (header.logits.nbytes, header.labels.nbytes, header.grad_bytes)
         places = [0]
         for size in sizes:
@@ -88,7 +88,12 @@ class Staging:
 
     def release(self) -> None:
         """Gives the buffer back. Nothing may use the tensors any more."""
-        self._pool.give(self._buffer)
+        if not self._is_abandoned:
+            self._pool.give(self._buffer)
+
+    def abandon(self) -> None:
+        """A device that is stuck may still write to the tensors: the buffer is never used again."""
+        self._is_abandoned = True
 
 
 def _typed(data: torch.Tensor, spec: wire.TensorSpec) -> torch.Tensor:

@@ -6,7 +6,7 @@ import enum
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,6 +19,7 @@ from prometheus_client import (
 
 from lovasz.server.config import DEFAULT_MAX_RUNS
 from lovasz.server.observe.runs import Runs
+from lovasz.server.observe.shares import Shares
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class JointOutcome(enum.Enum):
     STOPPING = "stopping"
     ABORTED = "aborted"
     OUT_OF_STEP = "out_of_step"
+    REGROUPED = "regrouped"
 
 
 class Rejection(enum.Enum):
@@ -62,6 +64,8 @@ class Rejection(enum.Enum):
     STOPPING = "stopping"
     INVALID = "invalid"
     MISMATCH = "mismatch"
+    CONFLICT = "conflict"
+    UNAUTHENTICATED = "unauthenticated"
 
 
 class Abandonment(enum.Enum):
@@ -111,19 +115,29 @@ class Metrics:
 
     Attributes:
         runs: the loss and IoU of trainings, at most ``max_runs`` of them.
+        shares: the device's time by caller, for as many of them.
     """
 
     def __init__(self, max_runs: int = DEFAULT_MAX_RUNS) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.runs = Runs(max_runs)
+        self.shares = Shares(max_runs)
         registry.register(self.runs)
+        registry.register(self.shares)
         self.requests = Counter(
             "lovasz_requests",
             "Requests answered, by method, kind of loss and gRPC status code.",
             ["method", "loss", "code"],
             registry=registry,
         )
+        self._caller_requests = Counter(
+            "lovasz_caller_requests",
+            "Requests answered, by the name of the caller's token and gRPC status code; with --tokens only.",
+            ["caller", "code"],
+            registry=registry,
+        )
+        self._callers: set[tuple[str, str]] = set()
         self._phase_seconds = Histogram(
             "lovasz_phase_seconds",
             "Time that each admitted request spent in each phase, including the phase in which it failed.",
@@ -181,8 +195,8 @@ class Metrics:
         self.joint_groups = Counter(
             "lovasz_joint_groups",
             "Joint steps that ended: completed, or not, because ranks were missing at the timeout, all had left, there "
-            "was no room, the server was stopping, a rank could not take part (aborted), or the ranks waited for each "
-            "other at different steps (out_of_step).",
+            "was no room, the server was stopping, a rank could not take part (aborted), the ranks were asked to call "
+            "again (regrouped), or they waited for each other at different steps (out_of_step).",
             ["outcome"],
             registry=registry,
         )
@@ -219,6 +233,17 @@ class Metrics:
                 self.abandoned.labels(reason.value, phase.value)
         for phase in (Phase.RECEIVE, Phase.SEND):
             self.stalled.labels(phase.value)
+
+    def count_caller(self, name: str, code: str) -> None:
+        """Counts a request of the caller whose token has this name."""
+        self._callers.add((name, code))
+        self._caller_requests.labels(name, code).inc()
+
+    def keep_callers(self, names: Container[str]) -> None:
+        """Forgets callers of other names."""
+        for caller in [caller for caller in self._callers if caller[0] not in names]:
+            self._callers.discard(caller)
+            self._caller_requests.remove(*caller)
 
     def observe_request(
         self, phases: Mapping[Phase, float], seconds: float, answered: bool, trace: dict[str, str] | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 _IDS_AND_FLAGS = r"(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
 # Later versions may append more fields; ff is not a version.
@@ -27,3 +28,27 @@ def exemplar(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str] | No
             if int(flags, 16) & _SAMPLED:
                 return {"trace_id": trace_id, "span_id": span_id}
     return None
+
+
+class SpanRecorder(Protocol):
+    """Takes calls that have ended."""
+
+    def record(
+        self,
+        name: str,
+        metadata: Iterable[tuple[str, str | bytes]],
+        began: float,
+        phases: Sequence[tuple[str, float, float]],
+        code: str,
+        attributes: Mapping[str, str],
+    ) -> None:
+        """Records a call. Never raises.
+
+        Args:
+            name: the method's full name: ``lovasz.v1.LossService/Compute``.
+            metadata: that of the call, which names its caller's span.
+            began: when it began (``time.monotonic``).
+            phases: each that it went through: (name, when it began, when it ended).
+            code: the name of its status code.
+            attributes: what else is known of it; empty ones are left out.
+        """

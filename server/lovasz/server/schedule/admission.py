@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from lovasz.server.config import format_bytes
 from lovasz.server.errors import (
+    DeviceError,
     NoBytesLeftError,
     NoRequestsLeftError,
     ServerError,
@@ -16,6 +16,7 @@ from lovasz.server.errors import (
     StoppingError,
     TooLargeError,
 )
+from lovasz.server.settings import format_bytes
 
 _MIN_RETRY_SECONDS = 0.05
 _MAX_RETRY_SECONDS = 5.0
@@ -81,6 +82,7 @@ class Admission:
 
     Attributes:
         starting: whether the device is not ready yet: nothing is admitted until it is.
+        failing: whether the device does not answer: nothing is admitted while it does not.
     """
 
     def __init__(self, budget_bytes: int, max_requests: int) -> None:
@@ -91,6 +93,7 @@ class Admission:
         self._requests = 0
         self._open = True
         self.starting = False
+        self.failing = False
         self._peak_bytes = 0
         self._mean_held_seconds = 0.1
         self.reclaim: Callable[[], bool] = lambda: False
@@ -118,6 +121,7 @@ class Admission:
             TooLargeError: they need more than the whole budget.
             OverloadedError: there is no room at the moment; says when to try again.
             StartingError: the device is not ready yet.
+            DeviceError: the device does not answer.
             StoppingError: the server is draining.
         """
         self.check_size(nbytes, requests)
@@ -171,6 +175,8 @@ class Admission:
             return StoppingError("the server is stopping and takes no new requests")
         if self.starting:
             return StartingError("the server is starting: it compiles, up to a minute the first time")
+        if self.failing and requests:
+            return DeviceError("the server's device does not answer; try another server")
         if self._requests + requests > self.max_requests:
             return NoRequestsLeftError(
                 f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests), and "

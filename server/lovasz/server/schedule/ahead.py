@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lovasz.server.config import format_bytes
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
+from lovasz.server.schedule.job import Tenant
+from lovasz.server.schedule.joint.group import Run
+from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
-_ALL = "all"
+_ALL = Tenant("all", "")
 
 
 class AheadPermit(Permit):
     """Room for requests that have not come. What :meth:`split` takes out of it belongs to one that has."""
 
-    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[str, ...]) -> None:
+    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Tenant, ...]) -> None:
         super().__init__(admission, 0, 0)
         self._room, self._holders = room, holders
 
@@ -43,22 +45,24 @@ class AheadRoom:
             share: of one run, or one caller, in (0, 1].
         """
         self._admission, self._share = admission, share
-        self._bytes: Counter[str] = Counter()
-        self._requests: Counter[str] = Counter()
+        self._bytes: Counter[Tenant] = Counter()
+        self._requests: Counter[Tenant] = Counter()
 
-    def reserve(self, nbytes: int, requests: int, run: str, caller: str) -> AheadPermit:
+    def reserve(self, nbytes: int, requests: int, run: Run, address: str) -> AheadPermit:
         """Takes room for several requests of one size, the first of which is here.
 
         Args:
             nbytes: of each.
-            caller: who made the first; empty: nobody knows.
+            address: where the first came from; empty: nobody knows.
 
         Raises:
             TooLargeError: one run may not have that much.
             OverloadedError: there is no such room at the moment.
             StartingError, StoppingError: as ``Admission.reserve``.
         """
-        holders = (_ALL, f"run {run}", f"caller {caller}") if caller else (_ALL, f"run {run}")
+        holders: tuple[Tenant, ...] = (_ALL, Tenant("run", *run))
+        if address:
+            holders = (*holders, Tenant("caller", address))
         missing = requests - 1
         budget, most = self._admission.budget_bytes, self._admission.max_requests
         if missing > self._share * most or nbytes * missing > self._share * budget:
@@ -74,7 +78,7 @@ class AheadRoom:
         permit.absorb(self._admission.reserve(nbytes * requests, requests))
         return permit
 
-    def check(self, nbytes: int, requests: int, holders: tuple[str, ...]) -> None:
+    def check(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:
         """Whether so much more may be reserved.
 
         Raises:
@@ -82,7 +86,7 @@ class AheadRoom:
         """
         for holder in holders:
             share = (1 + self._share) / 2 if holder is _ALL else self._share
-            who = "of all runs" if holder is _ALL else f"of {holder}"
+            who = "of all runs" if holder is _ALL else f"of {holder.kind} {holder.name}"
             if self._requests[holder] + requests > share * self._admission.max_requests:
                 raise NoRequestsLeftError(
                     f"{self._requests[holder]} missing ranks {who} hold a request, and {requests} would come on top "
@@ -96,7 +100,7 @@ class AheadRoom:
                     _RETRY_SECONDS,
                 )
 
-    def count(self, nbytes: int, requests: int, holders: tuple[str, ...]) -> None:
+    def count(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:
         """So much more is reserved, or less."""
         for holder in holders:
             self._bytes[holder] += nbytes

@@ -1,4 +1,4 @@
-"""Groups waiting jobs into batches by cost and delay; does not compute them."""
+"""Groups waiting jobs into batches by cost, delay and turns; does not compute them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,36 @@ from collections.abc import Sequence
 
 from lovasz.server.errors import StoppingError
 from lovasz.server.schedule.job import Job, Key
+from lovasz.server.schedule.turns import Turns
+
+TURN_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+"""The size of a turn on each type of device, in logits: one to three milliseconds."""
 
 
 class Batcher:
     """The queue in front of a device."""
 
-    def __init__(self, max_elements: int, max_requests: int, max_delay_seconds: float) -> None:
+    def __init__(
+        self,
+        max_elements: int,
+        max_requests: int,
+        max_delay_seconds: float,
+        turn_elements: int = TURN_ELEMENTS["cpu"],
+    ) -> None:
+        """Nothing waits.
+
+        Args:
+            max_elements: the most logits in a batch of more than one job.
+            max_requests: the most requests in such a batch.
+            max_delay_seconds: how long a batch stays open while the device is busy.
+            turn_elements: about how many logits each tenant may have in a batch while others want the device.
+        """
         self._max_elements = max_elements
         self._max_requests = max_requests
         self._max_delay_seconds = max_delay_seconds
         self._waiting: dict[Key, list[Job]] = {}
         """Jobs with equal keys, in the order in which they are due."""
+        self._turns = Turns(turn_elements)
         self._changed = threading.Condition()
         self._closed = False
 
@@ -37,6 +56,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise StoppingError("the server is stopping and takes no new requests")
+            self._turns.see(job.tenant)
             insort(self._waiting.setdefault(job.key, []), job, key=lambda j: j.due)
             self._changed.notify()
 
@@ -46,8 +66,15 @@ class Batcher:
             jobs = self._waiting.get(job.key)
             if jobs is not None and job in jobs:
                 jobs.remove(job)
-                if not jobs:
-                    del self._waiting[job.key]
+                self._drop_empty(job.key)
+
+    def take_all(self) -> list[Job]:
+        """Takes out all jobs that wait, unclaimed."""
+        with self._changed:
+            jobs = [job for waiting in self._waiting.values() for job in waiting]
+            self._waiting.clear()
+            self._turns.forget()
+            return jobs
 
     def close(self) -> None:
         """Takes no more jobs; those that wait can still be taken."""
@@ -64,6 +91,8 @@ class Batcher:
     def take(self, *, idle: bool, timeout_seconds: float) -> list[Job]:
         """Returns the next batch: the jobs that can share one with the job that is due first.
 
+        If several tenants want the device, that is the first job of the next turn, and the batch has that turn's jobs.
+
         Args:
             idle: True: the device has nothing to do; waits for a job, then takes at once all that are here. False:
                 takes only a batch that is full or has been open for the delay, and does not wait.
@@ -77,10 +106,18 @@ class Batcher:
                 self._changed.wait_for(lambda: self._waiting or self._closed, timeout_seconds)
             if not self._waiting:
                 return []
-            key = min(self._waiting, key=lambda k: self._waiting[k][0].due)
-            if not idle and not self._is_ready(self._waiting[key]):
+            jobs = self._next_jobs()
+            if not idle and not self._is_ready(jobs):
                 return []
-            return self._cut(key)
+            return self._cut(jobs)
+
+    def _next_jobs(self) -> list[Job]:
+        """Jobs of one key, in their order."""
+        if not self._turns.are_taken:
+            return min(self._waiting.values(), key=lambda jobs: jobs[0].due)
+        turns = self._turns.first(self._waiting.values())
+        number, key = turns[0].number, turns[0].job.key
+        return [turn.job for turn in turns if turn.number == number and turn.job.key == key]
 
     def _is_ready(self, jobs: list[Job]) -> bool:
         open_since = min(job.queued for job in jobs)
@@ -88,21 +125,33 @@ class Batcher:
             return True
         return sum(job.cost for job in jobs) >= self._max_elements
 
-    def _cut(self, key: Key) -> list[Job]:
-        jobs, batch, cost, taken = self._waiting[key], list[Job](), 0, 0
+    def _cut(self, jobs: Sequence[Job]) -> list[Job]:
+        batch, cost, taken = list[Job](), 0, list[Job]()
         for job in jobs:
             if batch and _requests([*batch, job]) > self._max_requests:
                 break
             if batch and cost + job.cost > self._max_elements:
                 break
-            taken += 1
+            taken.append(job)
             if job.claim():
                 batch.append(job)
                 cost += job.cost
-        del jobs[:taken]
-        if not jobs:
-            del self._waiting[key]
+        key = jobs[0].key
+        waiting = self._waiting[key]
+        if taken == waiting[: len(taken)]:
+            del waiting[: len(taken)]
+        else:
+            gone = set(taken)
+            self._waiting[key] = [job for job in waiting if job not in gone]
+        self._turns.take(batch)
+        self._drop_empty(key)
         return batch
+
+    def _drop_empty(self, key: Key) -> None:
+        if not self._waiting[key]:
+            del self._waiting[key]
+        if not self._waiting:
+            self._turns.forget()
 
 
 def _requests(jobs: Sequence[Job]) -> int:

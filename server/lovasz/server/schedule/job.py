@@ -9,7 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -23,6 +23,27 @@ _SECONDS_PER_ELEMENT = 5e-9
 """About what a CPU takes for one logit. Only the order of the queue depends on it."""
 _ELEMENTS_PER_SEGMENT = 40
 """How many logits take as long as one segment, however few pixels it has."""
+
+
+class Tenant(NamedTuple):
+    """Whom a request belongs to, in the shares of the device and of the room: a token's name, a run, or a connection.
+
+    Attributes:
+        kind: which of these.
+        owner: tells runs of one name apart.
+    """
+
+    kind: str
+    name: str
+    owner: bytes = b""
+
+    @property
+    def label(self) -> str:
+        """What metrics show: a connection counts for its host."""
+        return f"host {self.name.rpartition(':')[0]}" if self.kind == "connection" else f"{self.kind} {self.name}"
+
+
+NOBODY = Tenant("connection", "")
 
 Key: TypeAlias = tuple[WeightedSum, bool, torch.dtype, int]
 
@@ -61,6 +82,7 @@ class Caller:
         staging: where the tensors are, and where the gradient goes; None: anywhere.
         started: when the batch with the request was started (``time.monotonic``); None before.
         rank: of a joint step; 0 without one.
+        tenant: whom the request belongs to.
         left: set once the caller has gone away.
     """
 
@@ -69,6 +91,7 @@ class Caller:
     staging: Staging | DeviceStaging | None = None
     started: float | None = None
     rank: int = 0
+    tenant: Tenant = NOBODY
     left: threading.Event = field(default_factory=threading.Event)
     _future: Future[Answer] = field(default_factory=Future)
 
@@ -78,7 +101,9 @@ class Caller:
         return self._future.done()
 
     def answer(self, answer: Answer) -> None:
-        self._future.set_result(answer)
+        """Answers, unless the caller was refused before."""
+        with suppress(InvalidStateError):
+            self._future.set_result(answer)
 
     def refuse(self, error: Exception) -> None:
         """Answers with an error, unless the caller was answered before."""
@@ -142,6 +167,11 @@ class Job:
         hold up small ones, and do not wait forever.
         """
         return self.queued + _SECONDS_PER_ELEMENT * self.cost
+
+    @property
+    def tenant(self) -> Tenant:
+        """Whom it belongs to: for a joint step, the tenant of its first rank."""
+        return self.callers[0].tenant
 
     @cached_property
     def key(self) -> Key:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import grpc
 
 from lovasz import wire
-from lovasz.server.config import UNIX
 from lovasz.server.errors import (
     AbandonedError,
     ExpiredError,
@@ -30,7 +30,7 @@ from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics, Phase
-from lovasz.server.observe.tracing import exemplar
+from lovasz.server.observe.tracing import SpanRecorder, exemplar
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
@@ -39,6 +39,7 @@ from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
 from lovasz.server.transport.clock import CallClock
+from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, FAULT_TEXT, STATUS, Status, status_of
 from lovasz.spec import InvalidInput
@@ -46,6 +47,7 @@ from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
+_SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 _RETRY_SECONDS = 1.0
 """The delay that callers are told to wait before a retry, unless a better one is known."""
 _MAX_TEXT_BYTES = 2000
@@ -59,6 +61,8 @@ class Pipeline:
     Attributes:
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
+        run_key: for ``Identity.sealed``.
+        spans: where spans of calls go; None: nowhere.
         refusals: logs refused requests, a few of them where there are many.
     """
 
@@ -69,6 +73,8 @@ class Pipeline:
     metrics: Metrics
     calls: threading.Semaphore
     max_segments: int
+    run_key: bytes = field(default_factory=lambda: os.urandom(32))
+    spans: SpanRecorder | None = None
     refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
 
 
@@ -84,6 +90,7 @@ class Call:
         self._pipeline = pipeline
         self._method = method
         self._context = context
+        self._identity = Identity.of(context)
         self._clock = CallClock()
         self._loss = loss
         self._run = ""
@@ -122,11 +129,23 @@ class Call:
         except (InvalidInput, TooLargeError) as error:
             if message.HasField("joint"):
                 with suppress(InvalidInput, ServerError):  # It may have no place in the step.
-                    self._abort_step(wire.Joint.from_proto(message.joint), message.want_grad, error)
+                    joint = self.sealed(wire.Joint.from_proto(message.joint))
+                    self._abort_step(joint, message.want_grad, error)
             raise
+        if header.joint is not None:
+            header = replace(header, joint=self.sealed(header.joint))
         self._loss = header.loss.kind
         self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
+
+    def sealed(self, joint: wire.Joint) -> wire.Joint:
+        """A rank's place as ``JointTable`` takes it: its secret replaced by the owner of the run."""
+        return self._identity.sealed(joint, self._pipeline.run_key)
+
+    @property
+    def address(self) -> str:
+        """Where the caller is, as far as that tells callers apart."""
+        return self._identity.connection
 
     def _check_segments(self, header: wire.Request) -> None:
         segments, most = header.loss.segments(header.layout), self._pipeline.max_segments
@@ -147,9 +166,8 @@ class Call:
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
         else:
-            peer = self._context.peer()  # Unix sockets do not tell connections apart.
-            peer = "" if peer.startswith(UNIX) else peer
-            place = self._place = self._pipeline.joints.join(header, self._context.cancel, peer)
+            joints = self._pipeline.joints
+            place = self._place = joints.join(header, self._context.cancel, self.address)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
@@ -162,7 +180,8 @@ class Call:
                 self._abort_step(seat.joint, header.want_grad, error, seat)
             raise
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
-        caller = Caller(staging.request(), self._deadline, staging, rank=0 if seat is None else seat.joint.rank)
+        rank, tenant = 0 if seat is None else seat.joint.rank, self._identity.tenant(header)
+        caller = Caller(staging.request(), self._deadline, staging, rank=rank, tenant=tenant)
         try:
             answer = self._alone(caller, header) if seat is None else self._joined(seat, caller, staging)
         except Exception:
@@ -177,7 +196,7 @@ class Call:
 
     def _abort_step(self, joint: wire.Joint, want_grad: bool, error: Exception, seat: Seat | None = None) -> None:
         """Tells the other ranks of a joint step that this one is refused before the step is complete."""
-        self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat)
+        self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat, self.address)
 
     def _new_staging(self, header: wire.Request, on_device: bool) -> Staging | DeviceStaging:
         pool = self._pipeline.staging
@@ -229,6 +248,7 @@ class Call:
             answer.grad_scale,
             self._clock.timing(answer),
             answer.ranks,
+            "" if header.joint is None else self._pipeline.joints.warning(header.joint),
         ).to_proto()
 
     def hand_over(self, nbytes: int, sending: SendWatch) -> None:
@@ -286,7 +306,20 @@ class Call:
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
 
     def _count(self, code: grpc.StatusCode) -> None:
-        self._pipeline.metrics.requests.labels(self._method, self._loss, code.name).inc()
+        metrics = self._pipeline.metrics
+        metrics.requests.labels(self._method, self._loss, code.name).inc()
+        if self._identity.name:
+            metrics.count_caller(self._identity.name, code.name)
+        if self._pipeline.spans is not None:
+            clock, seconds = self._clock, self._clock.seconds
+            self._pipeline.spans.record(
+                f"{_SERVICE_NAME}/{self._method}",
+                self._context.invocation_metadata(),
+                clock.started,
+                [(phase.value, clock.began[phase], clock.began[phase] + seconds[phase]) for phase in seconds],
+                code.name,
+                {"loss": self._loss, "run": self._run, "caller": self._identity.name},
+            )
 
     def _count_failure(self, status: Status) -> None:
         metrics, phase = self._pipeline.metrics, self._clock.phase.value
@@ -301,7 +334,7 @@ class Call:
     def _abort(self, error: BaseException, status: Status) -> None:
         """Logs the error if need be, and ends the call with it."""
         text = str(error).encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore")
-        request = {"peer": self._context.peer(), "run": self._run, "method": self._method, "loss": self._loss}
+        request = {**self._identity.fields, "run": self._run, "method": self._method, "loss": self._loss}
         if status.logged:
             self._pipeline.refusals.info("a request was refused", **request, reason=text)
         if status is FAULT:

@@ -16,12 +16,14 @@ class CallClock:
         phase: the current one.
         started: when the call began (``time.monotonic``).
         seconds: of the phases that have ended.
+        began: when each phase began (``time.monotonic``).
     """
 
     def __init__(self) -> None:
         self.phase = Phase.RECEIVE
         self.started = self._since = time.monotonic()
         self.seconds: dict[Phase, float] = {}
+        self.began = {self.phase: self.started}
 
     def enter(self, phase: Phase, at: float | None = None) -> None:
         """Ends the current phase and begins another.
@@ -32,10 +34,12 @@ class CallClock:
         at = max(self._since, time.monotonic() if at is None else at)
         self.seconds[self.phase] = at - self._since
         self.phase, self._since = phase, at
+        self.began.setdefault(phase, at)
 
     def skip_to(self, phase: Phase) -> None:
         """Begins another phase; the time of the current one does not count."""
         self.phase, self._since = phase, time.monotonic()
+        self.began[phase] = self._since
 
     def failed(self, batch_started: float | None) -> None:
         """Waiting for the device, or its computation, failed.
@@ -50,6 +54,7 @@ class CallClock:
         """The device has answered; sending begins."""
         self.enter(Phase.COMPUTE, answer.started)
         self.seconds[Phase.COMPUTE], self.seconds[Phase.COPY] = answer.compute_seconds, answer.copy_seconds
+        self.began[Phase.COPY] = self._since + answer.compute_seconds
         self.skip_to(Phase.SEND)
 
     def stop(self) -> float:

@@ -1,4 +1,4 @@
-"""The gRPC server: its ports, its threads, and the services that it offers beside the loss service."""
+"""The gRPC servers: their ports, threads, and the services that they offer beside the loss service."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import grpc
 
 from lovasz import wire
 from lovasz.server import addresses
+from lovasz.server.access.certificates import Certificates
+from lovasz.server.access.watched_files import WatchedFiles
 from lovasz.server.config import UNIX, socket_path
+from lovasz.server.transport.credentials import server_credentials
+from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.health import HealthMonitor
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
-from lovasz.server.transport.threads import CallThreads, LimitedHandler
+from lovasz.server.transport.threads import CallThreads, LimitedHandler, start_all
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +33,9 @@ _LEAST_STREAMS = 128
 _LAST_BYTES_SECONDS = 1.0
 """How long answers that were handed to gRPC may take to leave the host, once nothing else is in flight."""
 
+_STOP_SECONDS = 5.0
+"""How long gRPC itself may take to stop: it never does if one of its threads has died."""
+
 _OPTIONS = (
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
     # Without this, a second server would share a port that is taken, instead of failing.
@@ -38,6 +45,8 @@ _OPTIONS = (
     # Pings from clients are accepted, also between calls, and the server sends its own.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default a connection may take two minutes for TLS and HTTP/2's first frames.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     *wire.KEEPALIVE_OPTIONS,
 )
 
@@ -45,13 +54,23 @@ _OPTIONS = (
 class GrpcServer:
     """Listens on ports and Unix sockets, and gives each call a thread.
 
+    The ports and the sockets have a gRPC server each: TLS and tokens are for ports alone.
+
     Attributes:
         readers: threads that read the streams of calls.
         loss_calls: one permit for each call that the loss service may have at a time, so that threads are left for
             health.
     """
 
-    def __init__(self, max_requests: int) -> None:
+    def __init__(self, max_requests: int, certificates: WatchedFiles[Certificates] | None, gate: Gate | None) -> None:
+        """Listens nowhere yet.
+
+        Args:
+            certificates: for TLS; None: plain text.
+            gate: lets calls in on ports; None: all may come in.
+        """
+        self._credentials = None if certificates is None else server_credentials(certificates)
+        self._gate = gate
         self._max_calls = max_requests + _SPARE_CALLS
         self._options = (*_OPTIONS, ("grpc.max_concurrent_streams", max(max_requests, _LEAST_STREAMS)))
         self._calls = CallThreads(self._max_calls)
@@ -72,12 +91,19 @@ class GrpcServer:
     def offer(self, servicer: LossServicer, health: HealthMonitor, reflection: Reflection | None) -> None:
         """Takes the services; comes before the other methods."""
         loss = LimitedHandler(servicer.handler(), self._calls)
-        self._handlers: list[grpc.GenericRpcHandler] = [loss, health.handler()]
-        self._services: list[LimitedHandler | HealthMonitor | Reflection] = [loss, health]
+        guarded: list[grpc.GenericRpcHandler] = [loss]
+        self._services: list[LimitedHandler | HealthMonitor | Reflection | Gate] = [loss, health]
         if reflection is not None:
-            self._handlers.append(reflection.handler())
+            guarded.append(reflection.handler())
             self._services.append(reflection)
-        self._servers = [self._new_server()]
+        checked = guarded
+        if self._gate is not None:
+            checked = list(map(self._gate.around, guarded))
+            self._services.append(self._gate)
+        self._port_server = self._new_server([*checked, health.handler()])
+        self._socket_handlers = [*guarded, health.handler()]
+        self._socket_server = self._new_server(self._socket_handlers)
+        self._servers = [self._port_server, self._socket_server]
 
     def bind(self, address: str) -> str:
         """Listens on HOST:PORT, at all addresses of the host, or on ``unix:/path``.
@@ -91,20 +117,39 @@ class GrpcServer:
         try:
             path = socket_path(address)
             if path is not None:
-                self._socket_files.append(SocketFile(path, lambda short: _add_port(self._servers[0], f"{UNIX}{short}")))
+                self._socket_files.append(
+                    SocketFile(path, lambda short: _add_port(self._socket_server, f"{UNIX}{short}"))
+                )
                 return address
             host, port = addresses.split(address)
             found, port = addresses.free_addresses(host, port)
             for one in found:
-                port = _add_port(self._servers[0], addresses.joined(one, port))
+                port = _add_port(self._port_server, addresses.joined(one, port), self._credentials)
         except OSError as error:
             raise OSError(f"--listen {address}: {error.strerror or error}") from error
         self._ports += 1
         return f"{address.rpartition(':')[0]}:{port}"
 
+    def listen_privately(self, path: str) -> None:
+        """Listens on a Unix socket that has a folder of its own, for this process alone.
+
+        Raises:
+            OSError: the socket cannot be bound.
+        """
+        _add_port(self._socket_server, f"{UNIX}{path}")
+
     def start(self) -> None:
-        """Accepts calls from now on."""
-        self._servers[0].start()
+        """Accepts calls from now on, with all threads that they may need.
+
+        Raises:
+            RuntimeError: the system refuses a thread.
+        """
+        start_all(self.readers, self._max_calls)
+        self._calls.start_all()
+        for service in self._services:
+            service.start_threads()
+        for server in self._servers:
+            server.start()
 
     def check_socket_files(self) -> bool:
         """Makes a socket's file again that was removed; False if callers can reach this server nowhere any more.
@@ -130,7 +175,7 @@ class GrpcServer:
         made: list[grpc.Server] = []
 
         def bind(short: str) -> None:
-            server = self._new_server()
+            server = self._new_server(self._socket_handlers)
             _add_port(server, f"{UNIX}{short}")
             made.append(server)
 
@@ -158,7 +203,8 @@ class GrpcServer:
         for file in self._socket_files:
             file.remove()
         for ended in [server.stop(_LAST_BYTES_SECONDS) for server in self._servers]:
-            ended.wait()
+            if not ended.wait(_STOP_SECONDS):
+                _log.error("gRPC does not stop")
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads of calls and streams; waits for them unless some may be stuck."""
@@ -167,17 +213,19 @@ class GrpcServer:
         for service in self._services:
             service.end_threads(wait=wait)
 
-    def _new_server(self) -> grpc.Server:
-        return grpc.server(self._calls, handlers=self._handlers, options=self._options)
+    def _new_server(self, handlers: list[grpc.GenericRpcHandler]) -> grpc.Server:
+        return grpc.server(self._calls, handlers=handlers, options=self._options)
 
 
-def _add_port(server: grpc.Server, address: str) -> int:
+def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
     """Lets a gRPC server listen; returns the port.
 
     Raises:
         OSError: the address cannot be bound.
     """
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError("cannot be bound (is another server there?)") from error

@@ -15,6 +15,7 @@ from lovasz.server.device.engine import Engine
 from lovasz.server.errors import ServerError
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.servicer import SERVICE_NAME
+from lovasz.server.transport.threads import start_all
 from lovasz.server.transport.timed_calls import TimedCalls
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ class HealthMonitor:
                 "Watch": grpc.stream_stream_rpc_method_handler(watch, decode, encode),
             },
         )
+
+    def start_threads(self) -> None:
+        """Starts the threads of the health service."""
+        start_all(self._threads, _THREADS)
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads of the health service."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +13,9 @@ from lovasz.server.errors import AbandonedError
 from lovasz.spec import InvalidInput
 
 Message = TypeVar("Message")
+
+_NEWS_SECONDS = 0.2
+"""If a caller went away, gRPC says so within this time after the end of its messages."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,13 @@ def decoded_stream(messages: Iterator[Message | Undecodable]) -> Iterator[Messag
     except grpc.RpcError as error:
         error.__traceback__ = None
         raise AbandonedError from None
+
+
+def has_left(context: grpc.ServicerContext) -> bool:
+    """Whether the caller of a call whose messages ended too early went away. It waits for a moment.
+
+    gRPC ends the messages first, and says afterwards that the call was cancelled. Until then the caller looks like one
+    that is still there and has sent too little.
+    """
+    left = threading.Event()
+    return not context.add_callback(left.set) or left.wait(_NEWS_SECONDS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lovasz import wire
-from lovasz.server.errors import StalledError
+from lovasz.server.errors import AbandonedError, StalledError
 from lovasz.server.memory.staging import Staging
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
@@ -45,6 +45,7 @@ class Receiver:
         messages: Iterator[pb.ComputeStreamRequest | memoryview],
         start: Callable[[Callable[[], None]], object],
         patience: Patience,
+        has_left: Callable[[], bool],
     ) -> None:
         """Begins to read.
 
@@ -52,9 +53,11 @@ class Receiver:
             messages: the stream, chunks as memoryviews.
             start: runs a function in another thread.
             patience: how long to wait for the caller.
+            has_left: whether the caller went away; asked if the stream ends too early.
         """
         self._messages = messages
         self._patience = patience
+        self._has_left = has_left
         self._changed = threading.Condition()
         self._header: pb.RequestHeader | None = None
         self._staging: Staging | None = None
@@ -69,6 +72,7 @@ class Receiver:
         Raises:
             InvalidInput: the stream does not begin with a header.
             StalledError: it did not come in time.
+            AbandonedError: the caller went away.
         """
         with self._changed:
             seconds = self._patience.header_seconds
@@ -84,6 +88,7 @@ class Receiver:
         Raises:
             InvalidInput: it is longer or shorter than the header declared.
             StalledError: it came too slowly, or not at all.
+            AbandonedError: the caller went away.
         """
         with self._changed:
             assembly = self._assembly = staging.assembly()
@@ -135,6 +140,8 @@ class Receiver:
     def _read(self) -> None:
         try:
             first = next(self._messages, None)
+            if first is None and self._has_left():
+                raise AbandonedError
             if not isinstance(first, pb.ComputeStreamRequest) or not first.HasField("header"):
                 raise InvalidInput("header", "the stream does not begin with one; expected the header, then chunks")
             with self._changed:
@@ -148,6 +155,10 @@ class Receiver:
                     if self._staging is None or self._assembly is None:
                         return
                     self._staging.add(self._assembly, message)
+            with self._changed:
+                assembly = self._assembly
+            if assembly is not None and assembly.received < assembly.expected and self._has_left():
+                raise AbandonedError
             with self._changed:
                 if self._staging is not None and self._assembly is not None:
                     self._staging.finish(self._assembly)

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from lovasz.server.errors import NoRequestsLeftError
 from lovasz.server.observe.metrics import Metrics
+from lovasz.server.transport.threads import start_all
 from lovasz.server.transport.timed_calls import TimedCalls
 
 SERVICE_NAME = reflection.SERVICE_NAME
@@ -42,6 +43,10 @@ class Reflection:
         request, response = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
         method = grpc.stream_stream_rpc_method_handler(info, request.FromString, response.SerializeToString)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"ServerReflectionInfo": method})
+
+    def start_threads(self) -> None:
+        """Starts the threads of the service."""
+        start_all(self._threads, _THREADS)
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads of the service."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -18,7 +19,7 @@ from lovasz.server.errors import ServerError
 from lovasz.server.transport import payload
 from lovasz.server.transport.call import Call, Pipeline
 from lovasz.server.transport.carrier import Carrier
-from lovasz.server.transport.messages import Undecodable, decoded_stream, or_undecodable
+from lovasz.server.transport.messages import Undecodable, decoded_stream, has_left, or_undecodable
 from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -163,7 +164,9 @@ class LossServicer:
         """Computes a request whose payload, like its gradient, comes in chunks."""
         with Call(self.pipeline, "ComputeStream", context) as call:
             call.enter()
-            receiver = Receiver(decoded_stream(messages), self.readers.submit, self.patience)
+            receiver = Receiver(
+                decoded_stream(messages), self.readers.submit, self.patience, functools.partial(has_left, context)
+            )
             try:
                 with self.headerless.open(context):
                     message = receiver.header()
@@ -184,7 +187,8 @@ class LossServicer:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("AbortStepRequest")
-            self.pipeline.joints.abort(wire.Abort.from_proto(request))
+            abort = wire.Abort.from_proto(request)
+            self.pipeline.joints.abort(replace(abort, joint=call.sealed(abort.joint)), address=call.address)
             return pb.AbortStepResponse()
 
     def leave_run(
@@ -195,7 +199,8 @@ class LossServicer:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("LeaveRunRequest")
-            self.pipeline.joints.leave_run(wire.Leave.from_proto(request))
+            leave = wire.Leave.from_proto(request)
+            self.pipeline.joints.leave_run(replace(leave, joint=call.sealed(leave.joint)))
             return pb.LeaveRunResponse()
 
     def server_info(

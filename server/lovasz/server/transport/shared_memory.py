@@ -49,6 +49,7 @@ _SESSION_BYTES = 16
 _UNREAD_BYTES = 1 << 20
 """Answers that a caller may leave unread, if the system's limit (net.core.wmem_max) is not lower."""
 _BACKLOG = 64
+_TRUNCATED = int(socket.MSG_TRUNC)
 _LOOK_SECONDS = 0.005
 _CHECK_SECONDS = 1.0
 """How often the thread looks whether the socket's file is still there, and who is silent."""
@@ -291,7 +292,7 @@ class SharedMemory:
                 return
             error = ""
             try:
-                if flags & socket.MSG_TRUNC:
+                if flags & _TRUNCATED:
                     raise InvalidInput("packet", f"got a longer one; expected at most {wire.MAX_PACKET_BYTES} bytes")
                 request = pb.SharedMemoryRequest.FromString(packet)
                 kind = request.WhichOneof("message")

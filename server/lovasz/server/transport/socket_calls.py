@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
 from lovasz.server.transport.status import FAULT_TEXT
-from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS, CallThreads
+from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
+_Inbox: TypeAlias = "queue.SimpleQueue[SocketCall | None]"
 Compute = Callable[[pb.RequestHeader, Carrier], pb.ResponseHeader]
 """Computes a request, and writes its gradient to its region."""
 
@@ -53,8 +55,8 @@ class SocketCall:
         """Whether its caller waits for an answer."""
         self._retry_after: str | None = None
 
-    def serve(self, compute: Compute) -> None:
-        """Computes it and sends its answer."""
+    def served(self, compute: Compute) -> pb.SharedMemoryAnswer:
+        """Computes it."""
         header: pb.ResponseHeader | None = None
         failure: pb.CallError | None = None
         try:
@@ -65,7 +67,10 @@ class SocketCall:
         except Exception:  # Outside the service, which ends its own faults with an error.
             _log.exception("a fault of a call over the socket of shared memory")
             failure = pb.CallError(code=grpc.StatusCode.INTERNAL.name, text=FAULT_TEXT)
-        answer = pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
+        return pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
+
+    def end(self, answer: pb.SharedMemoryAnswer) -> None:
+        """Sends its answer, if its caller waits for one."""
         self._calls.end(answer, is_heard=self._is_heard)
 
     def peer(self) -> str:
@@ -193,24 +198,59 @@ class SessionCalls:
 class SocketThreads:
     """Threads for the calls of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
 
+    A call goes to the thread that was busy last, whose memory the processor still knows. (A pool of the standard
+    library takes them in turn, and makes a future for each call.)
+
     Attributes:
         most: the most calls at a time, of one connection or of all.
         log: for refusals.
     """
 
     def __init__(self, most: int, compute: Compute) -> None:
+        """Starts no thread yet."""
         self.most = most
         self.log = Sparingly(_log)
         self._compute = compute
-        self._threads = CallThreads(most, "socket-call")
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._inboxes: list[_Inbox] = []
+        self._idle: list[_Inbox] = []
+        """Those of the threads that have nothing to do."""
+
+    def start_all(self) -> None:
+        """Starts all threads.
+
+        Raises:
+            RuntimeError: the system refuses one.
+        """
+        for number in range(self.most):
+            inbox: _Inbox = queue.SimpleQueue()
+            thread = threading.Thread(target=self._run, args=(inbox,), name=f"socket-call_{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+            self._inboxes.append(inbox)
+        self._idle += reversed(self._inboxes)
 
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
-        if self._threads.is_full:
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
             return False
-        self._threads.submit(call.serve, self._compute)
+        inbox.put(call)
         return True
 
     def stop(self, *, wait: bool) -> None:
         """Ends the threads; waits for them unless some may be stuck."""
-        self._threads.shutdown(wait=wait, cancel_futures=True)
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _run(self, inbox: _Inbox) -> None:
+        while (call := inbox.get()) is not None:
+            answer = call.served(self._compute)
+            with self._lock:  # Before its caller has the answer, and may make the next call.
+                self._idle.append(inbox)
+            call.end(answer)
+            del call, answer  # So that no tensors are held while waiting for the next call.

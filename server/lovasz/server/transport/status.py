@@ -14,11 +14,14 @@ from lovasz.server.errors import (
     JointMismatchError,
     NoBytesLeftError,
     NoRequestsLeftError,
+    RegroupError,
+    RunConflictError,
     SessionLostError,
     StalledError,
     StartingError,
     StoppingError,
     TooLargeError,
+    UnauthenticatedError,
 )
 from lovasz.server.observe.metrics import Abandonment, Rejection
 from lovasz.spec import InvalidInput
@@ -48,6 +51,7 @@ STATUS: dict[type[BaseException], Status] = {
     NoBytesLeftError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.NO_BYTES),
     NoRequestsLeftError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.NO_REQUESTS),
     TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, rejection=Rejection.TOO_LARGE, logged=True),
+    UnauthenticatedError: Status(grpc.StatusCode.UNAUTHENTICATED, rejection=Rejection.UNAUTHENTICATED, logged=True),
     StartingError: Status(grpc.StatusCode.UNAVAILABLE, rejection=Rejection.STARTING),
     StoppingError: Status(grpc.StatusCode.UNAVAILABLE, rejection=Rejection.STOPPING),
     DeviceError: Status(grpc.StatusCode.UNAVAILABLE),
@@ -55,7 +59,9 @@ STATUS: dict[type[BaseException], Status] = {
     AbandonedError: Status(grpc.StatusCode.CANCELLED, abandonment=Abandonment.CANCELLED),
     StalledError: Status(grpc.StatusCode.ABORTED, stalled=True, logged=True),
     JointBrokenError: Status(grpc.StatusCode.ABORTED),
+    RegroupError: Status(grpc.StatusCode.UNAVAILABLE),
     JointMismatchError: Status(grpc.StatusCode.FAILED_PRECONDITION, rejection=Rejection.MISMATCH, logged=True),
+    RunConflictError: Status(grpc.StatusCode.FAILED_PRECONDITION, rejection=Rejection.CONFLICT, logged=True),
     SessionLostError: Status(grpc.StatusCode.UNAVAILABLE),
 }
 

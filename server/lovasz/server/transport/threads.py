@@ -19,14 +19,32 @@ RETRY_MILLISECONDS = "1000"
 _REFUSING_THREADS = 2
 
 
+def start_all(pool: ThreadPoolExecutor, most: int) -> None:
+    """Starts all threads of a pool, which by itself starts each when it is needed, and may fail then.
+
+    Raises:
+        RuntimeError: the system refuses one.
+    """
+    go_on = threading.Event()
+    try:
+        for _ in range(most):
+            ThreadPoolExecutor.submit(pool, go_on.wait)
+    finally:
+        go_on.set()
+
+
 class CallThreads(ThreadPoolExecutor):
     """Threads for so many calls. gRPC's own limit would count the calls of the health service, too."""
 
-    def __init__(self, most: int, name: str = "call") -> None:
-        super().__init__(most, thread_name_prefix=name)
+    def __init__(self, most: int) -> None:
+        super().__init__(most, thread_name_prefix="call")
         self._most = most
         self._count_lock = threading.Lock()
         self._open = 0
+
+    def start_all(self) -> None:
+        """As :func:`start_all`."""
+        start_all(self, self._most)
 
     @property
     def is_full(self) -> bool:
@@ -68,6 +86,10 @@ class LimitedHandler(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = self._service.service(handler_call_details)
         return self._refusal if handler is not None and self._threads.is_full else handler
+
+    def start_threads(self) -> None:
+        """Starts the threads that refuse."""
+        start_all(self._refusing, _REFUSING_THREADS)
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads that refuse."""

@@ -16,6 +16,7 @@ from lovasz.server.config import UNIX
 from lovasz.server.errors import AbandonedError, NoRequestsLeftError, StalledError
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics
+from lovasz.server.transport.messages import has_left
 
 CONNECTION_CALLS = 32
 """Calls of one connection that may be open for longer than a moment. Unix sockets do not tell connections apart."""
@@ -89,6 +90,8 @@ class TimedCalls:
                 message = None
             if message is None and call.is_cut_off:
                 raise StalledError(f"no header came within {self._seconds:g} s (--header-timeout)")
+            if message is None and has_left(context):
+                raise AbandonedError
             return message
 
     def open(self, context: grpc.ServicerContext) -> OpenCall:

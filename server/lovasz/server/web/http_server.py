@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from lovasz.server.access.certificates import Certificates
+from lovasz.server.access.watched_files import WatchedFiles
 from lovasz.server.addresses import free_addresses
+from lovasz.server.web.guard import Guard
 from lovasz.server.web.status_page import StatusPage
 
 _log = logging.getLogger(__name__)
@@ -39,6 +43,21 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
         self._lock = threading.Lock()
         self._since: dict[socket.socket, float] = {}
         """When each connection began (``time.monotonic``), the oldest first."""
+        self.certificates: WatchedFiles[Certificates] | None = None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """A connection; its TLS handshake is made in its own thread."""
+        connection, address = super().get_request()
+        if self.certificates is not None:
+            context = self.certificates.value.context
+            connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        if isinstance(request, ssl.SSLSocket):
+            request.settimeout(_REQUEST_SECONDS)
+            request.do_handshake()
+        super().finish_request(request, client_address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         now = time.monotonic()
@@ -71,7 +90,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
         """Its thread sees the end of it, and closes it."""
         del self._since[connection]
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # Not TLS's own, which its thread may be using.
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Mostly because the caller went away."""
@@ -92,7 +111,20 @@ class _SilentHandler(WSGIRequestHandler):
 class WebServer:
     """Serves metrics and status page, in threads of its own."""
 
-    def __init__(self, registry: CollectorRegistry, page: StatusPage) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        page: StatusPage,
+        guard: Guard,
+        certificates: WatchedFiles[Certificates] | None,
+    ) -> None:
+        """Listens nowhere yet.
+
+        Args:
+            guard: says who may ask.
+            certificates: for HTTPS; None: HTTP.
+        """
+        self._guard, self._certificates = guard, certificates
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         self._page = page
         self._servers: list[tuple[WSGIServer, threading.Thread]] = []
@@ -107,6 +139,7 @@ class WebServer:
         for address in found:
             kind = _ThreadingServer6 if ":" in address else _ThreadingServer
             server = make_server(address, port, self._answer, server_class=kind, handler_class=_SilentHandler)
+            server.certificates = self._certificates
             port = int(server.server_port)
             thread = threading.Thread(target=server.serve_forever, name="web", daemon=True)
             thread.start()
@@ -124,6 +157,9 @@ class WebServer:
         method = environment["REQUEST_METHOD"]
         if method not in ("GET", "HEAD"):
             return _refused(start_response, "405 Method Not Allowed", "expected GET")
+        refusal = self._guard.refusal(environment)
+        if refusal is not None:
+            return _refused(start_response, *refusal)
         try:
             body = self._body({**environment, "REQUEST_METHOD": "GET"}, start_response)
         except Exception:  # Raised by the metrics' own handler, for example for a header that it cannot read.
@@ -149,6 +185,8 @@ def _ok(start_response: StartResponse, content_type: str, body: bytes) -> Iterab
     return [body]
 
 
-def _refused(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+def _refused(
+    start_response: StartResponse, status: str, text: str, headers: Sequence[tuple[str, str]] = ()
+) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [f"{text}\n".encode()]

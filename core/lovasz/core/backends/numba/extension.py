@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lovasz.core.backends.numba import joint_segments, segments, tables
 from lovasz.core.backends.numba.bins import LOWEST_TOP, SOFTMAX_TOP
 from lovasz.core.backends.numba.call import Call
+from lovasz.core.backends.numba.joint_tables import JointTables
 from lovasz.core.backends.numba.segments import Parts, Rules, Segments
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
@@ -48,6 +49,10 @@ THRESHOLDS = Thresholds(
 )
 MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
+MOST_JOINT_TABLES = 24
+"""The same if other ranks have pixels of the segments: for each portion, all ranks wait for each other twice."""
+MOST_PARTS = 64
+"""The most parts of these segments together, unless there are more segments."""
 
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf)
 COUNT_ALL = Thresholds(0, 0, math.inf)
@@ -113,7 +118,7 @@ def score_term(
         losses = _score_others(call, ranks, found, codes, rules)
     else:
         losses = np.zeros(len(row))
-        for some in _portions(divided, MOST_TABLES):
+        for some in _portions(divided, MOST_TABLES if ranks is None else MOST_JOINT_TABLES):
             losses[some] = _score_in_parts(call, ranks, _pick(found, some), fair, codes, rules)
         if not divided.all():
             losses[~divided] = _score_others(call, ranks, _pick(found, ~divided), codes, rules)
@@ -182,7 +187,7 @@ def _score_in_parts(
         ranks: the ranks that have parts of these segments, too; None if there are none.
     """
     pixels = found.stop - found.start
-    per_segment = np.minimum(-(-pixels // part_pixels), call.threads)
+    per_segment = np.minimum(-(-pixels // part_pixels), min(call.threads, max(MOST_PARTS // len(pixels), 1)))
     segment = np.repeat(np.arange(len(pixels)), per_segment)
     firsts = np.cumsum(per_segment) - per_segment
     number = np.arange(len(segment)) - firsts[segment]
@@ -190,24 +195,31 @@ def _score_in_parts(
     parts = Parts(segment, *edges, *np.zeros((2, len(segment)), np.int64))
     part_tables = call.scratch.array("tables", (len(segment), 2 * tables.BINS + 1), np.int64, zero=True)
     losses, is_fine = np.zeros(len(pixels)), np.ones(len(pixels), np.bool_)
-    tasks: dict[str, Any] = {"parts": parts, "segments": found, "rules": rules, "part_tables": part_tables}
-    call.run(segments.count_parts, errors=call.errors, codes=codes, **tasks)
-    call.run(segments.add_parts, firsts=firsts, parts=parts, part_tables=part_tables)
-    if ranks is not None:
-        joint_segments.add_tables(ranks, part_tables, firsts, parts)
-    call.run(segments.scan_parts, firsts=firsts, losses=losses, is_fine=is_fine, **tasks)
-    if rules.want_grad:
-        call.run(
-            segments.look_up_parts,
-            table_of_part=firsts[segment],
-            planes=call.planes,
-            errors=call.errors,
-            codes=codes,
-            is_fine=is_fine,
-            **tasks,
-        )
-    for first in firsts:
-        tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
+    joint = None if ranks is None else JointTables(call, ranks, part_tables, firsts, parts)
+    of_segments: dict[str, Any] = {"segments": found, "rules": rules}
+    of_pixels: dict[str, Any] = {**of_segments, "errors": call.errors, "codes": codes}
+    # A few segments at a time, one for each thread, so that their tables are still in the processor's cache.
+    steps = [slice(s, min(s + call.threads, len(firsts))) for s in range(0, len(firsts), call.threads)]
+    parts_of = [slice(firsts[some.start], firsts[some.stop - 1] + per_segment[some.stop - 1]) for some in steps]
+    for some, own in zip(steps, parts_of, strict=True):
+        own_parts = Parts(*(column[own] for column in parts))
+        call.run(segments.count_parts, parts=own_parts, part_tables=part_tables[own], **of_pixels)
+        call.run(segments.add_parts, firsts=firsts[some], parts=parts, part_tables=part_tables)
+        if joint:
+            joint.survey(some)
+    if joint:
+        joint.send()
+    for some, own in zip(steps, parts_of, strict=True):
+        if joint:
+            joint.receive(some)
+        tasks: dict[str, Any] = {"parts": parts, "part_tables": part_tables, "is_fine": is_fine}
+        call.run(segments.scan_parts, firsts=firsts[some], losses=losses, **tasks, **of_segments)
+        if rules.want_grad:
+            tasks["parts"] = Parts(*(column[own] for column in parts))
+            table_of_part = firsts[segment[own]]
+            call.run(segments.look_up_parts, table_of_part=table_of_part, planes=call.planes, **tasks, **of_pixels)
+        for first in firsts[some]:
+            tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
     if not is_fine.all():
         others = _pick(found, ~is_fine)
         others = others._replace(counted=np.zeros_like(others.counted))

@@ -1,4 +1,4 @@
-"""Segments whose pixels are held by several ranks: their tables are added; of others, the pixels that matter are sent.
+"""Segments whose pixels are held by several ranks, and that are sorted: the pixels that matter are sent to all ranks.
 
 Every rank computes the whole segment from that, so all have the same bits, and writes the gradient of its own pixels.
 """
@@ -9,45 +9,15 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import sorting, tables
+from lovasz.core.backends.numba import sorting
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes
-from lovasz.core.backends.numba.segments import ABSENT, Parts, Rules, Segments
+from lovasz.core.backends.numba.segments import ABSENT, Rules, Segments
 from lovasz.core.ranks import Ranks
 
 _VOID, _FOREGROUND = 2, 1
 """Codes of the pixels that were sent; background is 0."""
-
-
-def add_tables(ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integers, parts: Parts) -> None:
-    """Adds each segment's table over the ranks, and sets the range of its bins to that of all ranks.
-
-    Bins below the smallest foreground error are left out: background there has g = 0.
-
-    Args:
-        firsts: the first part of each segment, whose table holds those of the other parts.
-        parts: ``lowest`` and ``highest`` are changed.
-    """
-    bounds = np.empty((2, len(firsts)), np.int64)
-    for s, first in enumerate(firsts):
-        bounds[:, s] = -parts.lowest[first], _last_used(part_tables[first, tables.BINS : 2 * tables.BINS])
-    ranks.reduce((), [bounds])
-    summed = []
-    for s, first in enumerate(firsts):
-        low, stop = -bounds[0, s], bounds[1, s] + 1
-        summed += [part_tables[first, start + low : start + stop] for start in (0, tables.BINS)]
-        parts.lowest[first], parts.highest[first] = low, max(parts.highest[first], stop - 1)
-    ranks.add(summed)
-
-
-@compiled
-def _last_used(words: Integers) -> int:
-    """The last word that is not 0; -1 if there is none."""
-    last = len(words) - 1
-    while last >= 0 and words[last] == 0:
-        last -= 1
-    return last
 
 
 def sort_sent(

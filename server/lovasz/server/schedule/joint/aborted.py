@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lovasz import wire
 from lovasz.server.errors import JointBrokenError
-from lovasz.server.schedule.joint.group import Step
+from lovasz.server.schedule.joint.group import Run, Step
 
 ABORTED_SECONDS = 15.0
 """How long ranks that come to an aborted step are told so."""
@@ -68,7 +68,7 @@ class AbortedSteps:
         aborted.told[joint.rank] = joint.call
         return JointBrokenError(aborted.text)
 
-    def forget_run(self, run: str) -> None:
+    def forget_run(self, run: Run) -> None:
         """The run was restarted."""
         for step in [step for step in self._steps if step.run == run]:
             del self._steps[step]

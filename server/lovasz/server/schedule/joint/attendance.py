@@ -1,4 +1,5 @@
-"""Which ranks have come to a run, and which have left it; forgotten once all have left, or nobody has come for long.
+"""Which ranks have come to a run, from which processes, and which have left it. Forgotten once all have left, or nobody
+has come for long.
 
 Nothing here takes a lock: ``JointTable`` does.
 """
@@ -8,16 +9,48 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lovasz import wire
-from lovasz.server.schedule.joint.group import Step
+from lovasz.server.errors import RunConflictError
+from lovasz.server.schedule.joint.group import Run, Step
 
 RUN_SECONDS = 3600.0
 """How long a run is remembered after a rank came to it or left it."""
 MAX_ENTRIES = 200_000
 """Ranks that are remembered over all runs, and rounds that they have left; the runs that were used last stay."""
+LIVE_SECONDS = 15.0
+"""How long after a rank came its run counts as one that others of the same name are in conflict with."""
+_MOST_NAMED = 16
+"""Runs of one name that are looked at, those that were heard of first."""
+_RETURNS = 2
+"""How often in a row a rank comes from the process that was replaced before: then two trainings take turns. Once may be
+a late call of a process that was restarted."""
+
+
+@dataclass
+class _Process:
+    """The process that a rank came from last, and the one before.
+
+    Attributes:
+        address: where it is; empty: unknown.
+        former: the one before.
+        returns: how often in a row the one before has come back.
+    """
+
+    name: bytes
+    address: str
+    former: bytes = b""
+    former_address: str = ""
+    returns: int = 0
+
+    def followed_by(self, name: bytes, address: str) -> _Process:
+        """The rank comes from another process, or from the same."""
+        if name == self.name:
+            return self
+        return _Process(name, address, self.name, self.address, self.returns + 1 if name == self.former else 0)
 
 
 @dataclass
@@ -27,6 +60,8 @@ class _Run:
     Attributes:
         processes: the process of each rank that came and said it.
         evaluated: ranks that came to a step without a gradient.
+        last: the process that each rank came from last, also before the training was restarted.
+        address: where a rank came from last; empty: unknown.
         left: by round and rank: the first steps with and without a gradient that the rank takes no part in.
         since: when it was first heard of (``time.monotonic``).
         used: when a rank came or left.
@@ -36,6 +71,8 @@ class _Run:
     world_size: int
     processes: dict[int, bytes] = field(default_factory=dict)
     evaluated: set[int] = field(default_factory=set)
+    last: dict[int, _Process] = field(default_factory=dict)
+    address: str = ""
     left: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     used: float = 0.0
@@ -43,26 +80,46 @@ class _Run:
 
     @property
     def entries(self) -> int:
-        return len(self.processes) + len(self.evaluated) + sum(map(len, self.left.values()))
+        return len(self.processes) + len(self.last) + len(self.evaluated) + sum(map(len, self.left.values()))
 
 
 class Attendance:
-    """The runs that are remembered, by name."""
+    """The runs that are remembered."""
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[str, _Run] = OrderedDict()
+        self._runs: OrderedDict[Run, _Run] = OrderedDict()
+        self._named: dict[str, dict[Run, None]] = {}
+        """Those of the same name, the first heard of first."""
         self._entries = 0
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def come(self, joint: wire.Joint, want_grad: bool) -> bool:
+    def come(self, joint: wire.Joint, want_grad: bool, address: str = "") -> bool:
         """A rank comes to a step; if it had left this round, it is back.
+
+        Args:
+            address: where it came from; empty: unknown.
 
         Returns:
             Whether its training was restarted since it came or left last: no rank counts as having left then.
+
+        Raises:
+            RunConflictError: two trainings take turns in this run, or see :meth:`conflict`.
         """
+        self._admit(joint)
         run, is_restarted = self._run_of(joint)
+        run.address = address or run.address
+        if joint.process:
+            last = run.last.setdefault(joint.rank, _Process(joint.process, address))
+            run.last[joint.rank] = last.followed_by(joint.process, address)
+            if run.last[joint.rank] is not last and run.last[joint.rank].returns >= _RETURNS:
+                self._count(run)
+                raise RunConflictError(
+                    f"two trainings take turns in run {joint.run!r}: rank {joint.rank} comes from two processes, this "
+                    f"one{place(address)} and another{place(last.address)}; give each training a name or a secret of "
+                    "its own"
+                )
         left = run.left.get(joint.round)
         if left is not None:
             left.pop(joint.rank, None)
@@ -72,7 +129,12 @@ class Attendance:
         return is_restarted
 
     def leave(self, joint: wire.Joint, evaluation_step: int) -> None:
-        """A rank takes no part in the steps of its round from these on: ``joint.step`` is the one with a gradient."""
+        """A rank takes no part in the steps of its round from these on: ``joint.step`` is the one with a gradient.
+
+        Raises:
+            RunConflictError: see :meth:`conflict`.
+        """
+        self._admit(joint)
         run, _ = self._run_of(joint)
         left = run.left.setdefault(joint.round, {})
         left[joint.rank] = joint.step, evaluation_step
@@ -81,7 +143,7 @@ class Attendance:
         if run.left:
             self._count(run)
         else:
-            self._forget(joint.run)
+            self._forget(Run.of(joint))
 
     def absent(self, step: Step, world_size: int) -> set[int]:
         """The ranks that have left before a step."""
@@ -91,12 +153,38 @@ class Attendance:
         left = run.left.get(step.round, {})
         return {rank for rank, first in left.items() if step.number >= first[0 if step.want_grad else 1]}
 
-    def never_evaluated(self, run: str, ranks: Iterable[int]) -> list[int]:
+    def knows(self, run: Run) -> bool:
+        """Whether ranks have come to a run."""
+        return run in self._runs
+
+    def conflict(self, run: Run) -> str:
+        """Why ranks may not take part in a run: it has no owner, and one of the same name has. Empty: they may."""
+        for other in () if run.owner else self._others(run.name):
+            return (
+                f"run {run.name!r} belongs to a training with a secret or a token{place(other.address)}: join it with "
+                "that secret or token, or use another name"
+            )
+        return ""
+
+    def warning(self, run: Run) -> str:
+        """What the ranks of a run should know; empty: nothing."""
+        known = self._runs.get(run)
+        if known is None or len(self._named[run.name]) < 2:
+            return ""
+        for other in self._others(run.name):
+            if other is not known and other.used > known.since:  # Else it may be this training, before its restart.
+                return (
+                    f"another training{place(other.address)} has a run of the name {run.name!r}, too: losses are "
+                    "right, but the server's metrics mix the two; give each training a name of its own"
+                )
+        return ""
+
+    def never_evaluated(self, run: Run, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks that have come to no step without a gradient."""
         known = self._runs.get(run)
         return [rank for rank in ranks if known is None or rank not in known.evaluated]
 
-    def since(self, run: str) -> float:
+    def since(self, run: Run) -> float:
         """When a run was first heard of, or was restarted (``time.monotonic``)."""
         known = self._runs.get(run)
         return math.inf if known is None else known.since
@@ -107,17 +195,32 @@ class Attendance:
         for name in [name for name, run in self._runs.items() if run.used < until]:
             self._forget(name)
 
+    def _admit(self, joint: wire.Joint) -> None:
+        conflict = "" if joint.secret else self.conflict(Run.of(joint))
+        if conflict:
+            raise RunConflictError(conflict)
+
+    def _others(self, name: str) -> Iterator[_Run]:
+        """The runs of this name that have an owner, and to which a rank came a short while ago."""
+        until = time.monotonic() - LIVE_SECONDS
+        for run in islice(self._named.get(name, ()), _MOST_NAMED):
+            if run.owner and self._runs[run].used > until:
+                yield self._runs[run]
+
     def _run_of(self, joint: wire.Joint) -> tuple[_Run, bool]:
         """The run of a rank, now used, and whether it is a restarted one."""
-        run = self._runs.get(joint.run)
+        name, last = Run.of(joint), dict[int, _Process]()
+        run = self._runs.get(name)
         process = None if run is None else run.processes.get(joint.rank)
         is_restarted = run is not None and (
             run.world_size != joint.world_size or bool(process and joint.process and process != joint.process)
         )
-        if is_restarted:
-            self._forget(joint.run)
-        run = self._runs.setdefault(joint.run, _Run(joint.world_size))
-        self._runs.move_to_end(joint.run)
+        if run is not None and is_restarted:
+            last = run.last
+            self._forget(name)
+        run = self._runs.setdefault(name, _Run(joint.world_size, last=last))
+        self._named.setdefault(name.name, {})[name] = None
+        self._runs.move_to_end(name)
         run.used = time.monotonic()
         if joint.process:
             run.processes.setdefault(joint.rank, joint.process)
@@ -130,5 +233,14 @@ class Attendance:
         while self._entries > MAX_ENTRIES:
             self._forget(next(iter(self._runs)))
 
-    def _forget(self, name: str) -> None:
-        self._entries -= self._runs.pop(name).counted
+    def _forget(self, run: Run) -> None:
+        self._entries -= self._runs.pop(run).counted
+        named = self._named[run.name]
+        del named[run]
+        if not named:
+            del self._named[run.name]
+
+
+def place(address: str) -> str:
+    """Where a caller is, as the end of a phrase."""
+    return f" at {address}" if address else ""

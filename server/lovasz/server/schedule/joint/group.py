@@ -16,6 +16,25 @@ from lovasz.server.errors import OverloadedError, ServerError
 from lovasz.server.schedule.admission import Permit
 from lovasz.server.schedule.job import Caller, Job
 
+STRAGGLER_SECONDS = 5.0
+"""A step that waits for longer is logged, with the ranks that it waits for."""
+
+
+class Run(NamedTuple):
+    """A run, as the server knows it: trainings with different owners never meet, also if they have the same name.
+
+    Attributes:
+        owner: stands for the secret or the token's name of the training; empty if it has neither.
+    """
+
+    name: str
+    owner: bytes = b""
+
+    @classmethod
+    def of(cls, joint: wire.Joint) -> Run:
+        """The run of a rank, whose secret has been replaced by its owner (``Identity.sealed``)."""
+        return cls(joint.run, joint.secret)
+
 
 class Step(NamedTuple):
     """Names a joint step.
@@ -24,14 +43,14 @@ class Step(NamedTuple):
     times its ranks have left the run.
     """
 
-    run: str
+    run: Run
     number: int
     want_grad: bool
     round: int = 0
 
     @classmethod
     def of(cls, joint: wire.Joint, want_grad: bool) -> Step:
-        return cls(joint.run, joint.step, want_grad, joint.round)
+        return cls(Run.of(joint), joint.step, want_grad, joint.round)
 
 
 class GroupState(enum.Enum):
@@ -70,6 +89,7 @@ class Seat:
         permit: room for them; until the group is complete, at least for the group's share, so that there is room for a
             rank that leaves and comes again.
         cancel: ends the call.
+        address: where the call came from; empty: unknown.
         caller: who waits; set while the state is ARRIVED.
         error: why the seat was lost.
         taken: when it was taken (``time.monotonic``).
@@ -81,6 +101,7 @@ class Seat:
     nbytes: int
     permit: Permit
     cancel: Callable[[], object]
+    address: str = ""
     state: SeatState = SeatState.RECEIVING
     caller: Caller | None = None
     error: ServerError | None = None
@@ -104,7 +125,7 @@ class Group:
         deadline: until when the ranks wait for each other (``time.monotonic``).
         seats: by rank; those that are neither LOST nor DONE.
         job: what is computed once the group is complete, until the last rank is done.
-        since: when the first rank came (``time.monotonic``).
+        since: when the first rank came (``time.monotonic``), also if the ranks were asked to call again since then.
         completed: when the group was complete (``time.monotonic``); None before.
         error: why the group is broken.
         logged: whether it was logged that it waits.
@@ -125,6 +146,24 @@ class Group:
     error: ServerError | None = None
     logged: bool = False
 
+    @classmethod
+    def begun_by(
+        cls, request: wire.Request, absent: set[int], permit: Permit, since: float, timeout_seconds: float
+    ) -> Group:
+        """The group of the request that came first, with room for all its ranks; nobody has a seat yet."""
+        joint = request.joint
+        assert joint is not None
+        return cls(
+            step=Step.of(joint, request.want_grad),
+            first=request,
+            world_size=joint.world_size,
+            absent=absent,
+            share=request.tensor_bytes,
+            permit=permit,
+            deadline=since + timeout_seconds,
+            since=since,
+        )
+
     @property
     def missing(self) -> list[int]:
         """Ranks whose payload is awaited."""
@@ -134,12 +173,21 @@ class Group:
             if rank not in self.absent and (rank not in self.seats or self.seats[rank].state is not SeatState.ARRIVED)
         ]
 
+    def begins_to_straggle(self, now: float) -> bool:
+        """Whether it has waited for long; true once."""
+        if self.logged or now - self.since <= STRAGGLER_SECONDS:
+            return False
+        self.logged = True
+        return True
+
     @property
     def is_full(self) -> bool:
         """Whether all ranks that have not left have come, with their payloads."""
         return len(self.seats) == self.world_size - len(self.absent) and not self.missing
 
-    def take_seat(self, request: wire.Request, call: wire.Request | None, cancel: Callable[[], object]) -> Seat:
+    def take_seat(
+        self, request: wire.Request, call: wire.Request | None, cancel: Callable[[], object], address: str = ""
+    ) -> Seat:
         """Gives a rank its seat.
 
         Raises:
@@ -156,7 +204,7 @@ class Group:
         except OverloadedError:
             self.permit.absorb(permit)
             raise
-        seat = self.seats[joint.rank] = Seat(self, joint, call, nbytes, permit, cancel)
+        seat = self.seats[joint.rank] = Seat(self, joint, call, nbytes, permit, cancel, address)
         return seat
 
     def _share_out(self, nbytes: int) -> None:
@@ -169,6 +217,12 @@ class Group:
         for seat in self.seats.values():
             seat.permit.resize(nbytes)
         self.share = nbytes
+
+    def needed_bytes(self, request: wire.Request) -> int:
+        """The room that the group needs with one more request."""
+        held = [max(seat.nbytes, self.share) for seat in self.seats.values()]
+        held.append(request.tensor_bytes)
+        return sum(held) + self.share * (self.world_size - len(self.absent) - len(held))
 
     def leave(self, rank: int) -> None:
         """A rank that has not come has left the run."""

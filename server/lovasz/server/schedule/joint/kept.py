@@ -13,6 +13,7 @@ from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.memory.staging import Staging
 from lovasz.server.schedule.admission import Permit
 from lovasz.server.schedule.job import Answer
+from lovasz.server.schedule.joint.group import Run
 
 KEPT_SECONDS = 15.0
 """How long an answer is kept after it was sent, unless its rank comes with another call before."""
@@ -58,7 +59,7 @@ class KeptAnswers:
 
     def __init__(self) -> None:
         self._answers: dict[wire.Request, Kept] = {}
-        self._calls: dict[tuple[str, int], set[wire.Request]] = {}
+        self._calls: dict[tuple[Run, int], set[wire.Request]] = {}
         """The calls of each rank, by run and rank."""
 
     def __len__(self) -> int:
@@ -106,5 +107,5 @@ class KeptAnswers:
         kept.drop()
 
 
-def _rank_of(joint: wire.Joint) -> tuple[str, int]:
-    return joint.run, joint.rank
+def _rank_of(joint: wire.Joint) -> tuple[Run, int]:
+    return Run.of(joint), joint.rank

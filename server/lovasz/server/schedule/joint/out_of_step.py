@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from lovasz.server.schedule.joint.attendance import Attendance
-from lovasz.server.schedule.joint.group import Group, Seat, SeatState
+from lovasz.server.schedule.joint.group import Group, Run, Seat, SeatState
 
 GRACE_SECONDS = 1.0
 """How long they must have waited: calls of a process that has just ended may not be gone yet."""
@@ -22,7 +22,7 @@ def out_of_step(waiting: Iterable[Group], attendance: Attendance, now: float) ->
         waiting: all groups that wait.
         now: ``time.monotonic()``.
     """
-    groups_of: defaultdict[tuple[str, int], list[Group]] = defaultdict(list)
+    groups_of: defaultdict[tuple[Run, int], list[Group]] = defaultdict(list)
     for group in waiting:
         groups_of[group.step.run, group.world_size].append(group)
     for (run, world_size), groups in groups_of.items():

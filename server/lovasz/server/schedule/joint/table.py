@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import replace
 
 from lovasz import wire
@@ -16,6 +17,7 @@ from lovasz.server.errors import (
     JointBrokenError,
     JointMismatchError,
     OverloadedError,
+    RunConflictError,
     ServerError,
     StoppingError,
     TooLargeError,
@@ -32,14 +34,13 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.aborted import AbortedSteps
 from lovasz.server.schedule.joint.attendance import Attendance
-from lovasz.server.schedule.joint.group import Group, GroupState, Seat, SeatState, Step
+from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
 from lovasz.server.schedule.joint.out_of_step import out_of_step
+from lovasz.server.schedule.joint.regrouping import Regrouping
+from lovasz.server.schedule.joint.waiting import WaitingGroups, log
 
 _log = logging.getLogger(__name__)
-
-STRAGGLER_SECONDS = 5.0
-"""A step that waits for longer is logged, with the ranks that it waits for."""
 
 
 class JointTable:
@@ -55,23 +56,26 @@ class JointTable:
         batcher: Batcher,
         metrics: Metrics,
         timeout_seconds: float,
-        missing_share: float = 1.0,
+        share: float = 1.0,
+        regroup_seconds: float = 0.0,
     ) -> None:
         """No group waits yet.
 
         Args:
-            missing_share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
+            share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
+            regroup_seconds: how long ranks wait before they are asked to call again for the first time; 0: never.
         """
-        self._ahead = AheadRoom(admission, missing_share)
-        self._admission, self._batcher, self._metrics = admission, batcher, metrics
+        self._ahead = AheadRoom(admission, share)
+        self._admission, self._batcher = admission, batcher
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
         """Guards all below, and the groups, seats and kept answers; notified when a seat is free or a group ends."""
-        self._waiting: dict[Step, Group] = {}
         self._seats: dict[wire.Request, Seat] = {}
         """By call, for calls that have a name."""
         self._kept = KeptAnswers()
         self._attendance = Attendance()
+        self._regrouping = Regrouping(regroup_seconds, timeout_seconds)
+        self._waiting = WaitingGroups(metrics, self._regrouping, self._changed.notify_all)
         self._aborted = AbortedSteps()
         admission.reclaim = self._reclaim
 
@@ -84,7 +88,7 @@ class JointTable:
     def waiting_ranks(self) -> int:
         """Ranks that wait for others."""
         with self._changed:
-            return sum(len(group.seats) for group in self._waiting.values())
+            return sum(len(group.seats) for group in self._waiting)
 
     @property
     def kept(self) -> int:
@@ -95,17 +99,18 @@ class JointTable:
         """The groups that wait, the longest first."""
         now = time.monotonic()
         with self._changed:
-            groups = sorted(self._waiting.values(), key=lambda group: group.since)
+            groups = sorted(self._waiting, key=lambda group: group.since)
             return [texts.waiting_step(group, now, self._attendance) for group in groups]
 
-    def join(self, request: wire.Request, cancel: Callable[[], object], caller: str = "") -> Seat | Kept:
+    def join(self, request: wire.Request, cancel: Callable[[], object], address: str = "") -> Seat | Kept:
         """Takes a seat, or the kept answer if the call was answered before. Either is given back by :meth:`leave`.
 
         Args:
             cancel: ends this call. Used if the same call comes again while this one is still receiving.
-            caller: names the connection; empty: unknown.
+            address: where the call comes from, and which connection; empty: unknown.
 
         Raises:
+            RunConflictError: two trainings have a run of this name.
             JointMismatchError: the request does not fit the ranks that wait.
             JointBrokenError: another rank cannot take part in the step.
             OverloadedError, TooLargeError, StoppingError: as ``Admission.reserve``, for all ranks together.
@@ -119,12 +124,12 @@ class JointTable:
                 kept = self._kept.take(call)
                 if kept is not None:
                     return kept
-            group = self._group_of(request, joint, caller)
+            group = self._group_of(request, joint, address)
             try:
-                seat = group.take_seat(request, call, cancel)
+                seat = group.take_seat(request, call, cancel, address)
             except OverloadedError as error:
                 refusal = self._never_fits(group, request) or error
-                self._break(group, refusal, JointOutcome.OVERLOADED)
+                self._waiting.refuse(group, refusal, JointOutcome.OVERLOADED)
                 raise refusal from None
             if call is not None:
                 self._seats[call] = seat
@@ -145,7 +150,7 @@ class JointTable:
             seat.caller, seat.state = caller, SeatState.ARRIVED
             if not group.is_full:
                 return
-            job = self._complete(group, last_rank=seat.joint.rank)
+            job = self._waiting.complete(group, last_rank=seat.joint.rank)
         self._queue(job)
 
     def wait(self, seat: Seat, staging: Staging | DeviceStaging) -> Kept:
@@ -193,13 +198,15 @@ class JointTable:
             self._vacate(place)
             place.permit.release()
 
-    def abort(self, abort: wire.Abort, seat: Seat | None = None) -> None:
+    def abort(self, abort: wire.Abort, seat: Seat | None = None, address: str = "") -> None:
         """A rank cannot take part in a step: the others are refused, those that wait and those that come soon.
 
         Args:
             seat: its seat, if it has one; nothing is done if the group of the seat waits no more.
+            address: as for :meth:`join`.
 
         Raises:
+            RunConflictError: two trainings have a run of this name.
             JointMismatchError: the rank does not fit those that wait, or is among them with another seat.
         """
         joint, step = abort.joint, Step.of(abort.joint, abort.want_grad)
@@ -210,59 +217,69 @@ class JointTable:
                 return
             if seat is None and group is not None and (difference := texts.misplaced(group, joint)) is not None:
                 raise JointMismatchError(difference)
-            self._come(joint, abort.want_grad)
+            self._come(joint, abort.want_grad, address)
             told = {joint.rank: joint.call}
             if group is not None:
                 told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
-                self._break(group, JointBrokenError(text), JointOutcome.ABORTED)
+                self._waiting.refuse(group, JointBrokenError(text), JointOutcome.ABORTED)
             else:
-                fields = {"run": step.run, "step": step.number, "reason": text}
+                fields = {"run": step.run.name, "step": step.number, "reason": text}
                 _log.warning("a rank cannot take part in a joint step", extra=fields)
                 if self._aborted.tell(step, joint) is not None:
                     return  # Another rank aborted the same attempt before.
             self._aborted.add(step, text, told)
 
     def leave_run(self, leave: wire.Leave) -> None:
-        """A rank takes no part in further steps of a run; those that wait for it go on without it."""
-        joint, jobs = leave.joint, []
+        """A rank takes no part in further steps of a run; those that wait for it go on without it.
+
+        Raises:
+            RunConflictError: the ranks of a training of this name have a secret, and this one has none.
+        """
+        joint, run, jobs = leave.joint, Run.of(leave.joint), []
         with self._changed:
-            self._kept.acknowledge(joint)
             self._attendance.leave(joint, leave.evaluation_step)
-            for step, group in list(self._waiting.items()):
-                is_meant = (step.run, step.round, group.world_size) == (joint.run, joint.round, joint.world_size)
+            self._kept.acknowledge(joint)
+            for group in self._waiting:
+                step = group.step
+                is_meant = (step.run, step.round, group.world_size) == (run, joint.round, joint.world_size)
                 first = joint.step if step.want_grad else leave.evaluation_step
                 if is_meant and step.number >= first and joint.rank not in group.seats.keys() | group.absent:
                     group.leave(joint.rank)
                     if group.seats and group.is_full:
-                        jobs.append(self._complete(group, last_rank=joint.rank))
+                        jobs.append(self._waiting.complete(group, last_rank=joint.rank))
         for job in jobs:
             self._queue(job)
+
+    def warning(self, joint: wire.Joint) -> str:
+        """What the ranks of a run should know; empty: nothing."""
+        with self._changed:
+            return self._attendance.warning(Run.of(joint))
 
     def stop(self) -> None:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
         with self._changed:
-            for group in list(self._waiting.values()):
-                text = f"the server is stopping, and {texts.missing_ranks(group)}"
-                self._break(group, StoppingError(text), JointOutcome.STOPPING)
+            for group in self._waiting:
+                self._waiting.refuse(group, StoppingError(texts.stopping(group)), JointOutcome.STOPPING)
 
     def check(self) -> None:
-        """A chore: forgets what is old, ends steps whose time is up or whose ranks wait for each other, and logs which
-        ranks steps wait for."""
+        """A chore: forgets what is old, ends steps whose time is up, or whose ranks wait for each other or are to call
+        again, and logs which ranks steps wait for."""
         now = time.monotonic()
         with self._changed:
             self._kept.drop_old()
             self._aborted.forget_old()
             self._attendance.forget_old()
-            for groups in out_of_step(self._waiting.values(), self._attendance, now):
+            for groups in out_of_step(self._waiting, self._attendance, now):
                 text = texts.out_of_step(groups, self._attendance)
                 for group in groups:
-                    self._break(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
-            for group in [group for group in self._waiting.values() if now >= group.deadline]:
-                self._time_out(group)
-            for group in self._waiting.values():
-                if not group.logged and now - group.since > STRAGGLER_SECONDS:
-                    group.logged = True
-                    self._log("a joint step waits", group, missing=texts.ranks(group.missing))
+                    self._waiting.refuse(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
+            for group in [group for group in self._waiting if now >= group.deadline]:
+                self._waiting.time_out(group, self._timeout_seconds, self._attendance)
+            for group in self._regrouping.due(self._waiting, now):
+                self._waiting.refuse(group, self._regrouping.error(group), JointOutcome.REGROUPED)
+            for group in self._waiting:
+                if group.begins_to_straggle(now):
+                    log("a joint step waits", group, missing=texts.ranks(group.missing))
 
     def _end_earlier(self, call: wire.Request) -> None:
         """The same call has come again: ends the earlier one, or waits for it if it is being computed.
@@ -281,43 +298,35 @@ class JointTable:
             elif not self._changed.wait(until - time.monotonic()):
                 raise JointBrokenError("the same call is still being computed")
 
-    def _group_of(self, request: wire.Request, joint: wire.Joint, caller: str) -> Group:
+    def _group_of(self, request: wire.Request, joint: wire.Joint, address: str) -> Group:
         """The group that a request belongs to, a new one if none waits."""
         step = Step.of(joint, request.want_grad)
         group = self._waiting.get(step)
         if group is not None and (difference := texts.mismatch(group, request)) is not None:
             raise JointMismatchError(difference)
-        self._come(joint, request.want_grad)
+        self._come(joint, request.want_grad, address)
         aborted = self._aborted.tell(step, joint)
         if aborted is not None:
             raise aborted
         if group is None:
             absent = self._attendance.absent(step, joint.world_size)
-            share, present = request.tensor_bytes, joint.world_size - len(absent)
-            group = self._waiting[step] = Group(
-                step=step,
-                first=request,
-                world_size=joint.world_size,
-                absent=absent,
-                share=share,
-                permit=self._ahead.reserve(share, present, joint.run, caller),
-                deadline=time.monotonic() + self._timeout_seconds,
-            )
+            present = joint.world_size - len(absent)
+            permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address)
+            since = self._regrouping.since(step)
+            group = self._waiting.add(Group.begun_by(request, absent, permit, since, self._timeout_seconds))
         elif joint.rank in group.absent:
             group.take_back(joint.rank, self._admission.reserve(group.share))
         return group
 
-    def _come(self, joint: wire.Joint, want_grad: bool) -> None:
-        if self._attendance.come(joint, want_grad):
-            self._aborted.forget_run(joint.run)
-
-    def _complete(self, group: Group, last_rank: int) -> Job:
-        """All ranks of a group are here: returns what is to be queued."""
-        del self._waiting[group.step]
-        self._metrics.joint_groups.labels(JointOutcome.COMPLETED.value).inc()
-        if time.monotonic() - group.since > STRAGGLER_SECONDS:
-            self._log("a joint step waited", group, last_rank=last_rank)
-        return group.complete()
+    def _come(self, joint: wire.Joint, want_grad: bool, address: str) -> None:
+        if self._attendance.come(joint, want_grad, address):
+            self._aborted.forget_run(Run.of(joint))
+        strangers = Run(joint.run)
+        if joint.secret and self._attendance.knows(strangers):  # Those that wait without a secret are told at once.
+            for group in [group for group in self._waiting if group.step.run == strangers]:
+                self._waiting.refuse(
+                    group, RunConflictError(self._attendance.conflict(strangers)), JointOutcome.ABORTED
+                )
 
     def _queue(self, job: Job) -> None:
         try:
@@ -327,27 +336,18 @@ class JointTable:
 
     def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
         """The refusal if the group with one more request is larger than the whole budget."""
-        held = [max(seat.nbytes, group.share) for seat in group.seats.values()]
-        held.append(request.tensor_bytes)
-        needed = sum(held) + group.share * (group.world_size - len(group.absent) - len(held))
-        budget = self._admission.budget_bytes
+        needed, budget = group.needed_bytes(request), self._admission.budget_bytes
         return None if needed <= budget else TooLargeError(texts.too_large(group, needed, budget))
 
     def _answer(self, seat: Seat) -> Answer:
         group, caller = seat.group, seat.caller
         assert caller is not None
-        try:
+        with suppress(FutureTimeoutError):
             return caller.wait(max(0.0, group.deadline - time.monotonic()))
-        except FutureTimeoutError:
-            pass
         with self._changed:
             if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
-                self._time_out(group)
+                self._waiting.time_out(group, self._timeout_seconds, self._attendance)
         return caller.wait()
-
-    def _time_out(self, group: Group) -> None:
-        text = texts.timed_out(group, self._timeout_seconds, self._waiting.values(), self._attendance)
-        self._break(group, JointBrokenError(text), JointOutcome.TIMEOUT)
 
     def _lose(self, seat: Seat, error: ServerError, *, may_end: bool = True) -> None:
         """Frees the seat of a group that is not complete, unless that was done before.
@@ -362,7 +362,7 @@ class JointTable:
         group.lose(seat, error)
         if may_end and group.state is GroupState.WAITING and not group.seats:
             group.state = GroupState.DESERTED
-            self._end(group, JointOutcome.LEFT)
+            self._waiting.end(group, JointOutcome.LEFT)
 
     def _vacate(self, seat: Seat) -> None:
         self._forget(seat)
@@ -373,24 +373,6 @@ class JointTable:
         if seat.call is not None and self._seats.get(seat.call) is seat:
             del self._seats[seat.call]
 
-    def _break(self, group: Group, error: ServerError, outcome: JointOutcome) -> None:
-        """Refuses all ranks of a group that waits."""
-        self._log("a joint step is broken", group, level=logging.WARNING, reason=str(error))
-        group.refuse(error)
-        self._end(group, outcome)
-
-    def _end(self, group: Group, outcome: JointOutcome) -> None:
-        """A group that waited is gone, with the room for the ranks that did not come."""
-        del self._waiting[group.step]
-        group.permit.release()
-        self._metrics.joint_groups.labels(outcome.value).inc()
-        self._changed.notify_all()
-
     def _reclaim(self) -> bool:
-        """For ``Admission.reclaim``."""
         with self._changed:
             return self._kept.drop_unused()
-
-    def _log(self, event: str, group: Group, *, level: int = logging.INFO, **fields: object) -> None:
-        waited = round(time.monotonic() - group.since, 1)
-        _log.log(level, event, extra={"run": group.step.run, "step": group.step.number, "seconds": waited, **fields})

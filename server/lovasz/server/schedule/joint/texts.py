@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from lovasz import wire
-from lovasz.server.config import format_bytes
 from lovasz.server.observe.waiting_steps import WaitingStep
-from lovasz.server.schedule.joint.attendance import Attendance
+from lovasz.server.schedule.joint.attendance import Attendance, place
 from lovasz.server.schedule.joint.group import Group, Step
+from lovasz.server.settings import format_bytes
 from lovasz.spec import Loss, WeightedSum
 
 _NAMED_RANKS = 20
@@ -31,7 +31,7 @@ def waiting_step(group: Group, now: float, attendance: Attendance) -> WaitingSte
     is_evaluation = not group.step.want_grad
     never_evaluated = attendance.never_evaluated(group.step.run, missing) if is_evaluation else []
     return WaitingStep(
-        run=group.step.run,
+        run=group.step.run.name,
         step=group.step.number,
         seconds=now - group.since,
         world_size=group.world_size,
@@ -65,7 +65,10 @@ def misplaced(group: Group, joint: wire.Joint) -> str | None:
     if joint.world_size != group.world_size:
         return f"{_where(group, joint)}: world_size is {joint.world_size}; the waiting ranks have {group.world_size}"
     if joint.rank in group.seats:
-        return f"{_where(group, joint)} is there already, from another call; expected each rank once"
+        return (
+            f"{_where(group, joint)} is there already, from another call{place(group.seats[joint.rank].address)}; "
+            "expected each rank once"
+        )
     return None
 
 
@@ -83,8 +86,13 @@ def too_large(group: Group, needed: int, budget: int) -> str:
 
 def missing_ranks(group: Group) -> str:
     """Says which ranks did not arrive."""
-    run = group.step.run
+    run = group.step.run.name
     return f"{_named(group.missing)} of {group.world_size} did not arrive at {_step(group.step)} of run {run!r}"
+
+
+def stopping(group: Group) -> str:
+    """Says that the server takes no more ranks, and which did not arrive."""
+    return f"the server is stopping, and {missing_ranks(group)}"
 
 
 def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group], attendance: Attendance) -> str:
@@ -97,8 +105,12 @@ def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group], at
     elsewhere = [_place(other) for other in waiting if other is not group and other.step.run == group.step.run]
     if elsewhere:
         text += f"; other ranks of this run wait: {', '.join(elsewhere[:_NAMED_GROUPS])}"
+    run = group.step.run
+    strangers = [other for other in waiting if other.step.run.name == run.name and other.step.run != run]
+    if strangers:
+        text += f"; ranks with another secret or token wait in a run of this name: {_place(strangers[0])}"
     advice = _advice_on_evaluation(group, attendance)
-    if advice or elsewhere:
+    if advice or elsewhere or strangers:
         return text + advice
     return f"{text}; they have stopped, are late, or reached another server (see load_balancing)"
 
@@ -107,7 +119,7 @@ def out_of_step(groups: list[Group], attendance: Attendance) -> str:
     """Says at which steps the ranks of a run wait for each other."""
     groups = sorted(groups, key=lambda group: min(group.seats))
     places = ", ".join(_place(group) for group in groups[:_NAMED_GROUPS])
-    text = f"the ranks of run {groups[0].step.run!r} wait for each other at different steps: {places}"
+    text = f"the ranks of run {groups[0].step.run.name!r} wait for each other at different steps: {places}"
     advice = next(filter(None, (_advice_on_evaluation(group, attendance) for group in groups)), "")
     return text + (advice or "; all ranks must make the same calls: one has left out a call, or made one more")
 

@@ -1,0 +1,62 @@
+"""``lovasz token``: makes a token for a name, and its line for the server's file."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import secrets
+import sys
+
+_TOKEN_BYTES = 32
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Makes it the parser of this command."""
+    parser.description = (
+        "Makes a random token. The token goes to standard output, for the trainer; its line, with only a hash of it, "
+        "goes to the server's file of tokens."
+    )
+    parser.add_argument("name", metavar="NAME", type=_name, help="who will use it; logs and metrics show this name")
+    parser.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="the file that lovasz-server --tokens reads: the line is appended to it, and the file is made if need be "
+        "(default: the line goes to standard error)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Exit status: 0.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    token = secrets.token_urlsafe(_TOKEN_BYTES)
+    line = f"{parsed.name}:sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    if parsed.tokens is None:
+        print(line, file=sys.stderr)
+    else:
+        _append(parsed.tokens, line)
+    print(token)
+    return 0
+
+
+def _append(path: str, line: str) -> None:
+    """One write, so that a server never reads half a line."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        is_inside_line = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, f"{os.linesep if is_inside_line else ''}{line}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected 1 to 64 letters, digits and the characters . _ -")
+    return text

@@ -1,0 +1,76 @@
+"""Checks a running project that was started with docker-compose.secure.yml: who comes in, and who does not."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from checking import CheckFailed, ok, wait_for
+from compose_check import Project, check_answers, check_confinement, check_health
+
+from lovasz.client import TLS, AuthenticationError, LossClient, TLSError
+from lovasz.client.access import Access
+
+TARGET = "127.0.0.1:50051"
+READ_AGAIN_SECONDS = 30
+
+
+class Secrets:
+    """The files that docker-compose.secure.yml mounts, and those of a client."""
+
+    def __init__(self, folder: Path) -> None:
+        from support.certificates import Authority
+
+        folder.mkdir(mode=0o700)
+        self.folder = folder
+        self.authority = Authority(folder, "ca")
+        self.client = self.authority.sign("client")
+        self.authority.sign("server")
+        self.tokens = {name: secrets.token_urlsafe(32) for name in ("trainer", "stranger")}
+        (folder / "tokens").write_text(f"trainer:{self.tokens['trainer']}\n")
+        for file in folder.iterdir():
+            file.chmod(0o644)
+
+    def tls(self) -> TLS:
+        return TLS(self.folder / "ca.pem", self.client.cert, self.client.key)
+
+    def access(self, name: str) -> Access:
+        return Access.parsed(self.tls(), self.tokens[name], None, False)
+
+
+def check_secure(project: Project, files: Secrets) -> None:
+    """All checks; they replace the tokens."""
+    check_health(project)
+    check_confinement(project)
+    check_answers(TARGET, files.access("trainer"))
+    _refused(lambda: LossClient(TARGET), TLSError, "plain text")
+    no_certificate = TLS(files.folder / "ca.pem")
+    token = files.tokens["trainer"]
+    _refused(lambda: LossClient(TARGET, tls=no_certificate, token=token), TLSError, "a client without a certificate")
+    _refused(lambda: LossClient(TARGET, tls=files.tls()), AuthenticationError, "a client without a token")
+    stranger = files.tokens["stranger"]
+    _refused(lambda: LossClient(TARGET, tls=files.tls(), token=stranger), AuthenticationError, "an unknown token")
+    # In place: a container sees the file that was there when it started.
+    (files.folder / "tokens").write_text(f"stranger:{stranger}\n")
+
+    def let_in() -> bool:
+        with LossClient(TARGET, tls=files.tls(), token=stranger) as client:
+            try:
+                return bool(client.server_info())
+            except AuthenticationError:
+                return False
+
+    wait_for(let_in, "a new token is known", READ_AGAIN_SECONDS)
+    _refused(lambda: LossClient(TARGET, tls=files.tls(), token=token), AuthenticationError, "a token that was removed")
+    ok("tokens change while the server runs")
+
+
+def _refused(client: Callable[[], LossClient], error: type[Exception], what: str) -> None:
+    with client() as one:
+        try:
+            one.server_info()
+        except error as refused:
+            ok(f"{what} is refused: {str(refused).partition(': ')[2]}")
+        else:
+            raise CheckFailed(f"{what} is let in")

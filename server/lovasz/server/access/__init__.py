@@ -1,0 +1,1 @@
+"""Who may come in: certificates and tokens, from files that are read again when they change."""

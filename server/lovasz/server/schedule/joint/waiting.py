@@ -1,0 +1,82 @@
+"""The groups that wait for ranks, and how they end. Nothing here takes a lock: ``JointTable`` does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from lovasz.server.errors import JointBrokenError, ServerError
+from lovasz.server.observe.metrics import JointOutcome, Metrics
+from lovasz.server.schedule.job import Job
+from lovasz.server.schedule.joint import texts
+from lovasz.server.schedule.joint.attendance import Attendance
+from lovasz.server.schedule.joint.group import STRAGGLER_SECONDS, Group, Step
+from lovasz.server.schedule.joint.regrouping import Regrouping
+
+_log = logging.getLogger(__name__)
+
+
+class WaitingGroups:
+    """The groups that wait, by step."""
+
+    def __init__(self, metrics: Metrics, regrouping: Regrouping, ended: Callable[[], None]) -> None:
+        """None waits yet.
+
+        Args:
+            ended: called after each end that is no completion.
+        """
+        self._metrics, self._regrouping, self._ended = metrics, regrouping, ended
+        self._groups: dict[Step, Group] = {}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[Group]:
+        """All of them, also while some end."""
+        return iter(list(self._groups.values()))
+
+    def get(self, step: Step) -> Group | None:
+        """The group of a step; None: none waits."""
+        return self._groups.get(step)
+
+    def add(self, group: Group) -> Group:
+        """A group begins to wait."""
+        self._groups[group.step] = group
+        return group
+
+    def complete(self, group: Group, last_rank: int) -> Job:
+        """All ranks of a group are here: returns what is to be queued."""
+        del self._groups[group.step]
+        self._count(group, JointOutcome.COMPLETED)
+        if time.monotonic() - group.since > STRAGGLER_SECONDS:
+            log("a joint step waited", group, last_rank=last_rank)
+        return group.complete()
+
+    def refuse(self, group: Group, error: ServerError, outcome: JointOutcome) -> None:
+        """Refuses all ranks of a group."""
+        log("a joint step is broken", group, level=logging.WARNING, reason=str(error))
+        group.refuse(error)
+        self.end(group, outcome)
+
+    def time_out(self, group: Group, timeout_seconds: float, attendance: Attendance) -> None:
+        """Refuses all ranks of a group: others did not come in time."""
+        text = texts.timed_out(group, timeout_seconds, self._groups.values(), attendance)
+        self.refuse(group, JointBrokenError(text), JointOutcome.TIMEOUT)
+
+    def end(self, group: Group, outcome: JointOutcome) -> None:
+        """A group is gone, with the room for the ranks that did not come."""
+        del self._groups[group.step]
+        group.permit.release()
+        self._count(group, outcome)
+        self._ended()
+
+    def _count(self, group: Group, outcome: JointOutcome) -> None:
+        self._regrouping.ended(group, outcome)
+        self._metrics.joint_groups.labels(outcome.value).inc()
+
+
+def log(event: str, group: Group, *, level: int = logging.INFO, **fields: object) -> None:
+    """Logs what happened to a group."""
+    waited = round(time.monotonic() - group.since, 1)
+    _log.log(level, event, extra={"run": group.step.run.name, "step": group.step.number, "seconds": waited, **fields})

