@@ -52,6 +52,7 @@ def service() -> Service:
 @pytest.fixture
 def server(service: Service, tmp_path: Path) -> Iterator[SharedMemory]:
     server, threads = SharedMemory(str(tmp_path / "s"), 1 << 20, 1 << 20), SocketThreads(MOST, service.compute)
+    threads.start_all()
     server.offer(threads)
     server.start()
     yield server

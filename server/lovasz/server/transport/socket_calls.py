@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import grpc
 
@@ -19,6 +19,7 @@ from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
+_Inbox: TypeAlias = "queue.SimpleQueue[SocketCall | None]"
 Compute = Callable[[pb.RequestHeader, Carrier], pb.ResponseHeader]
 """Computes a request, and writes its gradient to its region."""
 
@@ -197,8 +198,8 @@ class SessionCalls:
 class SocketThreads:
     """Threads for the calls of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
 
-    They are started as they are needed, and kept. A pool of the standard library makes a future for each call, which
-    takes longer than all of this.
+    A call goes to the thread that was busy last, whose memory the processor still knows. (A pool of the standard
+    library takes them in turn, and makes a future for each call.)
 
     Attributes:
         most: the most calls at a time, of one connection or of all.
@@ -206,49 +207,53 @@ class SocketThreads:
     """
 
     def __init__(self, most: int, compute: Compute) -> None:
+        """Starts no thread yet."""
         self.most = most
         self.log = Sparingly(_log)
         self._compute = compute
         self._lock = threading.Lock()
-        self._open = 0
         self._threads: list[threading.Thread] = []
-        self._queue: queue.SimpleQueue[SocketCall | None] = queue.SimpleQueue()
+        self._inboxes: list[_Inbox] = []
+        self._idle: list[_Inbox] = []
+        """Those of the threads that have nothing to do."""
 
+<<<<<<< HEAD
+=======
+    def start_all(self) -> None:
+        """Starts all threads.
+
+        Raises:
+            RuntimeError: the system refuses one.
+        """
+        for number in range(self.most):
+            inbox: _Inbox = queue.SimpleQueue()
+            thread = threading.Thread(target=self._run, args=(inbox,), name=f"socket-call_{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+            self._inboxes.append(inbox)
+        self._idle += reversed(self._inboxes)
+
+>>>>>>> h/devmem
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
         with self._lock:
-            if self._open >= self.most or not self._has_thread():
-                return False
-            self._open += 1
-        self._queue.put(call)
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            return False
+        inbox.put(call)
         return True
 
     def stop(self, *, wait: bool) -> None:
         """Ends the threads; waits for them unless some may be stuck."""
-        self._queue.put(None)
+        for inbox in self._inboxes:
+            inbox.put(None)
         for thread in self._threads if wait else ():
             thread.join()
 
-    def _has_thread(self) -> bool:
-        """Whether a thread is free; starts one if none is."""
-        if self._open < len(self._threads):
-            return True
-        thread = threading.Thread(target=self._run, name=f"socket-call_{len(self._threads)}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # The system has no more threads.
-            return False
-        self._threads.append(thread)
-        return True
-
-    def _run(self) -> None:
-        while True:
-            call = self._queue.get()
-            if call is None:
-                self._queue.put(None)  # For the next thread.
-                return
+    def _run(self, inbox: _Inbox) -> None:
+        while (call := inbox.get()) is not None:
             answer = call.served(self._compute)
             with self._lock:  # Before its caller has the answer, and may make the next call.
-                self._open -= 1
+                self._idle.append(inbox)
             call.end(answer)
             del call, answer  # So that no tensors are held while waiting for the next call.
