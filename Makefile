@@ -15,11 +15,7 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-<<<<<<< HEAD
 .PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint faults figures constraints clean
-=======
-.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint figures constraints clean
->>>>>>> h/devmem
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"

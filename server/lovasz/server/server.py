@@ -256,6 +256,8 @@ class Server:
     def _start_threads(self, starter: threading.Thread) -> None:
         """Starts all threads, so that none is refused later."""
         try:
+            if self._shared_memory:
+                self._socket_threads.start_all()
             self._grpc.start()
             self._health.start()
             for housekeeper in self._housekeepers:

@@ -77,13 +77,8 @@ def _measured(workload: Workload, settings: Settings, watch: Callable[[Progress]
             duration_seconds=settings.duration_seconds,
             warmup_seconds=settings.warmup_seconds,
             timeout_seconds=settings.timeout_seconds,
-<<<<<<< HEAD
             access=settings.access,
             device=settings.device,
-=======
-            device=settings.device,
-            access=settings.access,
->>>>>>> h/devmem
             watch=watch,
         )
     except MemoryError:

@@ -47,13 +47,8 @@ def measure(
     duration_seconds: float = DEFAULT_DURATION_SECONDS,
     warmup_seconds: float = DEFAULT_WARMUP_SECONDS,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-<<<<<<< HEAD
     access: Access | None = None,
     device: str = HOST,
-=======
-    device: str = HOST,
-    access: Access | None = None,
->>>>>>> h/devmem
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Measurement:
     """Sends a workload's requests, each thread one after another, until the time is up; waits for those under way.
@@ -67,13 +62,8 @@ def measure(
         duration_seconds: for how long requests are measured.
         warmup_seconds: for how long requests are sent before that.
         timeout_seconds: for each request.
-<<<<<<< HEAD
         access: TLS and token; None: neither.
         device: where the tensors are, as torch names it; ``"cpu"``: arrays of NumPy.
-=======
-        device: where the tensors are, as torch names it; ``"cpu"``: arrays of NumPy.
-        access: TLS and token; None: neither.
->>>>>>> h/devmem
         watch: called a few times a second, in this thread.
 
     Raises:

@@ -98,8 +98,4 @@ class DeviceStaging:
         """Nothing may use the tensors any more; torch takes their memory back once nothing refers to them."""
 
     def abandon(self) -> None:
-<<<<<<< HEAD
-        """The device is stuck. Nothing to do: torch uses the memory again only after the work that was queued on it."""
-=======
         """A device that is stuck may still use the tensors: the engine refers to them, so torch keeps them."""
->>>>>>> h/devmem

@@ -217,8 +217,6 @@ class SocketThreads:
         self._idle: list[_Inbox] = []
         """Those of the threads that have nothing to do."""
 
-<<<<<<< HEAD
-=======
     def start_all(self) -> None:
         """Starts all threads.
 
@@ -233,7 +231,6 @@ class SocketThreads:
             self._inboxes.append(inbox)
         self._idle += reversed(self._inboxes)
 
->>>>>>> h/devmem
     def start(self, call: SocketCall) -> bool:
         """Serves a call in a thread; False if none is free."""
         with self._lock:
