@@ -61,7 +61,7 @@ FROM python
 RUN groupadd --gid 10001 lovasz \
  && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /nonexistent \
       --shell /usr/sbin/nologin lovasz \
- && install --directory --owner 10001 --group 10001 /var/cache/lovasz
+ && install --directory --owner 10001 --group 10001 /var/cache/lovasz /run/lovasz
 COPY --from=torch /opt/torch /opt/torch
 COPY --from=build /opt/lovasz /opt/lovasz
 
@@ -84,7 +84,8 @@ LABEL org.opencontainers.image.title="lovasz-server" \
       org.opencontainers.image.version="${VERSION}"
 
 # By number, so that an orchestrator can see that it is not root. The root may be read-only: only compiled code is
-# written, to /var/cache/lovasz. Where that cannot be written to, it is compiled at each start (half a minute).
+# written, to /var/cache/lovasz, and Unix sockets, if LOVASZ_LISTEN names some, to /run/lovasz. Where the first cannot be
+# written to, the code is compiled at each start (half a minute).
 USER 10001:10001
 EXPOSE 50051 9095
 STOPSIGNAL SIGTERM

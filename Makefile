@@ -15,7 +15,7 @@ TESTS ?= tests/test_architecture.py tests/wire
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu bench bench-remote bench-joint figures constraints clean
+.PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint faults figures constraints clean
 
 help:
 	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
@@ -35,9 +35,12 @@ help:
 	@echo "make audit        look for known vulnerabilities of the pinned versions (needs pypi.org itself, not a mirror)"
 	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
+	@echo "make faults       long attacks on a server, MINUTES=5 each: fuzz, soak, overload, SIGSTOP, packet loss (half an hour)"
 	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
 	@echo "make gpu          benchmark and tests on a GPU from a bare checkout: no install, but torch, pytest,"
-	@echo "                  pytest-timeout and hypothesis have to be there"
+	@echo "                  pytest-timeout and hypothesis have to be there; for what it does with a server, also grpcio,"
+	@echo "                  protobuf and cuda-bindings"
+	@echo "make gpu-packages put the server's other packages, pure Python, into .gpu-packages, for make gpu on such a machine"
 	@echo "make proto        generate the stubs from the .proto file"
 	@echo "make docs         write the reference pages and the dashboards"
 	@echo "make figures      draw the figures of the docs"
@@ -183,12 +186,19 @@ compat: .venv-oldest/.installed
 trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest tests/trainers
 
-gpu: export PYTHONPATH := proto:core:client:server
+# What the server needs beside torch and grpcio, where nothing can be installed: pure Python, to be carried along.
+gpu-packages: $(INSTALLED)
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --target .gpu-packages --upgrade \
+		$(shell grep -E '^(prometheus-client|grpcio-(health-checking|reflection))==' tests/oldest.txt)
+
+gpu: export PYTHONPATH := proto:core:client:server:.gpu-packages
 gpu: PARALLEL = $(shell $(PYTHON) -c "from importlib.util import find_spec as f; \
 	print('-n auto' if f('xdist') else '', '-p no:benchmark' if f('pytest_benchmark') else '')")
 gpu:
 	$(PYTHON) -m benchmarks.core.gpu --json benchmarks/results/core_cuda.json
 	$(PYTHON) -m pytest -m gpu tests/core $(PARALLEL)
+	$(PYTHON) -m pytest -m gpu tests/device_memory
+	$(PYTHON) -m benchmarks.remote.on_gpu --json benchmarks/results/remote_cuda.json
 
 # --no-deps: the usual implementation of this loss needs only torch, its package much more.
 bench: $(INSTALLED)
@@ -199,6 +209,10 @@ bench-remote: $(INSTALLED) .venv-inference-server/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.remote --inference-server .venv-inference-server/bin/python \
 		--json benchmarks/results/data_plane_cpu.json --plot docs/figures
+
+MINUTES ?= 5
+faults: $(INSTALLED)
+	$(BIN)/python -m benchmarks.faults --minutes $(MINUTES) --json benchmarks/results/faults_cpu.json --plot docs/figures
 
 bench-joint: $(INSTALLED)
 	$(BIN)/python -m benchmarks.joint --json benchmarks/results/joint_cpu.json
@@ -213,5 +227,5 @@ constraints:
 		--all-extras --no-header --no-annotate --upgrade pyproject.toml - --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-inference-server .venv-proto .venv-deploy .venv-sbom .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .gpu-packages .venv .venv-inference-server .venv-proto .venv-deploy .venv-sbom .venv-oldest .venv-interpreter .venv-trainers .venv-uv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find proto core client server -name __pycache__ -type d -exec rm -rf {} +

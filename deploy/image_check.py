@@ -36,7 +36,7 @@ from static_check import check_configuration, check_dockerfile, find, find_compo
 from lovasz.client.access import Access
 
 PROJECT = "lovasz"
-VOLUMES = {"lovasz_compiled", "lovasz_prometheus"}
+VOLUMES = {"lovasz_compiled", "lovasz_prometheus", "lovasz_sockets"}
 TARGET, PROMETHEUS = "127.0.0.1:50051", "http://127.0.0.1:9090"
 START_SECONDS = 300
 DISK_BYTES = 8 << 30

@@ -12,7 +12,11 @@ from typing import Any
 
 from checking import ROOT, CheckFailed, compose_environment, ok, require, run
 
-PROFILES = {"gpu": {"server", "prometheus", "grafana"}, "cpu": {"server-cpu", "prometheus", "grafana"}}
+PROFILES = {
+    "gpu": {"server", "prometheus", "grafana"},
+    "cpu": {"server-cpu", "prometheus", "grafana"},
+    "trainer": {"server", "trainer", "prometheus", "grafana"},
+}
 SECURE_FILES = ("-f", "docker-compose.yml", "-f", "docker-compose.secure.yml")
 GRPC_PORT = 50051
 ENVOY_FOLDER = "/etc/envoy"
@@ -59,6 +63,8 @@ def check_configuration(compose: list[str]) -> dict[str, Any]:
         require(read.keys() == expected, f"docker compose --profile {profile} up: {', '.join(sorted(expected))}")
         for name, service in read.items():
             _check_service(f"profile {profile}, {name}", service)
+        if "trainer" in read:
+            _check_trainer(read)
     ok("only gRPC can be reached from other machines; each service has a version, limits and a read-only root")
     check_secure_configuration(compose)
     return services("--profile", "cpu")
@@ -83,13 +89,26 @@ def check_secure_configuration(compose: list[str]) -> None:
 
 
 def _check_service(where: str, service: dict[str, Any]) -> None:
-    public = {port["target"] for port in service["ports"] if port.get("host_ip") != "127.0.0.1"}
+    public = {port["target"] for port in service.get("ports", ()) if port.get("host_ip") != "127.0.0.1"}
     if public - {GRPC_PORT}:
         raise CheckFailed(f"{where}: ports {public} can be reached from other machines")
     if ":" not in service["image"] or service["image"].endswith(":latest"):
         raise CheckFailed(f"{where}: the image {service['image']} has no version")
     if not (service.get("mem_limit") and service.get("pids_limit") and service.get("read_only")):
         raise CheckFailed(f"{where}: memory, processes or the root file system are not limited")
+
+
+def _check_trainer(services: dict[str, Any]) -> None:
+    """A trainer shares memory with the server through a volume and a GPU, and nothing else."""
+    server, trainer = services["server"], services["trainer"]
+
+    def mounted(service: dict[str, Any]) -> set[tuple[str, str]]:
+        return {(volume["source"], volume["target"]) for volume in service["volumes"]}
+
+    shared = mounted(server) & mounted(trainer)
+    more = {"ipc", "pid", "network_mode", "privileged"} & (server.keys() | trainer.keys())
+    is_right = shared == {("sockets", "/run/lovasz")} and server["deploy"] == trainer["deploy"] and not more
+    require(is_right, "server and trainer share the volume of the socket and the GPU, and need no more")
 
 
 def check_envoy(envoy: str) -> None:

@@ -30,17 +30,18 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     "lovasz.version": (set(), set()),
     "lovasz.spec": (set(), {"numpy", "torch"}),
     "lovasz.wire": ({"lovasz.spec", "lovasz.v1.loss_pb2"}, {"numpy", "google"}),
+    "lovasz.device_memory": (set(), {"torch", "cuda"}),
     "lovasz.autograd": ({"lovasz.spec"}, {"numpy", "torch"}),
     "lovasz.core": (
         {"lovasz.spec", "lovasz.autograd", "lovasz.version"},
         {"numpy", "torch", "numba", "llvmlite", "triton"},
     ),
     "lovasz.client": (
-        {"lovasz.spec", "lovasz.wire", "lovasz.autograd", "lovasz.version", "lovasz.v1"},
+        {"lovasz.spec", "lovasz.wire", "lovasz.device_memory", "lovasz.autograd", "lovasz.version", "lovasz.v1"},
         {"numpy", "grpc", "google", "torch", "matplotlib", "opentelemetry"},
     ),
     "lovasz.server": (
-        {"lovasz.core", "lovasz.spec", "lovasz.wire", "lovasz.version", "lovasz.v1"},
+        {"lovasz.core", "lovasz.spec", "lovasz.wire", "lovasz.device_memory", "lovasz.version", "lovasz.v1"},
         {
             "numpy",
             "grpc",
@@ -209,6 +210,7 @@ def test_no_folders_import_each_other_in_a_circle() -> None:
 def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
     assert importers("torch", of="lovasz.client", when=When.AT_ONCE) == {
         "lovasz.client.adapters",
+        "lovasz.client.device_memory",
         "lovasz.client.inprocess",
         "lovasz.client.torch",
     }
@@ -217,6 +219,13 @@ def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:
         "lovasz.client.tensors",
     }
     assert importers("lovasz.client.adapters", "lovasz.client.torch") == set()
+
+
+def test_device_memory_is_loaded_only_where_it_is_used() -> None:
+    assert importers("cuda") == importers("cuda", when=When.LAZILY) == {"lovasz.device_memory.cuda"}
+    assert importers("lovasz.client.device_memory", when=When.AT_ONCE) == set()
+    assert importers("lovasz.client.device_memory", when=When.LAZILY) == {"lovasz.client.devices"}
+    assert importers("torch", of="lovasz.device_memory", when=When.AT_ONCE) == set()
 
 
 def test_spec_needs_torch_only_to_add_over_ranks() -> None:

@@ -22,6 +22,7 @@ class Row:
         pixels: of a request.
         faster_than_usual: how many times as long the usual implementation takes.
         of_cross_entropy: the time in multiples of that of PyTorch's cross-entropy.
+        of_warm_cross_entropy: the same, where its buffers are warm pages.
         loss_error, grad_error: see :func:`benchmarks.truth.worst_errors`.
         peak_of_logits: memory beyond the inputs, gradient included, in multiples of the logits.
         blocks_ms: each timed call, of all requests of the workload; a list for each block.
@@ -39,6 +40,7 @@ class Row:
     max_ms: float
     faster_than_usual: float | None
     of_cross_entropy: float | None
+    of_warm_cross_entropy: float | None
     loss_error: float
     grad_error: float
     peak_of_logits: float | None
@@ -50,6 +52,7 @@ def rows(workload: Workload, regime: Regime, measured: Iterable[Measurement]) ->
     calls = {m.contender: [1e3 * call for block in m.blocks for call in block] for m in measured}
     medians = {contender: statistics.median(times) for contender, times in calls.items()}
     usual, cross_entropy = medians.get(Contender.USUAL), medians.get(Contender.CROSS_ENTROPY)
+    warm = medians.get(Contender.WARM_CROSS_ENTROPY)
     return [
         Row(
             workload.name,
@@ -64,6 +67,7 @@ def rows(workload: Workload, regime: Regime, measured: Iterable[Measurement]) ->
             max(calls[m.contender]),
             None if usual is None else usual / medians[m.contender],
             None if cross_entropy is None else medians[m.contender] / cross_entropy,
+            None if warm is None else medians[m.contender] / warm,
             m.loss_error,
             m.grad_error,
             None if m.peak_bytes is None else m.peak_bytes / workload.logits_bytes,
@@ -78,7 +82,7 @@ def table(workload: Workload, measured: Sequence[Row]) -> str:
     lines = [
         "",
         f"{workload.name} ({workload.logits_bytes / 2**20:.3g} MiB of logits)",
-        f"  {'regime':<13} {'':<32} {'median ms':>10} {'min - max':>21} {'x usual':>8} {'of c.-e.':>8}"
+        f"  {'regime':<13} {'':<32} {'median ms':>10} {'min - max':>21} {'x usual':>8} {'of c.-e.':>8} {'of warm':>8}"
         f" {'loss error':>10} {'grad error':>10} {'memory':>7}",
     ]
     for row in measured:
@@ -86,6 +90,7 @@ def table(workload: Workload, measured: Sequence[Row]) -> str:
         lines.append(
             f"  {row.regime:<13} {row.label:<32} {row.median_ms:>10.2f} {spread:>21}"
             f" {_number(row.faster_than_usual, 1)} {_number(row.of_cross_entropy, 2)}"
+            f" {_number(row.of_warm_cross_entropy, 2)}"
             f" {row.loss_error:>10.1e} {row.grad_error:>10.1e} {_number(row.peak_of_logits, 2, 7)}"
         )
     return "\n".join(lines)
@@ -95,6 +100,7 @@ LEGEND = """
 median, min - max: milliseconds of forward and backward, over all requests of the workload
 x usual:   how many times as long the usual implementation takes
 of c.-e.:  time in multiples of that of PyTorch's cross-entropy (for the hinge: of binary cross-entropy)
+of warm:   the same, where the buffers of cross-entropy are warm pages
 errors:    against float64; of the loss relative to it, of the gradient relative to its norm; the worst request
 memory:    peak beyond the inputs, gradient included, in multiples of the logits; measured once for a workload"""
 
@@ -130,6 +136,7 @@ class Target:
 CPU_TARGETS = (
     Target("at least 30 x the usual implementation", "faster_than_usual", 30, headline_only=True, at_least=True),
     Target("at most cross-entropy's time", "of_cross_entropy", 1.0, headline_only=True),
+    Target("at most 1.3 x cross-entropy on warm pages", "of_warm_cross_entropy", 1.3, headline_only=True),
     Target("memory of at most 2.5 x the logits", "peak_of_logits", 2.5, headline_only=True),
     Target("loss within 1e-6 of float64", "loss_error", LOSS_ERROR_ALLOWED, headline_only=False),
     Target("gradient within 2e-5 of its norm", "grad_error", GRAD_ERROR_ALLOWED, headline_only=False),

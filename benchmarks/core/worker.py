@@ -7,12 +7,14 @@ from pathlib import Path
 
 from benchmarks import truth
 from benchmarks.contenders import Answers, Contender, Run, Truth, bind
-from benchmarks.core.memory import Meter
+from benchmarks.core.memory import Meter, keep_freed_memory
 from benchmarks.workloads import CPU, FRESH, Pair, Regime, Workload
 
 
 class Worker:
     def __init__(self, workload: Workload, contender: Contender) -> None:
+        if contender is Contender.WARM_CROSS_ENTROPY:
+            keep_freed_memory()
         self._workload = workload
         self._contender = contender
         self._pairs: list[Pair] = []

@@ -33,24 +33,26 @@ def with_gradient(
     Returns:
         float64 for float64 logits, else float32.
     """
-    dtype = _dtype_of(logits)
-    # torch.full does not wait for the device, as a copy would.
-    value = loss if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
     if grad is None:
-        return value
-    return _WithGradient.apply(logits, value, grad, factor, offsets)  # type: ignore[no-any-return, no-untyped-call]
+        return loss if isinstance(loss, Tensor) else _constant(loss, logits)
+    return _WithGradient.apply(logits, loss, grad, factor, offsets)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _constant(loss: float, logits: Tensor) -> Tensor:
+    # torch.full does not wait for the device, as a copy would.
+    return torch.full((), loss, dtype=_dtype_of(logits), device=logits.device)
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, value: Tensor, grad: Tensor, factor: float, offsets: tuple[int, ...] | None
+        ctx: Any, logits: Tensor, loss: float | Tensor, grad: Tensor, factor: float, offsets: tuple[int, ...] | None
     ) -> Tensor:
         # With the logits saved, a second derivative in them reaches _Scale.backward, which refuses it.
         ctx.save_for_backward(logits, grad)
         ctx.factor, ctx.offsets = factor, offsets
         # Not the input itself: autograd takes that for a view, which must not be modified in place (`loss *= weight`).
-        return value.detach()
+        return loss.detach() if isinstance(loss, Tensor) else _constant(loss, logits)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +126,7 @@ def operator(
         loss, grad = compute(logits.detach(), labels, key, number, want_grad)
         dtype = _dtype_of(logits)
         # An output must not share memory with anything else.
-        value = loss.clone() if isinstance(loss, Tensor) else torch.full((), loss, dtype=dtype, device=logits.device)
+        value = loss.clone() if isinstance(loss, Tensor) else _constant(loss, logits)
         return value, logits.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
 
     def fake(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> tuple[Tensor, Tensor]:

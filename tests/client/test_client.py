@@ -19,7 +19,16 @@ import pytest
 import torch
 from support import vector_cases
 from support.comparison import bits, norm_error, normal, random_labels
-from support.scripted_server import Answer, ScriptedServer, abort, good_answer, serving, serving_nothing, until_gone
+from support.scripted_server import (
+    Answer,
+    ScriptedServer,
+    abort,
+    always,
+    good_answer,
+    serving,
+    serving_nothing,
+    until_gone,
+)
 from torch import Tensor
 
 import lovasz.client
@@ -732,6 +741,25 @@ def test_a_client_that_had_an_answer_is_patient(size: Size, code: grpc.StatusCod
         client.compute(*size.input(), LovaszSoftmax())
         client.compute(*size.input(), LovaszSoftmax())
         assert server.methods == [size.method] * 11
+
+
+@each_size
+def test_a_call_that_a_proxy_cut_off_is_tried_again(size: Size) -> None:
+    """Envoy's answer where a server closes a connection, as a client of gRPC reports it."""
+    text = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+
+    def cut_off_once(call: int, header: pb.RequestHeader, context: grpc.ServicerContext) -> Answer:
+        if call == 0:
+            abort(context, grpc.StatusCode.INTERNAL, text)
+        return good_answer(header)
+
+    with serving(cut_off_once) as server, LossClient(server.target) as client:
+        client.compute(*size.input(), LovaszSoftmax())
+        assert server.methods == [size.method] * 2
+    with serving(always(grpc.StatusCode.INTERNAL, text)) as server, LossClient(server.target, timeout=0.5) as client:
+        with pytest.raises(ServerUnavailableError, match="RST_STREAM"):
+            client.compute(*size.input(), LovaszSoftmax())
+        assert len(server.methods) >= 1
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.ABORTED])

@@ -11,7 +11,7 @@ import torch
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import submit
 from lovasz.core.plan import FUSE_ALL, KEPT_IMAGES, KEPT_WEIGHTS, Plan
-from lovasz.core.scoring import select_segments
+from lovasz.core.scoring import segment_factors, select_segments
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
 CPU = torch.device("cpu")
@@ -75,14 +75,6 @@ def test_images_that_a_term_scores_on_their_own_are_not_fused() -> None:
     assert plan.images == (2, 4)
 
 
-def test_addresses_are_those_of_the_planes_first_elements() -> None:
-    batch = batch_of(LovaszSoftmax())
-    planes = Plan.of(batch, weighted_sum(LovaszSoftmax()), CPU).planes(0)
-    logits, labels = [r.logits for r in batch.requests], [r.labels for r in batch.requests]
-    assert planes.addresses(logits, planes.logits).tolist() == [image.data_ptr() for r in logits for image in r]
-    assert planes.addresses(labels, planes.labels).tolist() == [image.data_ptr() for r in labels for image in r]
-
-
 def test_each_rule_stands_once_whatever_the_number_of_its_terms() -> None:
     plan = plan_of([(1.0, LovaszSoftmax(ignore_index=9)), (1.0, LovaszSoftmax()), (1.0, CrossEntropy(ignore_index=9))])
     assert plan.rules == (9, None)
@@ -115,7 +107,7 @@ def test_segments_are_selected_alike_on_arrays_and_tensors() -> None:
     for loss in (LovaszSoftmax(), LovaszSoftmax("all"), LovaszSoftmax([1], class_weights=[1, 4, 2]), LovaszHinge()):
         kind = loss if isinstance(loss, LovaszSoftmax) else LovaszHinge(multilabel=True)
         (term,) = plan_of([(2.0, kind)]).terms
-        arrays = counts, share, term.class_weights, term.listed
+        arrays = counts, segment_factors(term, share, term.class_weights), term.listed
         scored, weights = select_segments(term, *arrays)
         tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
         of_tensors = select_segments(term, *tensors)
@@ -125,7 +117,7 @@ def test_segments_are_selected_alike_on_arrays_and_tensors() -> None:
             assert not scored[:, 1].any()  # a void group
             assert not weights[~scored].any()
     (term,) = plan_of([(2.0, LovaszSoftmax([1], class_weights=[1, 4, 2]))]).terms
-    scored, weights = select_segments(term, counts, share, term.class_weights, term.listed)
+    scored, weights = select_segments(term, counts, segment_factors(term, share, term.class_weights), term.listed)
     assert weights.tolist() == [[0, 0], [8, 0], [0, 0]]
 
 

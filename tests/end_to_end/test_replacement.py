@@ -33,7 +33,7 @@ hashing = pytest.mark.skipif(
 
 
 def server_at(address: str) -> ServerProcess:
-    return ServerProcess(["--device", "cpu", "--listen", address, "--joint-regroup", "2"])
+    return ServerProcess(["--device", "cpu", "--listen", address, "--joint-regroup", "2", "--max-connection-age", "5"])
 
 
 def answered(server: ServerProcess) -> float:
@@ -88,18 +88,26 @@ def test_envoy_takes_each_run_to_one_server_over_tls(
 
 
 @hashing
+@pytest.mark.timeout(240)
 def test_no_step_fails_while_servers_are_replaced_one_by_one(
     servers: list[ServerProcess], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Under the load of trainings that balance by themselves, and of trainings behind Envoy where it is installed."""
+    """Under the load of trainings that balance by themselves, and of trainings behind Envoy where it is installed. They
+    also have to connect again all the time."""
     loads = {"ring hash": ["ipv4:" + ",".join(server.target for server in servers), "--load-balancing", "ring_hash"]}
     if ENVOY is not None:
         envoy: Envoy = request.getfixturevalue("envoy")
         loads["Envoy"] = [envoy.target, "--ca", str(envoy.ca)]
+    states: list[grpc.ChannelConnectivity] = []
     with ExitStack() as stack:
+        idle = stack.enter_context(grpc.insecure_channel(servers[-1].target))
+        idle.subscribe(states.append, try_to_connect=True)
         processes = {name: stack.enter_context(Process(arguments, tmp_path)) for name, arguments in loads.items()}
         for place, server in enumerate(servers):
             assert eventually(lambda server=server: answered(server) >= ANSWERS), "no load"
+            if server is servers[-1]:
+                assert eventually(lambda: states[-1] is grpc.ChannelConnectivity.IDLE), "connections grow old"
+                assert grpc.ChannelConnectivity.READY in states
             assert server.stop() == 0, "it gave accepted requests up"
             servers[place] = server_at(server.target)
             servers[place].__enter__()

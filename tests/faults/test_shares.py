@@ -12,17 +12,17 @@ from support.scrape import metric
 from lovasz.client import LossClient
 from lovasz.server.launch import ServerProcess
 
-IN_FLIGHT = 24
+IN_FLIGHT = 16
 POLITE_CALLS = 20
-MOST = 12
-"""Times as many calls of the other as of the polite one. Without turns, it is 24."""
+MOST = 10
+"""Times as many calls of the other as of the polite one. Without turns, it is 16."""
 
 
 def test_a_caller_with_many_calls_in_flight_takes_turns_with_one_that_makes_one_at_a_time(
     besieged: ServerProcess, audit: Audit
 ) -> None:
     done, end = [0] * IN_FLIGHT, threading.Event()
-    logits, labels = tensors(128, classes=19)
+    logits, labels = tensors(96, classes=19)
 
     def flood(client: LossClient, number: int) -> None:
         while not end.is_set():

@@ -47,6 +47,7 @@ def test_every_setting_can_be_set_both_ways() -> None:
         "--joint-regroup": ("2.5", 2.5),
         "--joint-timeout": ("1.5", 1.5),
         "--max-runs": ("7", 7),
+        "--max-connection-age": ("600", 600.0),
         "--drain-seconds": ("0", 0.0),
         "--health-interval": ("1.5", 1.5),
         "--device-stall": ("9", 9.0),

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -104,7 +104,7 @@ class Access:
     """
 
     tls: TLS | None = None
-    token: Secret | None = field(default=None, compare=False)
+    token: Secret | None = None
     token_file: FilePath | None = None
     allow_token_without_tls: bool = False
 

@@ -13,7 +13,7 @@ from typing import Any
 from lovasz.client import access_arguments, token_command
 from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
-from lovasz.client.options import IN_SHARED_MEMORY, IN_SHARED_MEMORY_OVER_GRPC, OVER_GRPC, ClientOptions
+from lovasz.client.options import ASKED_OVER_GRPC, IN_DEVICE_MEMORY, IN_SHARED_MEMORY, OVER_GRPC, ClientOptions
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.version import VERSION
 
@@ -21,7 +21,9 @@ _AGAIN_SECONDS = 0.2
 _WAYS = {
     OVER_GRPC: "over gRPC",
     IN_SHARED_MEMORY: "through shared memory, asked for on its socket",
-    IN_SHARED_MEMORY_OVER_GRPC: "through shared memory, asked for over gRPC",
+    IN_SHARED_MEMORY + ASKED_OVER_GRPC: "through shared memory, asked for over gRPC",
+    IN_DEVICE_MEMORY: "through device memory, asked for on the socket of shared memory",
+    IN_DEVICE_MEMORY + ASKED_OVER_GRPC: "through device memory, asked for over gRPC",
 }
 
 
@@ -96,7 +98,7 @@ def _ping(options: argparse.Namespace) -> int:
             started = time.perf_counter()
             info = client.server_info()
             seconds.append(time.perf_counter() - started)
-        way = client.transport()
+        way, way_on_gpu = client.transport(), client.transport(on_gpu=True)
     milliseconds = [1000 * s for s in seconds]
     print(f"{options.target} answers: lovasz {info.version}")
     print(
@@ -105,6 +107,8 @@ def _ping(options: argparse.Namespace) -> int:
     )
     if socket_path(options.target) is not None:
         print(f"  tensors     {_WAYS[way]}")
+    if way_on_gpu != way:
+        print(f"  on a GPU    {_WAYS[way_on_gpu]}")
     for device in info.devices:
         print(f"  device      {device.name} ({device.hardware}), {_state(device)}")
     print(f"  losses      {', '.join(info.losses)}")

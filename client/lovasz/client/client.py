@@ -56,7 +56,8 @@ class LossClient:
                 computes here on the logits' device.
             timeout: seconds for a call with all its retries, unless the call gives its own; no effect in process.
             transport: ``"auto"``: tensors go through shared memory if the target is a Unix socket and its server takes
-                it (``--shared-memory``), else over gRPC. ``"grpc"`` or ``"shm"``: only that way.
+                it (``--shared-memory``), else over gRPC; tensors on a GPU that the server can reach stay there.
+                ``"grpc"``: over gRPC only. ``"shm"``: never over gRPC.
             wire_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which logits and gradient travel;
                 None: the logits' own. 16 bits halve the traffic; docs/benchmarks.md states the error. No effect in
                 process.
@@ -144,7 +145,8 @@ class LossClient:
 
         Returns:
             The result. Its ``grad`` is a tensor on the logits' device if they are one, otherwise an array of numpy; in
-            their dtype (float32 for 16-bit logits).
+            their dtype (float32 for 16-bit logits). On a GPU, use it on the stream that is current at the call, or on
+            one that waits for that stream: its memory may be used again when it is dropped.
 
         Raises:
             InvalidInputError: the request is invalid.
@@ -225,15 +227,21 @@ class LossClient:
         self._check_open()
         return self._target.server_info(self._seconds(timeout))
 
-    def transport(self, *, timeout: float | None = None) -> str:
-        """The way that requests take, as :attr:`Timing.transport` tells it; empty in process. A single request may take
-        another: one whose header or answer is too long for a packet.
+    def transport(self, *, on_gpu: bool = False, timeout: float | None = None) -> str:
+        """The way that requests take, as :attr:`Timing.transport` tells it; empty in process.
+
+        A single request may take another: one whose header or answer is too long for a packet, or whose tensors are on
+        a GPU that the server cannot reach.
+
+        Args:
+            on_gpu: True: the way of tensors that are on a GPU.
+            timeout: seconds; None: the client's.
 
         Raises:
             LossError: one of its subclasses: the client's ``transport`` is ``"shm"``, and it is not to be had.
         """
         self._check_open()
-        return self._target.transport(self._seconds(timeout))
+        return self._target.transport(self._seconds(timeout), on_gpu=on_gpu)
 
     def close(self, *, cancel: bool = False) -> None:
         """Waits for submitted calls, then ends the connections. Further calls raise CallCancelledError.

@@ -114,6 +114,8 @@ _BY_CODE: dict[grpc.StatusCode, type[LossError]] = {
 }
 _NO_GRPC = ("Failed parsing HTTP/2", "Trying to connect an http1.x server")
 """gRPC's texts where something answers in HTTP/1, or does not speak HTTP at all."""
+_RESET = "RST_STREAM"
+"""In gRPC's text, with INTERNAL, where a proxy ends a call whose server has gone; servers end theirs with a status."""
 _NOT_REACHED = "failed to connect to all addresses"
 
 
@@ -130,13 +132,19 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
         return InvalidInputError(field, problem)
     if code is grpc.StatusCode.UNAVAILABLE and _NOT_REACHED in details:
         details = f"no server answers there; is it running (lovasz-server --listen {target})? {details}"
-    return _BY_CODE.get(code, ServerFaultError)(f"{target}: {details or code.name} ({code.name}){remark}")
+    kind = ServerUnavailableError if was_reset(error) else _BY_CODE.get(code, ServerFaultError)
+    return kind(f"{target}: {details or code.name} ({code.name}){remark}")
 
 
 def speaks_no_grpc(error: grpc.RpcError) -> bool:
     """Whether what answers at the target is no gRPC server, so that trying again does not help."""
     details = error.details() or ""
     return error.code() is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _NO_GRPC)
+
+
+def was_reset(error: grpc.RpcError) -> bool:
+    """Whether the call was cut off on its way, so that trying again can help."""
+    return error.code() is grpc.StatusCode.INTERNAL and _RESET in (error.details() or "")
 
 
 @contextmanager

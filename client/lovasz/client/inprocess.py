@@ -83,7 +83,7 @@ class InProcessTarget:
         device = Device("cpu", f"this process, torch {torch.__version__}", healthy=True)
         return ServerInfo(VERSION, (device,), spec.LOSS_KINDS, memory_budget_bytes=0, max_requests=0)
 
-    def transport(self, timeout: float) -> str:
+    def transport(self, timeout: float, *, on_gpu: bool) -> str:
         return ""
 
     def close(self) -> None:

@@ -8,10 +8,13 @@ import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from lovasz import wire
+from lovasz.client.tensors import Outgoing
 
 KEPT = 4
 """Idle blocks that are kept. A step needs up to three: logits and gradient in 16 bits, and the gradient in 32."""
@@ -40,17 +43,35 @@ class Memory:
         """A part of the block as an array. The caller must know that nothing else uses that part."""
         return np.frombuffer(self.map, dtype, math.prod(shape), offset).reshape(shape)
 
+    def write(self, offset: int, tensor: Outgoing) -> memoryview:
+        """Copies a tensor to its place; returns its bytes there."""
+        array = self.array(offset, tensor.spec.shape, tensor.spec.dtype.numpy)
+        tensor.write(array)
+        return wire.as_bytes(array)
+
     def close(self) -> None:
         """Frees the block; arrays in it stay valid."""
 
 
+class Block(Protocol):
+    """What a pool holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
+BlockT = TypeVar("BlockT", bound=Block)
 MemoryT = TypeVar("MemoryT", bound=Memory)
 
 
-class MemoryPool(Generic[MemoryT]):
-    """Blocks of memory, each idle or in use by one call or one gradient."""
+class Pool(Generic[BlockT]):
+    """Blocks, each idle or in use by one call or one gradient."""
 
-    def __init__(self, make: Callable[[int], MemoryT]) -> None:
+    def __init__(self, make: Callable[[int], BlockT]) -> None:
         """Creates an empty pool.
 
         Args:
@@ -58,9 +79,9 @@ class MemoryPool(Generic[MemoryT]):
         """
         self._make = make
         # No lock: the garbage collector may return a block at any point of any thread.
-        self._idle: deque[MemoryT] = deque()
+        self._idle: deque[BlockT] = deque()
 
-    def take(self, nbytes: int) -> MemoryT:
+    def take(self, nbytes: int) -> BlockT:
         """A block of at least ``nbytes`` bytes."""
         idle = []
         while self._idle:
@@ -77,9 +98,18 @@ class MemoryPool(Generic[MemoryT]):
         self._idle.extend(kept[dropped:])
         return self._make(nbytes) if fitting is None else fitting
 
-    def give(self, memory: MemoryT) -> None:
+    def give(self, memory: BlockT) -> None:
         """Returns a block to the pool."""
         self._idle.append(memory)
+
+    def close(self) -> None:
+        """Frees the idle blocks."""
+        while self._idle:
+            self._idle.pop().close()
+
+
+class MemoryPool(Pool[MemoryT]):
+    """Blocks of this process's memory, which arrays can have parts of."""
 
     def lend(self, memory: MemoryT, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A part of a block as an array; the block returns to the pool when the array's last view is gone."""
@@ -94,8 +124,3 @@ class MemoryPool(Generic[MemoryT]):
         if 0 in shape:
             return np.empty(shape, dtype)
         return self.lend(self.take(math.prod(shape) * dtype.itemsize), 0, shape, dtype)
-
-    def close(self) -> None:
-        """Frees the idle blocks."""
-        while self._idle:
-            self._idle.pop().close()

@@ -27,7 +27,8 @@ class Transport(Enum):
 
 OVER_GRPC = "grpc"
 IN_SHARED_MEMORY = "shm"
-IN_SHARED_MEMORY_OVER_GRPC = "shm+grpc"
+IN_DEVICE_MEMORY = "device"
+ASKED_OVER_GRPC = "+grpc"
 """The ways of requests, as ``spec.Timing.transport`` tells them."""
 
 TRANSPORTS = tuple(transport.value for transport in Transport)

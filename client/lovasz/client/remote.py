@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lovasz import spec, wire
 from lovasz.client.connection import Connection
+from lovasz.client.devices import Devices
 from lovasz.client.errors import (
     IncompatibleServerError,
     LossError,
@@ -22,13 +23,14 @@ from lovasz.client.errors import (
 )
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.options import (
+    ASKED_OVER_GRPC,
+    IN_DEVICE_MEMORY,
     IN_SHARED_MEMORY,
-    IN_SHARED_MEMORY_OVER_GRPC,
     OVER_GRPC,
     ClientOptions,
     Transport,
 )
-from lovasz.client.shared_memory import Region, SharedMemory, places
+from lovasz.client.shared_memory import Shared, SharedMemory, places
 from lovasz.client.target import Device, ServerInfo, socket_path
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
 from lovasz.spec import InvalidInput
@@ -55,10 +57,10 @@ class Call:
     Attributes:
         target: the server.
         request: all of the request but its payload.
-        logits: the bytes that are sent.
-        labels: the bytes that are sent.
+        logits: the bytes that are sent, unless ``region`` has them on a device.
+        labels: likewise.
         memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
-        region: the shared memory that they are in; None if the call does not use any.
+        region: the shared memory that the tensors are in; None if the call does not use any.
         original: the logits as an array or a tensor.
     """
 
@@ -67,7 +69,7 @@ class Call:
     logits: memoryview
     labels: memoryview
     memory: tuple[Memory, ...]
-    region: Region | None
+    region: Shared | None
     original: Array
 
     def compute(self, timeout: float) -> spec.Result[Any]:
@@ -75,7 +77,7 @@ class Call:
         return self.target.compute(self, timeout)
 
 
-Answer = tuple[wire.Response, npt.NDArray[Any]]
+Answer = tuple[wire.Response, Array]
 """A response, and its gradient as it was sent (empty if none was wanted)."""
 
 
@@ -107,6 +109,7 @@ class RemoteTarget:
         self._channels, self._retries = self._connection.channels, self._connection.retries
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._shared = None if path is None or self._transport is Transport.GRPC else SharedMemory(path)
+        self._devices = None if self._shared is None else Devices(self._shared, options.timeout)
 
     def prepare(
         self,
@@ -117,17 +120,26 @@ class RemoteTarget:
         joint: wire.Joint | None,
         offsets: AnyArray | None,
     ) -> Call:
-        scores, targets = encode_logits(logits, self._wire_dtype), encode_labels(labels)
-        request = wire.Request.checked(
-            loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run, offsets=offsets
-        )
-        if scores.dtype != "bfloat16" or is_torch(scores.source):
-            LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
+        scores = encode_logits(logits, self._wire_dtype)
+
+        def checked(targets: Outgoing) -> wire.Request:
+            request = wire.Request.checked(
+                loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run, offsets=offsets
+            )
+            if scores.dtype != "bfloat16" or is_torch(scores.source):
+                LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
+            return request
+
+        if self._is_offered() and self._devices is not None and self._devices.may_take(logits):
+            targets = encode_labels(labels, narrow=False)
+            request = checked(targets)
+            region = self._devices.region(logits, places(request).nbytes)
+            if region is not None:
+                return self._in_region(region, request, scores, targets)
+        targets = encode_labels(labels)
+        request = checked(targets)
         if self._shared is not None and self._is_shared(self._shared, request):
-            place = places(request)
-            region = self._shared.take(place.nbytes)
-            sent = _written(scores, region, place.logits), _written(targets, region, place.labels)
-            return Call(self, request, *sent, memory=(), region=region, original=scores.source)
+            return self._in_region(self._shared.take(places(request).nbytes), request, scores, targets)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
@@ -135,13 +147,26 @@ class RemoteTarget:
             if array is not None:
                 return wire.as_bytes(array)
             memory.append(self._memory.take(tensor.spec.nbytes))
-            return _written(tensor, memory[-1], 0)
+            return memory[-1].write(0, tensor)
 
         return Call(self, request, on_host(scores), on_host(targets), tuple(memory), None, scores.source)
 
+    def _in_region(self, region: Shared, request: wire.Request, scores: Outgoing, targets: Outgoing) -> Call:
+        place = places(request)
+        try:
+            sent = region.write(place.logits, scores), region.write(place.labels, targets)
+        except BaseException:
+            region.close()
+            raise
+        return Call(self, request, *sent, memory=(), region=region, original=scores.source)
+
     def _is_shared(self, shared: SharedMemory, request: wire.Request) -> bool:
         is_worth_it = shared.takes_calls is not False or request.payload_bytes > SHARED_BYTES
-        return is_worth_it and (self._transport is Transport.SHM or shared.is_offered)
+        return is_worth_it and self._is_offered()
+
+    def _is_offered(self) -> bool:
+        """Whether the server may take shared memory."""
+        return self._shared is not None and (self._transport is Transport.SHM or self._shared.is_offered)
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         self._connection.check_open()
@@ -187,17 +212,18 @@ class RemoteTarget:
             max_requests=info.max_requests,
         )
 
-    def transport(self, timeout: float) -> str:
+    def transport(self, timeout: float, *, on_gpu: bool) -> str:
         if self._shared is None or not (self._transport is Transport.SHM or self._shared.is_offered):
             return OVER_GRPC
         try:
-            takes_calls = self._shared.session(timeout).takes_calls
+            session = self._shared.session(timeout)
         except LossError as error:
             if self._transport is Transport.SHM:
                 raise
             self._shared.pause(error)
             return OVER_GRPC
-        return IN_SHARED_MEMORY if takes_calls else IN_SHARED_MEMORY_OVER_GRPC
+        kind = IN_DEVICE_MEMORY if on_gpu and session.devices else IN_SHARED_MEMORY
+        return kind if session.takes_calls else kind + ASKED_OVER_GRPC
 
     @contextmanager
     def _grpc_errors_translated(self) -> Iterator[None]:
@@ -211,6 +237,8 @@ class RemoteTarget:
     def close(self) -> None:
         self._connection.close()
         self._memory.close()
+        if self._devices is not None:
+            self._devices.close()
         if self._shared is not None:
             self._shared.close()
 
@@ -249,35 +277,39 @@ class RemoteTarget:
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
         return response, grad
 
-    def _through_region(self, call: Call, region: Region, timeout: float) -> Answer:
+    def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
-        shared = self._shared
+        shared, devices = self._shared, self._devices
         assert shared is not None
+        assert devices is not None
         try:
             try:
                 response = self._retries.call(lambda left: self._in_shared_memory(call, shared, region, left), timeout)
-            except LossError as error:  # The server takes no shared memory.
-                if self._transport is Transport.SHM:
+            except LossError as error:  # The server takes no such memory.
+                if region.kind == IN_DEVICE_MEMORY:
+                    devices.pause(error)
+                    host = shared.moved(region, call.request)
+                    logits, labels = host.tensors(call.request)
+                    answer = self._through_region(replace(call, logits=logits, labels=labels), host, timeout)
+                elif self._transport is Transport.SHM:
                     raise
-                shared.pause(error)
-                answer = self._over_grpc(call, timeout)
-                shared.regions.give(region)
+                else:
+                    shared.pause(error)
+                    answer = self._over_grpc(call, timeout)
+                region.give_back()
                 return answer
         except BaseException:
             region.close()
             raise
         if response.grad is None:
-            shared.regions.give(region)
+            region.give_back()
             return response, np.empty(0, np.float32)
-        place, shape, dtype = places(call.request).grad, response.grad.shape, response.grad.dtype.numpy
-        if response.grad.nbytes > SHARED_BYTES:
-            return response, shared.regions.lend(region, place, shape, dtype)
-        grad = region.array(place, shape, dtype).copy()  # Costs less than a region that is not there for the next call.
-        shared.regions.give(region)
-        return response, grad
+        copied = response.grad.nbytes <= SHARED_BYTES
+        return response, region.take_gradient(places(call.request).grad, response.grad, copied=copied)
 
-    def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Region, timeout: float) -> wire.Response:
+    def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
         place = places(call.request)
+        region.complete()
         try:
             session = shared.share(region, timeout)
         except ServerUnavailableError:
@@ -288,11 +320,11 @@ class RemoteTarget:
         try:
             if session.takes(call.request, header):
                 message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
-                answer, transport = session.socket.call(message, timeout), IN_SHARED_MEMORY
+                answer, transport = session.socket.call(message, timeout), region.kind
             else:
                 request = framing.UnaryRequest(header, b"", b"")
                 answer = self._channels.shared(request, timeout=timeout, metadata=self._metadata(call)).header
-                transport = IN_SHARED_MEMORY_OVER_GRPC
+                transport = region.kind + ASKED_OVER_GRPC
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
                 shared.forget(session)
@@ -325,13 +357,6 @@ def _misfit_is_wrong_answer() -> Iterator[None]:
         yield
     except InvalidInput as error:
         raise _WrongAnswer(str(error)) from None
-
-
-def _written(tensor: Outgoing, memory: Memory, offset: int) -> memoryview:
-    """The tensor's bytes, written to memory."""
-    array = memory.array(offset, tensor.spec.shape, tensor.spec.dtype.numpy)
-    tensor.write(array)
-    return wire.as_bytes(array)
 
 
 def _messages(call: Call) -> Iterator[pb.ComputeStreamRequest | memoryview]:

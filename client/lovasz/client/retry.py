@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 import grpc
 
-from lovasz.client.errors import speaks_no_grpc
+from lovasz.client.errors import speaks_no_grpc, was_reset
 
 FIRST_ATTEMPTS = 5
 """Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit. That a
@@ -81,7 +81,7 @@ class Retries:
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
         if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
             self._answered = True
-        if error.code() not in RETRYABLE:
+        if error.code() not in RETRYABLE and not was_reset(error):
             return None
         if not self._answered and (number >= FIRST_ATTEMPTS or self._is_permanent(error)):
             return None

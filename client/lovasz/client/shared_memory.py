@@ -15,12 +15,17 @@ import os
 import threading
 import time
 import weakref
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory import Memory, MemoryPool
 from lovasz.client.memory_socket import MemorySocket, check_same_server
+from lovasz.client.options import IN_SHARED_MEMORY
+from lovasz.client.tensors import Array, Outgoing
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -35,38 +40,119 @@ _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its memory does without."""
 
 
-class Region(Memory):
-    """A block of memory that can be shared with another process.
+class Shared(ABC):
+    """Memory that can be shared with another process by a file descriptor, and that returns to a pool.
 
     Attributes:
-        descriptor: its memfd.
+        kind: the way of a request in it, as ``spec.Timing.transport`` tells it.
+        descriptor: stands for the memory.
         session: the session in which the server has it; None if it has not.
         number: its number in that session.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    kind: ClassVar[str]
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._close_descriptor = weakref.finalize(self, os.close, descriptor)
+        self.session: Session | None = None
+        self.number = 0
+
+    def description(self) -> pb.DeviceMemory | None:
+        """What the server has to know of it beside the descriptor; None for a memfd."""
+        return None
+
+    @abstractmethod
+    def write(self, offset: int, tensor: Outgoing) -> memoryview:
+        """Copies a tensor to its place, at the latest when :meth:`complete` returns.
+
+        Returns:
+            Its bytes there; empty if they are not in the host's memory.
+        """
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Waits until all that was written to it is there."""
+
+    @abstractmethod
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        """A part of it, in this process's host memory."""
+
+    def tensors(self, request: wire.Request) -> tuple[memoryview, memoryview]:
+        """Logits and labels of a request that is in it, in this process's host memory."""
+        place = places(request)
+        return self.bytes(place.logits, request.logits.nbytes), self.bytes(place.labels, request.labels.nbytes)
+
+    @abstractmethod
+    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> Array:
+        """The gradient in it. It returns to its pool with the gradient's last view, or at once.
+
+        Args:
+            offset: where the gradient is.
+            spec: its element type and shape.
+            copied: it may be copied out of the memory.
+        """
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Returns it to its pool."""
+
+    def close(self) -> None:
+        """Ends the sharing. The memory is freed once nothing uses it."""
+        if self.session is not None:
+            self.session.release(self)
+        self._close_descriptor()
+
+
+class Region(Memory, Shared):
+    """A block of memory of the host that can be shared with another process."""
+
+    kind = IN_SHARED_MEMORY
+
+    def __init__(self, nbytes: int, pool: MemoryPool[Region] | None = None) -> None:
         """Allocates the region.
+
+        Args:
+            nbytes: its size.
+            pool: that it returns to.
 
         Raises:
             OSError: there is no memory left.
         """
-        self.descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Allocating all pages at once is faster than one by one at the first writes.
-            os.posix_fallocate(self.descriptor, 0, nbytes)
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.map = mmap.mmap(self.descriptor, nbytes)
+            os.posix_fallocate(descriptor, 0, nbytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.map = mmap.mmap(descriptor, nbytes)
         except BaseException:
-            os.close(self.descriptor)
+            os.close(descriptor)
             raise
-        self._close_descriptor = weakref.finalize(self, os.close, self.descriptor)
-        self.session: Session | None = None
-        self.number = 0
+        Shared.__init__(self, descriptor)
+        self._pool = pool
+
+    def complete(self) -> None:
+        """Nothing to wait for."""
+
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.map)[offset : offset + nbytes]
+
+    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> npt.NDArray[Any]:
+        shape, dtype = spec.shape, spec.dtype.numpy
+        if not copied:
+            assert self._pool is not None
+            return self._pool.lend(self, offset, shape, dtype)
+        # Costs less than a region that is not there for the next call.
+        grad: npt.NDArray[Any] = self.array(offset, shape, dtype).copy()
+        self.give_back()
+        return grad
+
+    def give_back(self) -> None:
+        assert self._pool is not None
+        self._pool.give(self)
 
     def close(self) -> None:
-        if self.session is not None:
-            self.session.release(self)
-        self._close_descriptor()
+        Shared.close(self)
 
 
 class Session:
@@ -75,6 +161,7 @@ class Session:
     Attributes:
         name: names the session in ``SharedTensors``.
         takes_calls: whether the server takes calls on it.
+        devices: the UUIDs of the GPUs whose memory the server takes.
     """
 
     _numbers = itertools.count(1)
@@ -98,9 +185,10 @@ class Session:
                 f"{path}: no shared memory: {error.strerror or error} (is the server up, and started with "
                 "--shared-memory?)"
             ) from None
-        self.name, self.takes_calls = self.socket.hello.session, self.socket.hello.takes_calls
+        hello = self.socket.hello
+        self.name, self.takes_calls, self.devices = hello.session, hello.takes_calls, frozenset(hello.devices)
 
-    def share(self, region: Region) -> None:
+    def share(self, region: Shared) -> None:
         """Shares a region, unless the server already has it.
 
         Raises:
@@ -110,7 +198,8 @@ class Session:
             return
         number = next(self._numbers)
         try:
-            self.socket.ask(pb.SharedMemoryRequest(region=number), [region.descriptor], self._timeout)
+            request = pb.SharedMemoryRequest(region=number, device_memory=region.description())
+            self.socket.ask(request, [region.descriptor], self._timeout)
         except OSError as error:
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
         region.session, region.number = self, number
@@ -120,7 +209,7 @@ class Session:
         fits = header.ByteSize() < _MAX_HEADER_BYTES and request.max_answer_bytes <= wire.MAX_PACKET_BYTES
         return self.takes_calls and fits
 
-    def release(self, region: Region) -> None:
+    def release(self, region: Shared) -> None:
         """Stops sharing a region."""
         region.session = None
         try:
@@ -177,7 +266,7 @@ class SharedMemory:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._session: Session | None = None
-        self.regions: MemoryPool[Region] = MemoryPool(Region)
+        self.regions: MemoryPool[Region] = MemoryPool(lambda nbytes: Region(nbytes, self.regions))
 
     @property
     def is_offered(self) -> bool:
@@ -203,7 +292,14 @@ class SharedMemory:
                 inherited.socket.drop()
         return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
 
-    def share(self, region: Region, timeout: float) -> Session:
+    def moved(self, source: Shared, request: wire.Request) -> Region:
+        """A region of the host's memory with the tensors that are in another one."""
+        region = self.take(places(request).nbytes)
+        for into, tensor in zip(region.tensors(request), source.tensors(request), strict=True):
+            into[:] = tensor
+        return region
+
+    def share(self, region: Shared, timeout: float) -> Session:
         """Shares the region, unless the server already has it; returns the session.
 
         Raises:
@@ -237,10 +333,12 @@ class SharedMemory:
         """The session; begins one if there is none.
 
         Raises:
-            ServerUnavailableError: no server takes shared memory there.
+            ServerUnavailableError: no server takes shared memory there, or this was closed.
             LossError: it refuses the session.
         """
         with self._lock:
+            if self._closed:
+                raise ServerUnavailableError(f"{self._path}: closed")
             if self._session is None or self._session.socket.is_closed:
                 self._session = self._new_session(timeout)
             return self._session

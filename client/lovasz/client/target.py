@@ -163,8 +163,12 @@ class Target(Protocol):
             LossError: the target did not answer.
         """
 
-    def transport(self, timeout: float) -> str:
+    def transport(self, timeout: float, *, on_gpu: bool) -> str:
         """The way that requests take, as ``spec.Timing.transport`` tells it; empty without a server.
+
+        Args:
+            timeout: seconds to ask the server.
+            on_gpu: of tensors that are on a GPU.
 
         Raises:
             LossError: there is none.

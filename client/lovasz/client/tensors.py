@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 15
 """Elements that torch converts in the calling thread, without waking its other threads."""
 
+HOST = "cpu"
+"""Torch's name for the host as a device."""
 _LIMITS = {dtype.name: np.iinfo(dtype.name) for dtype in wire.DTYPES if not dtype.is_float}
 
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
@@ -33,6 +35,21 @@ def is_torch(value: object) -> TypeGuard[torch.Tensor]:
     """Whether the value is a torch tensor. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def on_device(array: npt.NDArray[Any], device: str) -> torch.Tensor:
+    """A copy of an array as a tensor on a device.
+
+    Raises:
+        ValueError: there is no such device, or no torch.
+    """
+    try:
+        import torch
+
+        return torch.from_numpy(array).to(device)
+    except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # Of many kinds: no driver, no CUDA in torch.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {device!r}; expected one that torch has here ({reason})") from None
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,12 @@ class Outgoing:
             source = tensor
         _copy(source, _as_torch(place, self.spec.dtype.name))
 
+    def write_tensor(self, place: torch.Tensor) -> None:
+        """Queues a copy of the elements into a tensor on any device, of the wire's dtype and the tensor's shape."""
+        import torch
+
+        place.copy_(self.source if is_torch(self.source) else torch.tensor(self.array()))
+
 
 def encode_logits(logits: AnyArray, wire_dtype: wire.DType | None = None) -> Outgoing:
     """Logits to be sent: as ``wire_dtype``, or by default in their own dtype (float64 as float32).
@@ -98,8 +121,12 @@ def encode_logits(logits: AnyArray, wire_dtype: wire.DType | None = None) -> Out
     return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
 
 
-def encode_labels(labels: AnyArray) -> Outgoing:
+def encode_labels(labels: AnyArray, *, narrow: bool = True) -> Outgoing:
     """Labels to be sent: integers, bool or whole numbers, in the smallest type of the wire that holds their values.
+
+    Args:
+        labels: an array, or a tensor on any device.
+        narrow: False: in their own type, if it is one of the wire's: then their values are not looked at.
 
     Raises:
         InvalidInput: they have another dtype, are not an array, or a value is not whole or beyond 64 signed bits.
@@ -113,6 +140,8 @@ def encode_labels(labels: AnyArray) -> Outgoing:
         raise wrong_type(name)
     elif name in ("uint16", "uint32", "uint64") and not isinstance(source, np.ndarray):
         source = source.cpu().numpy()  # torch supports few operations on these.
+    if not narrow and name in wire.INTEGERS:
+        return Outgoing(wire.TensorSpec(wire.dtype_named(name), tuple(source.shape)), source, name)
     low, high = (0, 0) if name == "uint8" else _extremes(source)
     dtype = next((d for d in wire.DTYPES if not d.is_float and _holds(d, low, high)), None)
     if dtype is None:
@@ -234,7 +263,7 @@ def _widened(words: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 def decode_grad(
-    sent: npt.NDArray[Any],
+    sent: Array,
     response: wire.Response,
     logits: Array,
     float32_array: Callable[[tuple[int, ...]], npt.NDArray[np.float32]] = lambda shape: np.empty(shape, np.float32),
@@ -244,12 +273,15 @@ def decode_grad(
     In the logits' dtype; float32 for 16-bit logits, as the values of a true gradient underflow in float16.
 
     Args:
-        sent: the gradient as the server sent it.
+        sent: the gradient as the server sent it; a tensor if it is in device memory.
         response: the response that came with it.
         logits: the logits, as ``Outgoing.source`` has them.
         float32_array: allocates the array into which a gradient of 16 bits is converted.
     """
     assert response.grad is not None
+    if not isinstance(sent, np.ndarray):
+        grad = sent if response.grad.dtype.name == "float32" else sent.float().mul_(1 / response.grad_scale)
+        return grad.double() if logits.dtype == sys.modules["torch"].float64 else grad
     if response.grad.dtype.name != "float32":
         place = float32_array(response.grad.shape)
         _widen_grad(sent, response.grad.dtype.name, 1 / response.grad_scale, place)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +14,12 @@ import torch
 from torch import Tensor
 
 from lovasz.core.batch import Batch, Request
-from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, Values
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan
 from lovasz.spec import (
     MAX_IMAGE_LOSSES,
     BinaryLoss,
     InvalidInput,
-    Loss,
     LovaszLoss,
     LovaszSoftmax,
     Result,
@@ -58,6 +60,17 @@ class Part:
     plan: Plan
     batch: Batch
     computed: Computed
+
+    @cached_property
+    def values(self) -> Values:
+        """What was computed, except the gradients; waits for the device. Joints with faults score no segment."""
+        values = self.computed.values()
+        return _without_faults(self.plan, values) if values.faults.any() else values
+
+    @cached_property
+    def losses(self) -> tuple[list[float], list[list[float]]]:
+        """The loss of each joint, and the losses of the terms."""
+        return _losses(self.plan, self.values)
 
 
 @dataclass(frozen=True)
@@ -122,9 +135,12 @@ class Pending:
         """
         (part,) = self.parts
         total = None if part.computed.total is None else part.computed.total()
+        grad = None if part.computed.grads is None else part.computed.grads[0]
         if total is not None:
-            assert part.computed.grads is not None
-            return total, part.computed.grads[0]
+            return total, grad
+        if not part.values.faults.any():
+            (loss,), _ = part.losses
+            return loss, grad
         (answer,) = self.collect()
         if not isinstance(answer, Result):
             raise answer
@@ -132,27 +148,24 @@ class Pending:
 
 
 def _answers(part: Part) -> list[tuple[int, Answer]]:
-    plan, grads_of_all, values = part.plan, part.computed.grads, part.computed.values()
-    union = values.union
-    union[_void_segments(plan.loss, len(union))] = 0
+    plan, grads_of_all, values = part.plan, part.computed.grads, part.values
+    union, (totals, of_terms) = _union(plan, values), part.losses
+    results = _term_results(plan, values, of_terms)
     answers: list[Answer] = []
-    image = 0
-    for j, (joint, count) in enumerate(zip(part.batch.joints, plan.images, strict=True)):
-        images = slice(image, image + count)
-        image = images.stop
+    for j, (joint, faults) in enumerate(zip(part.batch.joints, values.faults.T.tolist(), strict=True)):
         grads = [None] * len(joint) if grads_of_all is None else grads_of_all[len(answers) :][: len(joint)]
-        if values.faults[Fault.BAD_LABEL, j] or values.faults[Fault.OUT_OF_RANGE, j]:
+        if faults[Fault.BAD_LABEL] or faults[Fault.OUT_OF_RANGE]:
             answers += _faults([fault_of(request, plan.loss, values, j) for request in joint])
-        elif values.faults[Fault.NOT_FINITE, j]:
+        elif faults[Fault.NOT_FINITE]:
             answers += [_not_a_number(plan.loss, request, grad) for request, grad in zip(joint, grads, strict=True)]
         else:
-            total, results = _loss(plan, values, j, images)
             first = 0
             for request, grad in zip(joint, grads, strict=True):
                 own = slice(first, first + request.layout.scored_images)
                 first = own.stop
                 counts = values.hits[:, j].copy(), union[:, j].copy()
-                answers.append(Result(total, grad, tuple(_of_request(result, own) for result in results), *counts))
+                terms = tuple(_of_request(result, own) for result in results[j])
+                answers.append(Result(totals[j], grad, terms, *counts))
     return list(zip(part.places, answers, strict=True))
 
 
@@ -166,11 +179,18 @@ def result_of_rank(plan: Plan, request: Request, grad: Tensor | None, values: Va
     """
     if values.faults[Fault.NOT_FINITE, 0]:
         return _not_a_number(plan.loss, request, grad)
+    (total,), of_terms = _losses(plan, values)
+    (results,) = _term_results(plan, values, of_terms)
+    own = slice(first, first + request.layout.scored_images)
+    terms = tuple(_of_request(result, own) for result in results)
+    return Result(total, grad, terms, values.hits[:, 0], _union(plan, values)[:, 0])
+
+
+def _union(plan: Plan, values: Values) -> npt.NDArray[np.int64]:
+    """``Values.union``, 0 for a class that every term ignores."""
     union = values.union
     union[_void_segments(plan.loss, len(union))] = 0
-    total, results = _loss(plan, values, 0, slice(None))
-    own = slice(first, first + request.layout.scored_images)
-    return Result(total, grad, tuple(_of_request(result, own) for result in results), values.hits[:, 0], union[:, 0])
+    return union
 
 
 def fault_of(request: Request, loss: WeightedSum, values: Values, joint: int) -> InvalidInput | None:
@@ -180,13 +200,70 @@ def fault_of(request: Request, loss: WeightedSum, values: Values, joint: int) ->
     return _probability_error(request, loss) if values.faults[Fault.OUT_OF_RANGE, joint] else None
 
 
-def _loss(plan: Plan, values: Values, joint: int, images: slice) -> tuple[float, list[TermResult]]:
-    """The loss of a joint without faults, and the results of its terms."""
-    results = []
+def _without_faults(plan: Plan, values: Values) -> Values:
+    """The values with no segment scored in joints with faults, whose losses NumPy would warn of."""
+    healthy = ~values.faults.any(0)
+    terms = []
     for term, of_term in zip(plan.terms, values.terms, strict=True):
-        groups = images if term.per_image else slice(joint, joint + 1)
-        results.append(_term_result(term.loss, of_term.losses[:, groups], of_term.scored[:, groups]))
-    return sum(term.weight * result.loss for term, result in zip(plan.terms, results, strict=True)), results
+        of_groups = np.repeat(healthy, plan.images) if term.per_image else healthy
+        terms.append(replace(of_term, scored=of_term.scored & of_groups))
+    return replace(values, terms=tuple(terms))
+
+
+def _losses(plan: Plan, values: Values) -> tuple[list[float], list[list[float]]]:
+    """The loss of each joint, and of each term its loss for each joint; undefined for joints with faults."""
+    of_terms = []
+    for term, of_term in zip(plan.terms, values.terms, strict=True):
+        losses = of_term.losses[0]
+        if isinstance(term.loss, LovaszLoss):
+            losses = _of_groups(term.loss, of_term)
+        if term.per_image:
+            losses = np.array([images.mean() for images in _split(losses, plan)])
+        of_terms.append(losses.tolist())
+    weights = [term.weight for term in plan.terms]
+    totals = [sum(map(operator.mul, weights, of_joint)) for of_joint in zip(*of_terms, strict=True)]
+    return totals, of_terms
+
+
+def _of_groups(loss: LovaszLoss, values: TermValues) -> npt.NDArray[np.float64]:
+    """The loss of each group, before the term's weight: the sum over its classes, divided by their number.
+
+    Adds one class after the other, so that the bits of a group do not depend on the number of groups.
+    """
+    losses, scored = np.where(values.scored, values.losses, 0.0), values.scored
+    if isinstance(loss, LovaszSoftmax) and loss.class_weights is not None:
+        losses *= np.array(loss.class_weights)[:, None]
+    total: npt.NDArray[np.float64] = np.add.accumulate(losses, axis=0)[-1]
+    return total / (len(scored) if isinstance(loss, BinaryLoss) else np.maximum(np.add.reduce(scored, axis=0), 1))
+
+
+def _split(of_groups: npt.NDArray[Any], plan: Plan) -> list[npt.NDArray[Any]]:
+    """Arrays with one element (or column) per image, in parts: one per joint."""
+    return [of_groups] if len(plan.sizes) == 1 else np.split(of_groups, np.cumsum(plan.images)[:-1], axis=-1)
+
+
+def _term_results(plan: Plan, values: Values, of_terms: list[list[float]]) -> list[tuple[TermResult, ...]]:
+    """The results of the terms for each joint."""
+    columns = []
+    for term, of_term, losses in zip(plan.terms, values.terms, of_terms, strict=True):
+        kind, joints = term.loss.kind, range(len(plan.sizes))
+        if not isinstance(term.loss, LovaszLoss):
+            columns.append([TermResult(kind, loss, np.empty(0)) for loss in losses])
+        elif not term.per_image:
+            of_classes = np.where(of_term.scored, of_term.losses, np.nan).T.copy()
+            columns.append([TermResult(kind, losses[j], of_classes[j]) for j in joints])
+        else:
+            images = _split(_of_groups(term.loss, of_term), plan)
+            scored, own = _split(of_term.scored, plan), _split(of_term.losses, plan)
+            columns.append([TermResult(kind, losses[j], _mean(own[j], scored[j]), images[j]) for j in joints])
+    return list(zip(*columns, strict=True))
+
+
+def _mean(losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """The mean loss of each class over the groups that score it; NaN if none does."""
+    mean = np.full(len(losses), np.nan)
+    np.divide(np.where(scored, losses, 0.0).sum(1), scored.sum(1), out=mean, where=scored.any(1))
+    return mean
 
 
 def _of_request(result: TermResult, images: slice) -> TermResult:
@@ -235,33 +312,6 @@ def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
     """The answers to a joint, from the fault of each of its requests."""
     place, first = next((place, fault) for place, fault in enumerate(of_requests) if fault is not None)
     return [JointFault(place, first) if fault is None else fault for fault in of_requests]
-
-
-def _term_result(loss: Loss, losses: npt.NDArray[np.float64], scored: npt.NDArray[np.bool_]) -> TermResult:
-    """The result of one term for one joint.
-
-    Works on the arrays of this joint alone, so that the order in which NumPy sums does not depend on the batch.
-    """
-    if not isinstance(loss, LovaszLoss):
-        return TermResult(loss.kind, float(losses[0, 0]), np.empty(0))
-    weights = loss.class_weights if isinstance(loss, LovaszSoftmax) else None
-    if losses.shape[1] == 1:  # One group, the common case: fewer NumPy calls, which matters for small requests.
-        is_scored = scored[:, 0]
-        own = np.where(is_scored, losses[:, 0], 0.0)
-        classes = len(own) if isinstance(loss, BinaryLoss) else max(int(np.count_nonzero(is_scored)), 1)
-        total = own.sum() if weights is None else (np.asarray(weights) * own).sum()
-        value = float(total) / classes
-        image = np.array([value]) if loss.per_image else np.empty(0)
-        return TermResult(loss.kind, value, np.where(is_scored, own, np.nan), image)
-    losses = np.where(scored, losses, 0.0)
-    scored_classes = np.maximum(scored.sum(0), 1)
-    if isinstance(loss, BinaryLoss):
-        scored_classes = np.full(losses.shape[1], len(losses))
-    weighted = losses if weights is None else np.asarray(weights)[:, None] * losses
-    groups = weighted.sum(0) / scored_classes
-    per_class = np.full(len(losses), np.nan)
-    np.divide(losses.sum(1), scored.sum(1), out=per_class, where=scored.any(1))
-    return TermResult(loss.kind, float(groups.mean()), per_class, groups)
 
 
 def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:

@@ -111,6 +111,8 @@ class Batch:
     @cached_property
     def joints(self) -> tuple[tuple[Request, ...], ...]:
         """The requests of each joint."""
+        if len(self.sizes) == len(self.requests):
+            return tuple((request,) for request in self.requests)
         stops = list(accumulate(self.sizes))
         return tuple(self.requests[stop - size : stop] for stop, size in zip(stops, self.sizes, strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +16,24 @@ from lovasz.spec import Loss, LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftma
 KINDS: dict[str, Callable[..., Loss]] = {kind.__name__: kind for kind in (LovaszSoftmax, LovaszHinge, LovaszSigmoid)}
 """The losses that have a function. The compiler's constants are names, not classes."""
 
+KEPT_LOSSES = 64
+"""The most losses that are kept for the next call with the same options."""
+
+_PLAIN = (str, bool, int, type(None))
+
 _losses: dict[str, WeightedSum] = {}
 """The losses that were asked for, by their text: an operator takes no objects."""
+
+
+def loss_of_options(name: str, *options: Any) -> WeightedSum:
+    """The loss of this name in ``KINDS``, with these options; made once for options that are no arrays or lists."""
+    is_plain = all(type(option) in _PLAIN for option in options)
+    return _kept_loss(name, *options) if is_plain else weighted_sum(KINDS[name](*options))
+
+
+@lru_cache(maxsize=KEPT_LOSSES, typed=True)  # Typed, since True equals 1, but is no class number.
+def _kept_loss(name: str, *options: Any) -> WeightedSum:
+    return weighted_sum(KINDS[name](*options))
 
 
 def key_of(loss: LossLike) -> str:
@@ -30,7 +47,7 @@ def key_of(loss: LossLike) -> str:
 @constant
 def key_of_options(name: str, *options: Any) -> str:
     """The key of the loss of this name in ``KINDS``, with these options."""
-    return key_of(KINDS[name](*options))
+    return key_of(loss_of_options(name, *options))
 
 
 def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,12 +92,8 @@ def submit(
     whole = Batch.of(requests, joined)
     filled = whole.with_images()
     joints_of = _divide(filled.divided(loss), loss, device, backend)
-    numbers_of_filled = (
-        np.arange(len(whole.requests))
-        if filled is whole
-        else np.flatnonzero([request.layout.images for request in whole.requests])
-    )
-    places = np.split(numbers_of_filled, np.cumsum(filled.sizes)[:-1])
+    filled_places = (place for place, request in enumerate(whole.requests) if request.layout.images)
+    places = [tuple(itertools.islice(filled_places, size)) for size in filled.sizes]
     parts = []
     for (chosen, _), numbers in joints_of.items():
         own = filled
@@ -111,7 +106,7 @@ def submit(
         computed = compute(chosen, plan, divided, want_grad=want_grad, want_total=want_total, stop=stop)
         if divided is not own and computed.grads is not None:
             computed = replace(computed, grads=own.join(computed.grads))
-        parts.append(Part(tuple(int(place) for j in numbers for place in places[j]), plan, own, computed))
+        parts.append(Part(tuple(place for j in numbers for place in places[j]), plan, own, computed))
     return Pending(whole, tuple(parts), loss, want_grad)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lovasz.autograd import no_tensor, untraced, with_gradient
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
-from lovasz.core.compiling import KINDS, is_plain, key_of_options, loss_operator
+from lovasz.core.compiling import is_plain, key_of_options, loss_of_options, loss_operator
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.core.distributed.joint import compute_joint
 from lovasz.spec import (
@@ -340,17 +340,17 @@ def _eagerly(
     group: Any,
     gradient_reduction: GradientReduction,
 ) -> Tensor:
-    kind = KINDS[name]
     if group is None:
-        return differentiable(logits, labels, kind(*options), valid=valid, offsets=offsets, reduction=reduction)
-    loss, _ = differentiable_joint(
+        loss = loss_of_options(name, *options)
+        return differentiable(logits, labels, loss, valid=valid, offsets=offsets, reduction=reduction)
+    value, _ = differentiable_joint(
         logits,
         labels,
-        lambda: kind(*options),
+        lambda: loss_of_options(name, *options),
         valid=valid,
         offsets=offsets,
         group=group,
         gradient_reduction=gradient_reduction,
         reduction=reduction,
     )
-    return loss
+    return value

@@ -11,14 +11,14 @@ for all others it is *valid*.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from lovasz.core.batch import Batch
 from lovasz.spec import BinaryCrossEntropy, CrossEntropy, Layout, Loss, LovaszLoss, LovaszSoftmax, WeightedSum
@@ -32,6 +32,7 @@ FUSE_ALL = 1 << 62
 """The value of ``fuse_below`` in ``Plan.planes`` that fuses images of any size."""
 
 Integers = npt.NDArray[np.int64]
+KeptT = TypeVar("KeptT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,18 +132,6 @@ class Planes:
     def groups(self, term: Term) -> Groups:
         return self.images if term.per_image else self.joints
 
-    def addresses(self, tensors: Sequence[Tensor], offsets: Integers) -> npt.NDArray[np.uint64]:
-        """The address of each plane's first element.
-
-        Args:
-            tensors: one per request.
-            offsets: ``logits`` or ``labels`` of these planes.
-        """
-        first = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-        size = np.array([tensor.element_size() for tensor in tensors])
-        addresses: npt.NDArray[np.uint64] = first[self.request] + (offsets * size[self.request]).astype(np.uint64)
-        return addresses
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -158,6 +147,7 @@ class Plan:
     sizes: tuple[int, ...]
     device: torch.device
     _planes: dict[int, Planes] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, batch: Batch, loss: WeightedSum, device: torch.device) -> Plan:
@@ -246,6 +236,13 @@ class Plan:
     def binary_cross_entropies(self) -> tuple[Term, ...]:
         """The binary cross-entropy terms."""
         return tuple(term for term in self.terms if isinstance(term.loss, BinaryCrossEntropy))
+
+    def kept(self, make: Callable[[Plan], KeptT]) -> KeptT:
+        """What a backend derives from the plan alone, ``make(plan)``: made once, and kept as long as the plan."""
+        known: KeptT | None = self._kept.get(make)
+        if known is None:
+            known = self._kept[make] = make(self)
+        return known
 
     def planes(self, fuse_below: int) -> Planes:
         """The planes of the batch.

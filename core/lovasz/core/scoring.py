@@ -23,15 +23,28 @@ class State(enum.IntEnum):
     """The segment is scored without foreground, so its loss is its largest error."""
 
 
-def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, listed: Any) -> tuple[Any, Any]:
+def segment_factors(term: Term, share: Any, class_weights: Any) -> Any:
+    """The weight of each segment, apart from the number of classes that a softmax loss scores in its group.
+
+    Args:
+        share: float64, shape (groups,): ``Groups.share``.
+        class_weights: ``Term.class_weights``; it and ``share`` are NumPy arrays, or tensors on one device.
+
+    Returns:
+        float64, shape (K, groups).
+    """
+    weight = term.weight if isinstance(term.loss, LovaszSoftmax) else term.weight / len(class_weights)
+    return weight * share * class_weights[:, None]
+
+
+def select_segments(term: Term, counts: Any, factors: Any, listed: Any) -> tuple[Any, Any]:
     """Decides which segments a term scores, and by what their gradients are multiplied.
 
     The arrays are all NumPy arrays, or all tensors on one device.
 
     Args:
         counts: int64, shape (K, groups): valid pixels of each class (softmax), or of each label (binary losses).
-        share: float64, shape (groups,): ``Groups.share``.
-        class_weights: ``Term.class_weights``.
+        factors: the result of ``segment_factors``.
         listed: ``Term.listed``.
 
     Returns:
@@ -39,8 +52,8 @@ def select_segments(term: Term, counts: Any, share: Any, class_weights: Any, lis
     """
     scored = counts > 0
     if not isinstance(term.loss, LovaszSoftmax):
-        # The last factor is true everywhere; it gives the weights the shape (K, groups).
-        return scored, term.weight / len(counts) * share * (counts >= 0)
+        return scored, factors
     if listed is not None:
         scored = scored.any(0) & listed[:, None]
-    return scored, term.weight * share * class_weights[:, None] * scored / scored.sum(0).clip(1)
+    classes = scored.sum(0)
+    return scored, factors * scored / (classes + (classes == 0))

@@ -188,16 +188,26 @@ class SharedTensors(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., region: _Optional[int] = ..., logits_offset: _Optional[int] = ..., labels_offset: _Optional[int] = ..., grad_offset: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryRequest(_message.Message):
-    __slots__ = ("region", "release", "call", "cancel")
+    __slots__ = ("region", "release", "call", "cancel", "device_memory")
     REGION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     region: int
     release: bool
     call: SharedMemoryCall
     cancel: int
-    def __init__(self, region: _Optional[int] = ..., release: bool = ..., call: _Optional[_Union[SharedMemoryCall, _Mapping]] = ..., cancel: _Optional[int] = ...) -> None: ...
+    device_memory: DeviceMemory
+    def __init__(self, region: _Optional[int] = ..., release: bool = ..., call: _Optional[_Union[SharedMemoryCall, _Mapping]] = ..., cancel: _Optional[int] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
+
+class DeviceMemory(_message.Message):
+    __slots__ = ("device", "nbytes")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    device: bytes
+    nbytes: int
+    def __init__(self, device: _Optional[bytes] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryCall(_message.Message):
     __slots__ = ("number", "header", "timeout_seconds", "metadata")
@@ -239,16 +249,18 @@ class CallError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., text: _Optional[str] = ..., retry_after_milliseconds: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryReply(_message.Message):
-    __slots__ = ("session", "error", "takes_calls", "answer")
+    __slots__ = ("session", "error", "takes_calls", "answer", "devices")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TAKES_CALLS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     error: str
     takes_calls: bool
     answer: SharedMemoryAnswer
-    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ..., takes_calls: bool = ..., answer: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ...) -> None: ...
+    devices: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, session: _Optional[bytes] = ..., error: _Optional[str] = ..., takes_calls: bool = ..., answer: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ..., devices: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ComputeRequest(_message.Message):
     __slots__ = ("header", "logits", "labels")

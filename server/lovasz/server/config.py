@@ -40,6 +40,7 @@ DEFAULT_JOINT_TIMEOUT_SECONDS = 45.0
 DEFAULT_JOINT_REGROUP_SECONDS = 0.0
 DEFAULT_JOINT_SHARE = 0.5
 DEFAULT_MAX_RUNS = 20
+DEFAULT_MAX_CONNECTION_AGE_SECONDS = 0.0
 DEFAULT_OTLP_ENDPOINT = ""
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LOG_FORMAT = "text"
@@ -116,8 +117,7 @@ class ServerConfig(AccessSettings):
         DEFAULT_MAX_SEGMENTS,
         "--max-segments",
         "N",
-        "the most segments in one request: classes x groups (images with per_image, else 1), summed over its Lovász "
-        "terms",
+        "the most segments in one request: classes x groups (images with per_image, else 1), over its Lovász terms",
         _integer,
     )
     header_seconds: float = _setting(
@@ -146,15 +146,16 @@ class ServerConfig(AccessSettings):
         DEFAULT_SHARED_MEMORY,
         "--shared-memory",
         "on|off",
-        "take tensors through memory that callers on this host share, and calls, on a second socket for each unix: "
-        "address of --listen (its path with .memory appended); whoever may open that socket may use it",
+        "take tensors through memory that callers on this host share (also that of a GPU which the server can reach), "
+        "and calls, on a second socket for each unix: address of --listen (its path with .memory appended); whoever "
+        "may open that socket may use it",
         _switch,
     )
     max_shared_bytes: int = _setting(
         DEFAULT_MAX_SHARED_BYTES,
         "--max-shared-memory",
         "SIZE",
-        "the most memory that callers on this host may share with the server, all together",
+        "the most memory that callers on this host may share with the server, of the host and of GPUs, all together",
         parse_bytes,
     )
     reflection: bool = _setting(
@@ -193,6 +194,13 @@ class ServerConfig(AccessSettings):
         "N",
         "runs that the metrics show: the loss and IoU of the runs that sent a request last, and waiting joint steps",
         _integer,
+    )
+    max_connection_age_seconds: float = _setting(
+        DEFAULT_MAX_CONNECTION_AGE_SECONDS,
+        "--max-connection-age",
+        "SECONDS",
+        "clients connect again after about this time, and learn of servers that were added to a name; 0: never",
+        _number,
     )
     drain_seconds: float = _setting(
         DEFAULT_DRAIN_SECONDS,
@@ -252,7 +260,7 @@ class ServerConfig(AccessSettings):
         for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_segments", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
-        for name in ("max_batch_delay_seconds", "drain_seconds", "joint_regroup_seconds"):
+        for name in ("max_batch_delay_seconds", "drain_seconds", "joint_regroup_seconds", "max_connection_age_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "a number >= 0")
         for name in (

@@ -20,6 +20,7 @@ from lovasz.server.errors import DeviceError
 from lovasz.server.housekeeping import INTERVAL_SECONDS, Housekeeper
 from lovasz.server.memory.allocator import MemoryReturner
 from lovasz.server.memory.pool import KEPT_SECONDS, StagingPool
+from lovasz.server.memory.shared_devices import shared_devices
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
@@ -108,13 +109,15 @@ class Server:
         )
         self._staging = StagingPool(self._engine.device)
         paths = config.socket_paths if config.shared_memory else ()
+        devices = shared_devices(self._engine.device) if paths else None
         self._shared_memory = [
-            SharedMemory(path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths))
+            SharedMemory(
+                path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths), devices
+            )
             for path in paths
         ]
-        self._grpc = GrpcServer(
-            config.max_requests, self._certificates, None if self._tokens is None else Gate(self._tokens, self._metrics)
-        )
+        gate = None if self._tokens is None else Gate(self._tokens, self._metrics)
+        self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds, self._certificates, gate)
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
             "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
@@ -194,6 +197,9 @@ class Server:
                 "lovasz_staging_idle_bytes": lambda: self._staging.idle_bytes,
                 "lovasz_shared_memory_sessions": lambda: sum(shared.sessions for shared in self._shared_memory),
                 "lovasz_shared_memory_bytes": lambda: sum(shared.nbytes for shared in self._shared_memory),
+                "lovasz_shared_device_memory_bytes": lambda: sum(
+                    shared.device_nbytes for shared in self._shared_memory
+                ),
                 "lovasz_joint_groups_waiting": lambda: joints.groups,
                 "lovasz_joint_ranks_waiting": lambda: joints.waiting_ranks,
                 "lovasz_joint_answers_kept": lambda: joints.kept,

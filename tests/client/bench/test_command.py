@@ -187,6 +187,10 @@ def test_what_cannot_be_computed_ends_it_but_keeps_the_others(
             "lovasz: --plot: got 'out.bmp2'; expected a name that ends in .png, .pdf or .svg\n",
         ),
         (
+            ("inprocess", "--shape", "4x8", "--device", "moon"),
+            "1/1 4x8 float32 auto, 1 client\nlovasz: device: got 'moon'; expected one that torch has here (",
+        ),
+        (
             ("inprocess", "--shape", "1x2x1000000x1000000"),
             "1/1 1x2x1000000x1000000 float32 auto, 1 client\n"
             "lovasz: --shape: got 1x2x1000000x1000000, which there is not enough memory for; expected a smaller one\n",

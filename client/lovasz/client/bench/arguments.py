@@ -16,6 +16,7 @@ from lovasz.client.bench.load import DEFAULT_DURATION_SECONDS, DEFAULT_WARMUP_SE
 from lovasz.client.bench.text import choice_text, shape_text
 from lovasz.client.bench.workload import Workload, loss_for
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, TRANSPORTS, Transport
+from lovasz.client.tensors import HOST
 
 DEFAULT_SHAPE = (1, 19, 512, 1024)
 DEFAULT_DTYPE = "float32"
@@ -38,6 +39,7 @@ class Settings:
     Attributes:
         loss: the kind of the loss.
         workloads: the combinations, in the order in which they run.
+        device: where the tensors are, as torch names it.
         json: the file for all figures; None: none.
         plot: the file for the plot; None: none.
         access: TLS and token.
@@ -50,6 +52,7 @@ class Settings:
     duration_seconds: float
     warmup_seconds: float
     timeout_seconds: float
+    device: str
     json: Path | None
     plot: Path | None
     access: Access
@@ -79,6 +82,7 @@ class Settings:
             duration_seconds=parsed.duration,
             warmup_seconds=parsed.warmup,
             timeout_seconds=parsed.timeout,
+            device=parsed.device,
             json=parsed.json,
             plot=parsed.plot,
             access=parsed.access,
@@ -130,6 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_TIMEOUT_SECONDS,
         metavar="SECONDS",
         help=f"for each call (default: {DEFAULT_TIMEOUT_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--device",
+        default=HOST,
+        metavar="DEVICE",
+        help="where the tensors are, such as cuda (needs torch); default: cpu",
     )
     parser.add_argument("--json", type=_new_file, metavar="FILE", help="write all figures to this file, too")
     parser.add_argument(

@@ -78,6 +78,7 @@ def _measured(workload: Workload, settings: Settings, watch: Callable[[Progress]
             warmup_seconds=settings.warmup_seconds,
             timeout_seconds=settings.timeout_seconds,
             access=settings.access,
+            device=settings.device,
             watch=watch,
         )
     except MemoryError:

@@ -6,10 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from lovasz.client.access import Access
 from lovasz.client.bench.measurement import Failure, Measurement, Phase, Progress, Record, Sample
@@ -25,6 +21,7 @@ from lovasz.client.errors import (
     TLSError,
 )
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS
+from lovasz.client.tensors import HOST, Array, on_device
 
 DEFAULT_DURATION_SECONDS = 5.0
 DEFAULT_WARMUP_SECONDS = 1.0
@@ -51,6 +48,7 @@ def measure(
     warmup_seconds: float = DEFAULT_WARMUP_SECONDS,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     access: Access | None = None,
+    device: str = HOST,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Measurement:
     """Sends a workload's requests, each thread one after another, until the time is up; waits for those under way.
@@ -65,14 +63,15 @@ def measure(
         warmup_seconds: for how long requests are sent before that.
         timeout_seconds: for each request.
         access: TLS and token; None: neither.
+        device: where the tensors are, as torch names it; ``"cpu"``: arrays of NumPy.
         watch: called a few times a second, in this thread.
 
     Raises:
-        ValueError: the target or the timeout is invalid.
+        ValueError: the target, the timeout or the device is invalid.
         LossError: the first request failed as all others would: InvalidInputError, ServerUnavailableError,
             IncompatibleServerError, AuthenticationError or TLSError.
     """
-    logits, labels = workload.tensors()
+    logits, labels = (array if device == HOST else on_device(array, device) for array in workload.tensors())
     before, measured = Record(), Record()
     interrupted = False
     with ExitStack() as connections, ThreadPoolExecutor(workload.concurrency, "lovasz-load") as threads:
@@ -102,8 +101,8 @@ class _Load:
     def __init__(
         self,
         workload: Workload,
-        logits: npt.NDArray[np.float32],
-        labels: npt.NDArray[Any],
+        logits: Array,
+        labels: Array,
         threads: ThreadPoolExecutor,
         watch: Callable[[Progress], None],
     ) -> None:

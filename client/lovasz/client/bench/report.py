@@ -71,6 +71,7 @@ class Report:
             "duration_seconds": settings.duration_seconds,
             "warmup_seconds": settings.warmup_seconds,
             "timeout_seconds": settings.timeout_seconds,
+            "device": settings.device,
             "complete": len(complete) == len(settings.workloads),
             "combinations": [_figures(measurement) for measurement in self._measurements],
         }

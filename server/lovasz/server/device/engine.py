@@ -18,7 +18,7 @@ from lovasz.core.answers import Answer as CoreAnswer
 from lovasz.core.answers import JointFault, Pending
 from lovasz.core.dispatch import advice, give_memory_back, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
-from lovasz.server.device.gradients import to_host
+from lovasz.server.device.gradients import to_callers
 from lovasz.server.device.self_test import computes_known_losses
 from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
 from lovasz.server.memory.exhaustion import is_out_of_memory
@@ -214,8 +214,8 @@ class Engine:
         for job in jobs:
             job.when_left = stop_if_all_left
         for caller in callers:
-            if caller.staging is not None and caller.staging.upload is not None:
-                caller.staging.upload.hand_over(stream)
+            if caller.staging is not None:
+                caller.staging.hand_over(stream)
         stop_if_all_left()  # Some may have left before when_left was set.
         requests, joined = [caller.request for caller in callers], [len(job.callers) for job in jobs]
         return submit(requests, first.loss, self.device, joined=joined, want_grad=first.want_grad, stop=stop)
@@ -227,7 +227,7 @@ class Engine:
                 answers = iter(running.pending.collect())
                 computed = time.monotonic()
                 mark = None if running.stream is None else _mark(running.stream)
-                hosted = list(_to_host(answers, running.jobs))
+                placed = list(_to_callers(answers, running.jobs))
                 copy_seconds = time.monotonic() - computed
                 if running.stream is not None and mark is not None:
                     copied = _mark(running.stream)
@@ -247,7 +247,7 @@ class Engine:
             self._metrics.shares.add(job.tenant.label, busy_seconds * job.cost / cost if cost else 0.0)
         requests = len(running.callers)
         self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
-        remaining = iter(hosted)
+        remaining = iter(placed)
         for job in running.jobs:
             for caller in job.callers:
                 answer, scale = next(remaining)
@@ -315,9 +315,9 @@ def _refuse(jobs: Sequence[Job], error: Exception) -> None:
         job.refuse(error)
 
 
-def _to_host(answers: Iterator[CoreAnswer], jobs: Sequence[Job]) -> Iterator[tuple[CoreAnswer, float]]:
+def _to_callers(answers: Iterator[CoreAnswer], jobs: Sequence[Job]) -> Iterator[tuple[CoreAnswer, float]]:
     for job in jobs:
-        yield from to_host(list(itertools.islice(answers, len(job.callers))), job.callers)
+        yield from to_callers(list(itertools.islice(answers, len(job.callers))), job.callers)
 
 
 def _what(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""Copies gradients to their places on the host, in the element type of the logits, scaled so that none underflows."""
+"""Copies gradients to where they are sent from, in the element type of the logits, scaled so that none underflows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lovasz.core.answers import Answer
+from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.schedule.job import Caller
 from lovasz.spec import Result
 
@@ -17,27 +18,31 @@ _LARGEST_SCALE_EXPONENT = 126
 _BLOCK_ELEMENTS = 1 << 15
 
 
-def to_host(answers: Sequence[Answer], callers: Sequence[Caller]) -> list[tuple[Answer, float]]:
+def to_callers(answers: Sequence[Answer], callers: Sequence[Caller]) -> list[tuple[Answer, float]]:
     """Queues the copies of a job's gradients on the current stream.
 
     Returns:
-        For each caller the answer, its gradient on the host once the stream has done its work; and the factor that the
-        gradient was multiplied by, the same for the whole job.
+        For each caller the answer, its gradient on the host once the stream has done its work, or on the device if its
+        caller shares memory there; and the factor that the gradient was multiplied by, the same for the whole job.
     """
     grads = [answer.grad for answer in answers if isinstance(answer, Result) and answer.grad is not None]
     if len(grads) < len(answers):
         return [(answer, 1.0) for answer in answers]
     dtype = callers[0].request.logits.dtype
     scale = wire_scale(grads, dtype)
-    hosted: list[tuple[Answer, float]] = []
+    placed: list[tuple[Answer, float]] = []
     for answer, grad, caller in zip(answers, grads, callers, strict=True):
         assert isinstance(answer, Result)
-        place = None if caller.staging is None else caller.staging.grad
-        if place is None:
-            place = torch.empty(grad.shape, dtype=dtype)
-        write_scaled(grad, scale, place)
-        hosted.append((Result(answer.loss, place, answer.terms, answer.intersection, answer.union), scale))
-    return hosted
+        place: torch.Tensor | None
+        if isinstance(caller.staging, DeviceStaging):
+            place = (grad.mul_(scale) if scale != 1 else grad).to(dtype).contiguous()
+        else:
+            place = None if caller.staging is None else caller.staging.grad
+            if place is None:
+                place = torch.empty(grad.shape, dtype=dtype)
+            write_scaled(grad, scale, place)
+        placed.append((Result(answer.loss, place, answer.terms, answer.intersection, answer.union), scale))
+    return placed
 
 
 def wire_scale(grads: Sequence[torch.Tensor], dtype: torch.dtype) -> float:

@@ -19,10 +19,16 @@ _LARGE_BYTES = 1 << 16
 
 
 class StagingPool:
-    """Buffers that are reused; pinned if the device is a GPU."""
+    """Buffers that are reused; pinned if the device is a GPU.
+
+    Attributes:
+        device: the one that computes.
+        copy_stream: on which memory of the device is copied, apart from computations; None on a CPU, which has none.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._idle: list[tuple[float, torch.Tensor]] = []
 

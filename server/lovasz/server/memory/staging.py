@@ -72,6 +72,11 @@ class Staging:
         if self.upload is not None:
             self.upload.finish()
 
+    def hand_over(self, stream: torch.cuda.Stream | None) -> None:
+        """Lets the work queued on this stream from now on use the tensors, once they are complete."""
+        if self.upload is not None:
+            self.upload.hand_over(stream)
+
     def request(self) -> Request:
         """The tensors as the core takes them."""
         logits, labels = (self._logits, self._labels) if self.upload is None else self.upload.targets

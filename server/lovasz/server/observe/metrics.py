@@ -96,6 +96,7 @@ GAUGES = {
     "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
     "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
     "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it belongs to them.",
+    "lovasz_shared_device_memory_bytes": "Those of lovasz_shared_memory_bytes that are memory of GPUs.",
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
     "lovasz_joint_ranks_waiting": "Ranks that wait for the other ranks of their joint step.",
     "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that lost theirs and ask again.",

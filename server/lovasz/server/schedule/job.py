@@ -15,6 +15,7 @@ import torch
 
 from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError, fresh
+from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.memory.staging import Staging
 from lovasz.spec import Result, WeightedSum
 
@@ -52,11 +53,11 @@ class Answer:
     """What the engine returns for one request.
 
     Attributes:
-        result: its ``grad`` is on the host, contiguous, in the element type of the logits, and multiplied by
-            ``grad_scale``.
+        result: its ``grad`` is on the host (on the device if its caller shares memory there), contiguous, in the
+            element type of the logits, and multiplied by ``grad_scale``.
         started: when the batch was started (``time.monotonic``).
         compute_seconds: from there until the batch was computed.
-        copy_seconds: from there until the batch's gradients were in their places on the host.
+        copy_seconds: from there until the batch's gradients were where they are sent from.
         batch_requests: requests in the batch.
         ranks: callers of its job.
         is_first: whether it is the answer to the first of them.
@@ -78,7 +79,7 @@ class Caller:
 
     Attributes:
         deadline: when the caller stops waiting (``time.monotonic``); None: never.
-        staging: where the tensors are on the host, and where the gradient goes; None: anywhere.
+        staging: where the tensors are, and where the gradient goes; None: anywhere.
         started: when the batch with the request was started (``time.monotonic``); None before.
         rank: of a joint step; 0 without one.
         tenant: whom the request belongs to.
@@ -87,7 +88,7 @@ class Caller:
 
     request: Request
     deadline: float | None = None
-    staging: Staging | None = None
+    staging: Staging | DeviceStaging | None = None
     started: float | None = None
     rank: int = 0
     tenant: Tenant = NOBODY

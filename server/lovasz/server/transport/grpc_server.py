@@ -63,17 +63,31 @@ class GrpcServer:
             health.
     """
 
-    def __init__(self, max_requests: int, certificates: WatchedFiles[Certificates] | None, gate: Gate | None) -> None:
+    def __init__(
+        self,
+        max_requests: int,
+        max_connection_age_seconds: float,
+        certificates: WatchedFiles[Certificates] | None,
+        gate: Gate | None,
+    ) -> None:
         """Listens nowhere yet.
 
         Args:
+            max_requests: the most requests in flight.
+            max_connection_age_seconds: a connection takes no new calls after about this time, and those that it has go
+                on; 0: it does as long as it lives.
             certificates: for TLS; None: plain text.
             gate: lets calls in on ports; None: all may come in.
         """
         self._credentials = None if certificates is None else server_credentials(certificates)
         self._gate = gate
         self._max_calls = max_requests + _SPARE_CALLS
-        self._options = (*_OPTIONS, ("grpc.max_concurrent_streams", max(max_requests, _LEAST_STREAMS)))
+        self._options: list[tuple[str, int]] = [
+            *_OPTIONS,
+            ("grpc.max_concurrent_streams", max(max_requests, _LEAST_STREAMS)),
+        ]
+        if max_connection_age_seconds:
+            self._options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1000)))
         self._calls = CallThreads(self._max_calls)
         self.readers = ThreadPoolExecutor(self._max_calls, thread_name_prefix="reader")
         self.loss_calls = threading.BoundedSemaphore(self._max_calls - _OTHER_CALLS)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
+from lovasz.server.memory.device_staging import DeviceBytes, DeviceStaging
+from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.schedule.job import Answer
-from lovasz.server.transport.shared_memory import SharedMemory, TensorBytes
+from lovasz.server.transport.shared_memory import SharedMemory
+from lovasz.server.transport.tensor_bytes import TensorBytes
 from lovasz.spec import InvalidInput
 from lovasz.wire import framing
 from lovasz.wire.framing import Bytes
 
 
 def receive(
-    staging: Staging, header: wire.Request, message: framing.UnaryRequest, shared_memory: Sequence[SharedMemory]
+    staging: Staging | DeviceStaging,
+    header: wire.Request,
+    message: framing.UnaryRequest,
+    shared_memory: Sequence[SharedMemory],
 ) -> None:
     """Copies the payload of a message, or of shared memory, to its place.
 
@@ -34,13 +41,25 @@ def receive(
         for name, data, _ in fields:
             if len(data):
                 raise InvalidInput(name, f"got {len(data)} bytes beside shared_tensors; expected none")
-        shared = shared_tensors(header, shared_memory)
-        staging.receive([shared.logits, shared.labels])
+        _receive_shared(staging, shared_tensors(header, shared_memory))
         return
+    assert isinstance(staging, Staging)
     for name, data, expected in fields:
         if len(data) != expected:
             raise InvalidInput(name, f"got {len(data)} bytes; expected {expected} for the declared type and shape")
     staging.receive([data for _, data, _ in fields])
+
+
+def _receive_shared(staging: Staging | DeviceStaging, shared: TensorBytes) -> None:
+    sources: list[Any] = [shared.logits, shared.labels]
+    if isinstance(staging, DeviceStaging) is not isinstance(shared.logits, DeviceBytes):
+        raise InvalidInput("shared_tensors.region", "became memory of another kind during the call")
+    staging.receive(sources)
+
+
+def is_on_device(header: wire.Request, shared_memory: Sequence[SharedMemory]) -> bool:
+    """Whether the request's tensors are in device memory."""
+    return header.shared is not None and any(memory.is_on_device(header) for memory in shared_memory)
 
 
 def shared_tensors(header: wire.Request, shared_memory: Sequence[SharedMemory]) -> TensorBytes:
@@ -65,9 +84,13 @@ def grad_bytes(answer: Answer) -> memoryview:
     grad = answer.result.grad
     if grad is None:
         return memoryview(b"")
-    return grad.reshape(-1).view(torch.uint8).numpy().data
+    return grad.reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
-def write(place: memoryview, grad: memoryview) -> None:
-    """Copies the gradient to its place in shared memory."""
-    np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(grad, np.uint8))
+def write(place: memoryview | DeviceBytes, answer: Answer, pool: StagingPool) -> None:
+    """Copies the gradient to its place in shared memory; it is complete then."""
+    if isinstance(place, memoryview):
+        np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(grad_bytes(answer), np.uint8))
+    elif answer.result.grad is not None:
+        # A rank that asks again for an answer may have asked by another way before: then it is on the host.
+        place.write(answer.result.grad.to(pool.device), pool.copy_stream)

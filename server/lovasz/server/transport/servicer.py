@@ -145,10 +145,16 @@ class LossServicer:
                 f"the header of its answer may have {header.max_answer_bytes} bytes; expected at most "
                 f"{max_header_bytes:.0f} on the socket of shared memory: make this call with Compute",
             )
-        answer = call.compute(header, lambda staging: payload.receive(staging, header, request, self.shared_memory))
-        grad = payload.grad_bytes(answer)
-        if header.shared is not None:
-            payload.write(payload.shared_tensors(header, self.shared_memory).grad, grad)
+        answer = call.compute(
+            header,
+            lambda staging: payload.receive(staging, header, request, self.shared_memory),
+            on_device=payload.is_on_device(header, self.shared_memory),
+        )
+        if header.shared is None:
+            grad = payload.grad_bytes(answer)
+        else:
+            place = payload.shared_tensors(header, self.shared_memory).grad
+            payload.write(place, answer, self.pipeline.staging)
             grad = memoryview(b"")
         return framing.UnaryResponse(call.response_header(header, answer), grad)
 

@@ -16,17 +16,20 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from lovasz import wire
 from lovasz.server.config import UNIX
 from lovasz.server.errors import SessionLostError
+from lovasz.server.memory.shared_devices import SharedDevices
+from lovasz.server.transport.device_region import DeviceRegion
 from lovasz.server.transport.regions import Closer, Region
 from lovasz.server.transport.socket_calls import LAST_ANSWERS_SECONDS, SessionCalls, SocketThreads
 from lovasz.server.transport.socket_file import Place, SocketFile
+from lovasz.server.transport.tensor_bytes import TensorBytes
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -65,7 +68,7 @@ class _Session:
     user: int
     since: float = field(default_factory=time.monotonic)
     has_shared: bool = False
-    regions: dict[int, Region] = field(default_factory=dict)
+    regions: dict[int, Region | DeviceRegion] = field(default_factory=dict)
     calls: SessionCalls | None = None
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -79,22 +82,15 @@ class _Session:
                 with contextlib.suppress(OSError):
                     self.connection.shutdown(socket.SHUT_RDWR)  # So that the thread sees its end.
 
-    def reply(self, error: str = "") -> None:
+    def reply(self, error: str = "", devices: Sequence[bytes] = ()) -> None:
         """Answers a packet about a region, or greets."""
-        self.send(pb.SharedMemoryReply(session=self.name, error=error, takes_calls=self.calls is not None))
+        takes_calls = self.calls is not None
+        self.send(pb.SharedMemoryReply(session=self.name, error=error, takes_calls=takes_calls, devices=devices))
 
     def close(self) -> None:
         """Closes the connection; other threads may be about to send."""
         with self._sending:
             self.connection.close()
-
-
-class TensorBytes(NamedTuple):
-    """The tensors of one request in shared memory; ``grad`` is the room for the gradient, empty if none is wanted."""
-
-    logits: memoryview
-    labels: memoryview
-    grad: memoryview
 
 
 class SharedMemory:
@@ -104,14 +100,16 @@ class SharedMemory:
         path: the path of the socket. :meth:`start` creates it, and :meth:`stop` removes it.
     """
 
-    def __init__(self, path: str, max_region_bytes: int, max_bytes: int) -> None:
+    def __init__(self, path: str, max_region_bytes: int, max_bytes: int, devices: SharedDevices | None = None) -> None:
         """Nothing listens yet.
 
         Args:
             max_region_bytes: the largest region.
             max_bytes: the most that all regions may have together.
+            devices: the GPUs whose memory is taken, too; None: none.
         """
         self.path = path
+        self._devices = devices
         self._max_region_bytes, self._max_bytes = max_region_bytes, max_bytes
         self._closer = Closer()
         self._lock = threading.Lock()
@@ -130,8 +128,16 @@ class SharedMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of all regions that are shared."""
+        return sum(region.nbytes for region in self._regions())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them that are device memory."""
+        return sum(region.nbytes for region in self._regions() if isinstance(region, DeviceRegion))
+
+    def _regions(self) -> list[Region | DeviceRegion]:
         with self._lock:
-            return sum(region.nbytes for session in self._sessions.values() for region in session.regions.values())
+            return [region for session in self._sessions.values() for region in session.regions.values()]
 
     def offer(self, threads: SocketThreads) -> None:
         """Takes calls on the socket, too; comes before :meth:`start`."""
@@ -167,6 +173,10 @@ class SharedMemory:
         self._listener.close()
         self._wake.close()
 
+    def is_on_device(self, request: wire.Request) -> bool:
+        """Whether the tensors of a request are in device memory; False if there is no such region."""
+        return isinstance(self._found(request)[1], DeviceRegion)
+
     def tensors(self, request: wire.Request) -> TensorBytes:
         """Where the tensors of a request are.
 
@@ -174,23 +184,17 @@ class SharedMemory:
             SessionLostError: there is no such session; its caller can begin another.
             InvalidInput: there is no such region, or a tensor is not inside it.
         """
+        session, region = self._found(request)
+        if session is None:
+            raise SessionLostError("the session of the shared memory has ended, or belongs to another server")
+        return TensorBytes.of(request, region)
+
+    def _found(self, request: wire.Request) -> tuple[_Session | None, Region | DeviceRegion | None]:
         shared = request.shared
         assert shared is not None
         with self._lock:
             session = self._sessions.get(shared.session)
-            region = session.regions.get(shared.region) if session is not None else None
-        if session is None:
-            raise SessionLostError("the session of the shared memory has ended, or belongs to another server")
-        if region is None:
-            raise InvalidInput(
-                "shared_tensors.region", f"got {shared.region}; expected the number of a region that is shared"
-            )
-        region.check_allocated()
-        return TensorBytes(
-            logits=region.part("logits", shared.logits_offset, request.logits.nbytes),
-            labels=region.part("labels", shared.labels_offset, request.labels.nbytes),
-            grad=region.part("grad", shared.grad_offset, request.grad_bytes),
-        )
+            return session, None if session is None else session.regions.get(shared.region)
 
     def _open(self) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -271,7 +275,7 @@ class SharedMemory:
         with self._lock:
             self._sessions[session.name] = session
         self._selector.register(connection, selectors.EVENT_READ, session)
-        session.reply()
+        session.reply(devices=() if self._devices is None else self._devices.uuids)
 
     def _receive(self, session: _Session) -> None:
         try:
@@ -328,7 +332,7 @@ class SharedMemory:
             raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
-        region = Region(descriptors[0], self._max_region_bytes)
+        region = self._region(request, descriptors[0])
         if self.nbytes + region.nbytes > self._max_bytes:
             raise InvalidInput(
                 "region",
@@ -338,6 +342,11 @@ class SharedMemory:
         session.has_shared = True
         with self._lock:
             session.regions[request.region] = region
+
+    def _region(self, request: pb.SharedMemoryRequest, descriptor: int) -> Region | DeviceRegion:
+        if not request.HasField("device_memory"):
+            return Region(descriptor, self._max_region_bytes)
+        return DeviceRegion.imported(request.device_memory, descriptor, self._devices, self._max_region_bytes)
 
     def _end_silent(self) -> None:
         """Ends the sessions that have not shared anything in time: there is room for so many only."""

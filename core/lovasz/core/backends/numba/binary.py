@@ -11,6 +11,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
+from numpy import int32 as i32
 
 from lovasz.core.backends.numba.elementary import exp, log1p, rounded
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits, inlined, pointer
@@ -108,14 +109,15 @@ def prepare(
                 else:
                     for i in range(n):
                         row[i] = max(f32(1) - row[i], f32(0))
-                top, infinite = f32(0), 0
-                for i in range(n):
+                top, infinite = i32(0), i32(0)
+                for i in range(n):  # Errors are not negative, so their bits have their order.
                     counted = code[i] != labelling.void
-                    infinite += 1 if counted and not_finite[i] != f32(0) else 0
-                    top = max(top, row[i]) if counted and not_finite[i] == f32(0) else top
+                    is_finite = not_finite[i] == f32(0)
+                    infinite = i32(infinite + (i32(1) if counted & (not is_finite) else i32(0)))
+                    top = max(top, float_bits(row[i]) if counted & is_finite else i32(0))
                 atomic_add(counts.faults, joint, bad)
-                atomic_add(counts.faults, joints + joint, infinite)
-                atomic_max(largest, place, np.int64(float_bits(top)))
+                atomic_add(counts.faults, joints + joint, np.int64(infinite))
+                atomic_max(largest, place, np.int64(top))
 
 
 @inlined
@@ -243,16 +245,15 @@ def finish(
 
 @compiled
 def _add_counts(logits: Floats, code: Codes, void: int, counts: Counts, valid: Integers, place: int) -> None:
-    counted, foreground, predicted, hits = 0, 0, 0, 0
-    for i in range(len(code)):
-        is_counted = code[i] != void
-        is_foreground = code[i] == 1
-        is_predicted = is_counted and logits[i] > f32(0)
-        counted += 1 if is_counted else 0
-        foreground += 1 if is_foreground else 0
-        predicted += 1 if is_predicted else 0
-        hits += 1 if is_predicted and is_foreground else 0
-    atomic_add(valid, place, counted)
-    atomic_add(counts.labels, place, foreground)
-    atomic_add(counts.predictions, place, predicted)
-    atomic_add(counts.hits, place, hits)
+    counted, foreground, predicted, hits = i32(0), i32(0), i32(0), i32(0)
+    for i in range(len(code)):  # 32-bit sums and no branches, for vectors.
+        is_counted, is_foreground = code[i] != void, code[i] == 1
+        is_predicted = is_counted & (logits[i] > f32(0))
+        counted = i32(counted + (i32(1) if is_counted else i32(0)))
+        foreground = i32(foreground + (i32(1) if is_foreground else i32(0)))
+        predicted = i32(predicted + (i32(1) if is_predicted else i32(0)))
+        hits = i32(hits + (i32(1) if is_predicted & is_foreground else i32(0)))
+    atomic_add(valid, place, np.int64(counted))
+    atomic_add(counts.labels, place, np.int64(foreground))
+    atomic_add(counts.predictions, place, np.int64(predicted))
+    atomic_add(counts.hits, place, np.int64(hits))

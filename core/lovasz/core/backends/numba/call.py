@@ -10,17 +10,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lovasz.core.backends.numba.outline import Outline
 from lovasz.core.backends.numba.planes import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    FLOAT_BYTES,
     INT8,
     INT16,
     INT32,
     INT64,
+    LABEL_BYTES,
     UINT8,
-    Blocks,
-    Labelling,
     Planes,
 )
 from lovasz.core.backends.numba.scratch import Scratch
@@ -30,6 +31,7 @@ from lovasz.core.batch import Batch, Request, classes_first, images_first
 from lovasz.core.computed import Fault
 from lovasz.core.plan import Plan, Term
 from lovasz.core.ranks import Ranks
+from lovasz.core.scoring import segment_factors
 from lovasz.core.stop import Stop
 from lovasz.spec import Layout
 
@@ -43,14 +45,8 @@ _LABEL_KINDS = {
     torch.int64: INT64,
 }
 
-_ONE_THREAD_ELEMENTS = 1 << 15
-"""Batches of fewer elements are computed by the calling thread alone: waking another thread would take as long."""
-
-_BLOCK_PIXELS = 1 << 14
-"""Pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
-
-_FUSE_BELOW_PIXELS = 64
-"""Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
+_NOTHING = torch.empty(0)
+_MOST_BYTE = 255
 
 _ROW_PADDING = 1040
 """Elements between two rows of scratch. Rows at a distance of a power of two would compete for the same cache lines."""
@@ -74,8 +70,11 @@ class Call:
 
     Attributes:
         ranks: if the batch is one rank's part of a joint: all ranks of it.
-        grads: one per request, float32, flat, in the order of the planes; empty if no gradient is wanted.
+        grads: one per request, float32: of the shape of its logits, or flat, K rows, where these had to be transposed;
+            empty if no gradient is wanted.
+        outline: what the plan alone decides.
         counts: labels, predictions, hits and faults.
+        valid: flat (planes x K), for binary losses: the number of pixels that are not void.
         errors: float32, shape (K, pixels + padding).
     """
 
@@ -91,41 +90,56 @@ class Call:
     ) -> None:
         self.ranks = ranks
         self.plan, self.scratch, self.want_grad, self._stop = plan, scratch, want_grad, stop
-        self.plan_planes = plan.planes(_FUSE_BELOW_PIXELS)
-        self._requests, fused = batch.requests, self.plan_planes.fused
+        self.outline: Outline = plan.kept(Outline)
+        self.plan_planes = self.outline.planes
+        self._requests = batch.requests
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
-        pairs = list(zip(batch.requests, fused, strict=True))
-        self._logits = [_contiguous(r.logits, r.layout, is_fused) for r, is_fused in pairs]
-        self._labels = [_contiguous(r.labels, r.layout, is_fused and plan.is_binary) for r, is_fused in pairs]
-        self.grads = [_room(r, is_fused, want_grad) for r, is_fused in pairs]
         self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
-        self.planes = self._planes()
-        self.blocks = _blocks(self.plan_planes.pixels)
-        self.threads = 1 if plan.pixels * plan.channels < _ONE_THREAD_ELEMENTS else thread_count()
-        values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
-        self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
-        labels, predictions, hits = np.zeros((3, len(self.plan_planes) * plan.channels), np.int64)
+        of_points = self.outline.with_points if self.logits_kind == FLOAT32 else self.outline.without_points
+        are_points, self._transposed = of_points
+        pairs = list(zip(batch.requests, self._transposed, strict=True))
+        self._logits = [_contiguous(r.logits, r.layout, transposed) for r, transposed in pairs]
+        self._labels = [_contiguous(r.labels, r.layout, transposed and plan.is_binary) for r, transposed in pairs]
+        self.grads = [_room(r, transposed, want_grad) for r, transposed in pairs]
+        # Loops write the gradients of points to rows of scratch; only the last one writes them in their order.
+        self._g = self._rows_of_points(are_points) if want_grad and are_points.any() else self.grads
+        self.planes = self._planes(are_points)
+        self.threads = 1 if self.outline.is_small else thread_count()
+        labels, predictions, hits, valid = self._counts = np.zeros((4, len(self.plan_planes) * plan.channels), np.int64)
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
+        self.valid = valid
         self.errors = self.rows("errors", plan.channels, np.float32)
 
-    def _planes(self) -> Planes:
-        layout = self.plan_planes
-        kinds = np.array([_LABEL_KINDS[labels.dtype] for labels in self._labels])
+    def _rows_of_points(self, are_points: npt.NDArray[np.bool_]) -> list[Tensor]:
+        """``grads``, with rows of scratch in place of those of points."""
+        sizes = [r.logits.numel() if points else 0 for r, points in zip(self._requests, are_points, strict=True)]
+        rows = torch.from_numpy(self.scratch.array("point gradients", (sum(sizes),), np.float32)).split(sizes)
+        return [row if points else grad for row, grad, points in zip(rows, self.grads, are_points, strict=True)]
+
+    def _planes(self, are_points: npt.NDArray[np.bool_]) -> Planes:
+        layout, request = self.plan_planes, self.outline.request
+        tensors = self._logits, self._labels, self._g, self.grads
+        firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)[:, request]
+        kinds = [_LABEL_KINDS[labels.dtype] for labels in self._labels]
+        offsets = self.outline.byte_offsets(FLOAT_BYTES[self.logits_kind], [LABEL_BYTES[kind] for kind in kinds])
+        logits, labels, grads = (firsts[:3] + offsets).view(np.uint64)
         return Planes(
-            logits=layout.addresses(self._logits, layout.logits),
-            labels=layout.addresses(self._labels, layout.labels),
-            label_kind=kinds[layout.request],
-            grads=layout.addresses(self.grads, layout.logits),
+            logits=logits,
+            labels=labels,
+            label_kind=np.array(kinds)[request],
+            grads=grads,
             start=layout.start,
             pixels=layout.pixels,
             joint=layout.joint,
+            are_points=are_points[request],
+            points=firsts[3].view(np.uint64),
         )
 
     def grads_of_requests(self) -> tuple[Tensor, ...]:
         """The gradients in the shapes of the requests' logits."""
         return tuple(
-            images_first(grad, request) if fused else grad.view(request.logits.shape)
-            for grad, request, fused in zip(self.grads, self._requests, self.plan_planes.fused, strict=True)
+            images_first(grad, request) if transposed else grad
+            for grad, request, transposed in zip(self.grads, self._requests, self._transposed, strict=True)
         )
 
     def clear_grads(self, scored: npt.NDArray[np.bool_] | None = None) -> None:
@@ -135,16 +149,11 @@ class Call:
             scored: shape (planes, K): the rows to leave as they are; None to clear all.
         """
         first = 0
-        for grad, layout, fused in zip(self.grads, self.plan.layouts, self.plan_planes.fused, strict=True):
+        for grad, layout, fused in zip(self._g, self.plan.layouts, self.plan_planes.fused, strict=True):
             count = 1 if fused else layout.images
             rows = grad.numpy().reshape(count, layout.channels, -1)
             rows[slice(None) if scored is None else ~scored[first : first + count]] = 0
             first += count
-
-    def ignored_code(self, term: Term) -> int:
-        """The code that is void for this term, but not for all terms; ``labelling.void`` if there is none."""
-        index = term.loss.ignore_index
-        return self.labelling.void if index is None or not 0 <= index < self.labelling.values else index
 
     def rows(self, name: str, rows: int, dtype: Any) -> npt.NDArray[Any]:
         """Rows of scratch with one element per pixel, and padding, so that the array of all rows stays contiguous."""
@@ -153,7 +162,7 @@ class Call:
 
     def codes(self) -> npt.NDArray[Any]:
         """Memory for codes: (1, pixels); for binary losses, one row per label."""
-        wide = self.labelling.void > np.iinfo(np.uint8).max
+        wide = self.outline.labelling.void > _MOST_BYTE
         name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
         return self.rows(name, self.plan.channels if self.plan.is_binary else 1, dtype)
 
@@ -163,30 +172,23 @@ class Call:
 
     def run_blocks(self, loop: Callable[..., None], **arguments: Any) -> None:
         """Runs a compiled loop over the blocks of all planes."""
-        threads = min(self.threads, len(self.blocks.plane))
-        self.run(loop, threads=threads, blocks=self.blocks, planes=self.planes, **arguments)
+        blocks = self.outline.blocks
+        threads = min(self.threads, len(blocks.plane))
+        self.run(loop, threads=threads, blocks=blocks, planes=self.planes, **arguments)
 
     def per_plane(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Rearranges flat (planes x K) counts as (K, planes)."""
         return counts.reshape(-1, self.plan.channels).T.copy()
 
-    def joint_counts(
-        self, valid: npt.NDArray[np.int64] | None = None, maxima: Sequence[npt.NDArray[np.int64]] = ()
-    ) -> JointCounts:
+    def joint_counts(self, maxima: Sequence[npt.NDArray[np.int64]] = ()) -> JointCounts:
         """The counts of each joint, once all blocks have been counted.
 
         Args:
-            valid: flat (planes x K), as ``counts``.
             maxima: written: if there are other ranks, the maximum over all of them.
         """
-        joints, counts = self.plan_planes.joints, self.counts
-        of_planes = [counts.labels, counts.predictions, counts.hits, counts.labels if valid is None else valid]
-        of_joints = (
-            np.add.reduceat(np.stack(of_planes).reshape(4, -1, self.plan.channels), joints.first_plane, axis=1)
-            .swapaxes(1, 2)
-            .copy()
-        )
-        faults = counts.faults.reshape(-1, len(self.plan.sizes))
+        of_planes = self._counts.reshape(len(self._counts), -1, self.plan.channels)
+        of_joints = np.add.reduceat(of_planes, self.plan_planes.joints.first_plane, axis=1).swapaxes(1, 2).copy()
+        faults = self.counts.faults.reshape(-1, len(self.plan.sizes))
         if self.ranks is not None:
             self.ranks.reduce([of_joints, faults], maxima)
         return JointCounts(*of_joints, faults)
@@ -198,28 +200,28 @@ class Call:
             return self.plan_planes.joints.pixels
         return np.array([sum(self.ranks.pixels)])
 
-    def share(self, term: Term) -> npt.NDArray[np.float64]:
-        """Each group's share of its joint's loss, as ``Groups.share``."""
-        share = self.plan_planes.groups(term).share
+    def factors(self, term: Term) -> npt.NDArray[np.float64]:
+        """``TermOutline.factors``, with shares among the images of all ranks."""
+        factors = self.outline.of_term(term).factors
         if self.ranks is None or not term.per_image:
-            return share
-        return np.full_like(share, 1.0 / sum(self.ranks.images))
+            return factors
+        share = np.full(factors.shape[1], 1.0 / sum(self.ranks.images))
+        of_all: npt.NDArray[np.float64] = segment_factors(term, share, term.class_weights)
+        return of_all
 
 
 def _contiguous(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
+    if not transpose and tensor.is_contiguous():
+        return tensor
     tensor = tensor.detach()
     return (classes_first(tensor, layout) if transpose else tensor).contiguous()
 
 
-def _room(request: Request, fused: bool, want_grad: bool) -> Tensor:
-    if want_grad and request.grad is not None and not fused:
-        return request.grad.view(-1)
+def _room(request: Request, transposed: bool, want_grad: bool) -> Tensor:
+    if not want_grad:
+        return _NOTHING
+    shape = request.logits.shape
+    if request.grad is not None and not transposed:
+        return request.grad.view(shape)
     # Allocated by NumPy, since it asks the system for large pages.
-    return torch.from_numpy(np.empty(request.logits.numel() if want_grad else 0, np.float32))
-
-
-def _blocks(pixels: npt.NDArray[np.int64]) -> Blocks:
-    count = -(-pixels // _BLOCK_PIXELS)
-    plane = np.repeat(np.arange(len(pixels)), count)
-    first = (np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)) * _BLOCK_PIXELS
-    return Blocks(plane, first, np.minimum(first + _BLOCK_PIXELS, pixels[plane]))
+    return torch.from_numpy(np.empty(shape.numel() if transposed else shape, np.float32))

@@ -55,7 +55,7 @@ def compute(
 
 
 def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
-    plan, labelling, codes = call.plan, call.labelling, call.codes()
+    plan, labelling, codes = call.plan, call.outline.labelling, call.codes()
     inputs: dict[str, Any] = {"labelling": labelling, "errors": call.errors, "codes": codes[0]}
     entropies = _cross_entropies(call)
     probability = call.scratch.array("label probability", (plan.pixels,), np.float32)
@@ -79,9 +79,10 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
     terms = []
     for term in plan.terms:
         if isinstance(term.loss, LovaszSoftmax):
-            counts = call.per_plane(call.counts.labels) if term.per_image else of_joints.labels.copy()
-            ignored = call.ignored_code(term)
+            counts = call.per_plane(call.counts.labels) if term.per_image else of_joints.labels
+            ignored = call.outline.ignored_code(term)
             if ignored != labelling.void:
+                counts = counts.copy()
                 counts[ignored] = 0
             terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
         else:
@@ -94,12 +95,11 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
 
 
 def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
-    plan, codes, count = call.plan, call.codes(), len(call.counts.labels)
-    valid, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    plan, codes, largest = call.plan, call.codes(), np.zeros_like(call.valid)
     entropies = _binary_cross_entropies(call)
     inputs: dict[str, Any] = {
         "logits_kind": call.logits_kind,
-        "labelling": call.labelling,
+        "labelling": call.outline.labelling,
         "is_sigmoid": plan.is_sigmoid,
         "entropies": entropies,
         "codes": codes,
@@ -109,13 +109,13 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         channels=plan.channels,
         errors=call.errors,
         counts=call.counts,
-        valid=valid,
+        valid=call.valid,
         largest=largest,
         **inputs,
     )
     largest = call.per_plane(largest)
     largest_of_joints = np.maximum.reduceat(largest, call.plan_planes.joints.first_plane, axis=1)
-    of_joints = call.joint_counts(valid, maxima=[largest_of_joints, entropies.largest])
+    of_joints = call.joint_counts(maxima=[largest_of_joints, entropies.largest])
     if call.ranks is not None and of_joints.faults.any():
         return [], of_joints
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
@@ -124,8 +124,8 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
     for term in plan.terms:
         foreground, counted, tops = of_joints.labels, of_joints.valid, largest_of_joints
         if term.per_image:
-            foreground, counted, tops = call.per_plane(call.counts.labels), call.per_plane(valid), largest
-        ignored = call.ignored_code(term)
+            foreground, counted, tops = call.per_plane(call.counts.labels), call.per_plane(call.valid), largest
+        ignored = call.outline.ignored_code(term)
         if ignored == 1:
             counted, foreground = counted - foreground, np.zeros_like(foreground)
         elif ignored == 0:
@@ -167,10 +167,9 @@ def _score(
         foreground, largest: as for ``score_term``.
         scored_planes: bool, shape (planes, K); set to true where the term scores the plane's segment.
     """
-    groups = call.plan_planes.groups(term)
-    scored, weights = select_segments(term, counted, call.share(term), term.class_weights, term.listed)
+    scored, weights = select_segments(term, counted, call.factors(term), term.listed)
     losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, largest)
-    scored_planes |= scored.T[np.repeat(np.arange(len(groups.planes)), groups.planes)]
+    scored_planes |= scored.T.take(call.outline.of_term(term).group_of_planes, 0)
     if call.ranks is None or not term.per_image:
         return TermValues(losses, scored)
     losses_of_ranks, scored_of_ranks = call.ranks.gather(losses.T.ravel()), call.ranks.gather(scored.T.ravel())
@@ -182,20 +181,15 @@ def _score(
 
 def _cross_entropies(call: Call) -> CrossEntropies:
     """The cross-entropy terms of a batch; ``_cross_entropy`` fills in the factors of their gradients."""
-    terms, joints, void = call.plan.cross_entropies, len(call.plan.sizes), call.labelling.void
-    weights, counted = np.zeros((2, len(terms), void + 1), np.float32)
-    for t, term in enumerate(terms):
-        weights[t, :void] = term.class_weights
-        counted[t, :void] = 1.0
-        counted[t, call.ignored_code(term)] = 0.0
-    return CrossEntropies(
-        weights=weights,
-        counted=counted,
-        smoothing=np.array([term.label_smoothing for term in terms], np.float32),
-        losses=call.scratch.array("pixel losses", (len(terms), call.plan.pixels), np.float32),
-        largest=np.zeros(len(terms) * joints, np.int64),
-        pull=np.zeros((len(terms), joints), np.float32),
-        spread=np.zeros((len(terms), joints), np.float32),
+    of_plan = call.outline.cross_entropies
+    terms, joints = len(of_plan.smoothing), len(call.plan.sizes)
+    if terms == 0:
+        return of_plan
+    return of_plan._replace(
+        losses=call.scratch.array("pixel losses", (terms, call.plan.pixels), np.float32),
+        largest=np.zeros(terms * joints, np.int64),
+        pull=np.zeros((terms, joints), np.float32),
+        spread=np.zeros((terms, joints), np.float32),
     )
 
 
@@ -225,13 +219,14 @@ def _cross_entropy(
 
 def _binary_cross_entropies(call: Call) -> BinaryCrossEntropies:
     """The binary cross-entropy terms of a batch; ``_binary_cross_entropy`` fills in the factors of their gradients."""
-    terms, joints, channels = call.plan.binary_cross_entropies, len(call.plan.sizes), call.plan.channels
-    return BinaryCrossEntropies(
-        ignored=np.array([call.ignored_code(term) for term in terms], np.int64),
-        pos_weight=np.array([term.pos_weight for term in terms]).reshape(len(terms), channels),
-        losses=call.rows("pixel losses of labels", channels if terms else 0, np.float32),
-        largest=np.zeros(joints, np.int64),
-        factor=np.zeros((len(terms), joints)),
+    of_plan = call.outline.binary_cross_entropies
+    terms = len(of_plan.ignored)
+    if terms == 0:
+        return of_plan
+    return of_plan._replace(
+        losses=call.rows("pixel losses of labels", call.plan.channels, np.float32),
+        largest=np.zeros_like(of_plan.largest),
+        factor=np.zeros((terms, len(call.plan.sizes))),
     )
 
 

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz.core.backends.numba import joint_segments, segments, tables
-from lovasz.core.backends.numba.bins import LOWEST_TOP, SOFTMAX_TOP
+from lovasz.core.backends.numba.bins import LOWEST_TOP
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.joint_tables import JointTables
 from lovasz.core.backends.numba.segments import Parts, Rules, Segments
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
-from lovasz.core.scoring import State
 from lovasz.core.tables import MAX_PIXELS
 
 Floats = npt.NDArray[np.float64]
@@ -81,49 +80,52 @@ def score_term(
     Returns:
         The losses: float64, shape (K, groups), 0 for segments that are not scored.
     """
-    groups, of_groups = call.plan_planes.groups(term), np.zeros(scored.shape)
-    row, group = np.nonzero(scored)
-    if len(row) == 0:
-        return of_groups
-    order = np.argsort(-groups.pixels[group], kind="stable")  # Largest first, so that threads end together.
-    row, group = row[order], group[order]
-    pixels, foreground_count, weight = groups.pixels[group], foreground[row, group], weights[row, group]
-    ranks, is_binary = None if term.per_image else call.ranks, call.plan.is_binary
-    of_all = pixels if ranks is None else np.full_like(pixels, sum(ranks.pixels))
+    outline, of_groups = call.outline.of_term(term), np.zeros(scored.shape)
+    found, places = outline.segments, outline.places
+    if not scored.all():
+        which = scored.take(places)
+        found, places = _pick(found, which), places[which]
+        if len(places) == 0:
+            return of_groups
+    ranks, is_binary, weight = None if term.per_image else call.ranks, call.plan.is_binary, weights.take(places)
     # Gradients are with respect to probabilities, or the margins of binary losses; for softmax, the backward pass
     # applies the sign.
-    sign = -1.0 if is_binary or call.plan.loss.probabilities else 1.0
-    enough = (of_all >= thresholds.pixels) & (foreground_count >= thresholds.foreground)
-    found = Segments(
-        state=np.where(foreground_count == 0, State.ABSENT, State.SCORED).astype(np.int64),
-        counted=enough & (foreground_count > 0) & (of_all < MAX_PIXELS),
-        row=row,
-        code_row=row if is_binary else np.zeros_like(row),
-        foreground=np.ones_like(row) if is_binary else row,
-        foreground_count=foreground_count,
-        first_plane=groups.first_plane[group],
-        stop_plane=groups.first_plane[group] + groups.planes[group],
-        start=groups.start[group],
-        stop=groups.start[group] + pixels,
-        top=np.full(len(row), SOFTMAX_TOP) if largest is None else _tops(largest[row, group]),
+    is_negative = is_binary or call.plan.loss.probabilities
+    found = found._replace(
+        foreground_count=foreground.take(places),
+        top=found.top if largest is None else _tops(largest.take(places)),
         weight=weight,
-        foreground_weight=sign * weight,
+        foreground_weight=-weight if is_negative else weight,
     )
     order_error = thresholds.order_error if is_binary else math.inf
     cut = is_binary and not call.plan.is_sigmoid
-    rules = Rules(call.labelling.void, call.ignored_code(term), cut, call.want_grad, add, order_error)
+    rules = Rules(call.outline.labelling.void, outline.ignored, cut, call.want_grad, add, order_error)
+    if ranks is None and outline.largest < thresholds.pixels:
+        losses = _score_whole(call, found, codes, rules, outline.largest)
+    else:
+        losses = _score_large(call, ranks, found, codes, rules, thresholds)
+    of_groups.put(places, losses)
+    return of_groups
+
+
+def _score_large(
+    call: Call, ranks: Ranks | None, found: Segments, codes: npt.NDArray[Any], rules: Rules, thresholds: Thresholds
+) -> Floats:
+    """Scores segments some of which may be counted."""
+    pixels = found.stop - found.start
+    of_all = pixels if ranks is None else np.full_like(pixels, sum(ranks.pixels))
+    enough = (of_all >= thresholds.pixels) & (of_all < MAX_PIXELS)
+    found = found._replace(counted=enough & (found.foreground_count >= max(thresholds.foreground, 1)))
     fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
     divided = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
     if not divided.any():
-        losses = _score_others(call, ranks, found, codes, rules)
-    else:
-        losses = np.zeros(len(row))
-        for some in _portions(divided, MOST_TABLES if ranks is None else MOST_JOINT_TABLES):
-            losses[some] = _score_in_parts(call, ranks, _pick(found, some), fair, codes, rules)
-        if not divided.all():
-            losses[~divided] = _score_others(call, ranks, _pick(found, ~divided), codes, rules)
-    of_groups[row, group] = losses
-    return of_groups
+        return _score_others(call, ranks, found, codes, rules)
+    losses = np.zeros(len(pixels))
+    for some in _portions(divided, MOST_TABLES if ranks is None else MOST_JOINT_TABLES):
+        losses[some] = _score_in_parts(call, ranks, _pick(found, some), fair, codes, rules)
+    if not divided.all():
+        losses[~divided] = _score_others(call, ranks, _pick(found, ~divided), codes, rules)
+    return losses
 
 
 def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -149,12 +151,17 @@ def _score_others(call: Call, ranks: Ranks | None, found: Segments, codes: npt.N
     return joint_segments.sort_sent(call, ranks, found, codes, rules)
 
 
-def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Rules) -> Floats:
-    """Scores each segment in one thread."""
-    threads = min(call.threads, len(found.row))
-    words = 2 * tables.BINS + 1 if found.counted.any() else 0
-    may_be_sorted = ~found.counted | (rules.most_order_error < math.inf)
-    largest = int((found.stop - found.start)[may_be_sorted].max(initial=0))
+def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Rules, largest: int = 0) -> Floats:
+    """Scores each segment in one thread.
+
+    Args:
+        largest: the pixels of the largest segment if none is counted; else 0.
+    """
+    threads, words = min(call.threads, len(found.row)), 0
+    if largest == 0:
+        may_be_sorted = ~found.counted | (rules.most_order_error < math.inf)
+        largest = int((found.stop - found.start)[may_be_sorted].max(initial=0))
+        words = tables.WORDS if found.counted.any() else 0
     table = call.scratch.array("tables", (threads, words), np.int64, zero=True)
     keys = call.scratch.array("keys", (2, threads, largest), np.uint64)
     room = call.scratch.array("room", (threads, largest), np.float32)
@@ -193,9 +200,9 @@ def _score_in_parts(
     number = np.arange(len(segment)) - firsts[segment]
     edges = [found.start[segment] + pixels[segment] * n // per_segment[segment] for n in (number, number + 1)]
     parts = Parts(segment, *edges, *np.zeros((2, len(segment)), np.int64))
-    part_tables = call.scratch.array("tables", (len(segment), 2 * tables.BINS + 1), np.int64, zero=True)
+    part_tables = call.scratch.array("tables", (len(segment), tables.WORDS), np.int64, zero=True)
     losses, is_fine = np.zeros(len(pixels)), np.ones(len(pixels), np.bool_)
-    joint = None if ranks is None else JointTables(call, ranks, part_tables, firsts, parts)
+    joint = None if ranks is None else JointTables(call, ranks, part_tables, firsts, parts, rules.cut)
     of_segments: dict[str, Any] = {"segments": found, "rules": rules}
     of_pixels: dict[str, Any] = {**of_segments, "errors": call.errors, "codes": codes}
     # A few segments at a time, one for each thread, so that their tables are still in the processor's cache.

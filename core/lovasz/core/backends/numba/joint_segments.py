@@ -13,7 +13,7 @@ from lovasz.core.backends.numba import sorting
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes
-from lovasz.core.backends.numba.segments import ABSENT, Rules, Segments
+from lovasz.core.backends.numba.segments import Rules, Segments
 from lovasz.core.ranks import Ranks
 
 _VOID, _FOREGROUND = 2, 1
@@ -33,7 +33,7 @@ def sort_sent(
     ranks.reduce((), [smallest])
     places = []
     for s, (error, code) in enumerate(own):
-        if found.state[s] == ABSENT:
+        if found.foreground_count[s] == 0:
             valid = np.flatnonzero(code != _VOID)
             places.append(valid[[int(error[valid].argmax())]] if len(valid) else valid)
         else:
@@ -78,7 +78,7 @@ def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[floa
     """Loss and gradient of the pixels that were sent; errors of foreground have the sign bit set."""
     error, code = np.abs(values), np.signbit(values).astype(np.uint8)
     g = np.empty(len(values) if rules.want_grad else 0, np.float32)
-    if found.state[s] == ABSENT:
+    if found.foreground_count[s] == 0:
         return sorting.largest(error, code, _VOID, _VOID, found.weight[s], rules.cut, g), g
     keys = np.empty((2, len(values)), np.uint64)
     loss = sorting.extension(

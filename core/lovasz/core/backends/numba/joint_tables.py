@@ -36,14 +36,16 @@ class JointTables:
     """Adds tables over the ranks: ``survey`` and ``receive`` for some segments at a time, ``send`` once between."""
 
     def __init__(
-        self, call: Call, ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integers, parts: Parts
+        self, call: Call, ranks: Ranks, part_tables: npt.NDArray[np.int64], firsts: Integers, parts: Parts, cut: bool
     ) -> None:
         """
         Args:
+            cut: ``Rules.cut``.
             firsts: the first part of each segment, whose table holds those of the other parts.
             parts: ``lowest`` and ``highest`` are changed to the range of bins of all ranks.
         """
         self._call, self._ranks, self._part_tables, self._firsts, self._parts = call, ranks, part_tables, firsts, parts
+        self._cut = cut
         self._bounds = np.empty((len(firsts), 2), np.int64)
         self._most = np.empty((len(firsts), 2, OCTAVES), np.int64)
         self._sent: Sent | None = None
@@ -55,6 +57,7 @@ class JointTables:
             survey,
             firsts=self._firsts[some],
             parts=self._parts,
+            cut=self._cut,
             part_tables=self._part_tables,
             bounds=self._bounds[some],
             most=self._most[some],
@@ -127,6 +130,7 @@ def survey(
     tasks: Integers,
     firsts: Integers,
     parts: Parts,
+    cut: bool,
     part_tables: npt.NDArray[np.int64],
     bounds: npt.NDArray[np.int64],
     most: npt.NDArray[np.int64],
@@ -134,7 +138,8 @@ def survey(
     """Finds what of each segment's table matters.
 
     Args:
-        bounds: written: minus the lowest bin in use; the last bin with foreground, or -1.
+        bounds: written: minus the lowest bin in use; the last bin with foreground, or -1. With ``cut``, foreground may
+            have an error of 0, which no table counts: the last bin in use.
         most: written: no bin has more pixels than this; 0 if none has any: (segments, 2, octaves).
     """
     while True:
@@ -144,7 +149,7 @@ def survey(
         table, lowest, highest = part_tables[firsts[s]], parts.lowest[firsts[s]], parts.highest[firsts[s]]
         bounds[s, 0] = -lowest
         last = highest
-        while last >= lowest and table[BINS + last] == 0:
+        while not cut and last >= lowest and table[BINS + last] == 0:
             last -= 1
         bounds[s, 1] = last if last >= lowest else -1
         for half in range(2):

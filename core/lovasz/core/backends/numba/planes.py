@@ -16,6 +16,9 @@ FLOAT_BYTES = (4, 2, 2)
 LABEL_BYTES = (1, 1, 2, 4, 8)
 """The size of an element, by its kind."""
 
+POINTS = 64
+"""Points that are transposed at a time: with up to 64 classes they stay in the first-level cache."""
+
 Addresses = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -29,10 +32,13 @@ class Planes(NamedTuple):
         logits: the address of the plane's logits, K rows of ``pixels`` elements.
         labels: the address of its labels.
         label_kind: the element type of its labels, UINT8 to INT64.
-        grads: the address of its gradient, float32; undefined if no gradient is wanted.
+        grads: the address of its gradient, float32, K rows; undefined if no gradient is wanted.
         start: its first pixel in rows of scratch, which hold the pixels of all planes.
         pixels: the number of its pixels.
         joint: its joint.
+        are_points: whether it is a point cloud: its logits are ``pixels`` rows of K float32.
+        points: of a point cloud: the address of its gradient in the order of its logits, to which ``softmax.finish``
+            copies ``grads``.
     """
 
     logits: Addresses
@@ -42,6 +48,8 @@ class Planes(NamedTuple):
     start: Integers
     pixels: Integers
     joint: Integers
+    are_points: npt.NDArray[np.bool_]
+    points: Addresses
 
 
 class Blocks(NamedTuple):
@@ -89,6 +97,32 @@ def widen(kind: int, address: np.uint64, first: int, out: Floats) -> None:
             if bits >= np.int32(0x7C00 << 13):
                 value = bits_float(bits | np.int32(0x7F800000))
             out[i] = bits_float(float_bits(value) | sign)
+
+
+@compiled
+def read_points(address: np.uint64, first: int, out: npt.NDArray[np.float32], start: int, n: int) -> None:
+    """Reads n points (float32, K elements each) from the point ``first`` on into columns ``start`` and following."""
+    channels = len(out)
+    points = numba.carray(pointer(address), ((first + n) * channels,), np.float32)[first * channels :]
+    for begin in range(0, n, POINTS):
+        count = min(POINTS, n - begin)
+        for k in range(channels):
+            row = out[k, start + begin : start + begin + count]
+            for i in range(count):
+                row[i] = points[(begin + i) * channels + k]
+
+
+@compiled
+def write_points(address: np.uint64, first: int, rows: npt.NDArray[np.float32], n: int) -> None:
+    """The opposite of ``read_points``: writes the columns ``first`` and following of ``rows``."""
+    channels = len(rows)
+    points = numba.carray(pointer(address), ((first + n) * channels,), np.float32)[first * channels :]
+    for begin in range(0, n, POINTS):
+        count = min(POINTS, n - begin)
+        for k in range(channels):
+            row = rows[k, first + begin : first + begin + count]
+            for i in range(count):
+                points[(begin + i) * channels + k] = row[i]
 
 
 @compiled

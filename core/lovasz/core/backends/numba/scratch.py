@@ -20,6 +20,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        self._last: dict[str, tuple[tuple[int, ...], npt.NDArray[Any]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -31,12 +32,18 @@ class Scratch:
         Args:
             zero: whether a new buffer is filled with 0.
         """
+        last = self._last.get(name)
+        if last is not None and last[0] == shape and last[1].dtype == dtype:
+            return last[1]
         size = prod(shape) * np.dtype(dtype).itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < size:
+            self._last.pop(name, None)
             self._buffers.pop(name, None)
             buffer = self._buffers[name] = (np.zeros if zero else np.empty)(size, np.uint8)
-        return buffer[:size].view(dtype).reshape(shape)
+        array = buffer[:size].view(dtype).reshape(shape)
+        self._last[name] = shape, array
+        return array
 
 
 class ScratchPool:

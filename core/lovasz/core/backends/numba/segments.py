@@ -12,28 +12,23 @@ from lovasz.core.backends.numba import sorting, tables
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.sorting import Keys
-from lovasz.core.scoring import State
-
-ABSENT = int(State.ABSENT)
 
 
 class Segments(NamedTuple):
     """Tasks of a loop, one element per segment.
 
     Attributes:
-        state: SCORED or ABSENT of ``State``.
         counted: whether it is counted in a table.
         row: the row of its errors and gradients.
         code_row: the row of its codes.
         foreground: the code of its foreground.
-        foreground_count: the number of its foreground pixels.
+        foreground_count: the number of its foreground pixels; an absent segment has none.
         first_plane, stop_plane: its planes are [first_plane, stop_plane).
         start, stop: its pixels in the row are [start, stop).
         top: the exponent of the first octave of its table; at least the exponent of its largest error.
         weight, foreground_weight: the factors of the gradient of background and foreground.
     """
 
-    state: Integers
     counted: npt.NDArray[np.bool_]
     row: Integers
     code_row: Integers
@@ -85,7 +80,7 @@ def score(
     """Writes each segment's loss and gradient.
 
     Args:
-        table: 2 x BINS + 1 words for this thread alone, all 0 before and after.
+        table: ``tables.WORDS`` words for this thread alone, all 0 before and after.
         keys, other_keys, room: memory for this thread alone, each with as many elements as the largest segment that may
             be sorted has pixels.
     """
@@ -106,7 +101,7 @@ def score(
         error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
         code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         g = room[: len(error)] if rules.want_grad else room[:0]
-        if segments.state[s] == ABSENT:
+        if segments.foreground_count[s] == 0:
             losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
         else:
             losses[s] = sorting.extension(
@@ -139,7 +134,9 @@ def count_range(
 ) -> tuple[int, int]:
     """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use."""
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
-    return tables.count(error, code, segments.foreground[s], rules.void, rules.ignored, segments.top[s], table)
+    return tables.count(
+        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], table
+    )
 
 
 @compiled

@@ -26,7 +26,9 @@ from lovasz.core.backends.numba.planes import (
     Planes,
     claim,
     read_codes,
+    read_points,
     widen,
+    write_points,
 )
 
 BLOCK_ELEMENTS = 1 << 15
@@ -158,9 +160,12 @@ def _read(
     row_bytes = np.uint64(planes.pixels[plane] * FLOAT_BYTES[logits_kind])
     n = len(maximum)
     not_finite[:] = f32(0)
+    if planes.are_points[plane]:
+        read_points(planes.logits[plane], first, out, start, n)
     for k in range(len(out)):
         row = out[k, start : start + n]
-        widen(logits_kind, planes.logits[plane] + row_bytes * np.uint64(k), first, row)
+        if not planes.are_points[plane]:
+            widen(logits_kind, planes.logits[plane] + row_bytes * np.uint64(k), first, row)
         for i in range(n):
             not_finite[i] += f32(0) if row[i] < f32(np.inf) else f32(1)
         if k == 0:
@@ -338,3 +343,5 @@ def finish(
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     add_spread(entropies, term, joint, code, py, errors, start, grads, first)
+            if planes.are_points[plane]:
+                write_points(planes.points[plane], first, grads, n)

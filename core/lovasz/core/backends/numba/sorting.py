@@ -20,8 +20,13 @@ _POSITION_BITS = 31
 1 for background (1 bit); the position (31 bits). The bits above the position are three digits. Each pass sorts by one
 digit and is stable, so keys with equal digits keep their order."""
 
+_BACKGROUND, _POSITION = u64(1 << _POSITION_BITS), u64((1 << _POSITION_BITS) - 1)
+_MOST = i32(0x7FFFFFFF)
+
 _FEW = 48
 """The most keys that are sorted by insertion."""
+
+_BLOCK_PIXELS = 1024
 
 
 @compiled
@@ -51,44 +56,62 @@ def extension(
         keys, other_keys: memory for P keys each.
         g: float32, shape (P,); shape (0,) if no gradient is wanted.
     """
-    pixels = len(errors)
     wanted = len(g) > 0
-    foreground_count, smallest = 0, np.float32(np.inf)
-    for i in range(pixels):
-        if codes[i] == foreground:
-            foreground_count += 1
-            smallest = min(smallest, errors[i])
-    kept = 0
-    for i in range(pixels):
-        if wanted:
-            g[i] = np.float32(0)
-        is_foreground = codes[i] == foreground
-        out = codes[i] == void or codes[i] == ignored
-        if is_foreground or (not out and errors[i] > smallest):
-            descending = u64(i32(0x7FFFFFFF) - float_bits(errors[i]))
-            keys[kept] = (descending << u64(32)) | (u64(0 if is_foreground else 1) << u64(_POSITION_BITS)) | u64(i)
-            kept += 1
+    foreground_count, kept = _select(errors, codes, foreground, void, ignored, keys)
     if kept <= _FEW:
         _insert(keys[:kept])
         in_order = keys
     else:
         in_order = _radix(keys[:kept], other_keys[:kept])
-    loss, n, x = 0.0, 0, np.int64(foreground_count)  # x = G + background so far
+    g[:] = np.float32(0)
+    # N = G - n and x = G + b before the pixel, as integers in float64. One division a pixel, and no branch.
+    loss, left, x, over_x = 0.0, float(foreground_count), float(foreground_count), 1.0 / foreground_count
     for place in range(kept):
         key = in_order[place]
-        error = bits_float(i32(0x7FFFFFFF) - i32(key >> u64(32)))
-        if (key >> u64(_POSITION_BITS)) & u64(1):
-            gradient = float(foreground_count - n) / x / (x + 1)
-            x += 1
-            weighted = weight * gradient
-        else:
-            gradient = 1.0 / x
-            n += 1
-            weighted = foreground_weight * gradient
+        error = bits_float(_MOST - i32(key >> u64(32)))
+        is_background = key & _BACKGROUND != u64(0)
+        over_next = 1.0 / (x + 1.0)
+        gradient = left * over_x * over_next if is_background else over_x
+        weighted = (weight if is_background else foreground_weight) * gradient
+        left -= 0.0 if is_background else 1.0
+        x += 1.0 if is_background else 0.0
+        over_x = over_next if is_background else over_x
         loss += error * gradient
         if wanted:
-            g[np.int64(key & u64((1 << _POSITION_BITS) - 1))] = 0.0 if cut and error == np.float32(0) else weighted
+            g[np.int64(key & _POSITION)] = 0.0 if cut and error == np.float32(0) else weighted
     return loss
+
+
+@compiled
+def _select(errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, keys: Keys) -> tuple[int, int]:
+    """Writes the keys of the foreground, and of the background above its smallest error; returns (G, number of keys).
+
+    Every pixel's key is written, and then overwritten by the next one's unless it is kept: a branch that depends on
+    errors would be mispredicted, which takes longer.
+    """
+    smallest, foreground_count = _MOST, i32(0)
+    for i in range(len(errors)):
+        is_foreground = codes[i] == foreground
+        smallest = min(smallest, float_bits(errors[i]) if is_foreground else _MOST)
+        foreground_count = i32(foreground_count + (i32(1) if is_foreground else i32(0)))
+    high, low = np.empty(_BLOCK_PIXELS, np.uint32), np.empty(_BLOCK_PIXELS, np.uint32)
+    takes, kept = np.empty(_BLOCK_PIXELS, np.uint8), u64(0)
+    for first in range(0, len(errors), _BLOCK_PIXELS):
+        n = min(_BLOCK_PIXELS, len(errors) - first)
+        error, code = errors[first : first + n], codes[first : first + n]
+        upper, lower, take = high[:n], low[:n], takes[:n]
+        for i in range(n):
+            upper[i] = np.uint32(i32(_MOST - float_bits(error[i])))
+        for i in range(n):
+            background = np.uint32(0) if code[i] == foreground else np.uint32(_BACKGROUND)
+            lower[i] = np.uint32(np.uint32(first + i) | background)
+        for i in range(n):
+            counts = (code[i] != void) & (code[i] != ignored) & (float_bits(error[i]) > smallest)
+            take[i] = np.uint8(1) if counts | (code[i] == foreground) else np.uint8(0)
+        for i in range(n):
+            keys[kept] = (u64(upper[i]) << u64(32)) | u64(lower[i])
+            kept += u64(take[i])
+    return foreground_count, np.int64(kept)
 
 
 @compiled

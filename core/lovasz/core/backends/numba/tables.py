@@ -17,6 +17,11 @@ from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
 from lovasz.core.tables import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
+_UNCOUNTED = 2 * BINS
+_UNCOUNTED_WORDS = 16
+WORDS = _UNCOUNTED + _UNCOUNTED_WORDS
+"""The words of a table: one per bin for background, then for foreground, then some that pixels without a bin share. One
+word for all of them would be slow: each addition to it would wait for the one before."""
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
 _OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, REST_BITS, REST_SUM_BITS
 assert _PER_BIT == 3, "_coarser divides by 3"
@@ -72,16 +77,19 @@ def _rest(distance: i32) -> i32:
 
 @compiled
 def count(
-    errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, top: int, table: Integers
+    errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, cut: bool, top: int, table: Integers
 ) -> tuple[int, int]:
     """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
+
+    With ``cut``, pixels with error 0 are left out: they come last, and add nothing to the loss.
 
     Args:
         foreground: the code of the class.
         void: the code of pixels that are void for all terms.
         ignored: the code of further pixels that are void for this term; ``void`` if there are none.
+        cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         top: the exponent of the first octave.
-        table: 2 x BINS + 1 words; the last one counts void pixels.
+        table: ``WORDS`` words.
 
     Returns:
         (lowest, highest) bin that any pixel falls in.
@@ -89,17 +97,20 @@ def count(
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     lowest, highest = i32(BINS), i32(-1)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
+    nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
     for first in range(0, len(errors), _BLOCK_PIXELS):
         n = min(_BLOCK_PIXELS, len(errors) - first)
         error, code = errors[first : first + n], codes[first : first + n]
         place, rest = places[:n], rests[:n]
         for i in range(n):
             distance = _distance(error[i], top_bits)
-            found, own = _bin(distance), i32(code[i])
-            lowest, highest = min(lowest, found), max(highest, found)
+            found, own, uncounted = _bin(distance), i32(code[i]), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
+            highest = max(highest, i32(-1) if distance == nothing else found)
+            lowest = min(lowest, found)
             found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
-            found = i32(2 * BINS) if own == void_code else found
-            place[i] = i32(2 * BINS) if own == ignored_code else found
+            found = uncounted if own == void_code else found
+            found = uncounted if own == ignored_code else found
+            place[i] = uncounted if distance == nothing else found
             rest[i] = _rest(distance)
         for i in range(n):
             table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
@@ -276,7 +287,7 @@ def clear(table: Integers, lowest: int, highest: int) -> None:
     first, last = max(lowest - _BLOCK_BINS, 0), min(highest + _BLOCK_BINS, BINS)
     table[first:last] = 0
     table[BINS + first : BINS + last] = 0
-    table[2 * BINS] = 0
+    table[_UNCOUNTED:] = 0
 
 
 @compiled
@@ -299,7 +310,7 @@ def look_up(
 ) -> None:
     """Writes (or adds, if ``add``) the gradient of the row's pixels [start, stop), which lie in the given planes."""
     entries = table.view(np.float32)
-    entries[4 * BINS : 4 * BINS + 2] = f32(0)
+    entries[2 * _UNCOUNTED : 2 * _UNCOUNTED + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
@@ -318,9 +329,9 @@ def look_up(
                 distance = _distance(error[i], top_bits)
                 found, own = _bin(distance), i32(code[i])
                 found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
-                found = i32(2 * BINS) if own == void_code else found
-                found = i32(2 * BINS) if own == ignored_code else found
-                place[i] = i32(2 * BINS) if distance == nothing else found
+                found = i32(_UNCOUNTED) if own == void_code else found
+                found = i32(_UNCOUNTED) if own == ignored_code else found
+                place[i] = i32(_UNCOUNTED) if distance == nothing else found
                 rest[i] = _rest(distance)
             if add:
                 for i in range(n):

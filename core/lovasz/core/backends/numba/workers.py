@@ -44,9 +44,12 @@ class Workers:
         """
         tasks = np.zeros(1, np.int64)
         with nullcontext() if stop is None else stop.watching(tasks):
+            if threads == 1:
+                loop(tasks=tasks, **arguments, **own(0))
+                return
             helpers = range(1, threads)
-            pool = self._helpers(threads - 1) if helpers else None
-            futures = [pool.submit(loop, tasks=tasks, **arguments, **own(thread)) for thread in helpers] if pool else []
+            pool = self._helpers(threads - 1)
+            futures = [pool.submit(loop, tasks=tasks, **arguments, **own(thread)) for thread in helpers]
             try:
                 loop(tasks=tasks, **arguments, **own(0))
             finally:

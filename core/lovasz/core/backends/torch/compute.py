@@ -16,7 +16,7 @@ from lovasz.core.backends.torch.softmax import Softmax, backward, given_probabil
 from lovasz.core.batch import Batch
 from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan, Term
-from lovasz.core.scoring import select_segments
+from lovasz.core.scoring import segment_factors, select_segments
 from lovasz.core.stop import Stop
 from lovasz.spec import BinaryCrossEntropy, LovaszSoftmax
 
@@ -131,7 +131,7 @@ def _lovasz_softmax(
     groups, device = flat.groups(term), labels.device
     class_weights = on_device(term.class_weights, device)
     listed = None if term.listed is None else on_device(term.listed, device)
-    scored, weights = select_segments(term, counts, groups.share, class_weights, listed)
+    scored, weights = select_segments(term, counts, segment_factors(term, groups.share, class_weights), listed)
     class_numbers = torch.arange(len(counts), device=device).unsqueeze(1)
     # On the CPU, only scored classes are sorted. On a GPU the host would have to wait to know them.
     rows = None if labels.is_cuda else scored.any(1).nonzero()[:, 0].tolist()
@@ -170,7 +170,8 @@ def _binary(flat: Flat, want_grad: bool) -> _Results:
             parts.append(part)
         else:
             class_weights = on_device(term.class_weights, logits.device)
-            is_scored, weights = select_segments(term, groups.sum(valid), groups.share, class_weights, None)
+            factors = segment_factors(term, groups.share, class_weights)
+            is_scored, weights = select_segments(term, groups.sum(valid), factors, None)
             counts = groups.sum(foreground & valid)
             weights = weights.to(logits.dtype)
             of_term = lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights, g)

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from lovasz import wire
+from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.memory.staging import Staging
 from lovasz.server.schedule.admission import Permit
 from lovasz.server.schedule.job import Answer
@@ -30,7 +31,7 @@ class Kept:
 
     joint: wire.Joint
     answer: Answer
-    staging: Staging
+    staging: Staging | DeviceStaging
     permit: Permit
     users: int = 1
     until: float = 0.0

@@ -23,6 +23,7 @@ from lovasz.server.errors import (
     TooLargeError,
     fresh,
 )
+from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.observe.waiting_steps import WaitingStep
@@ -152,7 +153,7 @@ class JointTable:
             job = self._waiting.complete(group, last_rank=seat.joint.rank)
         self._queue(job)
 
-    def wait(self, seat: Seat, staging: Staging) -> Kept:
+    def wait(self, seat: Seat, staging: Staging | DeviceStaging) -> Kept:
         """Waits for the other ranks and for the computation, and gives the seat back.
 
         Args:

@@ -1,0 +1,174 @@
+"""The part of a computation that its plan alone decides: made once, and kept with the plan for batches of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from lovasz.core.backends.numba.binary import BinaryCrossEntropies
+from lovasz.core.backends.numba.bins import SOFTMAX_TOP
+from lovasz.core.backends.numba.cross_entropy import CrossEntropies
+from lovasz.core.backends.numba.planes import Blocks, Integers, Labelling
+from lovasz.core.backends.numba.segments import Segments
+from lovasz.core.plan import Plan, Term
+from lovasz.core.scoring import segment_factors
+
+ONE_THREAD_ELEMENTS = 1 << 15
+"""Batches of fewer elements are computed by the calling thread alone: waking another thread would take as long."""
+
+BLOCK_PIXELS = 1 << 14
+"""Pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
+
+FUSE_BELOW_PIXELS = 64
+"""Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
+
+KEPT_SEGMENTS = 1 << 12
+"""Plans with more segments, those of all terms, keep none: each takes about a hundred bytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class TermOutline:
+    """What is known of a Lovász term without counts.
+
+    Attributes:
+        segments: all its segments, those of the largest groups first, so that threads end together. The columns that
+            depend on counts are those of segments without foreground or weight.
+        places: the place of each segment in arrays (K, groups), counted from their first element.
+        largest: the number of pixels of the largest group.
+        group_of_planes: the group of each plane.
+        ignored: the code that is void for this term, but not for all terms; ``labelling.void`` if there is none.
+        factors: the result of ``segment_factors``.
+    """
+
+    segments: Segments
+    places: Integers
+    largest: int
+    group_of_planes: Integers
+    ignored: int
+    factors: npt.NDArray[np.float64]
+
+
+class Outline:
+    """What compiled loops need to know of a batch, apart from its tensors and counts.
+
+    Attributes:
+        planes: the planes; images of few pixels are fused.
+        request: the request of each plane, as an index.
+        with_points: one element per request: whether it is a point cloud whose classes stay last (an array), and if its
+            tensors have to be transposed (a list). For float32; ``without_points`` is for 16 bits.
+        blocks: the tasks of loops over pixels.
+        labelling: how labels become codes.
+        is_small: whether the calling thread computes the batch alone.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.planes = plan.planes(FUSE_BELOW_PIXELS)
+        is_one_each = len(self.planes) == len(plan.layouts)
+        self.request: slice | Integers = slice(None) if is_one_each else self.planes.request
+        fused, has_finish = self.planes.fused, not (plan.is_binary or plan.loss.probabilities)
+        are_points = fused & [layout.pixels == 1 and has_finish for layout in plan.layouts]
+        self.with_points = are_points, (fused & ~are_points).tolist()
+        self.without_points = np.zeros_like(are_points), fused.tolist()
+        self.blocks = _blocks(self.planes.pixels)
+        values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
+        self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
+        self.is_small = plan.pixels * plan.channels < ONE_THREAD_ELEMENTS
+        self._of_terms: dict[Term, TermOutline] = {}
+        self._byte_offsets: dict[tuple[int, int], Integers] = {}
+
+    def byte_offsets(self, logit_bytes: int, label_bytes: Sequence[int]) -> Integers:
+        """The offsets of each plane's logits, labels and gradient in the tensors of its request: int64, (3, planes).
+
+        Args:
+            logit_bytes: the size of a logit.
+            label_bytes: the size of a label, one per request.
+        """
+        first = label_bytes[0]
+        known = self._byte_offsets.get((logit_bytes, first))
+        if known is not None and all(size == first for size in label_bytes):
+            return known
+        of_labels = np.array(label_bytes)[self.request]
+        logits, grad_bytes = self.planes.logits, np.float32().itemsize
+        offsets = np.stack([logits * logit_bytes, self.planes.labels * of_labels, logits * grad_bytes])
+        if (of_labels == first).all():
+            self._byte_offsets[logit_bytes, first] = offsets
+        return offsets
+
+    def ignored_code(self, term: Term) -> int:
+        """``TermOutline.ignored`` of a term of any kind."""
+        index = term.loss.ignore_index
+        return self.labelling.void if index is None or not 0 <= index < self.labelling.values else index
+
+    def of_term(self, term: Term) -> TermOutline:
+        known = self._of_terms.get(term)
+        if known is None:
+            known = self._make(term)
+            if len(known.places) * len(self._plan.terms) <= KEPT_SEGMENTS:
+                self._of_terms[term] = known
+        return known
+
+    def _make(self, term: Term) -> TermOutline:
+        groups, channels, is_binary = self.planes.groups(term), self._plan.channels, self._plan.is_binary
+        count = len(groups.pixels)
+        group = np.repeat(np.argsort(-groups.pixels, kind="stable"), channels)
+        row = np.tile(np.arange(channels), count)
+        zeros, weightless = np.zeros_like(row), np.zeros(len(row))
+        segments = Segments(
+            counted=np.zeros(len(row), np.bool_),
+            row=row,
+            code_row=row if is_binary else zeros,
+            foreground=np.ones_like(row) if is_binary else row,
+            foreground_count=zeros,
+            first_plane=groups.first_plane[group],
+            stop_plane=(groups.first_plane + groups.planes)[group],
+            start=groups.start[group],
+            stop=(groups.start + groups.pixels)[group],
+            top=np.full_like(row, SOFTMAX_TOP),
+            weight=weightless,
+            foreground_weight=weightless,
+        )
+        return TermOutline(
+            segments,
+            places=row * count + group,
+            largest=int(groups.pixels.max()),
+            group_of_planes=np.arange(count) if term.per_image else self.planes.joint,
+            ignored=self.ignored_code(term),
+            factors=segment_factors(term, groups.share, term.class_weights),
+        )
+
+    @cached_property
+    def cross_entropies(self) -> CrossEntropies:
+        """The cross-entropy terms, with room for neither pixels nor joints."""
+        terms, void = self._plan.cross_entropies, self.labelling.void
+        weights, counted = np.zeros((2, len(terms), void + 1), np.float32)
+        for t, term in enumerate(terms):
+            weights[t, :void] = term.class_weights
+            counted[t, :void] = 1.0
+            counted[t, self.ignored_code(term)] = 0.0
+        nothing = np.empty((len(terms), 0), np.float32)
+        smoothing = np.array([term.label_smoothing for term in terms], np.float32)
+        return CrossEntropies(weights, counted, smoothing, nothing, np.empty(0, np.int64), nothing, nothing)
+
+    @cached_property
+    def binary_cross_entropies(self) -> BinaryCrossEntropies:
+        """The binary cross-entropy terms, with room for neither pixels nor joints."""
+        terms = self._plan.binary_cross_entropies
+        return BinaryCrossEntropies(
+            ignored=np.array([self.ignored_code(term) for term in terms], np.int64),
+            pos_weight=np.array([term.pos_weight for term in terms]).reshape(len(terms), self._plan.channels),
+            losses=np.empty((0, 0), np.float32),
+            largest=np.zeros(len(self._plan.sizes), np.int64),
+            factor=np.empty((len(terms), 0)),
+        )
+
+
+def _blocks(pixels: Integers) -> Blocks:
+    count = -(-pixels // BLOCK_PIXELS)
+    plane = np.repeat(np.arange(len(pixels)), count)
+    first = (np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)) * BLOCK_PIXELS
+    return Blocks(plane, first, np.minimum(first + BLOCK_PIXELS, pixels[plane]))
