@@ -239,8 +239,10 @@ def new_table() -> npt.NDArray[np.int64]:
     return np.zeros(tables.WORDS, np.int64)
 
 
-def count(errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64]) -> tuple[int, int]:
-    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.SOFTMAX_TOP, table)
+def count(
+    errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64], last_bin: int = bins.BINS - 1
+) -> tuple[int, int]:
+    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.SOFTMAX_TOP, last_bin, table)
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
@@ -330,6 +332,23 @@ def test_tables_of_ranks_add_in_words_of_both_lengths() -> None:
         np.testing.assert_array_equal(
             received[:, half + low[0] : half + stop[0]], expected[:, half + low[0] : half + stop[0]]
         )
+
+
+@each_kind
+def test_background_after_the_last_foreground_bin_need_not_be_counted(kind: str) -> None:
+    errors, codes = segment(kind)
+    errors[codes == 1] = np.maximum(errors[codes == 1], np.median(errors))
+    last = tables.last_foreground_bin(errors, codes, 1, bins.SOFTMAX_TOP)
+    assert last == slow_bin(errors[codes == 1].astype(np.float64), 0).max()
+    whole, pruned, foreground = new_table(), new_table(), int((codes == 1).sum())
+    lowest, highest = count(errors, codes, whole)
+    range_of_pruned = count(errors, codes, pruned, last)
+    assert range_of_pruned[0] == lowest
+    assert range_of_pruned[1] <= last
+    assert scan(pruned, *range_of_pruned, foreground) == scan(whole, lowest, highest, foreground)
+    in_use = [slice(lowest, last + 1), slice(bins.BINS + lowest, bins.BINS + last + 1)]
+    assert all(pruned[some].tobytes() == whole[some].tobytes() for some in in_use)
+    assert not whole[last + 1 : highest + 1].any()
 
 
 @each_kind

@@ -88,18 +88,20 @@ def score(
         s = claim(tasks, len(segments.row))
         if s >= len(segments.row):
             break
+        error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
+        code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         if segments.counted[s]:
-            lowest, highest = count_range(segments, s, rules, errors, codes, segments.start[s], segments.stop[s], table)
+            start, stop = segments.start[s], segments.stop[s]
+            last_bin = tables.last_foreground_bin(error, code, segments.foreground[s], segments.top[s])
+            lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last_bin, table)
             is_fine = keeps_order(segments, s, rules, lowest, highest, table)
             if is_fine:
                 losses[s] = scan(segments, s, lowest, highest, table)
                 if rules.want_grad:
-                    look_up_range(segments, s, rules, planes, errors, codes, segments.start[s], segments.stop[s], table)
+                    look_up_range(segments, s, rules, planes, errors, codes, start, stop, last_bin, table)
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
-        error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
-        code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         g = room[: len(error)] if rules.want_grad else room[:0]
         if segments.foreground_count[s] == 0:
             losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
@@ -130,12 +132,17 @@ def count_range(
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
+    last_bin: int,
     table: Integers,
 ) -> tuple[int, int]:
-    """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use."""
+    """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use.
+
+    Args:
+        last_bin: as for :func:`lovasz.core.backends.numba.tables.count`.
+    """
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
     return tables.count(
-        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], table
+        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], last_bin, table
     )
 
 
@@ -171,6 +178,7 @@ def look_up_range(
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
+    last_bin: int,
     table: Integers,
 ) -> None:
     """Writes the gradient of the pixels [start, stop) of a segment."""
@@ -189,6 +197,7 @@ def look_up_range(
         segments.stop_plane[s],
         start,
         stop,
+        last_bin,
         rules.add,
     )
 
@@ -244,7 +253,15 @@ def count_parts(
         if p >= len(parts.segment):
             break
         parts.lowest[p], parts.highest[p] = count_range(
-            segments, parts.segment[p], rules, errors, codes, parts.start[p], parts.stop[p], part_tables[p]
+            segments,
+            parts.segment[p],
+            rules,
+            errors,
+            codes,
+            parts.start[p],
+            parts.stop[p],
+            tables.BINS - 1,
+            part_tables[p],
         )
 
 
@@ -323,4 +340,5 @@ def look_up_parts(
         if not is_fine[parts.segment[p]]:
             continue
         table = part_tables[table_of_part[p]]
-        look_up_range(segments, parts.segment[p], rules, planes, errors, codes, parts.start[p], parts.stop[p], table)
+        start, stop = parts.start[p], parts.stop[p]
+        look_up_range(segments, parts.segment[p], rules, planes, errors, codes, start, stop, tables.BINS - 1, table)

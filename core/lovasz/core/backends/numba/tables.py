@@ -76,8 +76,25 @@ def _rest(distance: i32) -> i32:
 
 
 @compiled
+def last_foreground_bin(errors: Floats, codes: Codes, foreground: int, top: int) -> int:
+    """The bin of the smallest foreground error: background in later bins has g = 0 and need not be counted."""
+    most, top_bits, foreground_code = i32(0), _top_bits(top), i32(foreground)
+    for i in range(len(errors)):
+        most = max(most, _distance(errors[i], top_bits) if i32(codes[i]) == foreground_code else i32(0))
+    return int(_bin(most))
+
+
+@compiled
 def count(
-    errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, cut: bool, top: int, table: Integers
+    errors: Floats,
+    codes: Codes,
+    foreground: int,
+    void: int,
+    ignored: int,
+    cut: bool,
+    top: int,
+    last_bin: int,
+    table: Integers,
 ) -> tuple[int, int]:
     """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
 
@@ -89,6 +106,7 @@ def count(
         ignored: the code of further pixels that are void for this term; ``void`` if there are none.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         top: the exponent of the first octave.
+        last_bin: pixels in later bins are left out.
         table: ``WORDS`` words.
 
     Returns:
@@ -98,6 +116,7 @@ def count(
     lowest, highest = i32(BINS), i32(-1)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
+    last = i32(last_bin)
     for first in range(0, len(errors), _BLOCK_PIXELS):
         n = min(_BLOCK_PIXELS, len(errors) - first)
         error, code = errors[first : first + n], codes[first : first + n]
@@ -105,12 +124,13 @@ def count(
         for i in range(n):
             distance = _distance(error[i], top_bits)
             found, own, uncounted = _bin(distance), i32(code[i]), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
-            highest = max(highest, i32(-1) if distance == nothing else found)
+            is_left_out = (distance == nothing) | (found > last)
+            highest = max(highest, i32(-1) if is_left_out else found)
             lowest = min(lowest, found)
             found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
             found = uncounted if own == void_code else found
             found = uncounted if own == ignored_code else found
-            place[i] = uncounted if distance == nothing else found
+            place[i] = uncounted if is_left_out else found
             rest[i] = _rest(distance)
         for i in range(n):
             table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
@@ -306,6 +326,7 @@ def look_up(
     stop_plane: int,
     start: int,
     stop: int,
+    last_bin: int,
     add: bool,
 ) -> None:
     """Writes (or adds, if ``add``) the gradient of the row's pixels [start, stop), which lie in the given planes."""
@@ -313,6 +334,7 @@ def look_up(
     entries[2 * _UNCOUNTED : 2 * _UNCOUNTED + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
+    last = i32(last_bin)
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     for plane in range(first_plane, stop_plane):
         begin = planes.start[plane]
@@ -328,10 +350,11 @@ def look_up(
             for i in range(n):
                 distance = _distance(error[i], top_bits)
                 found, own = _bin(distance), i32(code[i])
+                is_left_out = (distance == nothing) | (found > last)
                 found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
                 found = i32(_UNCOUNTED) if own == void_code else found
                 found = i32(_UNCOUNTED) if own == ignored_code else found
-                place[i] = i32(_UNCOUNTED) if distance == nothing else found
+                place[i] = i32(_UNCOUNTED) if is_left_out else found
                 rest[i] = _rest(distance)
             if add:
                 for i in range(n):
