@@ -19,6 +19,9 @@ PAIR = {"tls_cert_file": "cert", "tls_key_file": "key"}
         ("192.0.2.1:1", PAIR, ("tokens or client certificates",)),
         ("192.0.2.1:1", {**PAIR, "tokens_file": "tokens"}, ()),
         ("192.0.2.1:1", {**PAIR, "tls_client_ca_file": "ca"}, ()),
+        ("127.0.0.1:0", {"metrics_listen": "0.0.0.0:9095"}, ()),
+        ("127.0.0.1:0", {"metrics_listen": "0.0.0.0:9095", "metrics_tokens_file": "tokens"}, ("TLS for the metrics",)),
+        ("127.0.0.1:0", {"metrics_listen": "127.0.0.1:9095", "metrics_tokens_file": "tokens"}, ()),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(

@@ -11,21 +11,23 @@ _log = logging.getLogger(__name__)
 
 
 def warn_if_open(config: ServerConfig) -> None:
-    """Logs a warning if gRPC is served beyond this host to anyone, or in plain text."""
-    beyond = [
-        address
-        for address in config.addresses
-        if socket_path(address) is None and not addresses.are_loopback(addresses.split(address)[0])
-    ]
-    if not beyond:
-        return
+    """Logs a warning if gRPC is served beyond this host to anyone, or if tensors or tokens travel there in plain text."""
+    beyond = [address for address in config.addresses if _is_beyond(address)]
     missing = []
-    if not config.tls_cert_file:
+    if beyond and not config.tls_cert_file:
         missing.append("TLS (--tls-cert, --tls-key): tensors and tokens can be read and changed on their way")
-    if not config.tokens_file and not config.tls_client_ca_file:
+    if beyond and not config.tokens_file and not config.tls_client_ca_file:
         missing.append("tokens or client certificates (--tokens, --tls-client-ca): whoever reaches the port may use it")
+    if config.metrics_tokens_file and not config.metrics_tls and _is_beyond(config.metrics_listen):
+        beyond.append(config.metrics_listen)
+        missing.append("TLS for the metrics (--metrics-tls): their tokens can be read on their way")
     if missing:
         _log.warning(
             "OPEN TO THE NETWORK: docs/security.md says how to close it",
             extra={"listen": ",".join(beyond), "missing": "; ".join(missing)},
         )
+
+
+def _is_beyond(address: str) -> bool:
+    """Whether others than this host can reach an address."""
+    return socket_path(address) is None and not addresses.are_loopback(addresses.split(address)[0])
