@@ -72,6 +72,8 @@ quick: $(INSTALLED)
 
 # What needs most of the machine runs when the rest has ended.
 test: $(INSTALLED)
+	@echo "Compiling what most tests need, so that they do not compile it all at once (half a minute the first time) ..."
+	@$(BIN)/python -c "import torch; from lovasz.core import dispatch; dispatch.warm_up(torch.device('cpu'))"
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m alone tests/end_to_end
 

@@ -312,7 +312,7 @@ def test_tables_of_ranks_add_in_words_of_both_lengths() -> None:
     for table in own:
         parts = Parts(*(np.array([n]) for n in (0, 0, 1, lowest, highest)))
         bounds, most_of_rank = np.empty((1, 2), np.int64), np.empty((1, 2, joint_tables.OCTAVES), np.int64)
-        joint_tables.survey(one.copy(), one, parts, table, bounds, most_of_rank)
+        joint_tables.survey(one.copy(), one, parts, False, table, bounds, most_of_rank)
         surveys.append((bounds, most_of_rank))
     bounds, most_of_all = (np.max(column, axis=0) for column in zip(*surveys, strict=True))
     low, stop = -bounds[:, 0], bounds[:, 1] + 1

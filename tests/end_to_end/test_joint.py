@@ -528,7 +528,7 @@ def test_of_many_runs_with_many_ranks_a_third_is_killed_and_each_survivor_learns
             assert eventually(all_ended)
             footprints.append(Footprint.of(server.pid))
         first, second = footprints
-        assert second.threads <= RUNS * WORLD + 100, "a thread a call at most, and used again"
+        assert second.threads <= first.threads, "threads are used again"
         assert second.resident_bytes <= first.resident_bytes + (64 << 20)
         assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 0)
         assert metric(server, "lovasz_joint_answers_kept") == 0

@@ -345,7 +345,7 @@ class Desk:
 
     @property
     def arrived(self) -> int:
-        groups = list(self.joints._waiting.values())
+        groups = list(self.joints._waiting)
         return sum(seat.state is SeatState.ARRIVED for group in groups for seat in list(group.seats.values()))
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -110,6 +111,7 @@ class MemorySocket:
         except BaseException:
             self._socket.close()
             raise
+        weakref.finalize(self, self._socket.close)  # For clients that nobody closes.
 
     @property
     def peer(self) -> tuple[int, int]:

@@ -268,8 +268,8 @@ class Server:
 
     def _listen_to_itself(self) -> None:
         try:
-            self._self_check = SelfCheck(self._fail)
-            self._grpc.listen_privately(self._self_check.path)
+            self._self_check = SelfCheck(self._grpc.servers, self._fail)
+            self._grpc.listen_privately(self._self_check.paths)
         except OSError as error:
             _log.warning("the server cannot watch its own gRPC", extra={"reason": str(error)})
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -145,13 +146,19 @@ class GrpcServer:
         self._ports += 1
         return f"{address.rpartition(':')[0]}:{port}"
 
-    def listen_privately(self, path: str) -> None:
-        """Listens on a Unix socket that has a folder of its own, for this process alone.
+    def listen_privately(self, paths: Sequence[str]) -> None:
+        """Each of gRPC's servers listens on a Unix socket that has a folder of its own, for this process alone.
 
         Raises:
-            OSError: the socket cannot be bound.
+            OSError: a socket cannot be bound.
         """
-        _add_port(self._socket_server, f"{UNIX}{path}")
+        for server, path in zip(self._servers, paths, strict=True):
+            _add_port(server, f"{UNIX}{path}")
+
+    @property
+    def servers(self) -> int:
+        """How many servers of gRPC there are."""
+        return len(self._servers)
 
     def start(self) -> None:
         """Accepts calls from now on, with all threads that they may need.

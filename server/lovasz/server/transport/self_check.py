@@ -22,45 +22,50 @@ _DEAD = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class SelfCheck:
-    """Calls health on a socket that only this user can reach. Any answer of the server will do.
+    """Calls health on sockets that only this user can reach. Any answer of the server will do.
 
     Attributes:
-        path: the socket's, in a folder of its own; the server has to listen on it.
+        paths: of the sockets, in a folder of their own: one for each of gRPC's servers, which has to listen on it.
     """
 
-    def __init__(self, fail: Callable[[str], object]) -> None:
+    def __init__(self, servers: int, fail: Callable[[str], object]) -> None:
         """Makes the folder.
 
         Args:
+            servers: how many servers of gRPC there are.
             fail: called with the reason once gRPC is dead.
 
         Raises:
             OSError: the folder cannot be made.
         """
         self._folder = tempfile.mkdtemp(prefix="lovasz-")
-        self.path = os.path.join(self._folder, "s")
+        self.paths = [os.path.join(self._folder, str(number)) for number in range(servers)]
         self._fail = fail
-        self._failures = 0
+        self._failures = dict.fromkeys(self.paths, 0)
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
-        self._channel = grpc.insecure_channel(f"{UNIX}{self.path}", options=options)
-        self._stub = health_pb2_grpc.HealthStub(self._channel)
+        self._channels = {path: grpc.insecure_channel(f"{UNIX}{path}", options=options) for path in self.paths}
 
     def check(self) -> None:
         """A chore; may take as long as an answer may."""
+        for path, channel in self._channels.items():
+            self._check(path, health_pb2_grpc.HealthStub(channel))
+
+    def _check(self, path: str, stub: health_pb2_grpc.HealthStub) -> None:
         try:
-            self._stub.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_SECONDS)
+            stub.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_SECONDS)
         except grpc.RpcError as error:
             if error.code() in _DEAD:
-                self._failures += 1
-                _log.error("gRPC does not answer", extra={"times": self._failures, "reason": error.code().name})
-                if self._failures >= _MOST_FAILURES:
+                self._failures[path] += 1
+                _log.error("gRPC does not answer", extra={"times": self._failures[path], "reason": error.code().name})
+                if self._failures[path] >= _MOST_FAILURES:
                     self._fail("gRPC does not answer")
                 return
         except ValueError:
             return  # The server stops.
-        self._failures = 0
+        self._failures[path] = 0
 
     def stop(self) -> None:
-        """Ends the connection, and removes the folder."""
-        self._channel.close()
+        """Ends the connections, and removes the folder."""
+        for channel in self._channels.values():
+            channel.close()
         shutil.rmtree(self._folder, ignore_errors=True)
