@@ -267,8 +267,7 @@ def test_a_header_that_names_no_place_ends_no_step(desk: Desk) -> None:
     texts = [unchecked(desk, ranks[1], at(rank)).text for rank in (9, 0)]
     for place, outcome in enumerate(ended(first, desk.ask(ranks[1]))):
         assert_right(outcome, place, ranks)
-    assert texts[0] == "joint.rank: got 9; expected a rank in [0, 2)"
-    assert texts[1].startswith("labels: got shape (1, 6, 2)")
+    assert all(text.startswith("labels: got shape (1, 6, 2)") for text in texts), "checked before the place"
 
 
 @pytest.mark.parametrize("other", [{"rank": 0}, {"rank": 2, "world_size": 3}], ids=["a rank that is there", "size"])
