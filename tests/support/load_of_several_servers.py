@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 
-from lovasz.client import Joint, LossClient, LossError, LovaszSoftmax
+from lovasz.client import TLS, Joint, LossClient, LossError, LovaszSoftmax
 
 RUNS, WORLD = 2, 3
 LAG_SECONDS = 0.05
@@ -37,21 +36,12 @@ def inputs(number: int) -> tuple[Any, Any]:
 INPUTS = [inputs(number) for number in range(LARGE_EVERY)]
 
 
-def trust(ca: Path) -> None:
-    """Lets the clients of this process use TLS and trust one CA."""
-    credentials = grpc.ssl_channel_credentials(ca.read_bytes())
-
-    def secure_channel(target: str, options: Any = None) -> grpc.Channel:
-        return grpc.secure_channel(target, credentials, options)
-
-    grpc.insecure_channel = secure_channel
-
-
 class Load:
     """Joint steps, and calls alone, until it is stopped."""
 
-    def __init__(self, target: str, load_balancing: str | None) -> None:
+    def __init__(self, target: str, load_balancing: str | None, ca: Path | None) -> None:
         self._target, self._load_balancing = target, load_balancing
+        self._tls = None if ca is None else TLS(ca=ca)
         self._stop = threading.Event()
         self.steps = self.calls = 0
         self.errors: list[str] = []
@@ -88,7 +78,7 @@ class Load:
                 self.calls += 1
 
     def _client(self) -> LossClient:
-        return LossClient(self._target, load_balancing=self._load_balancing)
+        return LossClient(self._target, load_balancing=self._load_balancing, tls=self._tls)
 
     def _loss(self, client: LossClient, joint: Joint | None) -> float | None:
         number = self.calls if joint is None or joint.step is None else joint.step
@@ -107,8 +97,6 @@ if __name__ == "__main__":
     parser.add_argument("--load-balancing")
     parser.add_argument("--ca", type=Path)
     given = parser.parse_args()
-    if given.ca:
-        trust(given.ca)
-    load = Load(given.target, given.load_balancing)
+    load = Load(given.target, given.load_balancing, given.ca)
     load.run()
     print(json.dumps({"steps": load.steps, "calls": load.calls, "errors": load.errors}), flush=True)
