@@ -18,6 +18,7 @@ import torch
 from support.device_server import device_server
 from support.host_driver import NAME, HostDriver
 from support.scrape import metric
+from support.torch_tensors import tensors
 from support.vector_cases import Case, load
 from support.waiting import eventually
 
@@ -29,12 +30,6 @@ from lovasz.device_memory.driver import DriverError
 from lovasz.server.launch import ServerProcess
 
 SOFTMAX = LovaszSoftmax()
-
-
-def tensors(side: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, classes, side, side, generator=generator)
-    return logits, torch.randint(0, classes, (1, side, side), generator=generator)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.footprint import Footprint
 from support.scrape import metric
+from support.torch_tensors import tensors
 from support.vector_cases import Case, load
 from support.waiting import eventually
 
@@ -43,12 +44,6 @@ from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
 
 SOFTMAX = LovaszSoftmax()
-
-
-def tensors(side: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, classes, side, side, generator=generator)
-    return logits, torch.randint(0, classes, (1, side, side), generator=generator)
 
 
 @pytest.fixture(scope="module")

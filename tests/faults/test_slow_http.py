@@ -9,19 +9,10 @@ import urllib.request
 from urllib.parse import urlparse
 
 from support.audit import Audit
-from support.waiting import eventually
+from support.waiting import eventually, has_ended
 
 from lovasz.server.launch import ServerProcess
 from lovasz.server.web import http_server
-
-
-def has_ended(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1, socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
 
 
 def test_slow_connections_do_not_take_the_metrics_away_and_end(besieged: ServerProcess, audit: Audit) -> None:

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 from faults.conftest import ARGUMENTS
 from support.certificates import Authority
-from support.waiting import eventually
+from support.waiting import eventually, has_ended
 
 from lovasz.client import TLS, LossClient, LovaszSoftmax
 from lovasz.server.launch import ServerProcess
@@ -63,12 +63,3 @@ def test_strangers_take_no_place_from_a_caller_with_a_token(tmp_path: Path) -> N
         assert eventually(lambda: all(map(has_ended, silent)))
         channel.close()
         assert eventually(lambda: len(os.listdir(f"/proc/{server.pid}/fd")) <= descriptors + 2)
-
-
-def has_ended(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1, socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True

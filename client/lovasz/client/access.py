@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import re
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from lovasz.client.target import addresses_of, socket_path
+from lovasz.client.target import addresses_of, is_loopback, socket_path
 
 FilePath = str | os.PathLike[str]
 
@@ -215,14 +214,4 @@ def _is_on_this_host(target: str) -> bool:
     if target.startswith("dns://") and not target.startswith("dns:///"):
         return False  # Another resolver is asked, and may say anything.
     addresses = addresses_of(target)
-    return bool(addresses) and all(map(_is_loopback, addresses))
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]").lower()
-    if not host:
-        return True  # A Unix socket.
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return bool(addresses) and all(map(is_loopback, addresses))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 
-from lovasz.client.target import addresses_of
+from lovasz.client.target import addresses_of, is_loopback
 
 _VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Those that gRPC looks at, in its order."""
@@ -28,14 +27,8 @@ def remark(target: str, wanted: bool) -> str:
 
 def is_on_this_host(target: str) -> bool:
     """Whether an address of a target is one of this host."""
-    return any(map(_is_loopback, addresses_of(target)))
+    return any(is_loopback(address) or _is_below_localhost(address) for address in addresses_of(target))
 
 
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]").lower()
-    if not host:
-        return True  # A Unix socket.
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+def _is_below_localhost(address: str) -> bool:
+    return address.rpartition(":")[0].lower().endswith(".localhost")

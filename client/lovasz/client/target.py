@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -59,6 +60,17 @@ def addresses_of(target: str) -> list[str]:
     if scheme in _SCHEMES_WITH_PORTS and separator:
         return (rest.rpartition("/")[2] if scheme == "dns" else rest).split(",")
     return [target]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an element of ``addresses_of`` is certainly one of this host."""
+    host = address.rpartition(":")[0].strip("[]").lower()
+    if not host:
+        return True  # A Unix socket.
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def socket_path(target: str) -> str | None:

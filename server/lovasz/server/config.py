@@ -11,11 +11,7 @@ from typing import Any
 
 from lovasz import wire
 from lovasz.server.access_settings import AccessSettings
-from lovasz.server.settings import ConfigError, format_bytes, parse_bytes, variable_of
-from lovasz.server.settings import integer as _integer
-from lovasz.server.settings import number as _number
-from lovasz.server.settings import setting as _setting
-from lovasz.server.settings import switch as _switch
+from lovasz.server.settings import ConfigError, format_bytes, integer, number, parse_bytes, setting, switch, variable_of
 from lovasz.version import VERSION
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -70,23 +66,23 @@ def socket_path(address: str) -> str | None:
 class ServerConfig(AccessSettings):
     """All settings of a server. Raises ConfigError for an invalid value."""
 
-    listen: str = _setting(
+    listen: str = setting(
         DEFAULT_LISTEN,
         "--listen",
         "ADDRESSES",
         "where to serve gRPC: HOST:PORT (port 0 takes a free one), unix:/path for callers on this host, or several "
         "addresses with commas between. Open it to a network that others use only with TLS and tokens",
     )
-    metrics_listen: str = _setting(
+    metrics_listen: str = setting(
         DEFAULT_METRICS_LISTEN,
         "--metrics-listen",
         "HOST:PORT",
         "where to serve HTTP: /metrics for Prometheus, / for people",
     )
-    device: str = _setting(
+    device: str = setting(
         DEFAULT_DEVICE, "--device", "DEVICE", "auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:N"
     )
-    memory_budget_bytes: int = _setting(
+    memory_budget_bytes: int = setting(
         DEFAULT_MEMORY_BUDGET_BYTES,
         "--memory-budget",
         "SIZE",
@@ -94,137 +90,137 @@ class ServerConfig(AccessSettings):
         "with a delay after which to try again. The computation needs additional memory",
         parse_bytes,
     )
-    max_requests: int = _setting(DEFAULT_MAX_REQUESTS, "--max-requests", "N", "the most requests in flight", _integer)
-    max_batch_elements: int = _setting(
+    max_requests: int = setting(DEFAULT_MAX_REQUESTS, "--max-requests", "N", "the most requests in flight", integer)
+    max_batch_elements: int = setting(
         DEFAULT_MAX_BATCH_ELEMENTS,
         "--max-batch-elements",
         "N",
         "the most logits in one batch; a larger request is a batch of its own",
-        _integer,
+        integer,
     )
-    max_batch_requests: int = _setting(
-        DEFAULT_MAX_BATCH_REQUESTS, "--max-batch-requests", "N", "the most requests in one batch", _integer
+    max_batch_requests: int = setting(
+        DEFAULT_MAX_BATCH_REQUESTS, "--max-batch-requests", "N", "the most requests in one batch", integer
     )
-    max_batch_delay_seconds: float = _setting(
+    max_batch_delay_seconds: float = setting(
         DEFAULT_MAX_BATCH_DELAY_SECONDS,
         "--max-batch-delay",
         "SECONDS",
         "how long a batch stays open for more requests while a GPU computes the one before; an idle device starts "
         "at once",
-        _number,
+        number,
     )
-    max_segments: int = _setting(
+    max_segments: int = setting(
         DEFAULT_MAX_SEGMENTS,
         "--max-segments",
         "N",
         "the most segments in one request: classes x groups (images with per_image, else 1), over its Lovász terms",
-        _integer,
+        integer,
     )
-    header_seconds: float = _setting(
+    header_seconds: float = setting(
         DEFAULT_HEADER_SECONDS,
         "--header-timeout",
         "SECONDS",
         "a caller whose header has not come after this time is cut off",
-        _number,
+        number,
     )
-    payload_seconds: float = _setting(
+    payload_seconds: float = setting(
         DEFAULT_PAYLOAD_SECONDS,
         "--payload-timeout",
         "SECONDS",
         "how long the payload of a request may take, whatever its size; a caller that is so slow that it will take "
         "longer is cut off before",
-        _number,
+        number,
     )
-    stall_seconds: float = _setting(
+    stall_seconds: float = setting(
         DEFAULT_STALL_SECONDS,
         "--stall-timeout",
         "SECONDS",
         "a caller that stops sending its request, or reading its answer, for this long is cut off",
-        _number,
+        number,
     )
-    shared_memory: bool = _setting(
+    shared_memory: bool = setting(
         DEFAULT_SHARED_MEMORY,
         "--shared-memory",
         "on|off",
         "take tensors through memory that callers on this host share (also that of a GPU which the server can reach), "
         "and calls, on a second socket for each unix: address of --listen (its path with .memory appended); whoever "
         "may open that socket may use it",
-        _switch,
+        switch,
     )
-    max_shared_bytes: int = _setting(
+    max_shared_bytes: int = setting(
         DEFAULT_MAX_SHARED_BYTES,
         "--max-shared-memory",
         "SIZE",
         "the most memory that callers on this host may share with the server, of the host and of GPUs, all together",
         parse_bytes,
     )
-    reflection: bool = _setting(
+    reflection: bool = setting(
         DEFAULT_REFLECTION,
         "--reflection",
         "on|off",
         "answer grpcurl and the like which services and messages there are (gRPC reflection)",
-        _switch,
+        switch,
     )
-    joint_timeout_seconds: float = _setting(
+    joint_timeout_seconds: float = setting(
         DEFAULT_JOINT_TIMEOUT_SECONDS,
         "--joint-timeout",
         "SECONDS",
         "how long the ranks of a joint step wait for missing ranks; must be less than the timeout of their calls",
-        _number,
+        number,
     )
-    joint_regroup_seconds: float = _setting(
+    joint_regroup_seconds: float = setting(
         DEFAULT_JOINT_REGROUP_SECONDS,
         "--joint-regroup",
         "SECONDS",
         "with several servers: how long the ranks of a joint step wait before they are asked to call again, as the "
         "missing ranks may have reached another server; each further time after twice as long; 0: never",
-        _number,
+        number,
     )
-    joint_share: float = _setting(
+    joint_share: float = setting(
         DEFAULT_JOINT_SHARE,
         "--joint-share",
         "SHARE",
         "the most of --memory-budget and --max-requests that is held for ranks of one run, or of one caller's runs, "
         "that have not come yet; a run with more ranks needs more --max-requests",
-        _number,
+        number,
     )
-    max_runs: int = _setting(
+    max_runs: int = setting(
         DEFAULT_MAX_RUNS,
         "--max-runs",
         "N",
         "runs that the metrics show: the loss and IoU of the runs that sent a request last, and waiting joint steps",
-        _integer,
+        integer,
     )
-    max_connection_age_seconds: float = _setting(
+    max_connection_age_seconds: float = setting(
         DEFAULT_MAX_CONNECTION_AGE_SECONDS,
         "--max-connection-age",
         "SECONDS",
         "clients connect again after about this time, and learn of servers that were added to a name; 0: never",
-        _number,
+        number,
     )
-    drain_seconds: float = _setting(
+    drain_seconds: float = setting(
         DEFAULT_DRAIN_SECONDS,
         "--drain-seconds",
         "SECONDS",
         "how long accepted requests may take to finish after SIGTERM or SIGINT",
-        _number,
+        number,
     )
-    health_interval_seconds: float = _setting(
+    health_interval_seconds: float = setting(
         DEFAULT_HEALTH_INTERVAL_SECONDS,
         "--health-interval",
         "SECONDS",
         "how often an idle device is checked by letting it compute a known loss",
-        _number,
+        number,
     )
-    device_stall_seconds: float = _setting(
+    device_stall_seconds: float = setting(
         DEFAULT_DEVICE_STALL_SECONDS,
         "--device-stall",
         "SECONDS",
         "a device that takes longer than this for one batch counts as unhealthy; the server ends (exit status 3) when "
         "its device has been unhealthy for as long",
-        _number,
+        number,
     )
-    otlp_endpoint: str = _setting(
+    otlp_endpoint: str = setting(
         DEFAULT_OTLP_ENDPOINT,
         "--otlp-endpoint",
         "URL",
@@ -233,8 +229,8 @@ class ServerConfig(AccessSettings):
         "variables apply)",
         others=("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
     )
-    log_level: str = _setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
-    log_format: str = _setting(
+    log_level: str = setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
+    log_format: str = setting(
         DEFAULT_LOG_FORMAT, "--log-format", "FORMAT", "text (for people) or json (one object on each line)"
     )
 

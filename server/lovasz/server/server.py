@@ -27,7 +27,7 @@ from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.settings import ConfigError
-from lovasz.server.transport.call import Pipeline
+from lovasz.server.transport.call import SERVICE_NAME, Pipeline
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
@@ -35,7 +35,7 @@ from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.self_check import SelfCheck
 from lovasz.server.transport.sending import SendWatch
-from lovasz.server.transport.servicer import SERVICE_NAME, LossServicer
+from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.server.transport.timed_calls import TimedCalls

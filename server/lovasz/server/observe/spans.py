@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -14,6 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from lovasz.server.observe.tracing import EndedCall
 from lovasz.version import VERSION
 
 _log = logging.getLogger(__name__)
@@ -46,54 +46,38 @@ class Spans:
         self._tracer = self._provider.get_tracer("lovasz.server", VERSION)
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(
-        self,
-        name: str,
-        metadata: Iterable[tuple[str, str | bytes]],
-        began: float,
-        phases: Sequence[tuple[str, float, float]],
-        code: str,
-        attributes: Mapping[str, str],
-    ) -> None:
-        """As in :class:`lovasz.server.observe.tracing.SpanRecorder`."""
+    def record(self, call: EndedCall) -> None:
+        """As :class:`lovasz.server.observe.tracing.SpanRecorder`."""
         try:
-            self._record(name, metadata, began, phases, code, attributes)
+            self._record(call)
         except Exception:
             _log.exception("a span cannot be recorded")
 
-    def _record(
-        self,
-        name: str,
-        metadata: Iterable[tuple[str, str | bytes]],
-        began: float,
-        phases: Sequence[tuple[str, float, float]],
-        code: str,
-        attributes: Mapping[str, str],
-    ) -> None:
+    def _record(self, call: EndedCall) -> None:
         epoch = time.time() - time.monotonic()
-        carrier = {key: value for key, value in metadata if isinstance(value, str)}
+        carrier = {key: value for key, value in call.metadata if isinstance(value, str)}
         parent = self._propagator.extract(carrier)
-        service, _, method = name.rpartition("/")
+        service, _, method = call.name.rpartition("/")
         span = self._tracer.start_span(
-            name,
+            call.name,
             parent,
             trace.SpanKind.SERVER,
             {
                 "rpc.system": "grpc",
                 "rpc.service": service,
                 "rpc.method": method,
-                "lovasz.code": code,
-                **{f"lovasz.{key}": value for key, value in attributes.items() if value},
+                "lovasz.code": call.code,
+                **{f"lovasz.{key}": value for key, value in call.attributes.items() if value},
             },
-            start_time=_nanoseconds(began + epoch),
+            start_time=_nanoseconds(call.began + epoch),
         )
         if span.is_recording():
             inside = trace.set_span_in_context(span, parent)
-            for phase, phase_began, phase_ended in phases:
+            for phase, phase_began, phase_ended in call.phases:
                 child = self._tracer.start_span(phase, inside, start_time=_nanoseconds(phase_began + epoch))
                 child.end(_nanoseconds(phase_ended + epoch))
-            if code in _FAULTS:
-                span.set_status(trace.StatusCode.ERROR, code)
+            if call.code in _FAULTS:
+                span.set_status(trace.StatusCode.ERROR, call.code)
         span.end()
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 _IDS_AND_FLAGS = r"(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
@@ -30,25 +31,29 @@ def exemplar(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str] | No
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EndedCall:
+    """A call that has ended.
+
+    Attributes:
+        name: the method's full name: ``lovasz.v1.LossService/Compute``.
+        metadata: that of the call, which names its caller's span.
+        began: when it began (``time.monotonic``).
+        phases: each that it went through: (name, when it began, when it ended).
+        code: the name of its status code.
+        attributes: what else is known of it; empty ones are left out.
+    """
+
+    name: str
+    metadata: Iterable[tuple[str, str | bytes]]
+    began: float
+    phases: Sequence[tuple[str, float, float]]
+    code: str
+    attributes: Mapping[str, str]
+
+
 class SpanRecorder(Protocol):
     """Takes calls that have ended."""
 
-    def record(
-        self,
-        name: str,
-        metadata: Iterable[tuple[str, str | bytes]],
-        began: float,
-        phases: Sequence[tuple[str, float, float]],
-        code: str,
-        attributes: Mapping[str, str],
-    ) -> None:
-        """Records a call. Never raises.
-
-        Args:
-            name: the method's full name: ``lovasz.v1.LossService/Compute``.
-            metadata: that of the call, which names its caller's span.
-            began: when it began (``time.monotonic``).
-            phases: each that it went through: (name, when it began, when it ended).
-            code: the name of its status code.
-            attributes: what else is known of it; empty ones are left out.
-        """
+    def record(self, call: EndedCall) -> None:
+        """Records a call. Never raises."""

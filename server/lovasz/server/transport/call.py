@@ -30,7 +30,7 @@ from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics, Phase
-from lovasz.server.observe.tracing import SpanRecorder, exemplar
+from lovasz.server.observe.tracing import EndedCall, SpanRecorder, exemplar
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
@@ -47,7 +47,7 @@ from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
-_SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 _RETRY_SECONDS = 1.0
 """The delay that callers are told to wait before a retry, unless a better one is known."""
 _MAX_TEXT_BYTES = 2000
@@ -312,14 +312,15 @@ class Call:
             metrics.count_caller(self._identity.name, code.name)
         if self._pipeline.spans is not None:
             clock, seconds = self._clock, self._clock.seconds
-            self._pipeline.spans.record(
-                f"{_SERVICE_NAME}/{self._method}",
-                self._context.invocation_metadata(),
-                clock.started,
-                [(phase.value, clock.began[phase], clock.began[phase] + seconds[phase]) for phase in seconds],
-                code.name,
-                {"loss": self._loss, "run": self._run, "caller": self._identity.name},
+            ended = EndedCall(
+                name=f"{SERVICE_NAME}/{self._method}",
+                metadata=self._context.invocation_metadata(),
+                began=clock.started,
+                phases=[(phase.value, clock.began[phase], clock.began[phase] + seconds[phase]) for phase in seconds],
+                code=code.name,
+                attributes={"loss": self._loss, "run": self._run, "caller": self._identity.name},
             )
+            self._pipeline.spans.record(ended)
 
     def _count_failure(self, status: Status) -> None:
         metrics, phase = self._pipeline.metrics, self._clock.phase.value

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2
 from lovasz.server.device.engine import Engine
 from lovasz.server.errors import ServerError
 from lovasz.server.observe.metrics import Metrics
-from lovasz.server.transport.servicer import SERVICE_NAME
+from lovasz.server.transport.call import SERVICE_NAME
 from lovasz.server.transport.threads import start_all
 from lovasz.server.transport.timed_calls import TimedCalls
 

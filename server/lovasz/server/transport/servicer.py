@@ -17,7 +17,7 @@ from lovasz.server.device.engine import Engine
 from lovasz.server.device.hardware import hardware_name
 from lovasz.server.errors import ServerError
 from lovasz.server.transport import payload
-from lovasz.server.transport.call import Call, Pipeline
+from lovasz.server.transport.call import SERVICE_NAME, Call, Pipeline
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.messages import Undecodable, decoded_stream, has_left, or_undecodable
 from lovasz.server.transport.receiving import Patience, Receiver
@@ -29,8 +29,6 @@ from lovasz.spec import LOSS_KINDS, InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
 from lovasz.wire import framing
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 SHARED_MEMORY = "SharedMemory"
 """What metrics and log call the method of calls over the socket of shared memory."""
