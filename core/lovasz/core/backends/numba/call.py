@@ -122,7 +122,8 @@ class Call:
         firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)[:, request]
         kinds = [_LABEL_KINDS[labels.dtype] for labels in self._labels]
         offsets = self.outline.byte_offsets(FLOAT_BYTES[self.logits_kind], [LABEL_BYTES[kind] for kind in kinds])
-        logits, labels, grads = (firsts[:3] + offsets).view(np.uint64)
+        # In order "C", since loops are compiled for contiguous columns.
+        logits, labels, grads, points = np.add(firsts, offsets, order="C").view(np.uint64)
         return Planes(
             logits=logits,
             labels=labels,
@@ -132,7 +133,7 @@ class Call:
             pixels=layout.pixels,
             joint=layout.joint,
             are_points=are_points[request],
-            points=firsts[3].view(np.uint64),
+            points=points,
         )
 
     def grads_of_requests(self) -> tuple[Tensor, ...]:

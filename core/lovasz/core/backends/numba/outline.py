@@ -82,7 +82,9 @@ class Outline:
         self._byte_offsets: dict[tuple[int, int], Integers] = {}
 
     def byte_offsets(self, logit_bytes: int, label_bytes: Sequence[int]) -> Integers:
-        """The offsets of each plane's logits, labels and gradient in the tensors of its request: int64, (3, planes).
+        """The offsets of each plane's logits, labels and gradient in the tensors of its request: int64, (4, planes).
+
+        The last row is for ``Planes.points``.
 
         Args:
             logit_bytes: the size of a logit.
@@ -94,7 +96,8 @@ class Outline:
             return known
         of_labels = np.array(label_bytes)[self.request]
         logits, grad_bytes = self.planes.logits, np.float32().itemsize
-        offsets = np.stack([logits * logit_bytes, self.planes.labels * of_labels, logits * grad_bytes])
+        labels, points = self.planes.labels * of_labels, np.zeros_like(logits)
+        offsets = np.stack([logits * logit_bytes, labels, logits * grad_bytes, points])
         if (of_labels == first).all():
             self._byte_offsets[logit_bytes, first] = offsets
         return offsets
