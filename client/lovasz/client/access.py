@@ -49,15 +49,6 @@ class TLS:
             got, missing = ("cert", "key") if self.key is None else ("key", "cert")
             raise ValueError(f"tls.{missing}: got None with tls.{got}; expected both or none of them")
 
-    def credentials(self) -> grpc.ChannelCredentials:
-        """The same for gRPC.
-
-        Raises:
-            ValueError: a file cannot be read.
-        """
-        read = (_contents(f"tls.{name}", getattr(self, name)) for name in ("ca", "key", "cert"))
-        return grpc.ssl_channel_credentials(*read)
-
 
 class Secret:
     """A token that is in memory alone: it is not shown when printed, and not kept in pickles, such as checkpoints."""
@@ -139,7 +130,7 @@ class Access:
             return grpc.insecure_channel(target, options=options)
         if self.tls.server_name is not None:
             options = (*options, ("grpc.ssl_target_name_override", self.tls.server_name))
-        return grpc.secure_channel(target, self.tls.credentials(), options=options)
+        return grpc.secure_channel(target, _credentials(self.tls), options=options)
 
     def authorization(self, target: str) -> Authorization:
         """What shows the token to a server.
@@ -179,6 +170,17 @@ class Authorization:
             with contextlib.suppress(ValueError):
                 self._metadata = _metadata(_read_token(self._file))
         return self._metadata
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+    """The same for gRPC.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    return grpc.ssl_channel_credentials(
+        *(_contents(f"tls.{name}", getattr(tls, name)) for name in ("ca", "key", "cert"))
+    )
 
 
 def _metadata(token: str) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 
 def warn_if_open(config: ServerConfig) -> None:
-    """Warns if gRPC is served beyond this host to anyone, or if tensors or tokens travel there in plain text."""
+    """Logs a warning if anyone beyond this host may use gRPC, or if tensors or tokens travel there in plain text."""
     beyond = [address for address in config.addresses if _is_beyond(address)]
     missing = []
     if beyond and not config.tls_cert_file:

@@ -46,7 +46,10 @@ class SocketFile:
                 raise OSError(errno.EEXIST, "a file that is not a socket is there")
             if _answers(path):
                 raise OSError(errno.EADDRINUSE, "another server is there")
-        directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
+            raise OSError(errno.ENOENT, f"got the folder {folder}, which is not there; make it first")
+        directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         name = f".lovasz-{secrets.token_hex(8)}"
         try:
             bind(f"/proc/self/fd/{directory}/{name}")
