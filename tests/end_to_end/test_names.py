@@ -177,4 +177,4 @@ def test_only_a_socket_is_replaced(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
     ended = start_of("--listen", f"unix:{tmp_path}/none/s", "--metrics-listen", "127.0.0.1:0")
     assert ended.returncode == 2
-    assert f"--listen unix:{tmp_path}/none/s: No such file or directory" in ended.stderr
+    assert f"--listen unix:{tmp_path}/none/s: got the folder {tmp_path}/none, which is not there" in ended.stderr
