@@ -238,6 +238,8 @@ class Server:
         if self._start_error is not None:
             self.abandon()
             raise self._start_error
+        if self._self_check is not None:
+            self._self_check.check()  # Its connections, too, are there from the start.
         self._admission.starting = False
         self._health.look()
         device = self._engine.device
