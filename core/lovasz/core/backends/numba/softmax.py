@@ -15,7 +15,7 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch, prefetch_floats
 from lovasz.core.backends.numba.planes import (
     FLOAT_BYTES,
     Blocks,
@@ -53,7 +53,7 @@ class Counts(NamedTuple):
 
 @compiled
 def block_pixels(channels: int) -> int:
-    return max(64, min(1024, BLOCK_ELEMENTS // channels // 64 * 64))
+    return max(64, min(512, BLOCK_ELEMENTS // channels // 64 * 64))
 
 
 @compiled
@@ -92,6 +92,7 @@ def prepare(
             start = planes.start[plane] + first
             code = codes[start : start + n]
             m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
+            ahead = min(size, blocks.last[task] - first - n)
             t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
             bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
             _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
@@ -109,6 +110,8 @@ def prepare(
             o[:] = f32(0)
             for k in range(channels):
                 row = errors[k, start : start + n]
+                _prefetch_logits(planes, plane, logits_kind, k, first + n, ahead)
+                prefetch_floats(errors[k, start + n : start + n + ahead])
                 for i in range(n):
                     row[i] = exp(row[i] - m[i])
                 for i in range(n):
@@ -175,6 +178,13 @@ def _read(
             for i in range(n):
                 prediction[i] = np.int32(k) if row[i] > maximum[i] else prediction[i]
                 maximum[i] = max(row[i], maximum[i])
+
+
+@compiled
+def _prefetch_logits(planes: Planes, plane: int, logits_kind: int, k: int, first: int, n: int) -> None:
+    if not planes.are_points[plane]:
+        offset = (k * planes.pixels[plane] + first) * FLOAT_BYTES[logits_kind]
+        prefetch(planes.logits[plane] + np.uint64(offset), n * FLOAT_BYTES[logits_kind])
 
 
 @compiled
@@ -287,7 +297,6 @@ def finish(
     """
     channels = labelling.values
     size = block_pixels(channels)
-    copied = np.empty((channels, size), f32)
     others, label_g, label_error, pull = (
         np.empty(size, f32),
         np.empty(size, f32),
@@ -306,19 +315,17 @@ def finish(
             start = planes.start[plane] + first
             code, py = codes[start : start + n], label_probability[start : start + n]
             o, gy, ey, pulled = others[:n], label_g[:n], label_error[:n], pull[:n]
+            ahead = min(size, blocks.last[task] - first - n)
             for k in range(channels):
-                g = copied[k, :n]
-                if scored[plane, k]:
-                    g[:] = grads[k, first : first + n]
-                else:
-                    g[:] = f32(0)
-            _gather(copied, 0, code, gy)
+                if not scored[plane, k]:
+                    grads[k, first : first + n] = f32(0)
+            _gather(grads, first, code, gy)
             _gather(errors, start, code, ey)
             for i in range(n):
-                copied[min(np.int64(code[i]), channels - 1), i] = f32(0)
+                grads[min(np.int64(code[i]), channels - 1), first + i] = f32(0)
             o[:] = f32(0)
             for k in range(channels):
-                row, g = errors[k, start : start + n], copied[k, :n]
+                row, g = errors[k, start : start + n], grads[k, first : first + n]
                 for i in range(n):
                     o[i] += row[i] * g[i]
             pulled[:] = f32(0)
@@ -332,9 +339,12 @@ def finish(
                 o[i] = py[i] * gy[i] - o[i] + pulled[i]
                 gy[i] = grad
             for k in range(channels):
-                row, g, target = errors[k, start : start + n], copied[k, :n], grads[k, first : first + n]
+                row, g = errors[k, start : start + n], grads[k, first : first + n]
+                # The next block, which would have to be waited for: its rows lie in other pages.
+                prefetch_floats(errors[k, start + n : start + n + ahead])
+                prefetch_floats(grads[k, first + n : first + n + ahead])
                 for i in range(n):
-                    target[i] = row[i] * (g[i] + o[i])
+                    g[i] = row[i] * (g[i] + o[i])
             for i in range(n):
                 if code[i] == labelling.void:
                     grads[:, first + i] = f32(0)
