@@ -15,7 +15,7 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch, prefetch_floats
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch_floats
 from lovasz.core.backends.numba.planes import (
     FLOAT_BYTES,
     Blocks,
@@ -31,8 +31,11 @@ from lovasz.core.backends.numba.planes import (
     write_points,
 )
 
-BLOCK_ELEMENTS = 1 << 15
-"""Classes x pixels of a block: 128 KiB of float32, a part of a core's second-level cache."""
+READ_ELEMENTS, READ_PIXELS = 1 << 17, 4096
+"""The most elements (classes x pixels), and pixels, of a block on the way there: half of a core's second-level cache.
+Its rows are long, since the processor reads ahead only once it has read some of a row."""
+WRITTEN_ELEMENTS, WRITTEN_PIXELS = 1 << 15, 512
+"""The same on the way back, which asks for the rows of the next block in time; each block is read several times."""
 
 
 class Counts(NamedTuple):
@@ -52,8 +55,9 @@ class Counts(NamedTuple):
 
 
 @compiled
-def block_pixels(channels: int) -> int:
-    return max(64, min(512, BLOCK_ELEMENTS // channels // 64 * 64))
+def block_pixels(channels: int, elements: int, most: int) -> int:
+    """The pixels of a block."""
+    return max(64, min(most, elements // channels // 64 * 64))
 
 
 @compiled
@@ -75,7 +79,7 @@ def prepare(
     classes' probabilities.
     """
     channels, joints = labelling.values, len(counts.faults) // 3
-    size = block_pixels(channels)
+    size = block_pixels(channels, READ_ELEMENTS, READ_PIXELS)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     total, others = np.empty(size, f32), np.empty(size, f32)
     label_exponential, label_shifted = np.empty(size, f32), np.empty(size, f32)
@@ -92,7 +96,6 @@ def prepare(
             start = planes.start[plane] + first
             code = codes[start : start + n]
             m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
-            ahead = min(size, blocks.last[task] - first - n)
             t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
             bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
             _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
@@ -110,8 +113,6 @@ def prepare(
             o[:] = f32(0)
             for k in range(channels):
                 row = errors[k, start : start + n]
-                _prefetch_logits(planes, plane, logits_kind, k, first + n, ahead)
-                prefetch_floats(errors[k, start + n : start + n + ahead])
                 for i in range(n):
                     row[i] = exp(row[i] - m[i])
                 for i in range(n):
@@ -181,13 +182,6 @@ def _read(
 
 
 @compiled
-def _prefetch_logits(planes: Planes, plane: int, logits_kind: int, k: int, first: int, n: int) -> None:
-    if not planes.are_points[plane]:
-        offset = (k * planes.pixels[plane] + first) * FLOAT_BYTES[logits_kind]
-        prefetch(planes.logits[plane] + np.uint64(offset), n * FLOAT_BYTES[logits_kind])
-
-
-@compiled
 def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats) -> None:
     """Copies each pixel's value from the row of its label; void pixels get an arbitrary value."""
     last = len(rows) - 1
@@ -209,7 +203,7 @@ def prepare_probabilities(
 ) -> None:
     """Like ``prepare``, for probabilities as input. They need not sum to exactly 1, so the label's error is 1 - p."""
     channels, joints = labelling.values, len(counts.faults) // 3
-    size = block_pixels(channels)
+    size = block_pixels(channels, READ_ELEMENTS, READ_PIXELS)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     smallest = np.empty(size, f32)
     local = np.empty((3, channels), np.int64)
@@ -296,7 +290,7 @@ def finish(
         scored: (planes, K): the rows in which g has been written; g is 0 in the others.
     """
     channels = labelling.values
-    size = block_pixels(channels)
+    size = block_pixels(channels, WRITTEN_ELEMENTS, WRITTEN_PIXELS)
     others, label_g, label_error, pull = (
         np.empty(size, f32),
         np.empty(size, f32),
@@ -340,7 +334,7 @@ def finish(
                 gy[i] = grad
             for k in range(channels):
                 row, g = errors[k, start : start + n], grads[k, first : first + n]
-                # The next block, which would have to be waited for: its rows lie in other pages.
+                # The next block: otherwise each of its rows, which lie in other pages, would have to be waited for.
                 prefetch_floats(errors[k, start + n : start + n + ahead])
                 prefetch_floats(grads[k, first + n : first + n + ahead])
                 for i in range(n):
