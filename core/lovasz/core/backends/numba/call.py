@@ -24,7 +24,7 @@ from lovasz.core.backends.numba.planes import (
     UINT8,
     Planes,
 )
-from lovasz.core.backends.numba.scratch import Scratch
+from lovasz.core.backends.numba.scratch import GRADIENTS, Scratch
 from lovasz.core.backends.numba.softmax import Counts
 from lovasz.core.backends.numba.workers import WORKERS, thread_count
 from lovasz.core.batch import Batch, Request, classes_first, images_first
@@ -224,5 +224,4 @@ def _room(request: Request, transposed: bool, want_grad: bool) -> Tensor:
     shape = request.logits.shape
     if request.grad is not None and not transposed:
         return request.grad.view(shape)
-    # Allocated by NumPy, since it asks the system for large pages.
-    return torch.from_numpy(np.empty(shape.numel() if transposed else shape, np.float32))
+    return GRADIENTS.tensor((shape.numel(),) if transposed else tuple(shape))

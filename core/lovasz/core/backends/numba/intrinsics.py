@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -111,6 +113,36 @@ def pointer(typing: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.uint64), generate
+
+
+@intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Asks for the cache line at an address (voidptr)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], _PREFETCH_TYPE)
+        for_writing, most_local, data = (ir.Constant(ir.IntType(32), number) for number in (0, 3, 1))
+        builder.call(prefetch, [arguments[0], for_writing, most_local, data])
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr), generate
+
+
+_PREFETCH_TYPE = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[ir.IntType(32)] * 3])
+_CACHE_LINE_BYTES = 64
+
+
+@inlined
+def prefetch(address: np.uint64, nbytes: int) -> None:
+    """Asks for memory that is needed soon."""
+    for offset in range(0, nbytes, _CACHE_LINE_BYTES):
+        _prefetch(pointer(address + np.uint64(offset)))
+
+
+@inlined
+def prefetch_floats(floats: npt.NDArray[np.float32]) -> None:
+    """The same for an array, which is contiguous."""
+    prefetch(np.uint64(floats.ctypes.data), 4 * len(floats))
 
 
 def _atomic(operation: str) -> Any:

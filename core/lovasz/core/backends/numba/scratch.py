@@ -1,8 +1,10 @@
-"""Buffers that calls reuse, since the system has to map new memory page by page."""
+"""Buffers that calls reuse, since the system has to map new memory page by page, and to fill it with zeros."""
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -10,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 KEPT_BYTES = 512 << 20
 """The most scratch that is kept after a call; if it is larger, all of it is freed."""
@@ -64,3 +68,34 @@ class ScratchPool:
 
 
 SCRATCH = ScratchPool()
+
+
+REUSED_BYTES = 4 << 20
+"""Gradients of fewer bytes are not worth it: the allocator reuses their memory itself."""
+
+
+class GradientPool:
+    """Keeps the memory of one gradient that its caller has let go of for the next gradient, at most ``KEPT_BYTES``."""
+
+    def __init__(self) -> None:
+        # A deque, whose operations are atomic: memory comes back in any thread, also in the midst of ``tensor``.
+        self._idle: deque[npt.NDArray[np.float32]] = deque(maxlen=1)
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor with undefined contents. Its memory comes back when no tensor or array that uses it is left."""
+        size = prod(shape)
+        if not REUSED_BYTES <= 4 * size <= KEPT_BYTES:
+            return torch.from_numpy(np.empty(shape, np.float32))
+        try:
+            memory = self._idle.pop()
+        except IndexError:
+            memory = np.empty(0, np.float32)
+        if not size <= len(memory) <= 2 * size:
+            memory = np.empty(size, np.float32)  # By NumPy, since it asks the system for large pages.
+        array = memory[:size].reshape(shape)
+        # The tensor's storage alone refers to this array: an array that others know might end before its views do.
+        weakref.finalize(array, self._idle.append, memory).atexit = False
+        return torch.from_numpy(array)
+
+
+GRADIENTS = GradientPool()

@@ -15,7 +15,7 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch_floats
 from lovasz.core.backends.numba.planes import (
     FLOAT_BYTES,
     Blocks,
@@ -31,8 +31,11 @@ from lovasz.core.backends.numba.planes import (
     write_points,
 )
 
-BLOCK_ELEMENTS = 1 << 15
-"""Classes x pixels of a block: 128 KiB of float32, a part of a core's second-level cache."""
+READ_ELEMENTS, READ_PIXELS = 1 << 17, 4096
+"""The most elements (classes x pixels), and pixels, of a block on the way there: half of a core's second-level cache.
+Its rows are long, since the processor reads ahead only once it has read some of a row."""
+WRITTEN_ELEMENTS, WRITTEN_PIXELS = 1 << 15, 512
+"""The same on the way back, which asks for the rows of the next block in time; each block is read several times."""
 
 
 class Counts(NamedTuple):
@@ -52,8 +55,9 @@ class Counts(NamedTuple):
 
 
 @compiled
-def block_pixels(channels: int) -> int:
-    return max(64, min(1024, BLOCK_ELEMENTS // channels // 64 * 64))
+def block_pixels(channels: int, elements: int, most: int) -> int:
+    """The pixels of a block."""
+    return max(64, min(most, elements // channels // 64 * 64))
 
 
 @compiled
@@ -75,7 +79,7 @@ def prepare(
     classes' probabilities.
     """
     channels, joints = labelling.values, len(counts.faults) // 3
-    size = block_pixels(channels)
+    size = block_pixels(channels, READ_ELEMENTS, READ_PIXELS)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     total, others = np.empty(size, f32), np.empty(size, f32)
     label_exponential, label_shifted = np.empty(size, f32), np.empty(size, f32)
@@ -199,7 +203,7 @@ def prepare_probabilities(
 ) -> None:
     """Like ``prepare``, for probabilities as input. They need not sum to exactly 1, so the label's error is 1 - p."""
     channels, joints = labelling.values, len(counts.faults) // 3
-    size = block_pixels(channels)
+    size = block_pixels(channels, READ_ELEMENTS, READ_PIXELS)
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     smallest = np.empty(size, f32)
     local = np.empty((3, channels), np.int64)
@@ -286,8 +290,7 @@ def finish(
         scored: (planes, K): the rows in which g has been written; g is 0 in the others.
     """
     channels = labelling.values
-    size = block_pixels(channels)
-    copied = np.empty((channels, size), f32)
+    size = block_pixels(channels, WRITTEN_ELEMENTS, WRITTEN_PIXELS)
     others, label_g, label_error, pull = (
         np.empty(size, f32),
         np.empty(size, f32),
@@ -306,19 +309,17 @@ def finish(
             start = planes.start[plane] + first
             code, py = codes[start : start + n], label_probability[start : start + n]
             o, gy, ey, pulled = others[:n], label_g[:n], label_error[:n], pull[:n]
+            ahead = min(size, blocks.last[task] - first - n)
             for k in range(channels):
-                g = copied[k, :n]
-                if scored[plane, k]:
-                    g[:] = grads[k, first : first + n]
-                else:
-                    g[:] = f32(0)
-            _gather(copied, 0, code, gy)
+                if not scored[plane, k]:
+                    grads[k, first : first + n] = f32(0)
+            _gather(grads, first, code, gy)
             _gather(errors, start, code, ey)
             for i in range(n):
-                copied[min(np.int64(code[i]), channels - 1), i] = f32(0)
+                grads[min(np.int64(code[i]), channels - 1), first + i] = f32(0)
             o[:] = f32(0)
             for k in range(channels):
-                row, g = errors[k, start : start + n], copied[k, :n]
+                row, g = errors[k, start : start + n], grads[k, first : first + n]
                 for i in range(n):
                     o[i] += row[i] * g[i]
             pulled[:] = f32(0)
@@ -332,9 +333,12 @@ def finish(
                 o[i] = py[i] * gy[i] - o[i] + pulled[i]
                 gy[i] = grad
             for k in range(channels):
-                row, g, target = errors[k, start : start + n], copied[k, :n], grads[k, first : first + n]
+                row, g = errors[k, start : start + n], grads[k, first : first + n]
+                # The next block: otherwise each of its rows, which lie in other pages, would have to be waited for.
+                prefetch_floats(errors[k, start + n : start + n + ahead])
+                prefetch_floats(grads[k, first + n : first + n + ahead])
                 for i in range(n):
-                    target[i] = row[i] * (g[i] + o[i])
+                    g[i] = row[i] * (g[i] + o[i])
             for i in range(n):
                 if code[i] == labelling.void:
                     grads[:, first + i] = f32(0)
