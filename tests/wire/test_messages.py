@@ -45,6 +45,14 @@ def test_every_header_survives_protobuf(
     assert received(request) == request
 
 
+def test_headers_of_one_loss_do_not_share_it() -> None:
+    request = wire.Request.checked(weighted_sum(LovaszHinge()), tensor("float32", 2, 4), tensor("uint8", 2, 4), True)
+    first, second = request.to_proto(), request.to_proto()
+    first.loss.terms[0].weight = 7.0
+    assert second.loss.terms[0].weight == 1.0
+    assert received(request) == request
+
+
 FLOATS = "DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT16, DATA_TYPE_BFLOAT16"
 INTEGERS = "DATA_TYPE_UINT8, DATA_TYPE_INT16, DATA_TYPE_INT32, DATA_TYPE_INT64"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
@@ -19,8 +20,9 @@ _INPUT_FROM_PROTO: dict[int, spec.Input] = {
 }
 
 
+@lru_cache(maxsize=64)
 def loss_to_proto(loss: spec.WeightedSum) -> pb.Loss:
-    """The loss as a protobuf message."""
+    """The loss as a protobuf message, which is kept for the next call and must not be changed."""
     return pb.Loss(terms=[_term_to_proto(weight, term) for weight, term in loss.terms])
 
 

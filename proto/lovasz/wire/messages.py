@@ -265,6 +265,19 @@ def _array(numbers: Sequence[float], dtype: type[np.generic]) -> npt.NDArray[Any
     return np.fromiter(numbers, dtype, len(numbers))
 
 
+def _term_result(loss: spec.Loss, message: pb.TermResult, channels: int, images: int) -> spec.TermResult:
+    """The result of one term, with one loss a class and, for a term with ``per_image``, one an image."""
+    is_lovasz = isinstance(loss, spec.LovaszLoss)
+    per_class, per_image = message.per_class_loss, message.per_image_loss
+    for name, losses, expected in (
+        ("per_class_loss", per_class, channels if is_lovasz else 0),
+        ("per_image_loss", per_image, images if isinstance(loss, spec.LovaszLoss) and loss.per_image else 0),
+    ):
+        if len(losses) != expected:
+            raise spec.InvalidInput(f"response.{name}", f"got {len(losses)} for {loss.kind}; expected {expected}")
+    return spec.TermResult(loss.kind, message.loss, _array(per_class, np.float64), _array(per_image, np.float64))
+
+
 @dataclass(frozen=True)
 class Response:
     """A response without the gradient's bytes.
@@ -331,22 +344,14 @@ class Response:
         Raises:
             InvalidInput: it does not fit the request, so the server does not keep this contract.
         """
-        kinds = [loss.kind for _, loss in request.loss.terms]
-        if len(message.terms) != len(kinds):
-            raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(kinds)}")
+        terms = request.loss.terms
+        if len(message.terms) != len(terms):
+            raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(terms)}")
         channels = request.layout.channels
         images = request.layout.scored_images if request.layout.scored_images <= spec.MAX_IMAGE_LOSSES else 0
-        for (_, loss), term in zip(request.loss.terms, message.terms, strict=True):
-            per_class = channels if isinstance(loss, spec.LovaszLoss) else 0
-            per_image = images if isinstance(loss, spec.LovaszLoss) and loss.per_image else 0
-            for name, losses, expected in (
-                ("per_class_loss", term.per_class_loss, per_class),
-                ("per_image_loss", term.per_image_loss, per_image),
-            ):
-                if len(losses) != expected:
-                    raise spec.InvalidInput(
-                        f"response.{name}", f"got {len(losses)} for {loss.kind}; expected {expected}"
-                    )
+        results = tuple(
+            _term_result(loss, term, channels, images) for (_, loss), term in zip(terms, message.terms, strict=True)
+        )
         for name, counts in (("intersection", message.intersection), ("union", message.union)):
             if len(counts) != channels:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
@@ -360,15 +365,7 @@ class Response:
         timing = message.timing
         return cls(
             loss=message.loss,
-            terms=tuple(
-                spec.TermResult(
-                    kind,
-                    term.loss,
-                    _array(term.per_class_loss, np.float64),
-                    _array(term.per_image_loss, np.float64),
-                )
-                for kind, term in zip(kinds, message.terms, strict=True)
-            ),
+            terms=results,
             intersection=_array(message.intersection, np.int64),
             union=_array(message.union, np.int64),
             grad=grad,
