@@ -481,7 +481,7 @@ def test_a_rank_that_is_larger_than_the_room_ends_its_group_for_all() -> None:
         assert [outcome.code for outcome in outcomes] == [RESOURCE_EXHAUSTED] * 3
         for outcome in outcomes:
             assert (float(outcome.metadata["grpc-retry-pushback-ms"]) > 0) is comes_again
-            assert ("the tensors of 3 ranks take" in outcome.text) is not comes_again
+            assert ("the tensors of the 3 requests take" in outcome.text) is not comes_again
         desk.close()
 
 

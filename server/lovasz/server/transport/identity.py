@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lovasz import wire
 from lovasz.server.config import UNIX
-from lovasz.server.schedule.job import Tenant
+from lovasz.server.schedule.job import CONNECTION, RUN, TOKEN, Tenant
 from lovasz.server.schedule.joint.group import Run
 from lovasz.server.transport.carrier import Carrier
 
@@ -61,12 +61,12 @@ class Identity:
             request: with a sealed ``joint``.
         """
         if self.name:
-            return Tenant("token", self.name)
+            return Tenant(TOKEN, self.name)
         if request.joint is not None:
-            return Tenant("run", *Run.of(request.joint))
+            return Tenant(RUN, *Run.of(request.joint))
         if self.connection or not request.run:
-            return Tenant("connection", self.address)
-        return Tenant("run", request.run)
+            return Tenant(CONNECTION, self.address)
+        return Tenant(RUN, request.run)
 
     @property
     def fields(self) -> dict[str, str]:
