@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         metavar="FILE",
-        help="the file that lovasz-server --tokens reads: the line is appended to it, with the limits that NAME has there; the file is made "
-        "if need be "
+        help="the file that lovasz-server --tokens reads: the line is appended to it, with the limits that NAME has "
+        "there; the file is made if need be "
         "(default: the line goes to standard error)",
     )
     parser.set_defaults(run=run)

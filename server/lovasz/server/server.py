@@ -43,6 +43,7 @@ from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.server.transport.timed_calls import TimedCalls
 from lovasz.server.web.guard import Guard
 from lovasz.server.web.http_server import WebServer
+from lovasz.server.web.shortened import page_for_strangers
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
 
@@ -183,10 +184,11 @@ class Server:
             ),
         ]
         self._declare_gauges()
-        page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
-        guard = Guard((addresses.split(config.metrics_listen)[0], *config.metrics_host_names), metrics_tokens)
+        shown = self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting
+        hosts = addresses.split(config.metrics_listen)[0], *config.metrics_host_names
+        guard = Guard(hosts, metrics_tokens, self._tokens)
         certificates = self._certificates if config.metrics_tls else None
-        self._web = WebServer(self._metrics.registry, page, guard, certificates)
+        self._web = WebServer(StatusPage(*shown), page_for_strangers(*shown), guard, certificates)
         self.targets = config.addresses
         self.metrics_url = ""
 
