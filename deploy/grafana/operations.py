@@ -226,9 +226,9 @@ DEVICE = (
 REFUSED = (
     Panel(
         "Refused in the last minute, by reason",
-        "no_bytes, no_requests: come again later (--memory-budget, --max-requests); too_large: can never fit; invalid: "
-        "the caller's mistake; mismatch: a rank that does not fit its joint step; conflict: two trainings with one "
-        "name; starting, stopping: the server was.",
+        "no_bytes, no_requests: come again later (--memory-budget, --max-requests); name_limit: come again later "
+        "(--tokens); too_large: can never fit; invalid: the caller's mistake; mismatch: a rank that does not fit its "
+        "joint step; conflict: two trainings with one name; starting, stopping: the server was.",
         "short",
         rise("lovasz_rejections_total", "reason"),
     ),

@@ -140,3 +140,14 @@ def test_the_command_makes_a_token_and_its_line(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.startswith("erin:sha256:")
     with pytest.raises(SystemExit):
         cli.main(["token", "a b"])
+
+
+def test_a_further_token_of_a_name_gets_its_limits(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# alice: weight=9\nalice:sha256:old budget=0.5 weight=2\nalicia:sha256:other weight=3")
+    assert cli.main(["token", "alice", "--tokens", str(file)]) == 0
+    assert cli.main(["token", "bob", "--tokens", str(file)]) == 0
+    *_, alice, bob = file.read_text().splitlines()
+    assert alice.startswith("alice:sha256:")
+    assert alice.split(" ")[1:] == ["budget=0.5", "weight=2"]
+    assert bob.split(" ")[1:] == []

@@ -354,7 +354,7 @@ class Desk:
             assert self.engine.stop(timeout_seconds=30)
         self._calls.shutdown()
         self._readers.shutdown()
-        self.joints._reclaim()
+        self.joints._reclaim(None)
         assert (self.joints.groups, self.joints.waiting_ranks, self.joints.kept) == (0, 0, 0)
         assert not self.joints._seats
         assert (self.admission.bytes_in_flight, self.admission.requests_in_flight) == (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
@@ -35,6 +36,9 @@ _OPTIONS = (
 """gRPC's options for every channel."""
 
 
+_IDENTITY_BYTES = 8
+
+
 class Connection:
     """The channels to a server, which connect at the first call.
 
@@ -51,6 +55,8 @@ class Connection:
         """
         self._target, self._access, self._http_proxy = target, options.access, options.http_proxy
         self._load_balancing = options.load_balancing if socket_path(target) is None else None
+        is_local = socket_path(target) is not None
+        self._identity = ((wire.CLIENT_KEY, secrets.token_hex(_IDENTITY_BYTES)),) if is_local else ()
         self._authorization = options.access.authorization(target)
         self._closed = False
         channel_options = (
@@ -63,9 +69,9 @@ class Connection:
         self.retries = Retries(self._is_permanent)
 
     def metadata(self, joint: wire.Joint | None) -> tuple[tuple[str, str], ...]:
-        """The metadata of a call: its run, by which gRPC and proxies find its server, the token, and the trace."""
+        """The metadata of a call: its run, by which gRPC and proxies find its server, who calls, and the trace."""
         run = () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
-        return (*run, *self._authorization.metadata(), *trace_metadata())
+        return (*run, *self._identity, *self._authorization.metadata(), *trace_metadata())
 
     def check_open(self) -> None:
         """Does nothing while the connection is open.

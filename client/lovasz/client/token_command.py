@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         metavar="FILE",
-        help="the file that lovasz-server --tokens reads: the line is appended to it, and the file is made if need be "
+        help="the file that lovasz-server --tokens reads: the line is appended to it, with the limits that NAME has "
+        "there; the file is made if need be "
         "(default: the line goes to standard error)",
     )
     parser.set_defaults(run=run)
@@ -46,14 +47,21 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _append(path: str, line: str) -> None:
-    """One write, so that a server never reads half a line."""
+    """One write, so that a server never reads half a line. The line gets the limits that its name has."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         size = os.fstat(descriptor).st_size
         is_inside_line = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, f"{os.linesep if is_inside_line else ''}{line}\n".encode())
+        limits = _limits(os.pread(descriptor, size, 0).decode(errors="replace"), line.partition(":")[0])
+        os.write(descriptor, f"{os.linesep if is_inside_line else ''}{' '.join([line, *limits])}\n".encode())
     finally:
         os.close(descriptor)
+
+
+def _limits(text: str, name: str) -> list[str]:
+    """What stands after the tokens of a name, such as ``weight=2``."""
+    lines = [line.split()[1:] for line in text.splitlines() if line.strip().startswith(f"{name}:")]
+    return next(filter(None, lines), [])
 
 
 def _name(text: str) -> str:

@@ -4,7 +4,7 @@ Needs numpy and protobuf only. Client and server use the same code, so each rule
 tensors is serialized is in :mod:`lovasz.wire.framing`.
 """
 
-from lovasz.wire.connection import KEEPALIVE_OPTIONS
+from lovasz.wire.connection import CLIENT_KEY, KEEPALIVE_OPTIONS
 from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
 from lovasz.wire.joint import (
     MAX_CALL_BYTES,
@@ -37,6 +37,7 @@ __all__ = [
     "MAX_PACKET_BYTES",
     "MAX_RUN_CHARACTERS",
     "MAX_WORLD_SIZE",
+    "CLIENT_KEY",
     "KEEPALIVE_OPTIONS",
     "MAX_SOCKET_PATH_BYTES",
     "MEMORY_SUFFIX",

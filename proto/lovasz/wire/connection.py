@@ -1,9 +1,13 @@
-"""gRPC's options by which both sides of a connection notice that the other one has vanished without closing it."""
+"""What both sides of a connection agree on: who a caller is, and how they notice that the other side has vanished."""
 
 from __future__ import annotations
 
 _PING_EVERY_MS = 15_000
 _PING_TIMEOUT_MS = 12_000
+
+CLIENT_KEY = "lovasz-client"
+"""Metadata of calls on a Unix socket, where gRPC does not tell callers apart: random hexadecimal digits, one text a
+client."""
 
 KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_time_ms", _PING_EVERY_MS),

@@ -40,7 +40,8 @@ class AccessSettings(Settings):
         "--tokens",
         "FILE",
         "only calls with a token of this file are answered, except those of health and on Unix sockets: one name:token "
-        "or name:sha256:HASH a line (`lovasz token NAME` makes them). Read again when it changes",
+        "or name:sha256:HASH a line (`lovasz token NAME` makes them), then, as limits of the name, budget=SHARE "
+        "(of --memory-budget and --max-requests) and weight=NUMBER (in the queue). Read again when it changes",
     )
     metrics_tls: bool = setting(
         DEFAULT_METRICS_TLS,

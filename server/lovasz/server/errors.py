@@ -55,6 +55,10 @@ class NoRequestsLeftError(OverloadedError):
     """As many requests are in flight as the server holds at most."""
 
 
+class NameLimitError(OverloadedError):
+    """The requests of the caller's name hold all that they may."""
+
+
 class TooLargeError(ServerError):
     """The request can never fit here, however long its caller waits."""
 

@@ -10,6 +10,7 @@ from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.access.certificates import certificate_files
 from lovasz.server.access.exposure import warn_if_open
+from lovasz.server.access.limits import UNLIMITED, Limits
 from lovasz.server.access.tokens import token_file
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
@@ -25,6 +26,7 @@ from lovasz.server.observe.metrics import Metrics
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
+from lovasz.server.schedule.job import TOKEN, Tenant
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.settings import ConfigError
 from lovasz.server.transport.call import SERVICE_NAME, Pipeline
@@ -41,6 +43,7 @@ from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.server.transport.timed_calls import TimedCalls
 from lovasz.server.web.guard import Guard
 from lovasz.server.web.http_server import WebServer
+from lovasz.server.web.shortened import page_for_strangers
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
 
@@ -83,7 +86,9 @@ class Server:
         self._tokens = token_file("--tokens", config.tokens_file)
         metrics_tokens = token_file("--metrics-tokens", config.metrics_tokens_file)
         self._spans = _spans(config.otlp_endpoint) if config.otlp_endpoint else None
-        self._admission = Admission(config.memory_budget_bytes, config.max_requests)
+        self._admission = Admission(
+            config.memory_budget_bytes, config.max_requests, lambda name: self._limits_of(name).budget
+        )
         self._admission.starting = True
         device = choose_device(config.device)
         self._batcher = Batcher(
@@ -91,6 +96,7 @@ class Server:
             config.max_batch_requests,
             config.max_batch_delay_seconds,
             TURN_ELEMENTS[device.type],
+            self._weight_of,
         )
         self._joints = JointTable(
             self._admission,
@@ -178,10 +184,11 @@ class Server:
             ),
         ]
         self._declare_gauges()
-        page = StatusPage(self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting)
-        guard = Guard((addresses.split(config.metrics_listen)[0], *config.metrics_host_names), metrics_tokens)
+        shown = self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting
+        hosts = addresses.split(config.metrics_listen)[0], *config.metrics_host_names
+        guard = Guard(hosts, metrics_tokens, self._tokens)
         certificates = self._certificates if config.metrics_tls else None
-        self._web = WebServer(self._metrics.registry, page, guard, certificates)
+        self._web = WebServer(StatusPage(*shown), page_for_strangers(*shown), guard, certificates)
         self.targets = config.addresses
         self.metrics_url = ""
 
@@ -299,6 +306,12 @@ class Server:
         self._listen_to_itself()
         scheme = "https" if config.metrics_tls else "http"
         self.metrics_url = f"{scheme}://{addresses.joined(host, web_port)}/metrics"
+
+    def _limits_of(self, name: str) -> Limits:
+        return UNLIMITED if self._tokens is None else self._tokens.limits_of(name)
+
+    def _weight_of(self, tenant: Tenant) -> float:
+        return self._limits_of(tenant.name).weight if tenant.kind == TOKEN else 1.0
 
     def _forget_callers(self) -> None:
         if self._tokens is not None:

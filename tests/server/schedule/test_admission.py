@@ -7,7 +7,14 @@ import threading
 
 import pytest
 
-from lovasz.server.errors import OverloadedError, ServerError, StartingError, StoppingError, TooLargeError
+from lovasz.server.errors import (
+    NameLimitError,
+    OverloadedError,
+    ServerError,
+    StartingError,
+    StoppingError,
+    TooLargeError,
+)
 from lovasz.server.schedule.admission import Admission
 
 
@@ -107,3 +114,70 @@ def test_nothing_is_admitted_before_the_device_is_ready() -> None:
     admission.starting = False
     with admission.reserve(10):
         assert admission.requests_in_flight == 1
+
+
+def of_alice(name: str) -> float:
+    return 0.5 if name == "alice" else 1.0
+
+
+def test_a_name_holds_no_more_than_its_share_and_leaves_the_rest_to_others() -> None:
+    admission = Admission(100, 4, of_alice)
+    with admission.reserve(30, name="alice") as held:
+        with pytest.raises(
+            NameLimitError,
+            match=r"21 B are needed; the requests of alice hold 30 B of at most 50 B \(budget=0.5 of --memory-budget\)",
+        ) as refused:
+            admission.reserve(21, name="alice")
+        assert 0 < refused.value.retry_after_seconds <= 5
+        with pytest.raises(NameLimitError):
+            held.resize(51)
+        with admission.reserve(20, name="alice"):
+            with pytest.raises(
+                NameLimitError, match=r"2 requests of alice are in flight, of at most 2 \(budget=0.5 of"
+            ):
+                admission.reserve(0, name="alice")
+            admission.reserve(50, name="bob").release()
+            admission.reserve(50).release()
+    admission.reserve(50, 2, name="alice").release()
+    assert (admission.bytes_in_flight, admission.requests_in_flight) == (0, 0)
+    assert not admission._bytes_of
+    assert not admission._requests_of
+
+
+def test_what_never_fits_into_the_share_of_a_name_is_told_so() -> None:
+    admission = Admission(100, 4, of_alice)
+    with pytest.raises(TooLargeError, match=r"requests of alice may hold 50 B at a time \(budget=0.5 of"):
+        admission.reserve(51, name="alice")
+    with pytest.raises(TooLargeError, match=r"alice may have 2 at a time \(budget=0.5 of --max-requests\)"):
+        admission.reserve(1, 3, name="alice")
+
+
+def test_every_name_may_have_one_request() -> None:
+    Admission(100, 4, lambda name: 0.1).reserve(1, name="alice").release()
+
+
+def test_parts_of_a_permit_count_for_its_name() -> None:
+    admission = Admission(100, 4, of_alice)
+    permit = admission.reserve(50, 2, name="alice")
+    part = permit.split(20)
+    permit.release()
+    admission.reserve(30, name="alice").release()
+    with pytest.raises(NameLimitError):
+        admission.reserve(31, name="alice")
+    part.release()
+    assert not admission._bytes_of
+
+
+def test_a_full_share_reclaims_what_its_name_keeps_and_a_full_budget_what_anyone_keeps() -> None:
+    admission, asked = Admission(100, 4, of_alice), []
+
+    def reclaim(name: str | None) -> bool:
+        asked.append(name)
+        return False
+
+    admission.reclaim = reclaim
+    with admission.reserve(50, name="alice"), pytest.raises(NameLimitError):
+        admission.reserve(10, name="alice")
+    with admission.reserve(80), pytest.raises(OverloadedError):
+        admission.reserve(30, name="alice")
+    assert asked == ["alice", None]

@@ -148,7 +148,7 @@ def test_the_next_call_of_a_rank_drops_its_answers_and_no_others(desk: Desk) -> 
     assert desk.joints.kept == 3
     ended(first, desk.ask(Rank(run="a", rank=1, step=1)))
     assert desk.joints.kept == 4
-    assert desk.joints._reclaim()
+    assert desk.joints._reclaim(None)
     assert not desk.joints._kept._calls
 
 
@@ -355,7 +355,7 @@ def test_a_call_that_comes_again_while_its_answer_is_sent_does_not_wait_for_that
     sending = desk.stream(ranks[0], go_on, caller)
     next(sending)
     assert_right(desk.ask(ranks[0]).result(60), 0, ranks)
-    desk.joints._reclaim()
+    desk.joints._reclaim(None)
     assert desk.pool.lent, "what is being sent stays"
     header, (_, grads) = ended(other)[0].header, alone(tuple(ranks_of(2, call=b"", run="")))
     assert b"".join(c for c in sending if isinstance(c, bytes)) == grads[0].tobytes()
@@ -481,7 +481,7 @@ def test_a_rank_that_is_larger_than_the_room_ends_its_group_for_all() -> None:
         assert [outcome.code for outcome in outcomes] == [RESOURCE_EXHAUSTED] * 3
         for outcome in outcomes:
             assert (float(outcome.metadata["grpc-retry-pushback-ms"]) > 0) is comes_again
-            assert ("the tensors of 3 ranks take" in outcome.text) is not comes_again
+            assert ("the tensors of the 3 requests take" in outcome.text) is not comes_again
         desk.close()
 
 

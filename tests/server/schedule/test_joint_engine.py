@@ -96,7 +96,7 @@ def test_no_circle_keeps_the_tensors_of_a_group_alive(desk: Desk) -> None:
     desk.compute()
     ranks = ranks_of(3)
     ended(*map(desk.ask, ranks))
-    desk.joints._reclaim()
+    desk.joints._reclaim(None)
     assert eventually(lambda: desk.pool.alive == 0), "answered"
     bad = replace(ranks[1], label=9)
     ended(desk.ask(ranks[0]), desk.ask(bad), desk.ask(ranks[2]))

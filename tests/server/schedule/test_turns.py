@@ -102,3 +102,17 @@ def test_nothing_is_remembered_of_tenants_when_nobody_waits() -> None:
     while take(batcher):
         pass
     assert not batcher._turns._ends
+
+
+@pytest.mark.parametrize("side", [LARGE, SMALL])
+def test_a_tenant_gets_of_the_device_what_its_weight_says(side: int) -> None:
+    weights = {POLITE: 3.0, GREEDY: 1.0, THIRD: 0.5}
+    batcher = Batcher(10**9, 1000, 0.0, weight_of=lambda tenant: weights[tenant])
+    put(batcher, *(job(tenant, side) for tenant in weights for _ in range(64)))
+    served = Counter[Tenant]()
+    for _ in range(90):
+        for tenant in take(batcher):
+            served[tenant] += 1
+            put(batcher, job(tenant, side))
+    assert served[POLITE] / served[GREEDY] == pytest.approx(3, rel=0.1)
+    assert served[THIRD] / served[GREEDY] == pytest.approx(0.5, rel=0.1)

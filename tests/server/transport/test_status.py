@@ -56,7 +56,7 @@ def test_a_call_ends_as_its_row_says(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise an_error(kind)
 
     def count(name: str) -> dict[str, float]:

@@ -80,3 +80,16 @@ def test_a_token_comes_as_bearer_or_as_basic(tmp_path: Path, authorization: str,
     if refusal is not None:
         assert refusal.status == "401 Unauthorized"
         assert [value.partition(" ")[0] for _, value in refusal.headers] == ["Basic", "Bearer"]
+
+
+def test_names_are_shown_to_who_has_a_token_where_there_are_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(f"alice:{TOKEN}\n")
+    tokens = Tokens("--tokens", str(tmp_path / "tokens"))
+    for guard in (Guard((), None), Guard((), tokens), Guard((), tokens, tokens)):
+        assert guard.shows_names({})
+    guard = Guard((), None, tokens)
+    for authorization in (f"Bearer {TOKEN}", basic(f"alice:{TOKEN}")):
+        assert guard.shows_names({"HTTP_AUTHORIZATION": authorization})
+    for authorization in ("", "Bearer " + "x" * 20, basic(f"bob:{TOKEN}")):
+        assert not guard.shows_names({"HTTP_AUTHORIZATION": authorization})
+    assert guard.refusal({}) is None

@@ -7,7 +7,9 @@ import hmac
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from lovasz.server.access.limits import UNLIMITED, Limits
 from lovasz.server.access.watched_files import WatchedFiles
 
 MAX_NAMES = 256
@@ -17,6 +19,19 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}")
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _EXPECTED = "expected name:token or name:sha256:HASH"
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """What a file says.
+
+    Attributes:
+        names: the name of each keyed hash.
+        limits: those of the names that have some.
+    """
+
+    names: dict[bytes, str]
+    limits: dict[str, Limits]
 
 
 class Tokens:
@@ -42,17 +57,21 @@ class Tokens:
     @property
     def names(self) -> frozenset[str]:
         """The names in the file."""
-        return frozenset(self._file.value.values())
+        return frozenset(self._file.value.names.values())
 
     def name_of(self, token: str) -> str | None:
         """Whose token it is; None if it is in no line of the file."""
-        return self._file.value.get(self._keyed(hashlib.sha256(token.encode(errors="replace")).digest()))
+        return self._file.value.names.get(self._keyed(hashlib.sha256(token.encode(errors="replace")).digest()))
+
+    def limits_of(self, name: str) -> Limits:
+        """What the callers of a name may take."""
+        return self._file.value.limits.get(name, UNLIMITED)
 
     def _keyed(self, digest: bytes) -> bytes:
         return hmac.digest(self._key, digest, "sha256")
 
-    def _parse(self, contents: Sequence[bytes]) -> dict[bytes, str]:
-        """The name of each keyed hash.
+    def _parse(self, contents: Sequence[bytes]) -> _Lines:
+        """What the lines say.
 
         Raises:
             ValueError: a line is invalid. The text has its number, and nothing of a token.
@@ -62,10 +81,12 @@ class Tokens:
         except UnicodeDecodeError:
             raise ValueError("not a text in UTF-8") from None
         names: dict[bytes, str] = {}
+        limits: dict[str, Limits] = {}
         for number, line in enumerate(map(str.strip, lines), start=1):
             if not line or line.startswith("#"):
                 continue
-            name, separator, token = line.partition(":")
+            name, separator, rest = line.partition(":")
+            token, *words = rest.split() or [""]
             if not separator or not _NAME.fullmatch(name):
                 raise ValueError(
                     f"line {number}: {_EXPECTED}, with a name of 1 to 64 letters, digits and the characters . _ -"
@@ -79,11 +100,18 @@ class Tokens:
             digest = bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(token.encode()).digest()
             if names.setdefault(self._keyed(digest), name) != name:
                 raise ValueError(f"line {number}: the token of {name} is that of another name, too")
+            if words:
+                try:
+                    limit = Limits.parsed(words)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                if limits.setdefault(name, limit) != limit:
+                    raise ValueError(f"line {number}: another line of {name} has other limits; expected the same")
         if not names:
             raise ValueError(f"no token; {_EXPECTED} in each line")
         if len(set(names.values())) > MAX_NAMES:
             raise ValueError(f"{len(set(names.values()))} different names; expected at most {MAX_NAMES}")
-        return names
+        return _Lines(names, limits)
 
 
 def token_file(option: str, path: str) -> Tokens | None:

@@ -59,6 +59,7 @@ class Rejection(enum.Enum):
 
     NO_BYTES = "no_bytes"
     NO_REQUESTS = "no_requests"
+    NAME_LIMIT = "name_limit"
     TOO_LARGE = "too_large"
     STARTING = "starting"
     STOPPING = "stopping"
@@ -174,8 +175,9 @@ class Metrics:
         )
         self.rejections = Counter(
             "lovasz_rejections",
-            "Requests refused, by reason: no_bytes and no_requests mean that there was no room. All are refused at "
-            "their header, except invalid ones and some that are too_large.",
+            "Requests refused, by reason: no_bytes and no_requests mean that there was no room, name_limit that the "
+            "requests of the caller's name hold all that they may (--tokens). All are refused at their header, except "
+            "invalid ones and some that are too_large.",
             ["reason"],
             registry=registry,
         )

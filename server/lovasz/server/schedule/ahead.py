@@ -9,7 +9,7 @@ from collections import Counter
 
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
-from lovasz.server.schedule.job import Tenant
+from lovasz.server.schedule.job import RUN, Tenant
 from lovasz.server.schedule.joint.group import Run
 from lovasz.server.settings import format_bytes
 
@@ -20,8 +20,8 @@ _ALL = Tenant("all", "")
 class AheadPermit(Permit):
     """Room for requests that have not come. What :meth:`split` takes out of it belongs to one that has."""
 
-    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Tenant, ...]) -> None:
-        super().__init__(admission, 0, 0)
+    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Tenant, ...], name: str) -> None:
+        super().__init__(admission, 0, 0, name)
         self._room, self._holders = room, holders
 
     def resize(self, nbytes: int) -> None:
@@ -48,34 +48,35 @@ class AheadRoom:
         self._bytes: Counter[Tenant] = Counter()
         self._requests: Counter[Tenant] = Counter()
 
-    def reserve(self, nbytes: int, requests: int, run: Run, address: str) -> AheadPermit:
+    def reserve(self, nbytes: int, requests: int, run: Run, address: str, name: str = "") -> AheadPermit:
         """Takes room for several requests of one size, the first of which is here.
 
         Args:
             nbytes: of each.
             address: where the first came from; empty: nobody knows.
+            name: that of its token, for ``Admission.reserve``.
 
         Raises:
             TooLargeError: one run may not have that much.
             OverloadedError: there is no such room at the moment.
             StartingError, StoppingError: as ``Admission.reserve``.
         """
-        holders: tuple[Tenant, ...] = (_ALL, Tenant("run", *run))
+        holders: tuple[Tenant, ...] = (_ALL, Tenant(RUN, *run))
         if address:
             holders = (*holders, Tenant("caller", address))
         missing = requests - 1
         budget, most = self._admission.budget_bytes, self._admission.max_requests
         if missing > self._share * most or nbytes * missing > self._share * budget:
             # What never fits at all has a text of its own.
-            self._admission.check_size(nbytes * requests, requests)
+            self._admission.check_size(nbytes * requests, requests, name)
             raise TooLargeError(
                 f"{missing} ranks with {format_bytes(nbytes * missing)} are missing; those of one run may hold "
                 f"{self._share:g} (--joint-share) of {most} requests (--max-requests) and of {format_bytes(budget)} "
                 "(--memory-budget)"
             )
         self.check(nbytes * missing, missing, holders)
-        permit = AheadPermit(self, self._admission, holders)
-        permit.absorb(self._admission.reserve(nbytes * requests, requests))
+        permit = AheadPermit(self, self._admission, holders, name)
+        permit.absorb(self._admission.reserve(nbytes * requests, requests, name))
         return permit
 
     def check(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:

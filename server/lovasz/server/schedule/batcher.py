@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lovasz.server.errors import StoppingError
-from lovasz.server.schedule.job import Job, Key
+from lovasz.server.schedule.job import Job, Key, Tenant
 from lovasz.server.schedule.turns import Turns
 
 TURN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -24,6 +24,7 @@ class Batcher:
         max_requests: int,
         max_delay_seconds: float,
         turn_elements: int = TURN_ELEMENTS["cpu"],
+        weight_of: Callable[[Tenant], float] = lambda tenant: 1.0,
     ) -> None:
         """Nothing waits.
 
@@ -32,13 +33,14 @@ class Batcher:
             max_requests: the most requests in such a batch.
             max_delay_seconds: how long a batch stays open while the device is busy.
             turn_elements: about how many logits each tenant may have in a batch while others want the device.
+            weight_of: how much of the device a tenant gets while others want it, compared with them.
         """
         self._max_elements = max_elements
         self._max_requests = max_requests
         self._max_delay_seconds = max_delay_seconds
         self._waiting: dict[Key, list[Job]] = {}
         """Jobs with equal keys, in the order in which they are due."""
-        self._turns = Turns(turn_elements)
+        self._turns = Turns(turn_elements, weight_of)
         self._changed = threading.Condition()
         self._closed = False
 

@@ -25,6 +25,10 @@ _ELEMENTS_PER_SEGMENT = 40
 """How many logits take as long as one segment, however few pixels it has."""
 
 
+TOKEN, RUN, CONNECTION = "token", "run", "connection"
+"""Kinds of tenants."""
+
+
 class Tenant(NamedTuple):
     """Whom a request belongs to, in the shares of the device and of the room: a token's name, a run, or a connection.
 
@@ -40,10 +44,10 @@ class Tenant(NamedTuple):
     @property
     def label(self) -> str:
         """What metrics show: a connection counts for its host."""
-        return f"host {self.name.rpartition(':')[0]}" if self.kind == "connection" else f"{self.kind} {self.name}"
+        return f"host {self.name.rpartition(':')[0]}" if self.kind == CONNECTION else f"{self.kind} {self.name}"
 
 
-NOBODY = Tenant("connection", "")
+NOBODY = Tenant(CONNECTION, "")
 
 Key: TypeAlias = tuple[WeightedSum, bool, torch.dtype, int]
 

@@ -1,4 +1,4 @@
-"""Turns: each tenant gets the same share of a device while others want it, too.
+"""Turns: each tenant gets its share of a device while others want it, too.
 
 Nothing here takes a lock: ``Batcher`` does.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from lovasz.server.schedule.job import Job, Tenant
@@ -29,18 +29,22 @@ class Turn(NamedTuple):
 class Turns:
     """Counts what each tenant has had, in logits, and says whose jobs come next (start-time fair queueing).
 
+    A tenant of weight 2 gets twice as much as one of weight 1: its logits count half.
+
     A tenant's jobs are in the order in which they are due. Each starts, in a time that is counted in logits, when the
     one before has ended, or now if the tenant has had nothing for long. A turn is a part of that time: in it, each
     tenant may have a job, or as many as fit.
     """
 
-    def __init__(self, turn_elements: int) -> None:
+    def __init__(self, turn_elements: int, weight_of: Callable[[Tenant], float]) -> None:
         """Nobody has had anything.
 
         Args:
             turn_elements: the size of a turn. A turn is a batch, and the next one waits for it.
+            weight_of: the weight of a tenant.
         """
         self._turn_elements = turn_elements
+        self._weight_of = weight_of
         self._now = 0
         self._ends: dict[Tenant, int] = {}
         """When the last job of each tenant that was taken ends; of those for which that is later than now."""
@@ -70,7 +74,7 @@ class Turns:
         turns = []
         for job in heapq.merge(*queues, key=lambda job: job.due):
             start = max(self._now, ends.get(job.tenant, 0))
-            ends[job.tenant] = start + _cost(job)
+            ends[job.tenant] = start + self._cost(job)
             turns.append(Turn(start // self._turn_elements, job))
         return sorted(turns, key=lambda turn: turn.number)
 
@@ -79,7 +83,7 @@ class Turns:
         now = self._now
         for job in jobs:
             start = max(self._now, self._ends.get(job.tenant, 0))
-            self._ends[job.tenant] = start + _cost(job)
+            self._ends[job.tenant] = start + self._cost(job)
             now = max(now, start)
         self._now = now
         self._ends = {tenant: end for tenant, end in self._ends.items() if end > now}
@@ -88,6 +92,5 @@ class Turns:
         """Nobody waits: what tenants have had counts no more."""
         self._ends.clear()
 
-
-def _cost(job: Job) -> int:
-    return job.cost + _ELEMENTS_PER_REQUEST * len(job.callers)
+    def _cost(self, job: Job) -> int:
+        return round((job.cost + _ELEMENTS_PER_REQUEST * len(job.callers)) / self._weight_of(job.tenant))

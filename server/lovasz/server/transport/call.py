@@ -164,10 +164,10 @@ class Call:
         """
         seat: Seat | None = None
         if header.joint is None:
-            self._permit = self._pipeline.admission.reserve(header.tensor_bytes)
+            self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=self._identity.name)
         else:
             joints = self._pipeline.joints
-            place = self._place = joints.join(header, self._context.cancel, self.address)
+            place = self._place = joints.join(header, self._context.cancel, self.address, self._identity.name)
             if isinstance(place, Kept):
                 self._clock.skip_to(Phase.SEND)
                 return place.answer

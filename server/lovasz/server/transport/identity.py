@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hmac
+import re
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from lovasz import wire
 from lovasz.server.config import UNIX
-from lovasz.server.schedule.job import Tenant
+from lovasz.server.schedule.job import CONNECTION, RUN, TOKEN, Tenant
 from lovasz.server.schedule.joint.group import Run
 from lovasz.server.transport.carrier import Carrier
 
 CALLER_NAME: ContextVar[str] = ContextVar("caller_name", default="")
 """The name of the token that a call came with. gRPC runs a call in one context, from its metadata to its end."""
+
+
+_CLIENT = re.compile(r"[0-9a-f]{8,32}")
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class Identity:
 
     Attributes:
         name: that of the caller's token; empty where the server asks for none.
-        address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``, or ``unix:`` for every
-            caller on a Unix socket, as gRPC does not tell these apart; ``unix:uid=1000,pid=4711`` on the socket of
-            shared memory.
+        address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``. On a Unix socket, where
+            gRPC does not tell callers apart, what the client calls itself: ``unix:client=3f9a...``, or ``unix:`` if it
+            does not; ``unix:uid=1000,pid=4711`` on the socket of shared memory.
     """
 
     name: str
@@ -33,12 +37,18 @@ class Identity:
     @classmethod
     def of(cls, carrier: Carrier) -> Identity:
         """The identity of who made a call."""
-        return cls(CALLER_NAME.get(), carrier.peer())
+        address = carrier.peer()
+        if _is_shared(address):
+            said = (value for key, value in carrier.invocation_metadata() if key == wire.CLIENT_KEY)
+            client = next(said, "")
+            if isinstance(client, str) and _CLIENT.fullmatch(client):
+                address = f"{UNIX}client={client}"
+        return cls(CALLER_NAME.get(), address)
 
     @property
     def connection(self) -> str:
-        """Names the connection; empty for Unix sockets, whose connections nobody can tell apart."""
-        return "" if self.address.startswith(UNIX) else self.address
+        """Names the connection, or the client; empty for a Unix socket's callers that nobody can tell apart."""
+        return "" if _is_shared(self.address) else self.address
 
     def sealed(self, joint: wire.Joint, key: bytes) -> wire.Joint:
         """A rank's place, with who owns its run in place of the secret, which goes no further.
@@ -61,14 +71,19 @@ class Identity:
             request: with a sealed ``joint``.
         """
         if self.name:
-            return Tenant("token", self.name)
+            return Tenant(TOKEN, self.name)
         if request.joint is not None:
-            return Tenant("run", *Run.of(request.joint))
+            return Tenant(RUN, *Run.of(request.joint))
         if self.connection or not request.run:
-            return Tenant("connection", self.address)
-        return Tenant("run", request.run)
+            return Tenant(CONNECTION, self.address)
+        return Tenant(RUN, request.run)
 
     @property
     def fields(self) -> dict[str, str]:
         """What the log says of the caller."""
         return {"peer": self.address, "caller": self.name} if self.name else {"peer": self.address}
+
+
+def _is_shared(address: str) -> bool:
+    """Whether it is that of every caller on a Unix socket."""
+    return address.startswith(UNIX) and "=" not in address

@@ -36,15 +36,17 @@ class Guard:
     the answers (DNS rebinding). Such a request has the site's name in its header Host, so names are checked.
     """
 
-    def __init__(self, hosts: Iterable[str], tokens: Tokens | None) -> None:
+    def __init__(self, hosts: Iterable[str], tokens: Tokens | None, callers: Tokens | None = None) -> None:
         """Checks nothing yet.
 
         Args:
             hosts: names that may be in Host; ``.example.org`` stands for all below it, ``*`` for any.
             tokens: one of them must come along; None: nobody needs one.
+            callers: those of gRPC: without one of them, names of runs are shortened where nobody needs ``tokens``;
+                None: nobody needs one.
         """
         self._hosts = {*map(str.lower, hosts), socket.gethostname().lower()}
-        self._tokens = tokens
+        self._tokens, self._callers = tokens, callers
 
     def refusal(self, environment: dict[str, Any]) -> Refusal | None:
         """Why a request (WSGI's environment) is refused; None if it may pass."""
@@ -58,6 +60,12 @@ class Guard:
         if self._tokens is not None and not self._is_known(self._tokens, environment.get("HTTP_AUTHORIZATION", "")):
             return _UNAUTHENTICATED
         return None
+
+    def shows_names(self, environment: dict[str, Any]) -> bool:
+        """Whether who asks, and was not refused, is shown the names of runs in full."""
+        if self._tokens is not None or self._callers is None:
+            return True
+        return self._is_known(self._callers, environment.get("HTTP_AUTHORIZATION", ""))
 
     def _may_be_asked_as(self, name: str) -> bool:
         if ANY_HOST in self._hosts or name in self._hosts or _is_address(name):

@@ -13,7 +13,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import make_wsgi_app
 
 from lovasz.server.access.certificates import Certificates
 from lovasz.server.access.watched_files import WatchedFiles
@@ -113,20 +113,24 @@ class WebServer:
 
     def __init__(
         self,
-        registry: CollectorRegistry,
         page: StatusPage,
+        strangers_page: StatusPage,
         guard: Guard,
         certificates: WatchedFiles[Certificates] | None,
     ) -> None:
         """Listens nowhere yet.
 
         Args:
+            page: what is served, with its metrics.
+            strangers_page: the same for those whom the guard does not show the names of runs.
             guard: says who may ask.
             certificates: for HTTPS; None: HTTP.
         """
         self._guard, self._certificates = guard, certificates
-        self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
-        self._page = page
+        self._pages = {True: page, False: strangers_page}
+        self._metrics: dict[bool, Callable[..., Iterable[bytes]]] = {
+            shows_names: make_wsgi_app(one.registry) for shows_names, one in self._pages.items()
+        }
         self._servers: list[tuple[WSGIServer, threading.Thread]] = []
 
     def start(self, host: str, port: int) -> int:
@@ -168,13 +172,13 @@ class WebServer:
         return body if method == "GET" else []
 
     def _body(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environment.get("PATH_INFO", "/")
+        path, shows_names = environment.get("PATH_INFO", "/"), self._guard.shows_names(environment)
         if path == "/metrics":
-            return self._metrics(environment, start_response)
+            return self._metrics[shows_names](environment, start_response)
         if path == "/":
-            return _ok(start_response, "text/html; charset=utf-8", self._page.html)
+            return _ok(start_response, "text/html; charset=utf-8", self._pages[shows_names].html)
         if path == "/status":
-            return _ok(start_response, "application/json", self._page.numbers())
+            return _ok(start_response, "application/json", self._pages[shows_names].numbers())
         there = "there are / (for people), /metrics (for Prometheus) and /status (what / shows, as JSON)"
         return _refused(start_response, "404 Not Found", there)
 

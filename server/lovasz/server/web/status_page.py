@@ -18,7 +18,12 @@ _STEPS_SHOWN = 50
 
 
 class StatusPage:
-    """The page, and the numbers that the page asks for every second."""
+    """The page, and the numbers that the page asks for every second.
+
+    Attributes:
+        registry: the metrics that it shows.
+        html: the page.
+    """
 
     def __init__(
         self,
@@ -26,7 +31,7 @@ class StatusPage:
         waiting_steps: Callable[[], Sequence[WaitingStep]],
         starting: Callable[[], bool],
     ) -> None:
-        self._registry, self._waiting_steps, self._starting = registry, waiting_steps, starting
+        self.registry, self._waiting_steps, self._starting = registry, waiting_steps, starting
         self._started = time.monotonic()
         self.html = files("lovasz.server.web").joinpath("status.html").read_bytes()
 
@@ -36,7 +41,7 @@ class StatusPage:
         The buckets of histograms are left out. NaN is null.
         """
         samples: dict[str, list[list[Any]]] = {}
-        for family in self._registry.collect():
+        for family in self.registry.collect():
             for sample in family.samples:
                 if not sample.name.endswith(("_bucket", "_created")):
                     value = sample.value if math.isfinite(sample.value) else None  # JSON has no NaN.

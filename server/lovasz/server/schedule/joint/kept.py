@@ -91,9 +91,17 @@ class KeptAnswers:
         for call in [call for call, kept in self._answers.items() if not kept.users and kept.until < now]:
             self._drop(call)
 
-    def drop_unused(self) -> bool:
-        """Drops all answers that are not being sent; says whether there were any."""
-        unused = [call for call, kept in self._answers.items() if not kept.users]
+    def drop_unused(self, name: str | None) -> bool:
+        """Drops the answers that are not being sent; says whether there were any.
+
+        Args:
+            name: only those whose room counts for this name; None: all.
+        """
+        unused = [
+            call
+            for call, kept in self._answers.items()
+            if not kept.users and (name is None or kept.permit.name == name)
+        ]
         for call in unused:
             self._drop(call)
         return bool(unused)

@@ -102,12 +102,15 @@ class JointTable:
             groups = sorted(self._waiting, key=lambda group: group.since)
             return [texts.waiting_step(group, now, self._attendance) for group in groups]
 
-    def join(self, request: wire.Request, cancel: Callable[[], object], address: str = "") -> Seat | Kept:
+    def join(
+        self, request: wire.Request, cancel: Callable[[], object], address: str = "", name: str = ""
+    ) -> Seat | Kept:
         """Takes a seat, or the kept answer if the call was answered before. Either is given back by :meth:`leave`.
 
         Args:
             cancel: ends this call. Used if the same call comes again while this one is still receiving.
             address: where the call comes from, and which connection; empty: unknown.
+            name: that of its token; the room of the whole step counts for the name of the rank that came first.
 
         Raises:
             RunConflictError: two trainings have a run of this name.
@@ -124,7 +127,7 @@ class JointTable:
                 kept = self._kept.take(call)
                 if kept is not None:
                     return kept
-            group = self._group_of(request, joint, address)
+            group = self._group_of(request, joint, address, name)
             try:
                 seat = group.take_seat(request, call, cancel, address)
             except OverloadedError as error:
@@ -298,7 +301,7 @@ class JointTable:
             elif not self._changed.wait(until - time.monotonic()):
                 raise JointBrokenError("the same call is still being computed")
 
-    def _group_of(self, request: wire.Request, joint: wire.Joint, address: str) -> Group:
+    def _group_of(self, request: wire.Request, joint: wire.Joint, address: str, name: str) -> Group:
         """The group that a request belongs to, a new one if none waits."""
         step = Step.of(joint, request.want_grad)
         group = self._waiting.get(step)
@@ -311,11 +314,11 @@ class JointTable:
         if group is None:
             absent = self._attendance.absent(step, joint.world_size)
             present = joint.world_size - len(absent)
-            permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address)
+            permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address, name)
             since = self._regrouping.since(step)
             group = self._waiting.add(Group.begun_by(request, absent, permit, since, self._timeout_seconds))
         elif joint.rank in group.absent:
-            group.take_back(joint.rank, self._admission.reserve(group.share))
+            group.take_back(joint.rank, self._admission.reserve(group.share, name=group.permit.name))
         return group
 
     def _come(self, joint: wire.Joint, want_grad: bool, address: str) -> None:
@@ -335,9 +338,13 @@ class JointTable:
             job.refuse(stopping)
 
     def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
-        """The refusal if the group with one more request is larger than the whole budget."""
-        needed, budget = group.needed_bytes(request), self._admission.budget_bytes
-        return None if needed <= budget else TooLargeError(texts.too_large(group, needed, budget))
+        """The refusal if the group with one more request is larger than all that its name may hold."""
+        ranks = group.world_size - len(group.absent)
+        try:
+            self._admission.check_size(group.needed_bytes(request), ranks, group.permit.name)
+        except TooLargeError as error:
+            return error
+        return None
 
     def _answer(self, seat: Seat) -> Answer:
         group, caller = seat.group, seat.caller
@@ -373,6 +380,6 @@ class JointTable:
         if seat.call is not None and self._seats.get(seat.call) is seat:
             del self._seats[seat.call]
 
-    def _reclaim(self) -> bool:
+    def _reclaim(self, name: str | None) -> bool:
         with self._changed:
-            return self._kept.drop_unused()
+            return self._kept.drop_unused(name)

@@ -10,7 +10,6 @@ from lovasz import wire
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.joint.attendance import Attendance, place
 from lovasz.server.schedule.joint.group import Group, Step
-from lovasz.server.settings import format_bytes
 from lovasz.spec import Loss, WeightedSum
 
 _NAMED_RANKS = 20
@@ -74,14 +73,6 @@ def misplaced(group: Group, joint: wire.Joint) -> str | None:
 
 def _where(group: Group, joint: wire.Joint) -> str:
     return f"joint: rank {joint.rank} at {_step(group.step)} of run {joint.run!r}"
-
-
-def too_large(group: Group, needed: int, budget: int) -> str:
-    """Says that the group needs more bytes than there will ever be."""
-    return (
-        f"the tensors of {group.world_size} ranks take {format_bytes(needed)} with their gradients; the server's "
-        f"whole budget is {format_bytes(budget)} (--memory-budget)"
-    )
 
 
 def missing_ranks(group: Group) -> str:
