@@ -140,7 +140,7 @@ def test_the_port_of_the_metrics_is_told_at_once(server: object) -> None:
             began = time.monotonic()
             with pytest.raises(IncompatibleServerError, match=r"does not speak gRPC: is it the port of the metrics"):
                 call()
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
 
 
 # --- Without torch ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
+from support.processes import hearing_ctrl_c
 from support.scripted_server import Answer, abort, always, good_answer, serving, until_gone
 from support.waiting import eventually
 
@@ -262,12 +263,9 @@ def test_no_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypa
 def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """The command in its own process, which does not outlive a test that fails."""
     command = [sys.executable, "-W", "error", "-m", "lovasz.client.cli", "bench", *arguments]
-
-    def hear_ctrl_c() -> None:
-        """A shell's background jobs, and what they start, are deaf to it."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=hear_ctrl_c) as process:
+    with hearing_ctrl_c():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    with process:
         try:
             yield process
         finally:
