@@ -18,7 +18,7 @@ from lovasz.server.launch import ServerProcess
 
 MOST_MEMORY = 512 << 20
 """More memory than before may stay with the server: by design, the C library keeps 256 MiB of what gRPC has freed
-(memory/allocator.py), and each of some arenas keeps pieces. 160 to 240 MiB after all attacks."""
+(memory/allocator.py), and its arenas keep pieces. After all attacks: 160 MiB in one run, over 224 in another."""
 REST = {
     "lovasz_in_flight_bytes": 0,
     "lovasz_in_flight_requests": 0,
