@@ -47,9 +47,10 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
         ([500, 100, 500, 100, 500, 100, 100, 100], [8]),
         ([500, 400, 300, 300, 300, 300, 300], []),
         ([500, 200, 200, 200, 200, 90, 90, 90], [4, 8]),
-        ([10, 0, 0, 0, 0, 0], []),
+        ([10, 0, 0, 0, 0, 0], [4]),
+        ([1, 0, 0, 0, 0, 0], []),
     ],
-    ids=["idle", "a rest between requests", "about as much", "less and less", "too little"],
+    ids=["idle", "a rest between requests", "about as much", "less and less", "little", "too little"],
 )
 def test_memory_is_given_back_once_much_less_has_been_in_use_for_a_while(
     monkeypatch: pytest.MonkeyPatch, mebibytes: list[int], returned_after: list[int]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _KEPT_BYTES = 256 << 20
 _STEP_BYTES = 16 << 20
-_LEAST_BYTES = 16 << 20
+_LEAST_BYTES = 1 << 20
 _LARGEST_BYTES = 64 << 20
 
 

@@ -133,16 +133,11 @@ _CACHE_LINE_BYTES = 64
 
 
 @inlined
-def prefetch(address: np.uint64, nbytes: int) -> None:
-    """Asks for memory that is needed soon."""
-    for offset in range(0, nbytes, _CACHE_LINE_BYTES):
+def prefetch(floats: npt.NDArray[np.float32]) -> None:
+    """Asks for an array that is needed soon; it is contiguous."""
+    address = np.uint64(floats.ctypes.data)
+    for offset in range(0, 4 * len(floats), _CACHE_LINE_BYTES):
         _prefetch(pointer(address + np.uint64(offset)))
-
-
-@inlined
-def prefetch_floats(floats: npt.NDArray[np.float32]) -> None:
-    """The same for an array, which is contiguous."""
-    prefetch(np.uint64(floats.ctypes.data), 4 * len(floats))
 
 
 def _atomic(operation: str) -> Any:

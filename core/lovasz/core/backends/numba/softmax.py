@@ -15,7 +15,7 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch_floats
+from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch
 from lovasz.core.backends.numba.planes import (
     FLOAT_BYTES,
     Blocks,
@@ -335,8 +335,8 @@ def finish(
             for k in range(channels):
                 row, g = errors[k, start : start + n], grads[k, first : first + n]
                 # The next block: otherwise each of its rows, which lie in other pages, would have to be waited for.
-                prefetch_floats(errors[k, start + n : start + n + ahead])
-                prefetch_floats(grads[k, first + n : first + n + ahead])
+                prefetch(errors[k, start + n : start + n + ahead])
+                prefetch(grads[k, first + n : first + n + ahead])
                 for i in range(n):
                     g[i] = row[i] * (g[i] + o[i])
             for i in range(n):
