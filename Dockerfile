@@ -10,7 +10,7 @@
 
 # CUDA as in constraints.txt (cuda-toolkit). PyTorch's wheels bring CUDA libraries of their own; the base adds what the
 # NVIDIA container runtime wants to be told.
-ARG BASE=nvidia/cuda:13.0.3-runtime-ubuntu24.04
+ARG BASE=nvidia/cuda:13.0.3-runtime-ubuntu24.04@sha256:76f46f3e649824ebd3685d3d86c42b0ea62af04f59242f419f56cd5804a72efb
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS python

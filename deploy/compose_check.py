@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -137,25 +138,28 @@ def check_answers(target: str, access: Access) -> None:
     ok(f"a client of {target} gets the right answers to {len(cases)} acceptance vectors")
 
 
-def check_scraping(prometheus: str) -> None:
+def ask_prometheus(prometheus: str, path: str, **parameters: str) -> Any:
+    """The data of an answer of Prometheus's HTTP API."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"{prometheus}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    with opener.open(url, timeout=10) as page:
+        return json.loads(page.read())["data"]
 
-    def ask(path: str) -> Any:
-        with opener.open(f"{prometheus}/api/v1/{path}", timeout=10) as page:
-            return json.loads(page.read())["data"]
 
+def check_scraping(prometheus: str) -> None:
     def scraped() -> bool:
-        active = ask("targets")["activeTargets"]
+        active = ask_prometheus(prometheus, "targets")["activeTargets"]
         return {target["labels"]["job"]: target["health"] for target in active}.get("lovasz") == "up"
 
     def counted() -> bool:
-        found = ask("query?query=sum(lovasz_requests_total)")["result"]
+        found = ask_prometheus(prometheus, "query", query="sum(lovasz_requests_total)")["result"]
         return bool(found) and float(found[0]["value"][1]) > 0
 
     wait_for(scraped, "Prometheus scrapes the server", SCRAPE_SECONDS)
     wait_for(counted, "Prometheus has counted requests", SCRAPE_SECONDS)
     ok("Prometheus scrapes the server by its name, and has counted its requests")
-    require(sum(len(group["rules"]) for group in ask("rules")["groups"]), "Prometheus has read the alerts")
+    groups = ask_prometheus(prometheus, "rules")["groups"]
+    require(sum(len(group["rules"]) for group in groups), "Prometheus has read the alerts")
 
 
 def check_running(project: Project, target: str, prometheus: str, access: Access) -> None:

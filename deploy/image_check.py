@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from checking import ROOT, CheckFailed, compose_environment, ok, require, wait_for
 from compose_check import Project, check_down, check_running, find_test_vectors, is_healthy
@@ -51,8 +51,8 @@ PACKAGES = {
     "unshare": "util-linux",
 }
 
-# Grafana gets a profile that is not started; everything else is as in docker-compose.yml.
-WITHOUT_GRAFANA = "services: { grafana: { profiles: [left-out] } }\n"
+# Grafana gets a profile that is not started, and Prometheus is a stand-in; all else is as in docker-compose.yml.
+STAND_INS = "services: {{ grafana: {{ profiles: [left-out] }}, prometheus: {{ image: {prometheus} }} }}\n"
 
 
 def check_start(project: Project, up: subprocess.Popen[bytes]) -> None:
@@ -73,13 +73,14 @@ def check_start(project: Project, up: subprocess.Popen[bytes]) -> None:
     ok(f"the server became healthy, then Prometheus was started and became ready: {time.monotonic() - started:.0f} s")
 
 
-def check_compose(folder: Path, compose: list[str], env: dict[str, str]) -> None:
+def check_compose(folder: Path, compose: list[str], services: dict[str, Any], env: dict[str, str]) -> None:
     """Starts the project, checks it as it runs, and takes it down; then the same with TLS and tokens."""
-    (folder / "without_grafana.yml").write_text(WITHOUT_GRAFANA)
+    prometheus = image.without_digest(services["prometheus"]["image"])
+    (folder / "stand_ins.yml").write_text(STAND_INS.format(prometheus=prometheus))
     secrets = Secrets(folder / "secrets")
     with Podman(folder, env) as podman:
         environment = compose_environment(DOCKER_HOST=podman.socket, LOVASZ_SECRETS=str(secrets.folder))
-        files = ["-f", "docker-compose.yml", "-f", str(folder / "without_grafana.yml")]
+        files = ["-f", "docker-compose.yml", "-f", str(folder / "stand_ins.yml")]
 
         def checked(more: Sequence[str], check: Callable[[Project], None]) -> Project:
             command = [*compose, *files, *more]
@@ -99,7 +100,9 @@ def check_compose(folder: Path, compose: list[str], env: dict[str, str]) -> None
 
         checked([], check_plain)
         print("with docker-compose.secure.yml:", flush=True)
-        project = checked(["-f", "docker-compose.secure.yml"], lambda project: check_secure(project, secrets))
+        project = checked(
+            ["-f", "docker-compose.secure.yml"], lambda project: check_secure(project, secrets, PROMETHEUS)
+        )
         project.compose("down", "--volumes")
         require(not podman.names("volume", "ls", "--quiet"), "down --volumes leaves no volume")
 
@@ -134,7 +137,7 @@ def inside(folder: Path, base: Path | None) -> None:
     image.make_base(folder, base, env)
     image.build(folder, services, env)
     leave_the_network()
-    check_compose(folder, compose, env)
+    check_compose(folder, compose, services, env)
     print("not checked: Grafana and Prometheus's own image (only a registry has them), the GPU variant", flush=True)
 
 

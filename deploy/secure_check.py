@@ -6,13 +6,23 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from checking import CheckFailed, ok, wait_for
-from compose_check import Project, check_answers, check_confinement, check_health
+from compose_check import (
+    SCRAPE_SECONDS,
+    Project,
+    ask_prometheus,
+    check_answers,
+    check_confinement,
+    check_health,
+    check_scraping,
+)
 
-from lovasz.client import TLS, AuthenticationError, LossClient, TLSError
+from lovasz.client import TLS, AuthenticationError, LossClient, LovaszSoftmax, TLSError
 from lovasz.client.access import Access
 
 TARGET = "127.0.0.1:50051"
+RUN = "a-training-with-a-long-name"
 READ_AGAIN_SECONDS = 30
 
 
@@ -27,10 +37,15 @@ class Secrets:
         self.authority = Authority(folder, "ca")
         self.client = self.authority.sign("client")
         self.authority.sign("server")
-        self.tokens = {name: secrets.token_urlsafe(32) for name in ("trainer", "stranger")}
-        (folder / "tokens").write_text(f"trainer:{self.tokens['trainer']}\n")
+        self.tokens = {name: secrets.token_urlsafe(32) for name in ("trainer", "stranger", "prometheus")}
+        self.let_in("trainer")
+        (folder / "prometheus.token").write_text(self.tokens["prometheus"] + "\n")
         for file in folder.iterdir():
             file.chmod(0o644)
+
+    def let_in(self, name: str) -> None:
+        """Writes the server's tokens: of Prometheus, and of one other. In place, as containers see the file itself."""
+        (self.folder / "tokens").write_text("".join(f"{one}:{self.tokens[one]}\n" for one in ("prometheus", name)))
 
     def tls(self) -> TLS:
         return TLS(self.folder / "ca.pem", self.client.cert, self.client.key)
@@ -39,11 +54,13 @@ class Secrets:
         return Access.parsed(self.tls(), self.tokens[name], None, False)
 
 
-def check_secure(project: Project, files: Secrets) -> None:
+def check_secure(project: Project, files: Secrets, prometheus: str) -> None:
     """All checks; they replace the tokens."""
     check_health(project)
     check_confinement(project)
     check_answers(TARGET, files.access("trainer"))
+    check_scraping(prometheus)
+    _check_names_of_runs(files, prometheus)
     _refused(lambda: LossClient(TARGET), TLSError, "plain text")
     no_certificate = TLS(files.folder / "ca.pem")
     token = files.tokens["trainer"]
@@ -51,19 +68,31 @@ def check_secure(project: Project, files: Secrets) -> None:
     _refused(lambda: LossClient(TARGET, tls=files.tls()), AuthenticationError, "a client without a token")
     stranger = files.tokens["stranger"]
     _refused(lambda: LossClient(TARGET, tls=files.tls(), token=stranger), AuthenticationError, "an unknown token")
-    # In place: a container sees the file that was there when it started.
-    (files.folder / "tokens").write_text(f"stranger:{stranger}\n")
+    files.let_in("stranger")
 
-    def let_in() -> bool:
+    def is_let_in() -> bool:
         with LossClient(TARGET, tls=files.tls(), token=stranger) as client:
             try:
                 return bool(client.server_info())
             except AuthenticationError:
                 return False
 
-    wait_for(let_in, "a new token is known", READ_AGAIN_SECONDS)
+    wait_for(is_let_in, "a new token is known", READ_AGAIN_SECONDS)
     _refused(lambda: LossClient(TARGET, tls=files.tls(), token=token), AuthenticationError, "a token that was removed")
     ok("tokens change while the server runs")
+
+
+def _check_names_of_runs(files: Secrets, prometheus: str) -> None:
+    """Prometheus comes with a token, so it sees the name of a run in full."""
+    access = files.access("trainer")
+    with LossClient(TARGET, tls=access.tls, token=files.tokens["trainer"], run=RUN) as client:
+        client.compute(np.zeros((1, 2, 4, 4), np.float32), np.zeros((1, 4, 4), np.uint8), LovaszSoftmax())
+
+    def is_seen() -> bool:
+        return bool(ask_prometheus(prometheus, "query", query=f'lovasz_run_loss{{run="{RUN}"}}')["result"])
+
+    wait_for(is_seen, "Prometheus has the name of the run", SCRAPE_SECONDS)
+    ok("Prometheus sees the names of runs in full")
 
 
 def _refused(client: Callable[[], LossClient], error: type[Exception], what: str) -> None:

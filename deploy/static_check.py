@@ -4,6 +4,7 @@ configuration of Envoy by Envoy."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -65,7 +66,7 @@ def check_configuration(compose: list[str]) -> dict[str, Any]:
             _check_service(f"profile {profile}, {name}", service)
         if "trainer" in read:
             _check_trainer(read)
-    ok("only gRPC can be reached from other machines; each service has a version, limits and a read-only root")
+    ok("only gRPC can be reached from other machines; each service has a pinned image, limits and a read-only root")
     check_secure_configuration(compose)
     return services("--profile", "cpu")
 
@@ -85,6 +86,10 @@ def check_secure_configuration(compose: list[str]) -> None:
             raise CheckFailed(f"{name}: the files {sorted(named)} are not the secrets {sorted(mounted)}")
         if server["healthcheck"]["test"][3] not in server["environment"]["LOVASZ_LISTEN"].split(","):
             raise CheckFailed(f"{name}: the health check asks where the server does not listen")
+    prometheus = read["services"]["prometheus"]
+    scraping = next(Path(one["source"]) for one in prometheus["volumes"] if one["target"].endswith("/prometheus.yml"))
+    if f"/run/secrets/{prometheus['secrets'][0]['source']}" not in scraping.read_text(encoding="utf-8"):
+        raise CheckFailed(f"{scraping}: Prometheus does not send its token")
     ok("docker-compose.secure.yml: certificate, key, CA and tokens are mounted as secrets; health is asked on a socket")
 
 
@@ -92,8 +97,8 @@ def _check_service(where: str, service: dict[str, Any]) -> None:
     public = {port["target"] for port in service.get("ports", ()) if port.get("host_ip") != "127.0.0.1"}
     if public - {GRPC_PORT}:
         raise CheckFailed(f"{where}: ports {public} can be reached from other machines")
-    if ":" not in service["image"] or service["image"].endswith(":latest"):
-        raise CheckFailed(f"{where}: the image {service['image']} has no version")
+    if not re.fullmatch(r"lovasz-server:(cuda|cpu)|[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", service["image"]):
+        raise CheckFailed(f"{where}: the image {service['image']} is not pinned; expected NAME:TAG@sha256:DIGEST")
     if not (service.get("mem_limit") and service.get("pids_limit") and service.get("read_only")):
         raise CheckFailed(f"{where}: memory, processes or the root file system are not limited")
 

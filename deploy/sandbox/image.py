@@ -3,6 +3,8 @@
 - The base ubuntu:24.04 is a small system of the distribution that this runs on, made by debootstrap, or a tar of any
   other system with apt and Python.
 - Prometheus is that distribution's package, under the name and tag that docker-compose.yml asks for.
+
+A stand-in has another digest than the image that it stands in for, so digests are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ VOLUME /prometheus
 ENTRYPOINT ["/bin/prometheus"]
 CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
 """
+
+
+def without_digest(name: str) -> str:
+    """The name and tag of an image."""
+    return name.partition("@")[0]
 
 
 def pip_mounts(folder: Path) -> list[str]:
@@ -96,8 +103,9 @@ def build(folder: Path, services: dict[str, Any], env: dict[str, str]) -> None:
         ok(f"built {name.removeprefix('docker.io/').removeprefix('library/')}: {size / 1e6:,.0f} MB")
 
     server = services["server-cpu"]
-    arguments = [f"--build-arg={name}={value}" for name, value in server["build"].get("args", {}).items()]
+    settings = server["build"].get("args", {}).items()
+    arguments = [f"--build-arg={name}={without_digest(value)}" for name, value in settings]
     bud(server["image"], *arguments, *pip_mounts(folder), server["build"]["context"])
     (folder / "prometheus").mkdir()
     (folder / "prometheus" / "Dockerfile").write_text(PROMETHEUS_DOCKERFILE)
-    bud(services["prometheus"]["image"], folder / "prometheus")
+    bud(without_digest(services["prometheus"]["image"]), folder / "prometheus")
