@@ -38,7 +38,7 @@ from lovasz.client.access import Access
 PROJECT = "lovasz"
 VOLUMES = {"lovasz_compiled", "lovasz_prometheus", "lovasz_sockets"}
 TARGET, PROMETHEUS = "127.0.0.1:50051", "http://127.0.0.1:9090"
-START_SECONDS = 300
+START_SECONDS = 360
 DISK_BYTES = 8 << 30
 
 PACKAGES = {
