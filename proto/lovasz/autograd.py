@@ -23,12 +23,12 @@ def with_gradient(
 
     Args:
         logits: the tensor that the gradient flows to.
-        loss: a number, or a 0-dim tensor on the logits' device. Or one loss an image, shape (images,), each of which
+        loss: a number, or a 0-dim tensor on the logits' device. Or one loss per image, shape (images,), each of which
             has the gradient ``grad`` x factor in its own image, and none in others.
         grad: dloss/dlogits in the logits' shape; None if no gradient will be requested. It is scaled in its own dtype:
             float32 for 16-bit logits, so that a gradient scaler's factor is applied before rounding.
         factor: multiplies the gradient, not the loss.
-        offsets: where the images end along the first axis, if there is one loss an image; None: each item is one.
+        offsets: where the images end along the first axis, if there is one loss per image; None: each item is one.
 
     Returns:
         float64 for float64 logits, else float32.

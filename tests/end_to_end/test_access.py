@@ -59,7 +59,7 @@ class Secure:
         return sum(line["event"] == event for line in self.server.log)
 
     def write_tokens(self, **tokens: str) -> None:
-        """Replaces the file of tokens, and waits until the server has read it."""
+        """Replaces the tokens file, and waits until the server has read it."""
         before = self.logged("files were read again")
         new = self.folder / "tokens.new"
         new.write_text("".join(f"{name}:{token}\n" for name, token in tokens.items()))

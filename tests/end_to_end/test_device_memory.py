@@ -142,7 +142,7 @@ def test_ping_tells_the_way_of_tensors_on_a_gpu(sharing: ServerProcess, capsys: 
     ways = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if "asked for" in line]
     assert ways == [
         ["tensors", "through shared memory, asked for on its socket"],
-        ["on", "a GPU    through device memory, asked for on the socket of shared memory"],
+        ["on", "a GPU    through device memory, asked for on the shared-memory socket"],
     ]
 
 

@@ -26,7 +26,7 @@ IMAGE = np.zeros((1, 3, 128, 128), np.float32), np.zeros((1, 128, 128), np.uint8
 
 
 class Limited:
-    """A server with a file of tokens."""
+    """A server with a tokens file."""
 
     def __init__(self, server: ServerProcess, file: Path) -> None:
         self.server, self._file = server, file

@@ -146,7 +146,7 @@ def test_auto_falls_back_where_the_session_is_refused(plain: ServerProcess, capl
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
 def test_a_stranger_on_the_socket_gets_no_tensors(plain: ServerProcess) -> None:
-    """Somebody else was first to bind the socket of shared memory beside that of gRPC."""
+    """Somebody else was first to bind the shared-memory socket beside that of gRPC."""
     path = plain.target.removeprefix("unix:") + wire.MEMORY_SUFFIX
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger, ThreadPoolExecutor(1) as thread:
         stranger.bind(path)
@@ -456,7 +456,7 @@ def test_what_cannot_be_asked_on_the_socket_is_refused_by_name(raw: Raw) -> None
     with pytest.raises(grpc.RpcError) as refused:
         raw.session.socket.call(pb.SharedMemoryCall(header=header), 30)
     assert (
-        "expected at most 65536 on the socket of shared memory: make this call with Compute" in refused.value.details()
+        "expected at most 65536 on the shared-memory socket: make this call with Compute" in refused.value.details()
     )
 
 

@@ -22,7 +22,7 @@ _WAYS = {
     OVER_GRPC: "over gRPC",
     IN_SHARED_MEMORY: "through shared memory, asked for on its socket",
     IN_SHARED_MEMORY + ASKED_OVER_GRPC: "through shared memory, asked for over gRPC",
-    IN_DEVICE_MEMORY: "through device memory, asked for on the socket of shared memory",
+    IN_DEVICE_MEMORY: "through device memory, asked for on the shared-memory socket",
     IN_DEVICE_MEMORY + ASKED_OVER_GRPC: "through device memory, asked for over gRPC",
 }
 

@@ -124,7 +124,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
     code, details = error.code(), error.details() or ""
     if speaks_no_grpc(error):
         return IncompatibleServerError(
-            f"{target}: what answers there does not speak gRPC: is it the port of the metrics (9095 by default)? "
+            f"{target}: what answers there does not speak gRPC: is it the metrics port (9095 by default)? "
             f"Expected that of --listen (50051 by default) ({code.name}){remark}"
         )
     if code is grpc.StatusCode.INVALID_ARGUMENT:

@@ -1,4 +1,4 @@
-"""The socket of shared memory: packets of many threads to the server, and its replies to each of them.
+"""The shared-memory socket: packets of many threads to the server, and its replies to each of them.
 
 The contract is in ``loss.proto`` (SharedTensors). There is no thread for the replies: one of the threads that wait
 reads for all. So a call that is alone needs no other thread.

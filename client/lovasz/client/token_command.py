@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Makes it the parser of this command."""
     parser.description = (
         "Makes a random token. The token goes to standard output, for the trainer; its line, with only a hash of it, "
-        "goes to the server's file of tokens."
+        "goes to the server's tokens file."
     )
     parser.add_argument("name", metavar="NAME", type=_name, help="who will use it; logs and metrics show this name")
     parser.add_argument(

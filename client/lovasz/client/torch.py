@@ -97,7 +97,7 @@ class RemoteLoss(torch.nn.Module):
                 gradient. ``"active_mean"``, as DistributedDataParallel's ``join(divide_by_initial_world_size=False)``
                 does: they are multiplied by the number of ranks that have not left. ``"sum"``: they are left as they
                 are.
-            reduction: ``"mean"``; or ``"none"`` for one loss an image, shape (images,), if all terms are Lovász losses
+            reduction: ``"mean"``; or ``"none"`` for one loss per image, shape (images,), if all terms are Lovász losses
                 with ``per_image``. Not with ``joint``: losses of images do not depend on other ranks.
 
         Raises:

@@ -98,7 +98,7 @@ def differentiable(
     Takes the other arguments like ``compute``.
 
     Args:
-        reduction: ``"mean"``, or ``"none"`` for one loss an image, shape (images,).
+        reduction: ``"mean"``, or ``"none"`` for one loss per image, shape (images,).
     """
     _check_is_tensor(logits)
     want_grad = torch.is_grad_enabled() and logits.requires_grad

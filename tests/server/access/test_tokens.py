@@ -1,4 +1,4 @@
-"""The file of tokens: what a line may be, whose a token is, and what happens when the file changes."""
+"""The tokens file: what a line may be, whose a token is, and what happens when the file changes."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ class Admission:
         return None
 
     def _limit(self, name: str) -> str:
-        """As the file of tokens has it."""
+        """As the tokens file has it."""
         return f"budget={self._share_of(name):g}"
 
     def _retry_seconds(self) -> float:
