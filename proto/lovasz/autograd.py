@@ -99,8 +99,8 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "double backward through this loss is not supported: its gradient is computed with its value, and no "
-            "second derivative is (leave out create_graph=True, or compute the penalty from another loss)"
+            "double backward through this loss is not supported: its gradient is computed with its value, but "
+            "no second derivative (leave out create_graph=True, or compute the penalty from another loss)"
         )
 
 

@@ -230,7 +230,7 @@ def test_bytes_that_are_no_message(server: ServerProcess, header: bytes) -> None
             before = metric(server, "lovasz_requests_total", method=method, code="INVALID_ARGUMENT")
             code, text = refusal(call)
             assert code is grpc.StatusCode.INVALID_ARGUMENT
-            assert text == f"message: got {len(unary)} bytes that are no {method}Request of lovasz.v1"
+            assert text == f"message: got {len(unary)} bytes that are not a valid {method}Request of lovasz.v1"
             assert metric(server, "lovasz_requests_total", method=method, code="INVALID_ARGUMENT") == before + 1
 
 

@@ -88,7 +88,7 @@ def test_what_never_fits_is_refused_at_once_until_the_file_allows_it(limited: Li
     with limited.connect("alice") as alice:
         for wrong in (False, True):
             if wrong:
-                limited.rewrite("files changed and cannot be used: what they said before holds", alice="budget=2")
+                limited.rewrite("files changed and cannot be used: the old contents stay in use", alice="budget=2")
             with pytest.raises(ServerOverloadedError, match=r"the requests of alice may hold 1 MiB at a time"):
                 alice.compute(*three, LOSS)
         limited.rewrite("files were read again", alice="budget=0.5")

@@ -23,7 +23,7 @@ VARIABLES = (TOKEN_VARIABLE, *_VARIABLES.values())
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     group = parser.add_argument_group(
-        "TLS and tokens", f"Variables stand for options that are not given; {TOKEN_VARIABLE} holds a token itself."
+        "TLS and tokens", f"Environment variables can set these options; {TOKEN_VARIABLE} holds the token itself."
     )
     group.add_argument("--tls", action="store_true", help="TLS with the public CAs; --tls-ca implies TLS")
     for name, text in _FILES.items():

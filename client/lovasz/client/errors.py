@@ -125,7 +125,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
     if speaks_no_grpc(error):
         return IncompatibleServerError(
             f"{target}: what answers there does not speak gRPC: is it the metrics port (9095 by default)? "
-            f"Expected that of --listen (50051 by default) ({code.name}){remark}"
+            f"Expected the port of --listen (50051 by default) ({code.name}){remark}"
         )
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")

@@ -307,8 +307,8 @@ def check_same_server(memory: tuple[int, int], path: str, timeout: float) -> Non
     (process, user), (own_process, own_user) = memory, server
     if user != own_user and (process != own_process or not process):
         raise ServerUnavailableError(
-            f"{path}: the server there is process {own_process} of user {own_user}, but shared memory is taken by "
-            f"process {process} of user {user}: got another user; expected the same. Keep sockets in a directory where "
+            f"{path}: the server there is process {own_process} of user {own_user}, but process {process} of user "
+            f"{user} listens for shared memory: got another user; expected the same. Keep sockets in a directory where "
             "nobody else can write"
         )
 

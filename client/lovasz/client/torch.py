@@ -110,7 +110,8 @@ class RemoteLoss(torch.nn.Module):
         self.reduction = checked_reduction(reduction)
         if reduction == "none" and joint is not None:
             raise ValueError(
-                "reduction: got 'none' with joint; expected 'mean', or no joint, which changes no loss of an image"
+                "reduction: got 'none' with joint; expected 'mean', or no joint: "
+                "it does not change the loss of an image"
             )
         self.joint = Joint(joint) if isinstance(joint, str) else joint
         self.gradient_reduction = gradient_reduction

@@ -161,7 +161,7 @@ def check_mean(reduction: Reduction) -> None:
     """Checks that the loss of a group's pixels is asked for, not the loss of each image."""
     if checked_reduction(reduction) != "mean":
         raise InvalidInput(
-            "reduction", "got 'none' with group; expected 'mean', or no group, which changes no loss of an image"
+            "reduction", "got 'none' with group; expected 'mean', or no group: it does not change the loss of an image"
         )
 
 

@@ -119,8 +119,8 @@ class WeightedSum:
             if not (isinstance(loss, LovaszLoss) and loss.per_image):
                 raise InvalidInput(
                     "reduction",
-                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True (compute others apart, "
-                    "and add them)",
+                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True (compute the "
+                    "others separately, and add them)",
                 )
 
     def layout(
