@@ -160,15 +160,15 @@ def constant(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
 
 
 def check_only_two(name: str, others: tuple[object, ...]) -> None:
-    """Refuses positional arguments after logits and labels, where other losses take weights of pixels.
+    """Refuses positional arguments after logits and labels, where other losses take pixel weights.
 
     Raises:
         TypeError: there are some.
     """
     if others:
         raise TypeError(
-            f"{name}: got {2 + len(others)} positional arguments; expected logits and labels. There are no weights of "
-            "pixels (for void pixels set ignore_index or valid=, for weights of classes class_weights in the loss); "
+            f"{name}: got {2 + len(others)} positional arguments; expected logits and labels. There are no pixel "
+            "weights (for void pixels set ignore_index or valid=, for class weights class_weights in the loss); "
             "other arguments are given by name"
         )
 

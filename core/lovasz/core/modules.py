@@ -81,7 +81,7 @@ class LocalLoss(torch.nn.Module):
         Args:
             logits: (N, C, *spatial), or as the loss describes.
             labels: (N, *spatial), or as the loss describes.
-            others: none; weights of pixels, which other losses take here, are refused.
+            others: none; pixel weights, which other losses take here, are refused.
             valid: as for :func:`lovasz.core.compute`.
             offsets: as for :func:`lovasz.core.compute`.
         """

@@ -11,9 +11,9 @@ from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
 
 MAX_CLASSES = 65_536
-"""Most classes (or labels of a multilabel hinge) in one request: the per-class results must fit in one message."""
+"""The most classes (or binary labels) in one request: the per-class results must fit in one message."""
 MAX_AXES = 16
-"""Most axes of a tensor."""
+"""The most axes of a tensor."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lovasz.spec.losses import (
 from lovasz.spec.results import MAX_IMAGE_LOSSES, TermResult
 
 MAX_TERMS = 16
-"""Most terms of a weighted sum."""
+"""The most terms of a weighted sum."""
 
 
 @dataclass(frozen=True)
