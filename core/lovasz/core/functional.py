@@ -65,8 +65,8 @@ def compute(
         The result; its ``grad`` is float64 for float64 logits, otherwise float32.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the message says which. With ``group``, it is raised on
-            every rank, also if the ranks differ in loss, element type, number of classes or ``want_grad``.
+        InvalidInput: a shape, dtype, option or label is invalid; the message says which. With ``group``, it is raised
+            on every rank, also if the ranks differ in loss, element type, number of classes or ``want_grad``.
         RuntimeError: with ``group``: another rank failed for another reason.
     """
     if group is not None:
