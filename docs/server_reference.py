@@ -54,9 +54,9 @@ def _metric_row(metric: Metric) -> str:
 def configuration_page() -> str:
     return f"""# Configuration
 
-Each setting is an option of `lovasz-server` and an environment variable; the option wins. An invalid value stops the
-server at its start with a message that names it. Unknown variables that begin with `LOVASZ_` are logged. `make docs`
-writes this page from [`config.py`](../server/lovasz/server/config.py).
+Each setting is an option of `lovasz-server` and an environment variable; if both are set, the option is used. An
+invalid value stops the server at its start with a message that names it. Unknown variables that begin with `LOVASZ_`
+are logged. `make docs` writes this page from [`config.py`](../server/lovasz/server/config.py).
 
 | option | variable | default | description |
 |---|---|---|---|

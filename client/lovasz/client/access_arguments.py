@@ -11,10 +11,10 @@ TOKEN_VARIABLE = "LOVASZ_TOKEN"
 """The token itself. No option takes it: others on the host can read a command line."""
 
 _FILES = {
-    "tls_ca": "the CAs (PEM) of which one has signed the server's certificate",
+    "tls_ca": "the CAs (PEM), one of which has signed the server's certificate",
     "tls_client_cert": "this client's certificate (PEM), if the server asks for one",
     "tls_client_key": "its private key (PEM)",
-    "token_file": "a file with the token alone",
+    "token_file": "a file that contains only the token",
 }
 _VARIABLES = {name: f"LOVASZ_{name.upper()}" for name in (*_FILES, "tls_server_name")}
 VARIABLES = (TOKEN_VARIABLE, *_VARIABLES.values())

@@ -76,8 +76,10 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="calls to time (default: 5)")
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each call (default: 5)")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="how many calls to time (default: 5)")
+    parser.add_argument(
+        "--timeout", type=float, default=5.0, metavar="SECONDS", help="the timeout of each call (default: 5)"
+    )
     parser.add_argument(
         "--wait",
         type=float,

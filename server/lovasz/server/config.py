@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lovasz-server",
         description="Computes the Lovász losses and their gradients for segmentation trainers, over gRPC.",
         epilog="Each option can be set by an environment variable too: --memory-budget by LOVASZ_MEMORY_BUDGET, and so "
-        "on; the option wins. SIGTERM and SIGINT finish accepted requests, then exit 0.",
+        "on; if both are set, the option is used. SIGTERM and SIGINT finish accepted requests, then exit 0.",
     )
     parser.add_argument("--version", action="version", version=f"lovasz-server {VERSION}")
     for f in settings():
