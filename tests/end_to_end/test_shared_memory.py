@@ -158,7 +158,7 @@ def test_a_stranger_on_the_socket_gets_no_tensors(plain: ServerProcess) -> None:
         packets = thread.submit(welcomed, stranger)
         with LossClient(plain.target, transport="shm") as client, pytest.raises(ServerUnavailableError) as refused:
             client.compute(*tensors(10), SOFTMAX)
-        assert "of user 65534: got another user; expected the same" in str(refused.value)
+        assert "of user 65534 listens for shared memory: got another user; expected the same" in str(refused.value)
         assert packets.result(timeout=30) == b""
         packets = thread.submit(welcomed, stranger)
         with LossClient(plain.target) as client:
