@@ -18,24 +18,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint faults figures constraints clean
 
 help:
-	@echo "make demo         train a segmentation network on a loss server of its own, and draw what came of it"
+	@echo "make demo         train a segmentation network on a loss server of its own, and draw the result"
 	@echo "make joint-demo   train on 2 and 4 ranks with their joint loss, and compare with one process (three minutes)"
 	@echo "make joint-study  train with the joint loss and with each rank's own loss on five seeds, and compare the networks"
 	@echo "                  (ten minutes on two cores)"
-	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (half a minute)"
+	@echo "make quick        lint, and run the tests of one folder: make quick TESTS=tests/server (30 seconds)"
 	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests, Envoy"
-	@echo "make compat       run the tests of everything that speaks gRPC on the oldest grpcio and protobuf"
-	@echo "make trainers     run the lines of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
+	@echo "make compat       run the tests of the code that uses gRPC on the oldest grpcio and protobuf"
+	@echo "make trainers     run the code of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
-	@echo "make sbom         write what a server is made of: out/sbom.json (CycloneDX) and out/licences.md"
+	@echo "make sbom         write the components of a server: out/sbom.json (CycloneDX) and out/licences.md"
 	@echo "make pin-images   pin the images of Dockerfile and docker-compose.yml by digests (needs Docker and the registries)"
 	@echo "make audit        look for known vulnerabilities of the pinned versions (needs pypi.org itself, not a mirror)"
-	@echo "make bench        time the core against its peers on this machine (a quarter of an hour)"
+	@echo "make bench        time the core against its peers on this machine (15 minutes)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
-	@echo "make faults       long attacks on a server, MINUTES=5 each: fuzz, soak, overload, SIGSTOP, packet loss (half an hour)"
+	@echo "make faults       long attacks on a server, MINUTES=5 each: fuzz, soak, overload, SIGSTOP, packet loss (30 minutes)"
 	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
 	@echo "make gpu          benchmark and tests on a GPU from a bare checkout: no install, but torch, pytest,"
 	@echo "                  pytest-timeout and hypothesis have to be there; for what it does with a server, also grpcio,"
@@ -45,7 +45,7 @@ help:
 	@echo "make docs         write the reference pages and the dashboards"
 	@echo "make figures      draw the figures of the docs"
 	@echo "make constraints  pin all versions to the newest"
-	@echo "make clean        remove what the others made"
+	@echo "make clean        remove what the other targets made"
 
 $(INSTALLED): pyproject.toml constraints.txt proto/lovasz/version.py
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

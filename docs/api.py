@@ -65,8 +65,7 @@ class _Page:
         yield "# API reference"
         yield (
             "The public names: their arguments, results and errors. [usage.md](usage.md) shows how to train with them. "
-            "A name that stands under several modules is one thing, and is described once. `make docs` writes this "
-            "page from the docstrings."
+            "A name that several modules export is described once. `make docs` writes this page from the docstrings."
         )
         contents = ((module, summary_of(import_module(module).__doc__, self.link)) for module in self.names)
         yield "\n".join(f"- [`{module}`](#{_anchor(module)}): {summary}" for module, summary in contents)
@@ -74,7 +73,7 @@ class _Page:
             yield f"## `{module}`"
             yield from to_markdown(import_module(module).__doc__, self.link)
             rows = (f"| {self.link(name)} | {self._what(name)} |" for name in names)
-            yield "\n".join(["| name | what |", "|---|---|", *rows])
+            yield "\n".join(["| name | description |", "|---|---|", *rows])
             for name in names:
                 if self.home[name] == module:
                     yield f"### `{name}`"

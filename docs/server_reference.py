@@ -32,7 +32,7 @@ The phases of a request: `receive`: header and payload; `joint`: waiting for the
 waiting for the device; `compute`: computing its batch; `copy`: copying the batch's gradients to the host; `send`:
 sending the answer.
 
-| metric | type | labels | what |
+| metric | type | labels | description |
 |---|---|---|---|
 {"".join(rows)}"""
 
@@ -54,11 +54,11 @@ def _metric_row(metric: Metric) -> str:
 def configuration_page() -> str:
     return f"""# Configuration
 
-Each setting is an option of `lovasz-server` and an environment variable; the option wins. An invalid value stops the
-server at its start with a message that names it. Unknown variables that begin with `LOVASZ_` are logged. `make docs`
-writes this page from [`config.py`](../server/lovasz/server/config.py).
+Each setting is an option of `lovasz-server` and an environment variable; if both are set, the option is used. An
+invalid value stops the server at its start with a message that names it. Unknown variables that begin with `LOVASZ_`
+are logged. `make docs` writes this page from [`config.py`](../server/lovasz/server/config.py).
 
-| option | variable | default | what |
+| option | variable | default | description |
 |---|---|---|---|
 {"".join(_setting_rows())}"""
 

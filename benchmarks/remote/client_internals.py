@@ -64,7 +64,7 @@ def encoded(workload: Workload, regime: Regime) -> bytes:
 
 
 def packet_bytes(workload: Workload, regime: Regime) -> int:
-    """The size of a call's packet on the socket of shared memory."""
+    """The size of a call's packet on the shared-memory socket."""
     ((logits, labels),) = workload.inputs(regime)
     specs = encode_logits(logits).spec, encode_labels(labels).spec
     request = wire.Request.checked(weighted_sum(LovaszSoftmax()), *specs, want_grad=True)

@@ -26,9 +26,9 @@ CALLS = 20
 """In a block, for each call in a block of the other parts."""
 
 IN_PROCESS = "lovasz_softmax, in process"
-MEMORY_ECHO, GRPC_ECHO = "bare echo, socket of shared memory", "bare gRPC echo, TCP"
+MEMORY_ECHO, GRPC_ECHO = "bare echo, shared-memory socket", "bare gRPC echo, TCP"
 OURS = {
-    "RemoteLoss, socket of shared memory": (1, "shm", MEMORY_ECHO),
+    "RemoteLoss, shared-memory socket": (1, "shm", MEMORY_ECHO),
     "RemoteLoss, gRPC, Unix socket": (1, "grpc", GRPC_ECHO),
     "RemoteLoss, gRPC, TCP": (0, "grpc", GRPC_ECHO),
 }

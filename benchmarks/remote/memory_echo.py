@@ -1,4 +1,4 @@
-"""A bare echo over the socket of shared memory's kind: the same bytes move, and nothing is computed."""
+"""A bare echo over the shared-memory socket's kind: the same bytes move, and nothing is computed."""
 
 from __future__ import annotations
 

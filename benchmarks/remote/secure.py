@@ -27,7 +27,7 @@ SHAPES = {"1x3x8x8": 40, "1x19x512x1024": 3}
 TURNS = 6
 TOKEN = "a-token-of-this-benchmark"
 NAMES = 200
-"""Names in the file of tokens."""
+"""Names in the tokens file."""
 NOBODY = "http://127.0.0.1:9"
 """A collector that does not answer: spans are made, and dropped."""
 _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-days", "1")

@@ -22,7 +22,7 @@ GENERATORS, GENERATOR_THREADS = 2, 8
 START_SECONDS = 0.05
 """After the question, so that all generators have it when they start."""
 ECHO_NAME = "bare gRPC echo, ready bytes"
-MEMORY_ECHO_NAME = "bare echo, socket of shared memory"
+MEMORY_ECHO_NAME = "bare echo, shared-memory socket"
 
 
 def small_requests(server: ServerProcess, effort: Effort, progress: Progress) -> Part:

@@ -9,24 +9,24 @@ from lovasz.server.observe.metrics import PHASES
 REQUESTS = (
     Panel(
         "Servers that answer Prometheus",
-        "0: that server is down, and the other panels show nothing of it, or what was before.",
+        "0: that server is down; the other panels show nothing for it, or old values.",
         "short",
         (("{{instance}}", of("up", job="lovasz")),),
         most=1,
     ),
     Panel(
         "Requests a second, by outcome",
-        "gRPC status codes. INVALID_ARGUMENT, FAILED_PRECONDITION: the caller's mistake. RESOURCE_EXHAUSTED: want of "
+        "gRPC status codes. INVALID_ARGUMENT, FAILED_PRECONDITION: an error of the caller. RESOURCE_EXHAUSTED: no "
         "room. ABORTED: a joint step that was given up, or a caller that stalled. CANCELLED, DEADLINE_EXCEEDED: the "
         "caller gave up. UNAVAILABLE: the server was stopping, or its device did not answer. INTERNAL: a fault of the "
-        "server. A refused call that its client makes again counts each time.",
+        "server. Each retry of a refused call counts.",
         "reqps",
         (("{{code}}", f"sum by (code) ({rate('lovasz_requests_total')})"),),
     ),
     Panel(
         "Share of requests that failed",
-        "All codes but OK. Clients make calls that end with RESOURCE_EXHAUSTED or UNAVAILABLE again: their "
-        "trainers may have noticed nothing.",
+        "All codes except OK. Clients retry calls that end with RESOURCE_EXHAUSTED or UNAVAILABLE, so their trainers "
+        "may not have noticed.",
         "percentunit",
         (
             (
@@ -38,8 +38,8 @@ REQUESTS = (
     ),
     Panel(
         "Time of a request",
-        "From its header to the end of its answer, or to its failure. As fine as the classes of the histogram: 0.1, "
-        "0.2, 0.5, 1, 2, 5 ... Points: single requests whose callers record traces.",
+        "From its header to the end of its answer, or to its failure. Resolution: the buckets of the histogram, "
+        "0.1, 0.2, 0.5, 1, 2, 5 ... Points: single requests whose callers record traces.",
         "s",
         tuple(
             (f"p{100 * share:.0f} {outcome}", quantile(share, "lovasz_request_seconds", outcome=outcome))
@@ -74,7 +74,7 @@ TIME = (
     ),
     Panel(
         "Where a request spends its time",
-        "Mean seconds in each phase, for each request that was let in, stacked. Joint steps that wait in vain count.",
+        "Mean seconds in each phase, for each admitted request, stacked. Joint steps that never complete count, too.",
         "s",
         (
             (
@@ -87,7 +87,7 @@ TIME = (
     ),
     Panel(
         "99th percentile of each phase",
-        "Of each phase by itself: these are not phases of the same requests. Points: traced requests.",
+        "Of each phase separately: the values are not of the same requests. Points: traced requests.",
         "s",
         (("{{phase}}", quantile(0.99, "lovasz_phase_seconds", by="le, phase")),),
         exemplars=True,
@@ -104,7 +104,7 @@ JOINT_STEPS = (
     Table(
         "Joint steps that wait, and whom for",
         "Of each run the step that has waited longest. A rank that still sends its tensors counts as missing. The "
-        "server's log and its status page (GET / on the port of its metrics) name all missing ranks.",
+        "server's log and its status page (GET / on the metrics port) name all missing ranks.",
         tuple(
             f"max by (instance, run) ({of(f'lovasz_joint_step_{what}')})"
             for what in ("number", "first_missing_rank", "missing_ranks", "wait_seconds")
@@ -138,8 +138,8 @@ JOINT_STEPS = (
     ),
     Panel(
         "Joint steps in the last minute, by outcome",
-        "completed; timeout: ranks were missing; left: all ranks went away before it was complete; overloaded: no "
-        "room; stopping: the server was.",
+        "completed; timeout: ranks were missing; left: all ranks ended their calls before it was complete; overloaded: "
+        "no room; stopping: the server was stopping.",
         "short",
         rise("lovasz_joint_groups_total", "outcome"),
     ),
@@ -149,7 +149,7 @@ ROOM = (
     Panel(
         "Memory",
         "Tensor bytes of the requests held; the budget beyond which requests are refused (--memory-budget); buffers "
-        "that wait for the next requests; and all that the process has of the host.",
+        "kept for the next requests; and the resident memory of the process.",
         "bytes",
         (
             ("{{instance}} held", of("lovasz_in_flight_bytes")),
@@ -163,7 +163,7 @@ ROOM = (
     ),
     Panel(
         "Requests held",
-        "And how many may be (--max-requests). A joint step holds one for each of its ranks from the first on.",
+        "And the limit (--max-requests). A joint step holds one for each of its ranks as soon as the first arrives.",
         "short",
         (
             ("{{instance}} held", of("lovasz_in_flight_requests")),
@@ -193,7 +193,7 @@ ROOM = (
 DEVICE = (
     Panel(
         "Busy with batches",
-        "Share of the time in which the server's device had a batch to compute; 100 %: it is the limit.",
+        "Share of the time in which the server's device had a batch to compute; 100 %: it is the bottleneck.",
         "percentunit",
         (("{{instance}}", f"sum by (instance) ({rate('lovasz_device_busy_seconds_total')})"),),
         most=1,
@@ -207,7 +207,7 @@ DEVICE = (
     ),
     Panel(
         "Memory of the device",
-        "Of the GPU, or of the host; taken by whomever.",
+        "Of the GPU, or of the host; used by any process.",
         "bytes",
         (
             ("{{instance}} taken", of("lovasz_device_memory_used_bytes")),
@@ -226,9 +226,9 @@ DEVICE = (
 REFUSED = (
     Panel(
         "Refused in the last minute, by reason",
-        "no_bytes, no_requests: come again later (--memory-budget, --max-requests); name_limit: come again later "
-        "(--tokens); too_large: can never fit; invalid: the caller's mistake; mismatch: a rank that does not fit its "
-        "joint step; conflict: two trainings with one name; starting, stopping: the server was.",
+        "no_bytes, no_requests: try again later (--memory-budget, --max-requests); name_limit: try again later "
+        "(--tokens); too_large: can never fit; invalid: an error of the caller; mismatch: a rank that does not fit its "
+        "joint step; conflict: two trainings with one name; starting, stopping: the server was starting or stopping.",
         "short",
         rise("lovasz_rejections_total", "reason"),
     ),
@@ -240,15 +240,15 @@ REFUSED = (
     ),
     Panel(
         "Callers that stalled in the last minute",
-        "Cut off as they stopped sending their request, or taking their answer (--stall-timeout). The log names "
+        "Cut off because they stopped sending their request, or reading their answer (--stall-timeout). The log names "
         "the former.",
         "short",
         rise("lovasz_stalled_total", "phase"),
     ),
     Panel(
         "Answers in the last minute that are not numbers",
-        "Logits were NaN or infinite; a gradient scaler skips such a step. The loss of a run that names itself has a "
-        "gap then, on the other dashboard.",
+        "Logits were NaN or infinite; a gradient scaler skips such a step. The loss of a named run then has a gap, "
+        "on the other dashboard.",
         "short",
         (("answers", f"sum(increase({of('lovasz_nonfinite_results_total')}[1m]))"),),
     ),

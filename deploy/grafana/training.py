@@ -14,15 +14,15 @@ def of_runs(metric: str, **labels: str) -> str:
 RUNS = (
     Panel(
         "Loss",
-        "The last loss of each run; a gap: it was NaN. Trainings name themselves: RemoteLoss(..., run=...), or by the "
-        "run of their joint steps, which show here what all ranks have together. A run that sends nothing for a "
-        "quarter of an hour is gone.",
+        "The last loss of each run; a gap: it was NaN. A training gets its name from RemoteLoss(..., run=...), or from "
+        "the run of its joint steps, which show the result of all ranks together. A run that sends nothing for 15 "
+        "minutes disappears.",
         "short",
         (("{{run}} {{mode}} ({{instance}})", of_runs("lovasz_run_loss")),),
     ),
     Panel(
         "Mean IoU",
-        "Over classes, of the last fifty requests or so. Steps whose loss is NaN leave it as it was.",
+        "Over classes, of the last fifty requests or so. Steps whose loss is NaN do not change it.",
         "percentunit",
         (("{{run}} {{mode}} ({{instance}})", of_runs("lovasz_run_miou")),),
         most=1,

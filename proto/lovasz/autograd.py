@@ -23,12 +23,12 @@ def with_gradient(
 
     Args:
         logits: the tensor that the gradient flows to.
-        loss: a number, or a 0-dim tensor on the logits' device. Or one loss an image, shape (images,), each of which
+        loss: a number, or a 0-dim tensor on the logits' device. Or one loss per image, shape (images,), each of which
             has the gradient ``grad`` x factor in its own image, and none in others.
         grad: dloss/dlogits in the logits' shape; None if no gradient will be requested. It is scaled in its own dtype:
             float32 for 16-bit logits, so that a gradient scaler's factor is applied before rounding.
         factor: multiplies the gradient, not the loss.
-        offsets: where the images end along the first axis, if there is one loss an image; None: each item is one.
+        offsets: where the images end along the first axis, if there is one loss per image; None: each item is one.
 
     Returns:
         float64 for float64 logits, else float32.
@@ -99,8 +99,8 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "double backward through this loss is not supported: its gradient is computed with its value, and no "
-            "second derivative is (leave out create_graph=True, or compute the penalty from another loss)"
+            "double backward through this loss is not supported: its gradient is computed with its value, but "
+            "no second derivative (leave out create_graph=True, or compute the penalty from another loss)"
         )
 
 
@@ -160,15 +160,15 @@ def constant(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
 
 
 def check_only_two(name: str, others: tuple[object, ...]) -> None:
-    """Refuses positional arguments after logits and labels, where other losses take weights of pixels.
+    """Refuses positional arguments after logits and labels, where other losses take pixel weights.
 
     Raises:
         TypeError: there are some.
     """
     if others:
         raise TypeError(
-            f"{name}: got {2 + len(others)} positional arguments; expected logits and labels. There are no weights of "
-            "pixels (for void pixels set ignore_index or valid=, for weights of classes class_weights in the loss); "
+            f"{name}: got {2 + len(others)} positional arguments; expected logits and labels. There are no pixel "
+            "weights (for void pixels set ignore_index or valid=, for class weights class_weights in the loss); "
             "other arguments are given by name"
         )
 

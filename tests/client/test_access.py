@@ -54,8 +54,8 @@ def _module(target: str, **options: Any) -> LossClient:
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     for options, said in (
-        ({"token": "short"}, "token: got what is no token"),
-        ({"token": "white space in the token"}, "token: got what is no token"),
+        ({"token": "short"}, "token: got an invalid token"),
+        ({"token": "white space in the token"}, "token: got an invalid token"),
         ({"token": TOKEN, "token_file": "x"}, "token_file: got a file and token, too; expected only one of them"),
         ({"token_file": tmp_path / "absent"}, "token_file: got '.*absent', which cannot be read: No such file"),
         ({"tls": True}, "tls: got bool; expected lovasz.client.TLS or None"),

@@ -52,7 +52,7 @@ def test_losses_of_one_name_are_summed_in_place(criterion: torch.nn.Module) -> N
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"weight": torch.ones(2, 6, 7)}, "weight: got weights of pixels; expected None"),
+        ({"weight": torch.ones(2, 6, 7)}, "weight: got pixel weights; expected None"),
         ({"avg_factor": 3.0}, "avg_factor: got 3.0; expected None"),
         ({"reduction_override": "sum"}, "reduction_override: got 'sum'; expected None or 'mean'"),
         ({"ignore_index": 0}, "ignore_index: got 0 from the decode head, and 255 in CrossEntropy"),

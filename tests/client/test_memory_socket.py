@@ -1,4 +1,4 @@
-"""The client's end of the socket of shared memory, against a server whose packets the test writes."""
+"""The client's end of the shared-memory socket, against a server whose packets the test writes."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def test_modules_refuse_bad_options_when_built(build: Callable[[], LocalLoss], t
 def test_what_other_losses_take_is_refused_with_its_cure() -> None:
     logits, labels = torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
     criterion = LocalLoss(LovaszSoftmax())
-    with pytest.raises(TypeError, match=r"^LocalLoss: got 3 positional arguments; .* no weights of pixels .*valid="):
+    with pytest.raises(TypeError, match=r"^LocalLoss: got 3 positional arguments; .* no pixel weights .*valid="):
         criterion(logits, labels, torch.ones(2, 4))
     with pytest.raises(InvalidInput, match=r"^logits: got dict; expected a torch tensor \(pass one of its tensors"):
         criterion({"out": logits}, labels)

@@ -120,7 +120,7 @@ def test_what_has_no_loss_an_image_is_refused(loss: LossLike, device: torch.devi
         InvalidInput, match=r"^reduction: got 'none' with .*; expected only Lovász losses with per_image"
     ):
         LocalLoss(loss, reduction="none")(logits, labels)
-    with pytest.raises(InvalidInput, match=r"^reduction: got 'sum'; expected 'mean', or 'none' for one loss an image"):
+    with pytest.raises(InvalidInput, match=r"^reduction: got 'sum'; expected 'mean', or 'none' for one loss per image"):
         LocalLoss(loss, reduction="sum")  # type: ignore[arg-type]
 
 

@@ -490,21 +490,21 @@ INTEGERS = torch.int64
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(),
             "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
+            "(for several binary labels per pixel use multilabel=True, for one class per pixel "
             "LovaszSoftmax)",
         ),
         (
             zeros(2, 3, 4),
             zeros(2, 4, dtype=INTEGERS),
             LovaszHinge(multilabel=True),
-            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class a pixel use "
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class per pixel use "
             "LovaszSoftmax)",
         ),
         (
             zeros(2, 3, 4),
             zeros(2, 4, dtype=INTEGERS),
             LovaszSoftmax(class_weights=[1, 2]),
-            "class_weights: got 2 numbers; expected 3, one a class",
+            "class_weights: got 2 numbers; expected 3, one per class",
         ),
         (
             zeros(2, 3, 4),

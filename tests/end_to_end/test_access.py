@@ -59,7 +59,7 @@ class Secure:
         return sum(line["event"] == event for line in self.server.log)
 
     def write_tokens(self, **tokens: str) -> None:
-        """Replaces the file of tokens, and waits until the server has read it."""
+        """Replaces the tokens file, and waits until the server has read it."""
         before = self.logged("files were read again")
         new = self.folder / "tokens.new"
         new.write_text("".join(f"{name}:{token}\n" for name, token in tokens.items()))
@@ -211,10 +211,10 @@ def test_an_old_connection_goes_on_and_a_new_one_gets_the_new_certificate(secure
     renewed = other.sign("renewed")
     with secure.connect() as old:
         old.server_info()
-        errors = secure.logged("files changed and cannot be used: what they said before holds")
+        errors = secure.logged("files changed and cannot be used: the old contents stay in use")
         secure.pair.cert.write_bytes(renewed.cert.read_bytes())
         assert eventually(
-            lambda: secure.logged("files changed and cannot be used: what they said before holds") > errors
+            lambda: secure.logged("files changed and cannot be used: the old contents stay in use") > errors
         )
         with secure.connect() as client:
             client.server_info()  # The pair is half written: the old one is shown.

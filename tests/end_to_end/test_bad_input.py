@@ -121,7 +121,7 @@ BAD = [
         _softmax(class_selection=pb.CLASS_SELECTION_LISTED, listed_classes=[1, 3]),
         "classes: got class 3; expected class numbers in [0, 3)",
     ),
-    Bad("class weights", _softmax(class_weights=[1, 2]), "class_weights: got 2 numbers; expected 3, one a class"),
+    Bad("class weights", _softmax(class_weights=[1, 2]), "class_weights: got 2 numbers; expected 3, one per class"),
     Bad("negative weight", _softmax(class_weights=[1, -2, 1]), "class_weights[1]: got -2.0; expected a number >= 0"),
     Bad("element type unset", lambda r: r.header.logits.ClearField("data_type"), "logits.data_type: got DATA_TYPE_UNS"),
     Bad("element type unknown", lambda r: setattr(r.header.labels, "data_type", 55), "labels.data_type: got 55"),
@@ -230,7 +230,7 @@ def test_bytes_that_are_no_message(server: ServerProcess, header: bytes) -> None
             before = metric(server, "lovasz_requests_total", method=method, code="INVALID_ARGUMENT")
             code, text = refusal(call)
             assert code is grpc.StatusCode.INVALID_ARGUMENT
-            assert text == f"message: got {len(unary)} bytes that are no {method}Request of lovasz.v1"
+            assert text == f"message: got {len(unary)} bytes that are not a valid {method}Request of lovasz.v1"
             assert metric(server, "lovasz_requests_total", method=method, code="INVALID_ARGUMENT") == before + 1
 
 

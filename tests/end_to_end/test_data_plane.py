@@ -101,7 +101,7 @@ def test_a_sender_that_stalls_is_cut_off_with_a_reason_and_holds_up_nobody(impat
         release.set()
     assert cut_off.value.code() is grpc.StatusCode.ABORTED
     text = cut_off.value.details()
-    assert f"4194304 of {logits.nbytes + labels.nbytes} bytes of the payload came" in text
+    assert f"4194304 of {logits.nbytes + labels.nbytes} bytes of the payload arrived" in text
     assert "in the last 0.5 s (--stall-timeout)" in text
     assert metric(impatient, "lovasz_stalled_total", phase="receive") == 1
     assert metric(impatient, "lovasz_in_flight_bytes") == 0
@@ -120,7 +120,7 @@ def test_a_stream_without_a_header_is_cut_off(impatient: ServerProcess) -> None:
             list(call)
         release.set()
     assert cut_off.value.code() is grpc.StatusCode.ABORTED
-    assert cut_off.value.details() == "no header came within 0.5 s (--header-timeout)"
+    assert cut_off.value.details() == "no header arrived within 0.5 s (--header-timeout)"
     error = from_rpc_error(cut_off.value, impatient.target)
     assert isinstance(error, LossError)
     assert "--header-timeout" in str(error)

@@ -139,10 +139,10 @@ def test_a_loss_module_and_threads_through_one_client(sharing: ServerProcess, dr
 
 def test_ping_tells_the_way_of_tensors_on_a_gpu(sharing: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ping", sharing.target, "--count", "1"]) == 0
-    ways = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if "asked for" in line]
+    ways = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if "header and answer" in line]
     assert ways == [
-        ["tensors", "through shared memory, asked for on its socket"],
-        ["on", "a GPU    through device memory, asked for on the socket of shared memory"],
+        ["tensors", "through shared memory, with header and answer on its socket"],
+        ["on", "a GPU    through device memory, with header and answer on the shared-memory socket"],
     ]
 
 

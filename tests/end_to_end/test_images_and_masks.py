@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused(client: LossClient) -> None:
         client.compute(logits, labels, LovaszSoftmax(per_image=True), offsets=[1])
     with pytest.raises(InvalidInputError, match=r"^valid: got element type torch.float32; expected bool"):
         client.compute(logits, labels, LovaszSoftmax(), valid=torch.ones(2, 9))
-    with pytest.raises(InvalidInputError, match=r"^pos_weight: got 2 numbers; expected 3, one a label"):
+    with pytest.raises(InvalidInputError, match=r"^pos_weight: got 2 numbers; expected 3, one per label"):
         client.compute(logits, logits.byte(), BinaryCrossEntropy([1, 2], multilabel=True))
     with pytest.raises(InvalidInputError, match=r"^reduction: got 'none' with CrossEntropy"):
         RemoteLoss(client, CrossEntropy(), reduction="none")(logits, labels)

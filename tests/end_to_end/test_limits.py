@@ -26,7 +26,7 @@ IMAGE = np.zeros((1, 3, 128, 128), np.float32), np.zeros((1, 128, 128), np.uint8
 
 
 class Limited:
-    """A server with a file of tokens."""
+    """A server with a tokens file."""
 
     def __init__(self, server: ServerProcess, file: Path) -> None:
         self.server, self._file = server, file
@@ -88,7 +88,7 @@ def test_what_never_fits_is_refused_at_once_until_the_file_allows_it(limited: Li
     with limited.connect("alice") as alice:
         for wrong in (False, True):
             if wrong:
-                limited.rewrite("files changed and cannot be used: what they said before holds", alice="budget=2")
+                limited.rewrite("files changed and cannot be used: the old contents stay in use", alice="budget=2")
             with pytest.raises(ServerOverloadedError, match=r"the requests of alice may hold 1 MiB at a time"):
                 alice.compute(*three, LOSS)
         limited.rewrite("files were read again", alice="budget=0.5")

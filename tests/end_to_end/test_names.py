@@ -115,7 +115,7 @@ def test_a_socket_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
         for path in paths:
             path.unlink()
         assert eventually(lambda: all(path.exists() for path in paths))
-        assert eventually(lambda: events(server).count("a socket's file was removed; made it again") == 2)
+        assert eventually(lambda: events(server).count("a socket's file was removed; created it again") == 2)
         for transport in ("grpc", "shm"):
             with LossClient(server.target, transport=transport) as client:
                 assert client.compute(*tensors(256), SOFTMAX).loss > 0

@@ -146,7 +146,7 @@ def test_auto_falls_back_where_the_session_is_refused(plain: ServerProcess, capl
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
 def test_a_stranger_on_the_socket_gets_no_tensors(plain: ServerProcess) -> None:
-    """Somebody else was first to bind the socket of shared memory beside that of gRPC."""
+    """Somebody else was first to bind the shared-memory socket beside that of gRPC."""
     path = plain.target.removeprefix("unix:") + wire.MEMORY_SUFFIX
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger, ThreadPoolExecutor(1) as thread:
         stranger.bind(path)
@@ -158,7 +158,7 @@ def test_a_stranger_on_the_socket_gets_no_tensors(plain: ServerProcess) -> None:
         packets = thread.submit(welcomed, stranger)
         with LossClient(plain.target, transport="shm") as client, pytest.raises(ServerUnavailableError) as refused:
             client.compute(*tensors(10), SOFTMAX)
-        assert "of user 65534: got another user; expected the same" in str(refused.value)
+        assert "of user 65534 listens for shared memory: got another user; expected the same" in str(refused.value)
         assert packets.result(timeout=30) == b""
         packets = thread.submit(welcomed, stranger)
         with LossClient(plain.target) as client:
@@ -186,14 +186,14 @@ def test_ping_and_the_client_tell_the_way(
             return client.transport(), *said
 
     unix, tcp = sharing.targets
-    assert told(unix) == ("shm", "through shared memory, asked for on its socket")
+    assert told(unix) == ("shm", "through shared memory, with header and answer on its socket")
     assert told(unix, "grpc")[0] == "grpc"
     assert told(tcp) == ("grpc",)
     assert told(plain.target) == ("grpc", "over gRPC")
     with LossClient(plain.target, transport="shm") as client, pytest.raises(ServerUnavailableError):
         client.transport()
     without_calls(monkeypatch)
-    assert told(unix) == ("shm+grpc", "through shared memory, asked for over gRPC")
+    assert told(unix) == ("shm+grpc", "through shared memory, with header and answer over gRPC")
 
 
 def test_a_small_request_goes_in_a_message_where_the_server_takes_no_calls_on_its_socket(
@@ -455,9 +455,7 @@ def test_what_cannot_be_asked_on_the_socket_is_refused_by_name(raw: Raw) -> None
         tensor.shape[:] = shape
     with pytest.raises(grpc.RpcError) as refused:
         raw.session.socket.call(pb.SharedMemoryCall(header=header), 30)
-    assert (
-        "expected at most 65536 on the socket of shared memory: make this call with Compute" in refused.value.details()
-    )
+    assert "expected at most 65536 on the shared-memory socket: make this call with Compute" in refused.value.details()
 
 
 def test_a_session_that_is_not_there_is_refused(raw: Raw) -> None:

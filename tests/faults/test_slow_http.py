@@ -1,4 +1,4 @@
-"""Connections to the port of the metrics that send a byte now and then, or take nothing."""
+"""Connections to the metrics port that send a byte now and then, or take nothing."""
 
 from __future__ import annotations
 

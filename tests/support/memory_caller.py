@@ -23,7 +23,7 @@ def memory_path(server: ServerProcess) -> str:
 
 
 class MemoryCaller:
-    """A connection to the socket of shared memory.
+    """A connection to the shared-memory socket.
 
     Attributes:
         hello: the server's first packet; None if it ended the session.

@@ -95,7 +95,7 @@ def test_the_header_that_the_refusals_start_from_is_good() -> None:
             "logits: got 65537 channels; expected at most 65536",
         ),
         (header(LovaszSoftmax(classes=[3])), "classes: got class 3; expected class numbers in [0, 3)"),
-        (header(CrossEntropy(class_weights=[1.0])), "class_weights: got 1 numbers; expected 3, one a class"),
+        (header(CrossEntropy(class_weights=[1.0])), "class_weights: got 1 numbers; expected 3, one per class"),
         (header(LovaszHinge()), "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4)"),
     ],
 )

@@ -43,7 +43,7 @@ def refusal(build: Callable[[], object]) -> str:
 # --- Options ------------------------------------------------------------------------------------------------------
 
 EXPECTED_CLASSES = "expected 'present', 'all' or a sequence of class numbers, such as [1, 2]"
-EXPECTED_WEIGHTS = "expected one number a class, such as [0.5, 1.0], or None"
+EXPECTED_WEIGHTS = "expected one number per class, such as [0.5, 1.0], or None"
 BY_NAME = "(per_image comes after class_weights; give it by name)"
 
 
@@ -76,7 +76,7 @@ BY_NAME = "(per_image comes after class_weights; give it by name)"
         ({"classes": [1, -1]}, "classes: got -1; expected class numbers >= 0"),
         ({"classes": [0, 1.0]}, "classes[1]: got 1.0; expected an integer"),
         ({"classes": [True]}, "classes[0]: got True; expected an integer"),
-        ({"class_weights": []}, "class_weights: got an empty list; expected one number a class, or None"),
+        ({"class_weights": []}, "class_weights: got an empty list; expected one number per class, or None"),
         ({"class_weights": [1, -0.5]}, "class_weights[1]: got -0.5; expected a number >= 0"),
         ({"class_weights": [1, math.nan]}, "class_weights[1]: got nan; expected a finite number"),
         ({"class_weights": [math.inf]}, "class_weights[0]: got inf; expected a finite number"),
@@ -111,10 +111,10 @@ def test_hinge_options(kind: type[LovaszHinge | LovaszSigmoid], options: dict[st
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"pos_weight": -1}, "pos_weight: got [-1.0]; expected a number >= 0, one number a label, or None"),
-        ({"pos_weight": [1, -2]}, "pos_weight: got [1.0, -2.0]; expected a number >= 0, one number a label, or None"),
-        ({"pos_weight": []}, "pos_weight: got []; expected a number >= 0, one number a label, or None"),
-        ({"pos_weight": "1"}, "pos_weight: got '1'; expected a number >= 0, one number a label, or None"),
+        ({"pos_weight": -1}, "pos_weight: got [-1.0]; expected a number >= 0, one number per label, or None"),
+        ({"pos_weight": [1, -2]}, "pos_weight: got [1.0, -2.0]; expected a number >= 0, one number per label, or None"),
+        ({"pos_weight": []}, "pos_weight: got []; expected a number >= 0, one number per label, or None"),
+        ({"pos_weight": "1"}, "pos_weight: got '1'; expected a number >= 0, one number per label, or None"),
         ({"pos_weight": math.nan}, "pos_weight: got nan; expected a finite number"),
         ({"pos_weight": [1, None]}, "pos_weight[1]: got None; expected a finite number"),
         ({"ignore_index": 1.0}, "ignore_index: got 1.0; expected an integer"),
@@ -127,7 +127,7 @@ def test_binary_cross_entropy_options(options: dict[str, Any], text: str) -> Non
 
 def test_a_single_pos_weight_is_one_for_all_labels() -> None:
     assert BinaryCrossEntropy(torch.tensor([3.0])) == BinaryCrossEntropy(np.float32(3)) == BinaryCrossEntropy(3)
-    text = "pos_weight: got 2 numbers; expected 3, one a label"
+    text = "pos_weight: got 2 numbers; expected 3, one per label"
     loss = weighted_sum(BinaryCrossEntropy([1, 2], multilabel=True))
     assert refusal(lambda: loss.layout((1, 3, 4), (1, 3, 4))) == text
 
@@ -426,7 +426,7 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 3, 4),
             (2, 4),
             "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4) "
-            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
+            "(for several binary labels per pixel use multilabel=True, for one class per pixel "
             "LovaszSoftmax)",
         ),
         (
@@ -434,7 +434,7 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             (2, 1, 4),
             (2, 2, 4),
             "labels: got shape (2, 2, 4) for binary logits (2, 1, 4); expected (2, 4) "
-            "(for several binary labels a pixel use multilabel=True, for one class a pixel "
+            "(for several binary labels per pixel use multilabel=True, for one class per pixel "
             "LovaszSoftmax)",
         ),
         (HINGE, (0,), (0,), "logits: got shape (0,), which holds no element; expected at least one pixel"),
@@ -443,7 +443,7 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             MULTILABEL,
             (2, 3, 4),
             (2, 4),
-            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class a pixel use "
+            "labels: got shape (2, 4) for multilabel logits (2, 3, 4); expected the same (for one class per pixel use "
             "LovaszSoftmax)",
         ),
         (
@@ -456,7 +456,7 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             HINGE,
             (2, 3, 4, 5),
             (2, 3, 4, 5),
-            "logits: got shape (2, 3, 4, 5); expected (N, 1, *spatial) (for 3 binary labels a pixel use "
+            "logits: got shape (2, 3, 4, 5); expected (N, 1, *spatial) (for 3 binary labels per pixel use "
             "multilabel=True, for volumes (N, D, H, W) logits[:, None])",
         ),
         (
@@ -470,13 +470,13 @@ def test_layout(loss: LossLike, logits: tuple[int, ...], labels: tuple[int, ...]
             LovaszSoftmax(class_weights=[1, 2]),
             (2, 3),
             (2,),
-            "class_weights: got 2 numbers; expected 3, one a class",
+            "class_weights: got 2 numbers; expected 3, one per class",
         ),
         (
             [(1.0, SOFTMAX), (1.0, CrossEntropy(class_weights=[1, 2, 3, 4]))],
             (2, 3),
             (2,),
-            "class_weights: got 4 numbers; expected 3, one a class",
+            "class_weights: got 4 numbers; expected 3, one per class",
         ),
         (LovaszSoftmax(classes=[1, 5]), (2, 3), (2,), "classes: got class 5; expected class numbers in [0, 3)"),
     ],

@@ -197,7 +197,7 @@ def _checked(name: str, token: str) -> str:
     """The token. An error has nothing of it in its text."""
     if not isinstance(token, str) or not _TOKEN.fullmatch(token):
         raise ValueError(
-            f"{name}: got what is no token; expected 16 to 512 letters, digits and the characters - . _ ~ + / = alone"
+            f"{name}: got an invalid token; expected only 16 to 512 letters, digits and the characters - . _ ~ + / ="
         )
     return token
 

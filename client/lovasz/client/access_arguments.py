@@ -11,10 +11,10 @@ TOKEN_VARIABLE = "LOVASZ_TOKEN"
 """The token itself. No option takes it: others on the host can read a command line."""
 
 _FILES = {
-    "tls_ca": "the CAs (PEM) of which one has signed the server's certificate",
+    "tls_ca": "the CAs (PEM), one of which has signed the server's certificate",
     "tls_client_cert": "this client's certificate (PEM), if the server asks for one",
     "tls_client_key": "its private key (PEM)",
-    "token_file": "a file with the token alone",
+    "token_file": "a file that contains only the token",
 }
 _VARIABLES = {name: f"LOVASZ_{name.upper()}" for name in (*_FILES, "tls_server_name")}
 VARIABLES = (TOKEN_VARIABLE, *_VARIABLES.values())
@@ -23,7 +23,7 @@ VARIABLES = (TOKEN_VARIABLE, *_VARIABLES.values())
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     group = parser.add_argument_group(
-        "TLS and tokens", f"Variables stand for options that are not given; {TOKEN_VARIABLE} holds a token itself."
+        "TLS and tokens", f"Environment variables can set these options; {TOKEN_VARIABLE} holds the token itself."
     )
     group.add_argument("--tls", action="store_true", help="TLS with the public CAs; --tls-ca implies TLS")
     for name, text in _FILES.items():

@@ -61,7 +61,7 @@ class MMSegLoss(torch.nn.Module):
         Args:
             pred: logits (N, C, H, W), or as the criterion's loss describes.
             target: labels (N, H, W).
-            weight: None; a loss here has no weights of pixels.
+            weight: None; a loss here has no pixel weights.
             avg_factor: None; the loss is a mean already.
             reduction_override: None or ``"mean"``.
             ignore_index: the head's; that of each term must be the same.
@@ -72,7 +72,7 @@ class MMSegLoss(torch.nn.Module):
         """
         if weight is not None:
             raise ValueError(
-                "weight: got weights of pixels; expected None (give void pixels the label ignore_index, and leave out "
+                "weight: got pixel weights; expected None (give void pixels the label ignore_index, and leave out "
                 "the head's sampler)"
             )
         if avg_factor is not None:

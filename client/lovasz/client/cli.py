@@ -20,10 +20,10 @@ from lovasz.version import VERSION
 _AGAIN_SECONDS = 0.2
 _WAYS = {
     OVER_GRPC: "over gRPC",
-    IN_SHARED_MEMORY: "through shared memory, asked for on its socket",
-    IN_SHARED_MEMORY + ASKED_OVER_GRPC: "through shared memory, asked for over gRPC",
-    IN_DEVICE_MEMORY: "through device memory, asked for on the socket of shared memory",
-    IN_DEVICE_MEMORY + ASKED_OVER_GRPC: "through device memory, asked for over gRPC",
+    IN_SHARED_MEMORY: "through shared memory, with header and answer on its socket",
+    IN_SHARED_MEMORY + ASKED_OVER_GRPC: "through shared memory, with header and answer over gRPC",
+    IN_DEVICE_MEMORY: "through device memory, with header and answer on the shared-memory socket",
+    IN_DEVICE_MEMORY + ASKED_OVER_GRPC: "through device memory, with header and answer over gRPC",
 }
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands.add_parser(
         "bench",
-        help="put a load on a server, and show its throughput and where the time goes",
+        help="send requests to a server, and show its throughput and where the time goes",
         add_arguments=_add_bench_arguments,
     )
     commands.add_parser(
@@ -76,8 +76,10 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="calls to time (default: 5)")
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each call (default: 5)")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="how many calls to time (default: 5)")
+    parser.add_argument(
+        "--timeout", type=float, default=5.0, metavar="SECONDS", help="the timeout of each call (default: 5)"
+    )
     parser.add_argument(
         "--wait",
         type=float,

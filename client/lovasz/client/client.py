@@ -29,7 +29,7 @@ _CANCELLED_SECONDS = 0.5
 
 
 class LossClient:
-    """Computes losses on a server. Threads can share a client; call ``close``, or use it in a ``with``."""
+    """Computes losses on a server. Threads can share a client; call ``close``, or use it in a ``with`` block."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class LossClient:
             http_proxy: True: connections go through the HTTP proxy that the environment names (``grpc_proxy``,
                 ``https_proxy`` or ``http_proxy``; ``no_proxy`` lists hosts without), as gRPC does by default; never to
                 a server on this host.
-            tls: whom to trust, and this client's own certificate; None: plain text. No effect in process and on a Unix
-                socket.
+            tls: which CAs to trust, and this client's own certificate; None: plain text. No effect in process and on a
+                Unix socket.
             token: for a server with ``--tokens``. It is not kept in pickles.
-            token_file: a file with the token alone, which is read again when it changes; in place of ``token``.
-            allow_token_without_tls: True: the token may go to another host in plain text. Whoever can read the network
-                then knows it.
+            token_file: a file that contains only the token, in place of ``token``; it is read again when it changes.
+            allow_token_without_tls: True: the token may go to another host in plain text. Everyone who can read the
+                network traffic then knows it.
 
         Raises:
             ValueError: an argument is invalid, or a file cannot be read.
@@ -194,7 +194,7 @@ class LossClient:
             want_grad: whether it is a step with a gradient.
 
         Returns:
-            Whether the server knows it. If not, the others wait until the timeout of the step.
+            Whether the server was told. If not, the others wait until the timeout of the step.
 
         Raises:
             InvalidInputError: ``joint`` is invalid.
@@ -238,7 +238,8 @@ class LossClient:
             timeout: seconds; None: the client's.
 
         Raises:
-            LossError: one of its subclasses: the client's ``transport`` is ``"shm"``, and it is not to be had.
+            LossError: one of its subclasses: the client's ``transport`` is ``"shm"``, and shared memory is not
+                available.
         """
         self._check_open()
         return self._target.transport(self._seconds(timeout), on_gpu=on_gpu)

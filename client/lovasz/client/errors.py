@@ -16,24 +16,24 @@ class LossError(Exception):
     LossError
     ├── InvalidInputError       the request is invalid; also a ValueError
     ├── ServerOverloadedError   the server is full, after all retries; or the request can never fit
-    ├── AuthenticationError     the server asks for a token, and the call has none that it knows
+    ├── AuthenticationError     the server requires a token, and the call has no valid one
     ├── TLSError                TLS failed; it says which check
     ├── ServerUnavailableError  no server answers, or it is stopping, after all retries
     ├── DeadlineExceededError   no answer within the timeout; also a TimeoutError
     ├── CallAbortedError        a rank of the joint step is missing or failed, or the call stalled: try the step again
     ├── JointMismatchError      the request does not match those of the other ranks, or two trainings share a run
     ├── CallCancelledError      the call was cancelled, or its client was closed
-    ├── IncompatibleServerError what answers does not speak lovasz.v1 as this client does, or no gRPC
+    ├── IncompatibleServerError what answers does not speak gRPC, or not lovasz.v1 as this client does
     └── ServerFaultError        the server failed on the request; its log says why
     """
 
 
 class InvalidInputError(LossError, InvalidInput):
-    """The request is invalid. The text names the field, the value that it got and what was expected.
+    """The request is invalid. The message names the field, the value that it got and what was expected.
 
     Attributes:
         field: the field's name.
-        problem: the rest of the text.
+        problem: the rest of the message.
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -41,22 +41,22 @@ class InvalidInputError(LossError, InvalidInput):
 
 
 class ServerOverloadedError(LossError):
-    """The server was full, after all retries; or the request is larger than it can ever take."""
+    """The server was full, after all retries; or the request can never fit."""
 
 
 class AuthenticationError(LossError):
-    """The server asks for a token, and the call has none that it knows."""
+    """The server requires a token, and the call has no valid one."""
 
 
 class TLSError(LossError):
-    """No connection, because TLS failed: the text says why.
+    """TLS failed, so there is no connection. The message says why.
 
     Attributes:
         check: what failed. Of the server's certificate: ``"expired"``, ``"not yet valid"``, ``"wrong host"`` or
             ``"unknown CA"``. Of this client's: ``"client certificate missing"`` or ``"client certificate refused"``.
-            ``"TLS needed"``: the server speaks TLS, and the client has none; ``"no TLS"``: the other way round.
+            ``"TLS needed"``: the server speaks TLS, and the client has none; ``"no TLS"``: the reverse.
             ``"files"``: the client's files cannot be used. ``"no agreement"``: no version or cipher in common.
-            ``"other"``: see the text.
+            ``"other"``: see the message.
     """
 
     def __init__(self, text: str, check: str = "other") -> None:
@@ -78,15 +78,15 @@ class DeadlineExceededError(LossError, TimeoutError):
 class CallAbortedError(LossError):
     """The joint step was given up, or the call stalled.
 
-    A step is given up when a rank is missing or cannot be computed, or when all ranks wait at different steps; the text
-    names the ranks. All ranks can try the step again.
+    A step is given up when a rank is missing or cannot be computed, or when all ranks wait at different steps. The
+    message names the ranks. All ranks can try the step again.
     """
 
 
 class JointMismatchError(LossError):
     """The request does not match those of the other ranks of its step, or another training has a run of the same name.
 
-    The text names the difference, or where the other training is.
+    The message names the difference, or the address of the other training.
     """
 
 
@@ -95,7 +95,7 @@ class CallCancelledError(LossError):
 
 
 class IncompatibleServerError(LossError):
-    """What answers at the target does not speak lovasz.v1 as this client does, or no gRPC at all."""
+    """What answers at the target does not speak gRPC, or not lovasz.v1 as this client does."""
 
 
 class ServerFaultError(LossError):
@@ -124,8 +124,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
     code, details = error.code(), error.details() or ""
     if speaks_no_grpc(error):
         return IncompatibleServerError(
-            f"{target}: what answers there does not speak gRPC: is it the port of the metrics (9095 by default)? "
-            f"Expected that of --listen (50051 by default) ({code.name}){remark}"
+            f"{target}: what answers there does not speak gRPC: is it the metrics port (9095 by default)? "
+            f"Expected the port of --listen (50051 by default) ({code.name}){remark}"
         )
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")

@@ -35,9 +35,10 @@ class Joint:
             ``RemoteLoss`` counts.
         round: how many times this rank has left the run (``RemoteLoss.leave`` counts). Ranks meet in steps of the same
             round.
-        secret: random, 8 to 64 bytes (a text counts as UTF-8), the same for all ranks of this training: whoever does
-            not know it meets none of them. None: rank and world size of ``torch.distributed`` come with a secret of
-            their own; others have none, and who knows run, step and rank can take a rank's place.
+        secret: random, 8 to 64 bytes (a text counts as UTF-8), the same for all ranks of this training: a caller that
+            does not know it never meets them. None: with rank and world size of ``torch.distributed``, the ranks share
+            a secret automatically; otherwise there is none, and every caller that knows run, step and rank can take a
+            rank's place.
 
     Raises:
         InvalidInputError: a value is invalid.

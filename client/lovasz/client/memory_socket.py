@@ -1,4 +1,4 @@
-"""The socket of shared memory: packets of many threads to the server, and its replies to each of them.
+"""The shared-memory socket: packets of many threads to the server, and its replies to each of them.
 
 The contract is in ``loss.proto`` (SharedTensors). There is no thread for the replies: one of the threads that wait
 reads for all. So a call that is alone needs no other thread.
@@ -307,8 +307,8 @@ def check_same_server(memory: tuple[int, int], path: str, timeout: float) -> Non
     (process, user), (own_process, own_user) = memory, server
     if user != own_user and (process != own_process or not process):
         raise ServerUnavailableError(
-            f"{path}: the server there is process {own_process} of user {own_user}, but shared memory is taken by "
-            f"process {process} of user {user}: got another user; expected the same. Keep sockets in a directory where "
+            f"{path}: the server there is process {own_process} of user {own_user}, but process {process} of user "
+            f"{user} listens for shared memory: got another user; expected the same. Keep sockets in a directory where "
             "nobody else can write"
         )
 

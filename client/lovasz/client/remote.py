@@ -82,7 +82,7 @@ Answer = tuple[wire.Response, Array]
 
 
 class RemoteTarget:
-    """A server, reached by gRPC, and by the socket of shared memory."""
+    """A server, reached by gRPC, and by the shared-memory socket."""
 
     def __init__(self, target: str, options: ClientOptions) -> None:
         """Opens the channels, which connect at the first call.

@@ -16,16 +16,15 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Makes it the parser of this command."""
     parser.description = (
-        "Makes a random token. The token goes to standard output, for the trainer; its line, with only a hash of it, "
-        "goes to the server's file of tokens."
+        "Makes a random token. The token goes to standard output, for the trainer; the line with its hash "
+        "goes to the server's tokens file."
     )
     parser.add_argument("name", metavar="NAME", type=_name, help="who will use it; logs and metrics show this name")
     parser.add_argument(
         "--tokens",
         metavar="FILE",
         help="the file that lovasz-server --tokens reads: the line is appended to it, with the limits that NAME has "
-        "there; the file is made if need be "
-        "(default: the line goes to standard error)",
+        "there; the file is created if it does not exist (default: the line goes to standard error)",
     )
     parser.set_defaults(run=run)
 

@@ -97,7 +97,7 @@ class RemoteLoss(torch.nn.Module):
                 gradient. ``"active_mean"``, as DistributedDataParallel's ``join(divide_by_initial_world_size=False)``
                 does: they are multiplied by the number of ranks that have not left. ``"sum"``: they are left as they
                 are.
-            reduction: ``"mean"``; or ``"none"`` for one loss an image, shape (images,), if all terms are Lovász losses
+            reduction: ``"mean"``; or ``"none"`` for one loss per image, shape (images,), if all terms are Lovász losses
                 with ``per_image``. Not with ``joint``: losses of images do not depend on other ranks.
 
         Raises:
@@ -110,7 +110,8 @@ class RemoteLoss(torch.nn.Module):
         self.reduction = checked_reduction(reduction)
         if reduction == "none" and joint is not None:
             raise ValueError(
-                "reduction: got 'none' with joint; expected 'mean', or no joint, which changes no loss of an image"
+                "reduction: got 'none' with joint; expected 'mean', or no joint: "
+                "it does not change the loss of an image"
             )
         self.joint = Joint(joint) if isinstance(joint, str) else joint
         self.gradient_reduction = gradient_reduction
@@ -159,7 +160,7 @@ class RemoteLoss(torch.nn.Module):
         Args:
             logits: float32, float16, bfloat16 or float64 (which travels as float32), (N, C, *spatial), on any device.
             labels: integers, bool, or floats that are whole numbers, (N, *spatial) or (N, 1, *spatial), on any device.
-            others: none; weights of pixels, which other losses take here, are refused.
+            others: none; pixel weights, which other losses take here, are refused.
             valid: as for :meth:`LossClient.compute`.
             offsets: as for :meth:`LossClient.compute`.
             step: the number of the joint step; None: the module counts, from the ``step`` of ``joint`` (0 if it has
@@ -241,7 +242,7 @@ class RemoteLoss(torch.nn.Module):
             step: the number of the step; None: the one that the module counts.
 
         Returns:
-            Whether the server knows it; False also without ``joint``.
+            Whether the server was told; False also without ``joint``.
 
         Raises:
             InvalidInputError: rank and world size are not known, or the step is invalid.
@@ -258,7 +259,7 @@ class RemoteLoss(torch.nn.Module):
         DistributedDataParallel, call it inside its ``join()``. Does nothing without ``joint``.
 
         Raises:
-            LossError: one of its subclasses: the server does not know it; it can be called again.
+            LossError: one of its subclasses: the server could not be told; call it again.
         """
         if self.joint is None:
             return

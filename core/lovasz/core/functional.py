@@ -65,8 +65,8 @@ def compute(
         The result; its ``grad`` is float64 for float64 logits, otherwise float32.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, on every rank, as
-            if the ranks differ in loss, element type, number of classes or ``want_grad``.
+        InvalidInput: a shape, dtype, option or label is invalid; the message says which. With ``group``, it is raised
+            on every rank, also if the ranks differ in loss, element type, number of classes or ``want_grad``.
         RuntimeError: with ``group``: another rank failed for another reason.
     """
     if group is not None:
@@ -98,7 +98,7 @@ def differentiable(
     Takes the other arguments like ``compute``.
 
     Args:
-        reduction: ``"mean"``, or ``"none"`` for one loss an image, shape (images,).
+        reduction: ``"mean"``, or ``"none"`` for one loss per image, shape (images,).
     """
     _check_is_tensor(logits)
     want_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -161,7 +161,7 @@ def check_mean(reduction: Reduction) -> None:
     """Checks that the loss of a group's pixels is asked for, not the loss of each image."""
     if checked_reduction(reduction) != "mean":
         raise InvalidInput(
-            "reduction", "got 'none' with group; expected 'mean', or no group, which changes no loss of an image"
+            "reduction", "got 'none' with group; expected 'mean', or no group: it does not change the loss of an image"
         )
 
 
@@ -237,7 +237,8 @@ def lovasz_softmax(
         float32.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
+        InvalidInput: a shape, dtype, option or label is invalid; the message says which. With ``group``, as for
+            ``compute``.
     """
     options = classes, class_weights, per_image, ignore_index, input
     return _with_options("LovaszSoftmax", options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
@@ -275,7 +276,8 @@ def lovasz_hinge(
         As ``lovasz_softmax``.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
+        InvalidInput: a shape, dtype, option or label is invalid; the message says which. With ``group``, as for
+            ``compute``.
     """
     options = per_image, ignore_index, multilabel
     return _with_options("LovaszHinge", options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
@@ -304,7 +306,8 @@ def lovasz_sigmoid(
         As ``lovasz_softmax``.
 
     Raises:
-        InvalidInput: a shape, dtype, option or label is invalid; the text says which. With ``group``, as ``compute``.
+        InvalidInput: a shape, dtype, option or label is invalid; the message says which. With ``group``, as for
+            ``compute``.
     """
     options = per_image, ignore_index, multilabel
     return _with_options("LovaszSigmoid", options, logits, labels, valid, offsets, reduction, group, gradient_reduction)

@@ -50,7 +50,7 @@ class LocalLoss(torch.nn.Module):
         """Takes one loss, or a list of (weight, loss) pairs.
 
         Args:
-            reduction: ``"mean"``; or ``"none"`` for one loss an image, shape (images,), if all terms are Lovász losses
+            reduction: ``"mean"``; or ``"none"`` for one loss per image, shape (images,), if all terms are Lovász losses
                 with ``per_image``. Not with ``group``: losses of images do not depend on other ranks.
             group: None: the loss of this process's pixels. A process group of ``torch.distributed``: the loss of the
                 pixels of all its ranks, which have to make the same number of calls; a batch may be empty (N = 0).
@@ -81,7 +81,7 @@ class LocalLoss(torch.nn.Module):
         Args:
             logits: (N, C, *spatial), or as the loss describes.
             labels: (N, *spatial), or as the loss describes.
-            others: none; weights of pixels, which other losses take here, are refused.
+            others: none; pixel weights, which other losses take here, are refused.
             valid: as for :func:`lovasz.core.compute`.
             offsets: as for :func:`lovasz.core.compute`.
         """

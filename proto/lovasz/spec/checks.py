@@ -88,12 +88,12 @@ def class_weights(value: Sequence[float] | None) -> tuple[float, ...] | None:
     """Numbers >= 0, at least one; or None."""
     if value is None:
         return None
-    expected = "one number a class, such as [0.5, 1.0], or None"
+    expected = "one number per class, such as [0.5, 1.0], or None"
     if isinstance(value, bool):
         expected += " (per_image comes after class_weights; give it by name)"
     weights = numbers("class_weights", elements("class_weights", value, expected))
     if not weights:
-        raise InvalidInput("class_weights", "got an empty list; expected one number a class, or None")
+        raise InvalidInput("class_weights", "got an empty list; expected one number per class, or None")
     for i, weight in enumerate(weights):
         if weight < 0:
             raise InvalidInput(f"class_weights[{i}]", f"got {weight}; expected a number >= 0")
@@ -103,7 +103,7 @@ def class_weights(value: Sequence[float] | None) -> tuple[float, ...] | None:
 def reduction(value: Any) -> Literal["mean", "none"]:
     """``"mean"`` or ``"none"``."""
     if value not in ("mean", "none"):
-        raise InvalidInput("reduction", f"got {value!r}; expected 'mean', or 'none' for one loss an image")
+        raise InvalidInput("reduction", f"got {value!r}; expected 'mean', or 'none' for one loss per image")
     return "mean" if value == "mean" else "none"
 
 
@@ -118,7 +118,7 @@ def pos_weight(value: Any) -> float | tuple[float, ...] | None:
     """A number >= 0, a sequence of such numbers (one alone counts as a number), or None."""
     if value is None:
         return None
-    expected = "a number >= 0, one number a label, or None"
+    expected = "a number >= 0, one number per label, or None"
     plain = _plain(value)
     is_one = isinstance(plain, int | float) or not hasattr(plain, "__iter__")
     if is_one:

@@ -6,11 +6,11 @@ from __future__ import annotations
 class InvalidInput(ValueError):
     """A loss description or a tensor is invalid.
 
-    The text names the field, the value that it got and what was expected.
+    The message names the field, the value that it got and what was expected.
 
     Attributes:
         field: the field's name.
-        problem: the rest of the text.
+        problem: the rest of the message.
     """
 
     def __init__(self, field: str, problem: str) -> None:

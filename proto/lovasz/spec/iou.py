@@ -48,12 +48,12 @@ class DatasetIoU:
             iou.add(client.compute(model(images), labels, loss, want_grad=False))
         iou.mean_iou
 
-    The IoU of a data set is a ratio of sums; the mean of the batches' IoUs is another number.
+    The IoU of a data set is a ratio of sums; the mean of the batches' IoUs is a different number.
 
     Attributes:
         intersection: int64, shape (C,): the sum of what was added; shape (0,) before.
         union: int64, shape (C,): likewise.
-        ranks: how many ranks' pixels the counts are of: 1, or more after :meth:`all_reduce` or with joint steps.
+        ranks: the number of ranks whose pixels are counted: 1, or more after :meth:`all_reduce` or with joint steps.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class DatasetIoU:
             counts: a :class:`Result`, or another :class:`DatasetIoU`; one that has no classes yet changes nothing.
 
         Raises:
-            InvalidInput: it is no result, or its number of classes differs from that of what was added before.
+            InvalidInput: it is not a result, or its number of classes differs from that of the earlier ones.
         """
         if not hasattr(counts, "union"):
             raise InvalidInput(

@@ -11,9 +11,9 @@ from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
 
 MAX_CLASSES = 65_536
-"""Most classes (or labels of a multilabel hinge) in one request: the per-class results must fit in one message."""
+"""The most classes (or binary labels) in one request: the per-class results must fit in one message."""
 MAX_AXES = 16
-"""Most axes of a tensor."""
+"""The most axes of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def binary_layout(
             raise InvalidInput(
                 "labels",
                 f"got shape {_text(labels)} for multilabel logits {_text(logits)}; expected the same"
-                + (" (for one class a pixel use LovaszSoftmax)" if labels == (logits[0], *logits[2:]) else ""),
+                + (" (for one class per pixel use LovaszSoftmax)" if labels == (logits[0], *logits[2:]) else ""),
             )
         _check_not_empty(logits, may_be_empty)
         return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=2)
@@ -110,13 +110,13 @@ def binary_layout(
         raise InvalidInput(
             "labels",
             f"got shape {_text(labels)} for binary logits {_text(logits)}; expected {_text(squeezed)} "
-            "(for several binary labels a pixel use multilabel=True, for one class a pixel LovaszSoftmax)",
+            "(for several binary labels per pixel use multilabel=True, for one class per pixel LovaszSoftmax)",
         )
     _check_not_empty(logits, may_be_empty)
     if len(squeezed) > 3 and len(squeezed) == len(logits):
         raise InvalidInput(
             "logits",
-            f"got shape {_text(logits)}; expected (N, 1, *spatial) (for {logits[1]} binary labels a pixel use "
+            f"got shape {_text(logits)}; expected (N, 1, *spatial) (for {logits[1]} binary labels per pixel use "
             "multilabel=True, for volumes (N, D, H, W) logits[:, None])",
         )
     return Layout(logits[0], 1, math.prod(logits[1:]), label_values=2)

@@ -1,6 +1,6 @@
 """The losses, each a frozen description that checks its options.
 
-Softmax losses (Lovász-Softmax, cross-entropy) read one class a pixel, binary losses (Lovász hinge, Lovász-Sigmoid,
+Softmax losses (Lovász-Softmax, cross-entropy) read one class per pixel, binary losses (Lovász hinge, Lovász-Sigmoid,
 binary cross-entropy) read one or several labels of 0 or 1.
 """
 
@@ -175,7 +175,7 @@ class BinaryCrossEntropy:
 
     Args:
         pos_weight: the factor of the loss where the label is 1: a number >= 0, or with ``multilabel`` a sequence of L
-            numbers, one a label; None for 1. The mean does not divide by it.
+            numbers, one per label; None for 1. The mean does not divide by it.
         ignore_index: as for :class:`LovaszSoftmax`.
         multilabel: as for :class:`LovaszHinge`.
 

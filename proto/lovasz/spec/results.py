@@ -48,9 +48,9 @@ class Timing:
         joint_wait_seconds: how long a joint request waited for the other ranks; not in ``queue_seconds``.
         copy_seconds: from the end of the computation until the batch's gradients were in host memory, in their dtype;
             not in ``compute_seconds``.
-        transport: the way that the request took: ``"grpc"``; ``"shm"``: tensors in shared memory of the host, asked
-            for on its socket; ``"device"``: likewise, in device memory; ``"shm+grpc"``, ``"device+grpc"``: asked for
-            over gRPC; empty without a server.
+        transport: the way that the request took: ``"grpc"``; ``"shm"``: tensors in shared memory of the host, header
+            and answer on its socket; ``"device"``: the same with device memory; ``"shm+grpc"``, ``"device+grpc"``:
+            header and answer over gRPC; empty without a server.
     """
 
     receive_seconds: float

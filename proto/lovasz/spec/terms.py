@@ -25,7 +25,7 @@ from lovasz.spec.losses import (
 from lovasz.spec.results import MAX_IMAGE_LOSSES, TermResult
 
 MAX_TERMS = 16
-"""Most terms of a weighted sum."""
+"""The most terms of a weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class WeightedSum:
             if not (isinstance(loss, LovaszLoss) and loss.per_image):
                 raise InvalidInput(
                     "reduction",
-                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True (compute others apart, "
-                    "and add them)",
+                    f"got 'none' with {loss}; expected only Lovász losses with per_image=True (compute the "
+                    "others separately, and add them)",
                 )
 
     def layout(
@@ -160,11 +160,11 @@ def _segments(loss: LovaszLoss, layout: Layout) -> int:
 
 def _check_class_options(loss: Loss, classes: int) -> None:
     if isinstance(loss, BinaryCrossEntropy) and isinstance(loss.pos_weight, tuple) and len(loss.pos_weight) != classes:
-        raise InvalidInput("pos_weight", f"got {len(loss.pos_weight)} numbers; expected {classes}, one a label")
+        raise InvalidInput("pos_weight", f"got {len(loss.pos_weight)} numbers; expected {classes}, one per label")
     if isinstance(loss, BinaryLoss):
         return
     if loss.class_weights is not None and len(loss.class_weights) != classes:
-        raise InvalidInput("class_weights", f"got {len(loss.class_weights)} numbers; expected {classes}, one a class")
+        raise InvalidInput("class_weights", f"got {len(loss.class_weights)} numbers; expected {classes}, one per class")
     if isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str) and max(loss.classes) >= classes:
         raise InvalidInput("classes", f"got class {max(loss.classes)}; expected class numbers in [0, {classes})")
 

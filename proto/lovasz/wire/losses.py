@@ -89,12 +89,12 @@ def check_lengths(message: pb.Loss, channels: int) -> None:
     for term in message.terms[: spec.MAX_TERMS]:
         kind = term.WhichOneof("loss")
         if kind == "lovasz_softmax":
-            _check_length("class_weights", term.lovasz_softmax.class_weights, channels, "one a class")
+            _check_length("class_weights", term.lovasz_softmax.class_weights, channels, "one per class")
             _check_length("classes", term.lovasz_softmax.listed_classes, channels, "each class once")
         elif kind == "cross_entropy":
-            _check_length("class_weights", term.cross_entropy.class_weights, channels, "one a class")
+            _check_length("class_weights", term.cross_entropy.class_weights, channels, "one per class")
         elif kind == "binary_cross_entropy":
-            _check_length("pos_weight", term.binary_cross_entropy.pos_weight, channels, "one a label")
+            _check_length("pos_weight", term.binary_cross_entropy.pos_weight, channels, "one per label")
 
 
 def _check_length(name: str, elements: Sequence[object], most: int, what: str) -> None:

@@ -241,7 +241,7 @@ def _check_size(header: pb.RequestHeader) -> None:
     images, channels = max(0, *shape[:1], 0), min(max(0, *shape[1:2], 1), spec.MAX_CLASSES)
     check_lengths(header.loss, channels)
     if len(header.offsets) > images:
-        raise spec.InvalidInput("offsets", f"got {len(header.offsets)}; expected at most {images}, one an image")
+        raise spec.InvalidInput("offsets", f"got {len(header.offsets)}; expected at most {images}, one per image")
     options = min(len(header.loss.terms), spec.MAX_TERMS) * channels * _OPTION_BYTES
     most = MAX_HEADER_BYTES + options + len(header.offsets) * _OFFSET_BYTES
     if header.ByteSize() > most:
@@ -266,7 +266,7 @@ def _array(numbers: Sequence[float], dtype: type[np.generic]) -> npt.NDArray[Any
 
 
 def _term_result(loss: spec.Loss, message: pb.TermResult, channels: int, images: int) -> spec.TermResult:
-    """The result of one term, with one loss a class and, for a term with ``per_image``, one an image."""
+    """The result of one term, with one loss per class and, for a term with ``per_image``, one per image."""
     is_lovasz = isinstance(loss, spec.LovaszLoss)
     per_class, per_image = message.per_class_loss, message.per_image_loss
     for name, losses, expected in (

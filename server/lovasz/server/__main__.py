@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # Else each failed handshake of a stranger is a line on stderr.
     keep_freed_memory()
     if unknown := unknown_variables(os.environ):
-        _log.warning("variables that set nothing", extra={"variables": unknown})
+        _log.warning("variables that are not settings", extra={"variables": unknown})
     _log.info("starting", extra={"version": VERSION, "device": config.device})
     stopping = threading.Event()
     _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.

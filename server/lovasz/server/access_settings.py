@@ -39,9 +39,10 @@ class AccessSettings(Settings):
         DEFAULT_TOKENS_FILE,
         "--tokens",
         "FILE",
-        "only calls with a token of this file are answered, except those of health and on Unix sockets: one name:token "
-        "or name:sha256:HASH a line (`lovasz token NAME` makes them), then, as limits of the name, budget=SHARE "
-        "(of --memory-budget and --max-requests) and weight=NUMBER (in the queue). Read again when it changes",
+        "only calls with a token of this file are answered, except health checks and calls on Unix sockets. Each line "
+        "is name:token or name:sha256:HASH (`lovasz token NAME` makes it), and may end with limits of the name: "
+        "budget=SHARE (of --memory-budget and --max-requests) and weight=NUMBER (in the queue). Read again when it "
+        "changes",
     )
     metrics_tls: bool = setting(
         DEFAULT_METRICS_TLS,
@@ -54,16 +55,16 @@ class AccessSettings(Settings):
         DEFAULT_METRICS_TOKENS_FILE,
         "--metrics-tokens",
         "FILE",
-        "answer on --metrics-listen only with a token of this file, which is like that of --tokens: as Bearer, or as "
-        "Basic with the name as user and the token as password",
+        "on --metrics-listen, answer only requests with a token of this file (in the format of --tokens): as Bearer, "
+        "or as Basic with the name as user and the token as password",
     )
     metrics_hosts: str = setting(
         DEFAULT_METRICS_HOSTS,
         "--metrics-hosts",
         "NAMES",
-        "further host names, with commas between, under which --metrics-listen may be asked (.example.org: all below "
+        "further host names, separated by commas, that requests to --metrics-listen may use (.example.org: all below "
         "it; *: any name). IP addresses, localhost, names without a dot, this host's name and the host of "
-        "--metrics-listen always may",
+        "--metrics-listen are always allowed",
     )
 
     @property
@@ -81,5 +82,5 @@ class AccessSettings(Settings):
         for name in self.metrics_host_names:
             if name != ANY_HOST and not re.fullmatch(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
                 self._refuse(
-                    "metrics_hosts", "host names with commas between, such as gpu7.example.org,.lab.example.org"
+                    "metrics_hosts", "host names separated by commas, such as gpu7.example.org,.lab.example.org"
                 )

@@ -71,7 +71,7 @@ class ServerConfig(AccessSettings):
         "--listen",
         "ADDRESSES",
         "where to serve gRPC: HOST:PORT (port 0 takes a free one), unix:/path for callers on this host, or several "
-        "addresses with commas between. Open it to a network that others use only with TLS and tokens",
+        "addresses separated by commas. Open it to a network that others use only with TLS and tokens",
     )
     metrics_listen: str = setting(
         DEFAULT_METRICS_LISTEN,
@@ -120,15 +120,15 @@ class ServerConfig(AccessSettings):
         DEFAULT_HEADER_SECONDS,
         "--header-timeout",
         "SECONDS",
-        "a caller whose header has not come after this time is cut off",
+        "a caller whose header has not arrived after this time is cut off",
         number,
     )
     payload_seconds: float = setting(
         DEFAULT_PAYLOAD_SECONDS,
         "--payload-timeout",
         "SECONDS",
-        "how long the payload of a request may take, whatever its size; a caller that is so slow that it will take "
-        "longer is cut off before",
+        "how long the payload of a request may take, whatever its size; a caller that is too slow for this is cut "
+        "off earlier",
         number,
     )
     stall_seconds: float = setting(
@@ -142,23 +142,23 @@ class ServerConfig(AccessSettings):
         DEFAULT_SHARED_MEMORY,
         "--shared-memory",
         "on|off",
-        "take tensors through memory that callers on this host share (also that of a GPU which the server can reach), "
-        "and calls, on a second socket for each unix: address of --listen (its path with .memory appended); whoever "
-        "may open that socket may use it",
+        "accept tensors in memory that callers on this host share (also GPU memory that the server can reach), "
+        "and calls, on a second socket for each unix: address of --listen (its path with .memory appended); "
+        "everyone who may open that socket may use it",
         switch,
     )
     max_shared_bytes: int = setting(
         DEFAULT_MAX_SHARED_BYTES,
         "--max-shared-memory",
         "SIZE",
-        "the most memory that callers on this host may share with the server, of the host and of GPUs, all together",
+        "the most memory, of the host and of GPUs, that all callers on this host together may share with the server",
         parse_bytes,
     )
     reflection: bool = setting(
         DEFAULT_REFLECTION,
         "--reflection",
         "on|off",
-        "answer grpcurl and the like which services and messages there are (gRPC reflection)",
+        "tell tools such as grpcurl which services and messages there are (gRPC reflection)",
         switch,
     )
     joint_timeout_seconds: float = setting(
@@ -172,30 +172,30 @@ class ServerConfig(AccessSettings):
         DEFAULT_JOINT_REGROUP_SECONDS,
         "--joint-regroup",
         "SECONDS",
-        "with several servers: how long the ranks of a joint step wait before they are asked to call again, as the "
-        "missing ranks may have reached another server; each further time after twice as long; 0: never",
+        "with several servers: how long the ranks of a joint step wait before they are asked to call again, because "
+        "the missing ranks may have reached another server; the wait doubles each time; 0: never",
         number,
     )
     joint_share: float = setting(
         DEFAULT_JOINT_SHARE,
         "--joint-share",
         "SHARE",
-        "the most of --memory-budget and --max-requests that is held for ranks of one run, or of one caller's runs, "
-        "that have not come yet; a run with more ranks needs more --max-requests",
+        "the largest share of --memory-budget and --max-requests that is held for missing ranks, for one run and for "
+        "all runs of one caller; a run with more ranks needs more --max-requests",
         number,
     )
     max_runs: int = setting(
         DEFAULT_MAX_RUNS,
         "--max-runs",
         "N",
-        "runs that the metrics show: the loss and IoU of the runs that sent a request last, and waiting joint steps",
+        "how many runs the metrics show: those that sent a request last, with loss and IoU, and waiting joint steps",
         integer,
     )
     max_connection_age_seconds: float = setting(
         DEFAULT_MAX_CONNECTION_AGE_SECONDS,
         "--max-connection-age",
         "SECONDS",
-        "clients connect again after about this time, and learn of servers that were added to a name; 0: never",
+        "clients must reconnect after about this time, and so learn of servers that were added to a name; 0: never",
         number,
     )
     drain_seconds: float = setting(
@@ -225,7 +225,7 @@ class ServerConfig(AccessSettings):
         "--otlp-endpoint",
         "URL",
         "send a span of each call and its phases to an OpenTelemetry collector by OTLP over gRPC: http://HOST:4317, or "
-        "https:// for TLS (needs the extra otel; OTEL_EXPORTER_OTLP_ENDPOINT stands for it, too, and the other OTEL_* "
+        "https:// for TLS (needs the extra otel; OTEL_EXPORTER_OTLP_ENDPOINT can set it, too, and the other OTEL_* "
         "variables apply)",
         others=("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
     )
@@ -246,7 +246,7 @@ class ServerConfig(AccessSettings):
             self._refuse("listen", "each address once")
         self._check_address("metrics_listen", self.metrics_listen)
         if self.shared_memory and not self.socket_paths:
-            self._refuse("listen", "at least one unix:/path with --shared-memory, beside HOST:PORT if need be")
+            self._refuse("listen", "at least one unix:/path with --shared-memory, with HOST:PORT beside it if needed")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             self._refuse("device", "auto, cpu, cuda or cuda:N")
         if self.memory_budget_bytes < _LEAST_BUDGET_BYTES:
@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lovasz-server",
         description="Computes the Lovász losses and their gradients for segmentation trainers, over gRPC.",
         epilog="Each option can be set by an environment variable too: --memory-budget by LOVASZ_MEMORY_BUDGET, and so "
-        "on; the option wins. SIGTERM and SIGINT finish accepted requests, then exit 0.",
+        "on; if both are set, the option is used. SIGTERM and SIGINT finish accepted requests, then exit 0.",
     )
     parser.add_argument("--version", action="version", version=f"lovasz-server {VERSION}")
     for f in settings():

@@ -56,7 +56,7 @@ class ServerProcess:
         if not self.target:
             self.stop()
             said = "\n".join(str(line.get("exception") or line.get("event")) for line in self.log[-20:])
-            raise RuntimeError(f"the server did not come up: {' '.join(self._command)}\n{said}")
+            raise RuntimeError(f"the server did not start: {' '.join(self._command)}\n{said}")
         return self
 
     def __exit__(

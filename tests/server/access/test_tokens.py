@@ -1,4 +1,4 @@
-"""The file of tokens: what a line may be, whose a token is, and what happens when the file changes."""
+"""The tokens file: what a line may be, whose a token is, and what happens when the file changes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_the_file_said_before_holds_while_it_is_wrong(tmp_path: Path, caplo
         for _ in range(3):
             tokens.check()
         (said,) = caplog.records
-        assert said.getMessage() == "files changed and cannot be used: what they said before holds"
+        assert said.getMessage() == "files changed and cannot be used: the old contents stay in use"
         assert ALICE not in str(vars(said))
         assert tokens.name_of(ALICE) == "alice"
     caplog.clear()

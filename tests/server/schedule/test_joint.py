@@ -455,7 +455,7 @@ def test_requests_are_reserved_for_all_too() -> None:
     (never,) = ended(desk.ask(Rank(world_size=4)))
     assert never.code is RESOURCE_EXHAUSTED
     assert never.metadata["grpc-retry-pushback-ms"] == "-1000"
-    assert "4 requests are to be held together; the server holds 3 at most" in never.text
+    assert "4 requests are needed together; the server holds 3 at most" in never.text
     desk.close()
 
 

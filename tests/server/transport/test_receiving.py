@@ -153,7 +153,7 @@ def test_a_payload_of_another_size_is_refused(staging: Staging, payload: bytes, 
 def test_a_header_that_does_not_come_is_not_waited_for(staging: Staging) -> None:
     call = Call()
     receiver = call.receiver(SHORT)
-    with pytest.raises(StalledError, match=r"no header came within 0\.05 s \(--header-timeout\)"):
+    with pytest.raises(StalledError, match=r"no header arrived within 0\.05 s \(--header-timeout\)"):
         receiver.header()
     receiver.stop()
     call.send(FIRST)  # It comes too late, and the rest is not waited for.
@@ -165,7 +165,9 @@ def test_a_payload_that_stops_coming_is_not_waited_for(staging: Staging) -> None
     call = Call(FIRST, PAYLOAD[:200])
     receiver = call.receiver(SHORT)
     receiver.header()
-    with pytest.raises(StalledError, match=r"of 1300 bytes of the payload came, and less than \d+ of them in the last"):
+    with pytest.raises(
+        StalledError, match=r"of 1300 bytes of the payload arrived, and less than \d+ of them in the last"
+    ):
         receiver.payload(staging)
     receiver.stop()
     call.end()

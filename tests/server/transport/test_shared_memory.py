@@ -311,7 +311,7 @@ def test_more_regions_than_a_session_may_have(
     with region_of() as one, region_of() as two, region_of() as three:
         session.share(one)
         session.share(two)
-        with pytest.raises(LossError, match="2 regions are shared, as many as may be"):
+        with pytest.raises(LossError, match="2 regions are shared, the maximum"):
             session.share(three)
         assert three.session is None
         session.release(one)
@@ -321,7 +321,7 @@ def test_more_regions_than_a_session_may_have(
 def test_more_sessions_than_may_be(server: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "MAX_SESSIONS", 2)
     first, second = Session(server.path, TIMEOUT), Session(server.path, TIMEOUT)
-    with pytest.raises(LossError, match="2 processes share memory with this server, as many as may"):
+    with pytest.raises(LossError, match="2 processes share memory with this server, the maximum"):
         Session(server.path, TIMEOUT)
     first.close()
     assert eventually(lambda: server.sessions == 1)
@@ -336,7 +336,7 @@ def test_more_sessions_than_may_be(server: SharedMemory, monkeypatch: pytest.Mon
 def test_more_sessions_than_a_user_may_have(server: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "MAX_SESSIONS_OF_USER", 1)
     first = Session(server.path, TIMEOUT)
-    with pytest.raises(LossError, match="1 processes of one user share memory with this server, as many as may"):
+    with pytest.raises(LossError, match="1 processes of one user share memory with this server, the maximum"):
         Session(server.path, TIMEOUT)
     first.close()
     assert eventually(lambda: server.sessions == 0)

@@ -1,4 +1,4 @@
-"""Calls over the socket of shared memory: how they are answered, refused and ended. What computes is stood in for."""
+"""Calls over the shared-memory socket: how they are answered, refused and ended. What computes is stood in for."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MAX_CONCURRENCY = 1024
 
 _EPILOG = """\
 Runs every combination of shape, dtype, transport and concurrency, one after another. To give several values, list them
-after one option or repeat the option; TARGET comes first. Latency is what the client's caller waits. The server's
+after one option or repeat the option; TARGET comes first. Latency is the time that the caller waits. The server's
 receive, queue, compute and copy are medians of what it reports; "other" is the client's median minus these: encoding,
 transport, decoding. MiB/s counts the tensors of answered requests in both directions. "batch" is how many requests
 shared a batch."""
@@ -102,23 +102,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="HOST:PORT, unix:/path, or inprocess (no server)")
     several("--shape", _shape, "NxCxSIZES", f"shape of the logits (default: {shape_text(DEFAULT_SHAPE)})")
     several(
-        "--dtype", _dtype, "DTYPE", f"of logits and gradient: {choice_text(wire.FLOATS)} (default: {DEFAULT_DTYPE})"
+        "--dtype",
+        _dtype,
+        "DTYPE",
+        f"the dtype of logits and gradient: {choice_text(wire.FLOATS)} (default: {DEFAULT_DTYPE})",
     )
     several("--transport", _transport, "KIND", f"{choice_text(TRANSPORTS)} (default: {DEFAULT_TRANSPORT})")
-    several("--concurrency", _concurrency, "N", "clients at a time, each in its own thread (default: 1)")
+    several("--concurrency", _concurrency, "N", "how many clients send at a time, each in its own thread (default: 1)")
     parser.add_argument(
         "--duration",
         type=_seconds_above_zero,
         default=DEFAULT_DURATION_SECONDS,
         metavar="SECONDS",
-        help=f"of each combination (default: {DEFAULT_DURATION_SECONDS:g})",
+        help=f"how long each combination is measured (default: {DEFAULT_DURATION_SECONDS:g})",
     )
     parser.add_argument(
         "--warmup",
         type=_seconds,
         default=DEFAULT_WARMUP_SECONDS,
         metavar="SECONDS",
-        help=f"before it, not measured (default: {DEFAULT_WARMUP_SECONDS:g}; even with 0, one request is sent)",
+        help="how long each combination runs before it is measured "
+        f"(default: {DEFAULT_WARMUP_SECONDS:g}; even with 0, one request is sent)",
     )
     parser.add_argument(
         "--loss",
@@ -127,13 +131,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LOSS",
         help=f"{choice_text(spec.LOSS_KINDS)} (default: {DEFAULT_LOSS})",
     )
-    parser.add_argument("--no-grad", action="store_true", help="request the loss alone, as in validation")
+    parser.add_argument(
+        "--no-grad", action="store_true", help="request only the loss, without its gradient, as in validation"
+    )
     parser.add_argument(
         "--timeout",
         type=_seconds_above_zero,
         default=DEFAULT_TIMEOUT_SECONDS,
         metavar="SECONDS",
-        help=f"for each call (default: {DEFAULT_TIMEOUT_SECONDS:g})",
+        help=f"the timeout of each call (default: {DEFAULT_TIMEOUT_SECONDS:g})",
     )
     parser.add_argument(
         "--device",
@@ -141,9 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="where the tensors are, such as cuda (needs torch); default: cpu",
     )
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write all figures to this file, too")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write all figures to this file")
     parser.add_argument(
-        "--plot", type=_new_file, metavar="FILE.png", help="draw them into this file (needs matplotlib)"
+        "--plot", type=_new_file, metavar="FILE.png", help="draw the figures into this file (needs matplotlib)"
     )
 
 

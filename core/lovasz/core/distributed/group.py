@@ -37,7 +37,7 @@ class Group:
         self._group = _found(given)
         self.rank, self.size = distributed.get_rank(self._group), distributed.get_world_size(self._group)
         if self.rank < 0:
-            raise InvalidInput("group", "got a process group without this process; expected one that it is in")
+            raise InvalidInput("group", "got a process group without this process; expected one that contains it")
         if _has_cpu(self._group):
             self.device = torch.device("cpu")
         else:
@@ -117,7 +117,7 @@ def _found(given: Any) -> Any:
         return distributed.group.WORLD
     if distributed.is_available():
         if given is distributed.GroupMember.NON_GROUP_MEMBER:
-            raise InvalidInput("group", "got a process group without this process; expected one that it is in")
+            raise InvalidInput("group", "got a process group without this process; expected one that contains it")
         if isinstance(given, distributed.ProcessGroup):
             return given
     raise InvalidInput("group", f"got {given!r}; expected {expected}")

@@ -57,7 +57,7 @@ class WatchedFiles(Generic[ValueT]):
             if found != self._refused:
                 self._refused = found
                 _log.error(
-                    "files changed and cannot be used: what they said before holds",
+                    "files changed and cannot be used: the old contents stay in use",
                     extra={"files": self._names, "reason": _reason(error)},
                 )
             return

@@ -56,9 +56,7 @@ class SharedDevices:
             mapping = load(self._driver, descriptor, nbytes, self._device)
             owner = self._driver.uuid(mapping.owner)
         except DriverError as error:
-            raise InvalidInput(
-                "region", f"this is no device memory of {nbytes} bytes that can be used: {error}"
-            ) from None
+            raise InvalidInput("region", f"this cannot be used as device memory of {nbytes} bytes: {error}") from None
         if owner != uuid:
             raise InvalidInput(
                 "region", f"got memory of {name_of(owner)}; expected {name_of(uuid)}, as its caller said"

@@ -91,16 +91,16 @@ _BYTES = tuple(float(2**k) for k in range(10, 33))
 GAUGES = {
     "lovasz_queue_requests": "Requests waiting for the device.",
     "lovasz_in_flight_requests": "Requests in flight.",
-    "lovasz_max_requests": "Most requests in flight at a time.",
+    "lovasz_max_requests": "The most requests that may be in flight at a time (--max-requests).",
     "lovasz_in_flight_bytes": "Tensor bytes of the requests in flight, with their gradients.",
-    "lovasz_budget_bytes": "Most tensor bytes in flight at a time.",
+    "lovasz_budget_bytes": "The most tensor bytes that may be in flight at a time (--memory-budget).",
     "lovasz_staging_idle_bytes": "Memory kept for the tensors of the next requests.",
     "lovasz_shared_memory_sessions": "Processes on this host that share memory with the server.",
     "lovasz_shared_memory_bytes": "Memory that processes on this host share with the server; it belongs to them.",
-    "lovasz_shared_device_memory_bytes": "Those of lovasz_shared_memory_bytes that are memory of GPUs.",
+    "lovasz_shared_device_memory_bytes": "The part of lovasz_shared_memory_bytes that is GPU memory.",
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
     "lovasz_joint_ranks_waiting": "Ranks that wait for the other ranks of their joint step.",
-    "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that lost theirs and ask again.",
+    "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that may lose theirs and call again.",
     "lovasz_device_healthy": "1 if the device gave the right answer when last checked, and is not stuck.",
     "lovasz_device_utilization_ratio": "Share of the time in which the GPU (for a CPU: the host's processors) had "
     "work of any process; NaN if unknown (GPUs without nvidia-ml-py).",
@@ -156,13 +156,16 @@ class Metrics:
         )
         self._class_seconds = Counter(
             "lovasz_class_phase_seconds",
-            "Time spent in each phase by the requests of a class: those that took more than `over` seconds in total, "
-            "and no more than the next class.",
+            "Time spent in each phase by the requests of a class. A class has the requests that took more than `over` "
+            "seconds in total, up to the limit of the next class.",
             ["over", "phase"],
             registry=registry,
         )
         self._class_requests = Counter(
-            "lovasz_class_requests", "Requests in each of these classes.", ["over"], registry=registry
+            "lovasz_class_requests",
+            "Requests in each class of lovasz_class_phase_seconds_total.",
+            ["over"],
+            registry=registry,
         )
         self.faults = Counter(
             "lovasz_faults", "Requests that failed because of a fault in the server.", registry=registry
@@ -175,15 +178,15 @@ class Metrics:
         )
         self.rejections = Counter(
             "lovasz_rejections",
-            "Requests refused, by reason: no_bytes and no_requests mean that there was no room, name_limit that the "
-            "requests of the caller's name hold all that they may (--tokens). All are refused at their header, except "
-            "invalid ones and some that are too_large.",
+            "Requests refused, by reason: no_bytes and no_requests mean that there was no room; name_limit means that "
+            "the caller's name has used up its share (--tokens). All are refused at their header, except invalid ones "
+            "and some that are too_large.",
             ["reason"],
             registry=registry,
         )
         self.abandoned = Counter(
             "lovasz_abandoned",
-            "Requests that were given up before their answer was sent, because their caller cancelled them or their "
+            "Requests that were abandoned before their answer was sent, because their caller cancelled them or their "
             "deadline passed, by the phase that they were in.",
             ["reason", "phase"],
             registry=registry,
@@ -196,9 +199,10 @@ class Metrics:
         )
         self.joint_groups = Counter(
             "lovasz_joint_groups",
-            "Joint steps that ended: completed, or not, because ranks were missing at the timeout, all had left, there "
-            "was no room, the server was stopping, a rank could not take part (aborted), the ranks were asked to call "
-            "again (regrouped), or they waited for each other at different steps (out_of_step).",
+            "Joint steps that ended: completed; or not, because ranks were missing at the timeout (timeout), all ranks "
+            "ended their calls (left), there was no room (overloaded), the server was stopping (stopping), a "
+            "rank could not take part (aborted), the ranks were asked to call again (regrouped), or they waited for "
+            "each other at different steps (out_of_step).",
             ["outcome"],
             registry=registry,
         )

@@ -35,16 +35,16 @@ class WaitingStep:
 
 _METRICS: dict[str, tuple[str, Callable[[WaitingStep], float]]] = {
     "wait_seconds": (
-        "How long it has waited: the joint step of a run that has waited longest.",
+        "How long the joint step of a run that has waited longest has waited.",
         lambda step: step.seconds,
     ),
     "number": ("The number of the joint step of a run that has waited longest.", lambda step: step.step),
     "missing_ranks": (
-        "How many ranks the joint step of a run that has waited longest lacks.",
+        "How many ranks are missing in the joint step of a run that has waited longest.",
         lambda step: step.missing_ranks,
     ),
     "first_missing_rank": (
-        "The first rank that the joint step of a run that has waited longest lacks.",
+        "The first rank that is missing in the joint step of a run that has waited longest.",
         lambda step: step.first_missing_rank,
     ),
 }

@@ -171,7 +171,7 @@ class Admission:
             )
         if requests > self.max_requests:
             raise TooLargeError(
-                f"{requests} requests are to be held together; the server holds {self.max_requests} at most "
+                f"{requests} requests are needed together; the server holds {self.max_requests} at most "
                 "(--max-requests)"
             )
         if nbytes > self.most_bytes(name):
@@ -181,7 +181,7 @@ class Admission:
             )
         if requests > self.most_requests(name):
             raise TooLargeError(
-                f"{requests} requests are to be held together; {name} may have {self.most_requests(name)} at a time "
+                f"{requests} requests are needed together; {name} may have {self.most_requests(name)} at a time "
                 f"({self._limit(name)} of --max-requests)"
             )
 
@@ -221,15 +221,15 @@ class Admission:
 
     def _refusal(self, nbytes: int, requests: int, name: str) -> ServerError | None:
         if not self._open and requests:
-            return StoppingError("the server is stopping and takes no new requests")
+            return StoppingError("the server is stopping and accepts no new requests")
         if self.starting:
             return StartingError("the server is starting: it compiles, up to a minute the first time")
         if self.failing and requests:
             return DeviceError("the server's device does not answer; try another server")
         if self._requests + requests > self.max_requests:
             return NoRequestsLeftError(
-                f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests), and "
-                f"{requests} would come on top",
+                f"{self._requests} requests are in flight, of at most {self.max_requests} (--max-requests); "
+                f"{requests} more would be needed",
                 self._retry_seconds(),
             )
         if self._bytes + nbytes > self.budget_bytes:
@@ -245,8 +245,8 @@ class Admission:
         held, most = self._requests_of[name], self.most_requests(name)
         if requests and held + requests > most:
             return NameLimitError(
-                f"{held} requests of {name} are in flight, of at most {most} ({self._limit(name)} of --max-requests), "
-                f"and {requests} would come on top",
+                f"{held} requests of {name} are in flight, of at most {most} ({self._limit(name)} of --max-requests); "
+                f"{requests} more would be needed",
                 self._retry_seconds(),
             )
         held, most = self._bytes_of[name], self.most_bytes(name)
@@ -259,7 +259,7 @@ class Admission:
         return None
 
     def _limit(self, name: str) -> str:
-        """As the file of tokens has it."""
+        """As the tokens file has it."""
         return f"budget={self._share_of(name):g}"
 
     def _retry_seconds(self) -> float:

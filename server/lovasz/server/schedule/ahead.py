@@ -90,14 +90,14 @@ class AheadRoom:
             who = "of all runs" if holder is _ALL else f"of {holder.kind} {holder.name}"
             if self._requests[holder] + requests > share * self._admission.max_requests:
                 raise NoRequestsLeftError(
-                    f"{self._requests[holder]} missing ranks {who} hold a request, and {requests} would come on top "
+                    f"{self._requests[holder]} missing ranks {who} hold a request; {requests} more would be needed "
                     "(--joint-share of --max-requests)",
                     _RETRY_SECONDS,
                 )
             if self._bytes[holder] + nbytes > share * self._admission.budget_bytes:
                 raise NoBytesLeftError(
-                    f"the missing ranks {who} hold {format_bytes(self._bytes[holder])}, and {format_bytes(nbytes)} "
-                    "would come on top (--joint-share of --memory-budget)",
+                    f"the missing ranks {who} hold {format_bytes(self._bytes[holder])}; {format_bytes(nbytes)} "
+                    "more would be needed (--joint-share of --memory-budget)",
                     _RETRY_SECONDS,
                 )
 

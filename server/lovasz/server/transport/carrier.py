@@ -1,4 +1,4 @@
-"""What brings a call to the server, as the call sees it: gRPC, or the socket of shared memory."""
+"""What brings a call to the server, as the call sees it: gRPC, or the shared-memory socket."""
 
 from __future__ import annotations
 

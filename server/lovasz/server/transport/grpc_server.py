@@ -208,7 +208,8 @@ class GrpcServer:
                 self._unmade.add(file.path)
                 reason = error.strerror or str(error)
                 _log.error(
-                    "a socket's file was removed and cannot be made again", extra={"path": file.path, "reason": reason}
+                    "a socket's file was removed and cannot be created again",
+                    extra={"path": file.path, "reason": reason},
                 )
             return
         file.remove()
@@ -216,7 +217,7 @@ class GrpcServer:
         for server in made:
             server.start()
         self._servers += made
-        _log.warning("a socket's file was removed; made it again", extra={"path": file.path})
+        _log.warning("a socket's file was removed; created it again", extra={"path": file.path})
 
     def stop(self) -> None:
         """Accepts no more calls, and ends those that are still here after a moment."""

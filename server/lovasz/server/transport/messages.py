@@ -25,7 +25,7 @@ class Undecodable:
     nbytes: int
 
     def error(self, expected: str) -> InvalidInput:
-        return InvalidInput("message", f"got {self.nbytes} bytes that are no {expected} of lovasz.v1")
+        return InvalidInput("message", f"got {self.nbytes} bytes that are not a valid {expected} of lovasz.v1")
 
 
 def or_undecodable(decode: Callable[[bytes], Message]) -> Callable[[bytes], Message | Undecodable]:

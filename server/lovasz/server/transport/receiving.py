@@ -79,7 +79,7 @@ class Receiver:
             self._changed.wait_for(lambda: self._header is not None or self._finished, seconds)
             self._raise_error()
             if self._header is None:
-                raise StalledError(f"no header came within {seconds:g} s (--header-timeout)")
+                raise StalledError(f"no header arrived within {seconds:g} s (--header-timeout)")
             return self._header
 
     def payload(self, staging: Staging) -> None:
@@ -105,14 +105,15 @@ class Receiver:
                 if now >= since + stall_seconds:
                     if assembly.received - mark < LEAST_BYTES:
                         raise StalledError(
-                            f"{assembly.received} of {assembly.expected} bytes of the payload came, and less than "
+                            f"{assembly.received} of {assembly.expected} bytes of the payload arrived, and less than "
                             f"{LEAST_BYTES} of them in the last {stall_seconds:g} s (--stall-timeout)"
                         )
                     mark, since = assembly.received, now
                 if now >= self._due(assembly, started):
                     raise StalledError(
-                        f"{assembly.received} of {assembly.expected} bytes of the payload came in {now - started:.0f} "
-                        f"s, too few to be complete within {self._patience.payload_seconds:g} s (--payload-timeout)"
+                        f"{assembly.received} of {assembly.expected} bytes of the payload arrived in "
+                        f"{now - started:.0f} s, too few to be complete within "
+                        f"{self._patience.payload_seconds:g} s (--payload-timeout)"
                     )
             self._raise_error()
 

@@ -31,7 +31,7 @@ from lovasz.version import VERSION
 from lovasz.wire import framing
 
 SHARED_MEMORY = "SharedMemory"
-"""What metrics and log call the method of calls over the socket of shared memory."""
+"""What metrics and log call the method of calls over the shared-memory socket."""
 
 _SUMS = ("cross_entropy+lovasz_softmax", "binary_cross_entropy+lovasz_hinge", "binary_cross_entropy+lovasz_sigmoid")
 _LOSSES = (*LOSS_KINDS, *_SUMS, "unknown")
@@ -126,7 +126,7 @@ class LossServicer:
             return encoded
 
     def compute_shared(self, header: pb.RequestHeader, carrier: Carrier) -> pb.ResponseHeader:
-        """Computes a request that comes over the socket of shared memory."""
+        """Computes a request that comes over the shared-memory socket."""
         with Call(self.pipeline, SHARED_MEMORY, carrier) as call:
             call.enter()
             if not header.HasField("shared_tensors"):
@@ -141,7 +141,7 @@ class LossServicer:
             raise InvalidInput(
                 "header",
                 f"the header of its answer may have {header.max_answer_bytes} bytes; expected at most "
-                f"{max_header_bytes:.0f} on the socket of shared memory: make this call with Compute",
+                f"{max_header_bytes:.0f} on the shared-memory socket: make this call with Compute",
             )
         answer = call.compute(
             header,

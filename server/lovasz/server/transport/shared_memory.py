@@ -222,7 +222,7 @@ class SharedMemory:
             self._selector.register(self._listener, selectors.EVENT_READ)
         old_file.remove()
         old.close()
-        _log.warning("a socket's file was removed; made it again", extra={"path": self.path})
+        _log.warning("a socket's file was removed; created it again", extra={"path": self.path})
 
     def _serve(self) -> None:
         checked = time.monotonic()
@@ -269,7 +269,7 @@ class SharedMemory:
             (of_user, MAX_SESSIONS_OF_USER, " of one user"),
         ):
             if count >= most:
-                session.reply(f"{count} processes{of_whom} share memory with this server, as many as may")
+                session.reply(f"{count} processes{of_whom} share memory with this server, the maximum")
                 session.close()
                 return
         with self._lock:
@@ -329,7 +329,7 @@ class SharedMemory:
             raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
         of_all_sessions = sum(len(other.regions) for other in self._sessions.values())
         if len(session.regions) >= MAX_REGIONS or of_all_sessions >= self._max_all_regions:
-            raise InvalidInput("region", f"{len(session.regions)} regions are shared, as many as may be")
+            raise InvalidInput("region", f"{len(session.regions)} regions are shared, the maximum")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
         region = self._region(request, descriptors[0])

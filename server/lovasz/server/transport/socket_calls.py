@@ -1,4 +1,4 @@
-"""The calls that come over the socket of shared memory: what carries them, and the threads that serve them."""
+"""The calls that come over the shared-memory socket: what carries them, and the threads that serve them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class SocketCall:
             retry_after = None if self._retry_after is None else int(self._retry_after)
             failure = pb.CallError(code=error.code.name, text=error.text, retry_after_milliseconds=retry_after)
         except Exception:  # Outside the service, which ends its own faults with an error.
-            _log.exception("a fault of a call over the socket of shared memory")
+            _log.exception("a fault of a call over the shared-memory socket")
             failure = pb.CallError(code=grpc.StatusCode.INTERNAL.name, text=FAULT_TEXT)
         answer = pb.SharedMemoryAnswer(number=self._message.number, header=header, error=failure)
         return partial(self._calls.end, answer, is_heard=self._is_heard)

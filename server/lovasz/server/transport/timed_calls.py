@@ -89,7 +89,7 @@ class TimedCalls:
                     raise AbandonedError from None
                 message = None
             if message is None and call.is_cut_off:
-                raise StalledError(f"no header came within {self._seconds:g} s (--header-timeout)")
+                raise StalledError(f"no header arrived within {self._seconds:g} s (--header-timeout)")
             if message is None and has_left(context):
                 raise AbandonedError
             return message

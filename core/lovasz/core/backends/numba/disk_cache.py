@@ -29,7 +29,7 @@ class DiskCache:
         try:
             return self._cache.load_overload(signature, context)
         except Exception as error:
-            self._say("cannot be read: compiling anew", error)
+            self._say("cannot be read: compiling again", error)
             with contextlib.suppress(OSError):
                 self._cache.flush()  # So that the index leads to no spoilt file.
             return None
@@ -39,7 +39,7 @@ class DiskCache:
         try:
             self._cache.save_overload(signature, data)
         except Exception as error:
-            self._say("cannot be written: going on without", error)
+            self._say("cannot be written: continuing without it", error)
 
     def _say(self, what: str, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
