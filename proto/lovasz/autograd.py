@@ -180,7 +180,9 @@ def no_tensor(logits: object, for_arrays: str) -> str:
         for_arrays: what takes arrays of other frameworks.
     """
     cure = f"{for_arrays} takes other arrays"
-    if isinstance(logits, list | tuple | dict):  # as networks with auxiliary heads return them
+    if hasattr(logits, "logits"):  # as the models of transformers return them
+        cure = "pass its logits: outputs.logits"
+    elif isinstance(logits, list | tuple | dict):  # as networks with auxiliary heads return them
         cure = 'pass one of its tensors, such as outputs["out"] or outputs[0], and add the losses of several'
     return f"got {type(logits).__name__}; expected a torch tensor ({cure})"
 

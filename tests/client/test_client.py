@@ -535,6 +535,16 @@ def test_nobody_is_there(nobody: str) -> None:
         client.server_info()
 
 
+def test_a_host_name_that_nobody_knows() -> None:
+    with (
+        LossClient("nobody.invalid:50051", timeout=5.0) as client,
+        pytest.raises(
+            ServerUnavailableError, match=r"^nobody.invalid:50051: the host name could not be resolved \(DNS\)"
+        ),
+    ):
+        client.server_info()
+
+
 def test_a_server_without_the_loss_service() -> None:
     with serving_nothing() as target, LossClient(target) as client:
         for size in (SMALL, LARGE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,8 @@ def test_modules_say_what_they_compute(module: LocalLoss, text: str) -> None:
         (lambda: LovaszSoftmaxLoss(classes=[]), "classes: got an empty list"),
         (lambda: LovaszHingeLoss(ignore_index=1.5), "ignore_index: got 1.5; expected an integer"),
         (lambda: LocalLoss([(1.0, LovaszHinge()), (1.0, CrossEntropy())]), "loss: LovaszHinge is combined with"),
+        (lambda: LocalLoss(LovaszSoftmax(), reduction="none"), "reduction: got 'none' with LovaszSoftmax"),
+        (lambda: LocalLoss(LovaszSoftmax(), group="wrld"), "group: got 'wrld'; expected a process group of torch"),
     ],
 )
 def test_modules_refuse_bad_options_when_built(build: Callable[[], LocalLoss], text: str) -> None:
@@ -245,6 +248,10 @@ def test_what_other_losses_take_is_refused_with_its_cure() -> None:
         criterion(logits, labels, torch.ones(2, 4))
     with pytest.raises(InvalidInput, match=r"^logits: got dict; expected a torch tensor \(pass one of its tensors"):
         criterion({"out": logits}, labels)
+    with pytest.raises(InvalidInput, match=r"^logits: got SimpleNamespace; .* \(pass its logits: outputs.logits\)$"):
+        criterion(SimpleNamespace(logits=logits), labels)
+    with pytest.raises(InvalidInput, match=r"^labels: got list; .* \(torch.as_tensor makes one of a list\)$"):
+        criterion(logits, [[0, 1, 2, 0]] * 2)
     with pytest.raises(InvalidInput, match=r"^per_image: got Tensor of shape \(2, 4\); .*by name: valid=\.\.\.\)$"):
         lovasz_hinge(logits[:, 0], labels, torch.ones(2, 4))  # type: ignore[arg-type]
 

@@ -337,7 +337,8 @@ def test_label_out_of_range(device: torch.device) -> None:
     with_void = expected + " or the ignore_index 255 of LovaszSoftmax (2 such pixels)"
     assert refusal(logits, labels, LovaszSoftmax(ignore_index=VOID)) == with_void
     one_of_two = refusal(logits, labels, [(1.0, LovaszSoftmax(ignore_index=-4)), (1.0, CrossEntropy(ignore_index=7))])
-    assert one_of_two == expected + " or the ignore_index -4 of LovaszSoftmax (1 such pixels)"
+    cure = "; 7 is the ignore_index of CrossEntropy only: set ignore_index=7 in every term"
+    assert one_of_two == expected + f" or the ignore_index -4 of LovaszSoftmax (1 such pixels{cure})"
     assert refusal(logits, labels.to(torch.int8), CrossEntropy(ignore_index=7)) == (
         "labels: got -4 at index [1, 0, 0]; expected a value in [0, 3) or the ignore_index 7 of CrossEntropy "
         "(1 such pixels)"
@@ -349,6 +350,12 @@ def test_label_out_of_range(device: torch.device) -> None:
             f"labels: got {void} at index [0, 0, 0]; expected a value in [0, 3) or the ignore_index 0 of LovaszSoftmax "
             f"(5 such pixels; for void pixels set ignore_index={void})"
         )
+    neither = refusal(logits, marked, [(1.0, LovaszSoftmax()), (1.0, CrossEntropy(ignore_index=9))])
+    assert neither.endswith("; for void pixels set ignore_index=-100 in every term)")
+    from_one = some_input(LovaszSoftmax(), device)[1] % 3 + 1
+    assert refusal(logits, from_one, LovaszSoftmax()).endswith(
+        "; classes count from 0: for labels 1 to 3 pass labels - 1)"
+    )
     with pytest.raises(InvalidInput, match="got 7 at index"):
         lovasz_softmax(logits.requires_grad_(), labels)
 

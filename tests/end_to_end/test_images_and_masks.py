@@ -14,6 +14,7 @@ from lovasz import core
 from lovasz.client import (
     BinaryCrossEntropy,
     CrossEntropy,
+    InvalidInput,
     InvalidInputError,
     Joint,
     LossClient,
@@ -174,8 +175,8 @@ def test_what_does_not_fit_is_refused(client: LossClient) -> None:
         client.compute(logits, labels, LovaszSoftmax(), valid=torch.ones(2, 9))
     with pytest.raises(InvalidInputError, match=r"^pos_weight: got 2 numbers; expected 3, one per label"):
         client.compute(logits, logits.byte(), BinaryCrossEntropy([1, 2], multilabel=True))
-    with pytest.raises(InvalidInputError, match=r"^reduction: got 'none' with CrossEntropy"):
-        RemoteLoss(client, CrossEntropy(), reduction="none")(logits, labels)
+    with pytest.raises(InvalidInput, match=r"^reduction: got 'none' with CrossEntropy"):
+        RemoteLoss(client, CrossEntropy(), reduction="none")
     with pytest.raises(ValueError, match=r"^reduction: got 'none' with joint; expected 'mean', or no joint"):
         RemoteLoss(client, LovaszSoftmax(per_image=True), joint=Joint("r", 0, 1), reduction="none")
 

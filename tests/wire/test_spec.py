@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from lovasz.spec import (
     CrossEntropy,
     InvalidInput,
     Layout,
+    Loss,
     LossLike,
     LovaszHinge,
     LovaszSigmoid,
@@ -239,6 +240,14 @@ def test_losses_cannot_be_changed() -> None:
         LovaszSoftmax().per_image = True  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("kind", get_args(Loss), ids=lambda kind: kind.__name__)
+def test_a_loss_that_is_called_says_what_computes_it(kind: type[Loss]) -> None:
+    name = kind.__name__
+    text = rf"^{name} describes a loss and cannot be called; write LocalLoss\({name}\(...\)\)\(logits, labels\)"
+    with pytest.raises(TypeError, match=text):
+        kind()(np.zeros((1, 2, 3)), np.zeros((1, 3)))
+
+
 def test_refusal_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(InvalidInput("labels", "got 7; expected less")))
     assert isinstance(error, ValueError)
@@ -265,7 +274,10 @@ EXPECTED_LOSS = (
         (LovaszSoftmax, f"loss: got {LovaszSoftmax!r}; {EXPECTED_LOSS} (write LovaszSoftmax())"),
         ([], "loss: got 0 terms; expected 1 to 16"),
         ([(1.0, CrossEntropy())] * 17, "loss: got 17 terms; expected 1 to 16"),
-        ([CrossEntropy()], f"loss[0]: got {CrossEntropy()!r}; expected a pair (weight, loss)"),
+        (
+            [CrossEntropy()],
+            f"loss[0]: got {CrossEntropy()!r}; expected a pair (weight, loss) (write (1.0, CrossEntropy(...)))",
+        ),
         ([(1.0, CrossEntropy()), (1.0,)], "loss[1]: got (1.0,); expected a pair (weight, loss)"),
         (
             [(CrossEntropy(), 1.0)],

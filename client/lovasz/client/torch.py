@@ -120,6 +120,8 @@ class RemoteLoss(torch.nn.Module):
         self._reached = {True: 0, False: 0}
         """One more than the largest step so far."""
         self.loss = weighted_sum(loss)
+        if reduction == "none":
+            self.loss.check_per_image()
         self.result: Result[Any] | None = None
         self._key = _register(self)
         self._own = isinstance(target, str)

@@ -328,12 +328,24 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     ignore = "" if term.ignore_index is None else f" or the ignore_index {term.ignore_index} of {type(term).__name__}"
     expected = f"a value in [0, {request.layout.label_values}){ignore}"
     value = int(labels[place])
-    cure = f"; for void pixels set ignore_index={value}" if value in _VOID_LABELS else ""
-    if value == 255 and isinstance(term, BinaryLoss):
-        cure = "; for masks of 0 and 255 pass labels > 0, for void pixels set ignore_index=255"
+    cure = _cure_of_label(value, loss, labels, request.layout.label_values)
     return InvalidInput(
         "labels", f"got {value} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels{cure})"
     )
+
+
+def _cure_of_label(value: int, loss: WeightedSum, labels: torch.Tensor, label_values: int) -> str:
+    """What to do about a label that is no class, if its value tells."""
+    losses = [term for _, term in loss.terms]
+    ignoring = next((type(term).__name__ for term in losses if term.ignore_index == value), None)
+    if ignoring:
+        return f"; {value} is the ignore_index of {ignoring} only: set ignore_index={value} in every term"
+    if value in _VOID_LABELS:
+        binary = "for masks of 0 and 255 pass labels > 0, " if value == 255 and loss.is_binary else ""
+        return f"; {binary}for void pixels set ignore_index={value}{' in every term' if len(losses) > 1 else ''}"
+    if value == label_values and not loss.is_binary and not bool((labels == 0).any()):
+        return f"; classes count from 0: for labels 1 to {value} pass labels - 1"
+    return ""
 
 
 def _probability_error(request: Request, loss: WeightedSum) -> InvalidInput | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lovasz.autograd import check_only_two
 from lovasz.core.compiling import is_plain, key_of, loss_operator
+from lovasz.core.distributed.group import check_group
 from lovasz.core.functional import check_mean, differentiable, differentiable_joint
 from lovasz.spec import (
     GradientReduction,
@@ -66,6 +67,9 @@ class LocalLoss(torch.nn.Module):
         self.reduction = checked_reduction(reduction)
         if group is not None:
             check_mean(reduction)
+            check_group(group)
+        elif self.reduction == "none":
+            self.loss.check_per_image()
         self.group = group
         self.gradient_reduction = checked_gradient_reduction(gradient_reduction)
         self.result: Result[Tensor] | None = None

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from lovasz.spec.errors import InvalidInput
 
+_CURES = {list: " (torch.as_tensor makes one of a list)", tuple: " (torch.as_tensor makes one of a tuple)"}
+
 
 def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
     """An array of any framework as an array of NumPy, read by ``__array__`` or DLPack; without a copy if possible.
@@ -42,5 +44,5 @@ def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
     raise InvalidInput(
         field,
         f"got {type(value).__name__}{problem}; expected a numpy array, a torch tensor, or an array with __array__ or "
-        "__dlpack__",
+        f"__dlpack__{_CURES.get(type(value), '')}",
     )

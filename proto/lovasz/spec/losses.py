@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NoReturn, TypeAlias, get_args
 
 from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
@@ -20,8 +20,24 @@ Reduction: TypeAlias = Literal["mean", "none"]
 GradientReduction: TypeAlias = Literal["mean", "sum"]
 
 
+class _Description:
+    """A loss says what to compute; it computes nothing itself."""
+
+    def __call__(self, *arguments: object, **options: object) -> NoReturn:
+        """Refuses the call that other losses take.
+
+        Raises:
+            TypeError: always; it says what computes the loss.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} describes a loss and cannot be called; write LocalLoss({name}(...))(logits, labels), with "
+            "LocalLoss from lovasz.core, or RemoteLoss from lovasz.client.torch"
+        )
+
+
 @dataclass(frozen=True)
-class LovaszSoftmax:
+class LovaszSoftmax(_Description):
     """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018).
 
     Logits have shape (N, C, *spatial), labels (N, *spatial) or (N, 1, *spatial), with any number of spatial axes or
@@ -75,7 +91,7 @@ class LovaszSoftmax:
 
 
 @dataclass(frozen=True)
-class _BinaryLovasz:
+class _BinaryLovasz(_Description):
     """The options of the Lovász losses of binary labels."""
 
     per_image: bool = False
@@ -134,7 +150,7 @@ class LovaszSigmoid(_BinaryLovasz):
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(_Description):
     """Softmax cross-entropy with the semantics of ``torch.nn.functional.cross_entropy(reduction="mean")``.
 
     One difference: if every pixel is ignored (or has class weight 0), loss and gradient are 0 instead of NaN.
@@ -167,7 +183,7 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(_Description):
     """Cross-entropy of binary labels, as ``torch.nn.BCEWithLogitsLoss(reduction="mean")`` defines it.
 
     Shapes and labels are those of :class:`LovaszHinge`, beside which it may be a term. The mean is over all pixels and

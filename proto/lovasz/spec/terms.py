@@ -115,6 +115,14 @@ class WeightedSum:
         """
         if images > MAX_IMAGE_LOSSES:
             raise InvalidInput("reduction", f"got 'none' with {images} images; expected at most {MAX_IMAGE_LOSSES}")
+        self.check_per_image()
+
+    def check_per_image(self) -> None:
+        """Checks that each image has a loss of its own.
+
+        Raises:
+            InvalidInput: a term is no Lovász loss with ``per_image``.
+        """
         for _, loss in self.terms:
             if not (isinstance(loss, LovaszLoss) and loss.per_image):
                 raise InvalidInput(
@@ -205,6 +213,8 @@ def weighted_sum(loss: LossLike) -> WeightedSum:
         if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[1], Loss):
             is_pair = isinstance(pair, Sequence) and len(pair) == 2
             cure = _cure_of_loss(pair[1]) if is_pair else ""
+            if isinstance(pair, Loss):
+                cure = f" (write (1.0, {type(pair).__name__}(...)))"
             if is_pair and isinstance(pair[0], Loss):
                 cure = f" (the weight comes first: ({pair[1]!r}, {type(pair[0]).__name__}(...)))"
             raise InvalidInput(f"loss[{i}]", f"got {shown(pair)}; expected a pair (weight, loss){cure}")

@@ -109,18 +109,29 @@ class Parts:
         return [data.numpy()[:count].view(own.dtype) for data, count in zip(received, counts, strict=True)]
 
 
+def check_group(given: Any) -> None:
+    """Checks that an argument can be a group; whether this process is in it, the first call finds out.
+
+    Raises:
+        InvalidInput: it is neither a process group nor ``"world"``.
+    """
+    is_group = distributed.is_available() and (
+        isinstance(given, distributed.ProcessGroup) or given is distributed.GroupMember.NON_GROUP_MEMBER
+    )
+    if not is_group and not (isinstance(given, str) and given == WORLD):
+        expected = "a process group of torch.distributed, or 'world' for the default group"
+        raise InvalidInput("group", f"got {given!r}; expected {expected}")
+
+
 def _found(given: Any) -> Any:
-    expected = "a process group of torch.distributed, or 'world' for the default group"
-    if isinstance(given, str) and given == WORLD:
+    check_group(given)
+    if isinstance(given, str):
         if not distributed.is_available() or not distributed.is_initialized():
             raise InvalidInput("group", "got 'world', and there is no default group; expected init_process_group first")
         return distributed.group.WORLD
-    if distributed.is_available():
-        if given is distributed.GroupMember.NON_GROUP_MEMBER:
-            raise InvalidInput("group", "got a process group without this process; expected one that contains it")
-        if isinstance(given, distributed.ProcessGroup):
-            return given
-    raise InvalidInput("group", f"got {given!r}; expected {expected}")
+    if given is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise InvalidInput("group", "got a process group without this process; expected one that contains it")
+    return given
 
 
 def _has_cpu(group: Any) -> bool:
