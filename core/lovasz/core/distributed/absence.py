@@ -1,0 +1,125 @@
+"""A rank whose data have ended: a thread takes part in the exchanges of its group, without data, until all have left.
+
+The main thread may wait for something else meanwhile, such as the gradients of the other ranks in the ``join()`` of
+DistributedDataParallel. Two threads never use a process group at the same time: the group is for the loss alone, and
+the next call of this rank waits until the thread has ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from lovasz.core.distributed import pixels
+from lovasz.core.distributed.group import Group
+from lovasz.core.distributed.header import exchange_without_data
+from lovasz.spec import InvalidInput
+
+SECONDS_AT_EXIT = 5
+"""How long the interpreter waits for the other ranks to leave: the last exchange takes milliseconds."""
+
+_EXPECTED = "expected a gloo group for this loss alone: torch.distributed.new_group(backend='gloo')"
+
+
+class _Absence:
+    """The thread that stands in for this rank."""
+
+    def __init__(self, group: Group, owner: object) -> None:
+        self.owner = ref(owner)
+        self._error: Exception | None = None
+        # A daemon, so that a program that ends early does not wait for the other ranks.
+        self._thread = threading.Thread(target=self._run, args=(group,), name="lovasz-left", daemon=True)
+        self._thread.start()
+
+    def _run(self, group: Group) -> None:
+        try:
+            while _follow(group):
+                pass
+        except Exception as error:
+            self._error = error.with_traceback(None)  # Its frames keep the group.
+
+    def wait(self, seconds: float | None = None) -> None:
+        self._thread.join(seconds)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"the joint loss failed after this rank had left: {self._error}") from self._error
+
+
+_ABSENCES: WeakKeyDictionary[Any, _Absence] = WeakKeyDictionary()
+"""By process group; of a rank that has left, until its next call."""
+
+_AFTER_CALL: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
+"""By process group: how many collective calls it had seen at the end of this rank's last call."""
+
+
+def leave(given: Any, owner: object) -> None:
+    """Takes no part in further steps of the other ranks; returns at once.
+
+    Args:
+        given: the process group.
+        owner: the loss that leaves.
+
+    Raises:
+        InvalidInput: the group is not for this loss alone, or its backend cannot be used by two threads.
+        RuntimeError: the exchange failed while this rank was away the last time.
+    """
+    group = Group(given)
+    if group.is_default:
+        raise InvalidInput("group", f"got the default group for a loss that leaves; {_EXPECTED}")
+    if not group.is_gloo:
+        raise InvalidInput("group", f"got a group that is not of gloo alone for a loss that leaves; {_EXPECTED}")
+    absence = _ABSENCES.get(group.process_group)
+    if absence is not None and absence.owner() not in (None, owner):
+        raise InvalidInput("group", f"got a group in which another loss has left; {_EXPECTED}")
+    collectives = group.collectives
+    if absence is None and _AFTER_CALL.get(group.process_group, collectives) != collectives:
+        raise InvalidInput("group", f"got a group in which others communicate, too; {_EXPECTED}")
+    finish(group.process_group)
+    if not _ABSENCES:
+        atexit.unregister(_wait_at_exit)
+        atexit.register(_wait_at_exit)
+    _ABSENCES[group.process_group] = _Absence(group, owner)
+
+
+def finish(process_group: Any) -> None:
+    """If this rank has left a process group, waits until the others have, too.
+
+    Raises:
+        RuntimeError: the exchange failed meanwhile.
+    """
+    absence = _ABSENCES.get(process_group)
+    if absence is not None:
+        absence.wait()
+        del _ABSENCES[process_group]
+        absence.check()
+
+
+@contextmanager
+def present(group: Group) -> Iterator[None]:
+    """Around a call in which this rank takes part."""
+    finish(group.process_group)
+    try:
+        yield
+    finally:
+        _AFTER_CALL[group.process_group] = group.collectives
+
+
+def _follow(group: Group) -> bool:
+    """Takes part in a step of the other ranks; returns False if all have left."""
+    sizes = exchange_without_data(group)
+    if sizes:
+        pixels.pass_on(group, sizes)
+    return sizes != {}
+
+
+def _wait_at_exit() -> None:
+    """Gives the threads time to end: one that returns while the interpreter ends can abort the process."""
+    until = time.monotonic() + SECONDS_AT_EXIT
+    for absence in list(_ABSENCES.values()):
+        absence.wait(max(0.0, until - time.monotonic()))
