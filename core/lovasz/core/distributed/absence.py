@@ -11,9 +11,12 @@ import atexit
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, ref
+
+from torch import Tensor, distributed
 
 from lovasz.core.distributed import pixels
 from lovasz.core.distributed.group import Group
@@ -23,28 +26,63 @@ from lovasz.spec import InvalidInput
 SECONDS_AT_EXIT = 5
 """How long the interpreter waits for the other ranks to leave: the last exchange takes milliseconds."""
 
+_TURN = timedelta(seconds=0.2)
+"""How long the thread waits at a time inside torch; a thread that returns from there while the interpreter ends aborts
+the process."""
+
 _EXPECTED = "expected a gloo group for this loss alone: torch.distributed.new_group(backend='gloo')"
+
+
+_ENDING = threading.Event()
+"""Set where the interpreter ends and other ranks have not left: the threads stop."""
+
+
+class _GroupOfThread(Group):
+    """The group to the thread of a rank that has left, which the end of the interpreter may stop while it waits."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__(given)
+        self.stopped = threading.Event()
+
+    def _all_gather(self, received: list[Tensor], own: Tensor) -> None:
+        work = distributed.all_gather(received, own, group=self.process_group, async_op=True)
+        while not work.is_completed():
+            if _ENDING.is_set():
+                self.stopped.set()
+                threading.Event().wait()  # Keeps the process group, which would wait for the other ranks as it is freed.
+            with suppress(RuntimeError):  # Not yet completed; or failed, which the last wait raises.
+                work.wait(_TURN)
+        work.wait()
 
 
 class _Absence:
     """The thread that stands in for this rank."""
 
-    def __init__(self, group: Group, owner: object) -> None:
+    def __init__(self, given: Any, owner: object) -> None:
+        group = _GroupOfThread(given)
         self.owner = ref(owner)
+        self._stopped = group.stopped
         self._error: Exception | None = None
         # A daemon, so that a program that ends early does not wait for the other ranks.
         self._thread = threading.Thread(target=self._run, args=(group,), name="lovasz-left", daemon=True)
         self._thread.start()
 
-    def _run(self, group: Group) -> None:
+    def _run(self, group: _GroupOfThread) -> None:
         try:
             while _follow(group):
                 pass
         except Exception as error:
             self._error = error.with_traceback(None)  # Its frames keep the group.
+        finally:
+            group.stopped.set()
 
-    def wait(self, seconds: float | None = None) -> None:
-        self._thread.join(seconds)
+    def wait(self) -> None:
+        """Waits until all ranks have left, or the exchange has failed."""
+        self._thread.join()
+
+    def is_over(self, until: float) -> bool:
+        """Waits at most until a time for the thread to end or to stop."""
+        return self._stopped.wait(max(0.0, until - time.monotonic()))
 
     def check(self) -> None:
         if self._error is not None:
@@ -84,7 +122,7 @@ def leave(given: Any, owner: object) -> None:
     if not _ABSENCES:
         atexit.unregister(_wait_at_exit)
         atexit.register(_wait_at_exit)
-    _ABSENCES[group.process_group] = _Absence(group, owner)
+    _ABSENCES[group.process_group] = _Absence(given, owner)
 
 
 def finish(process_group: Any) -> None:
@@ -119,7 +157,10 @@ def _follow(group: Group) -> bool:
 
 
 def _wait_at_exit() -> None:
-    """Gives the threads time to end: one that returns while the interpreter ends can abort the process."""
-    until = time.monotonic() + SECONDS_AT_EXIT
-    for absence in list(_ABSENCES.values()):
-        absence.wait(max(0.0, until - time.monotonic()))
+    """Gives the threads time to end; then stops them."""
+    absences = list(_ABSENCES.values())
+    for _ in range(2):
+        until = time.monotonic() + SECONDS_AT_EXIT
+        if all(absence.is_over(until) for absence in absences):
+            return
+        _ENDING.set()

@@ -80,7 +80,7 @@ class Group:
         """
         sent = torch.from_numpy(own).to(self.device)
         received = torch.empty(self.size, len(own), dtype=torch.int64, device=self.device)
-        distributed.all_gather(list(received), sent, group=self.process_group)
+        self._all_gather(list(received), sent)
         return received.cpu().numpy()
 
     def add(self, numbers: Sequence[Tensor]) -> None:
@@ -102,8 +102,11 @@ class Group:
             own: uint8, shape (n,), with the same n on all ranks.
         """
         received = list(own.new_empty(self.size, len(own)))
-        distributed.all_gather(received, own, group=self.process_group)
+        self._all_gather(received, own)
         return received
+
+    def _all_gather(self, received: list[Tensor], own: Tensor) -> None:
+        distributed.all_gather(received, own, group=self.process_group)
 
 
 class Parts:
