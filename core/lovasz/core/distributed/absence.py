@@ -38,18 +38,22 @@ _ENDING = threading.Event()
 
 
 class _GroupOfThread(Group):
-    """The group to the thread of a rank that has left, which the end of the interpreter may stop while it waits."""
+    """The group to the thread of a rank that has left, which the end of the interpreter may stop while it waits.
+
+    Attributes:
+        over: set once the thread has ended or stopped.
+    """
 
     def __init__(self, given: Any) -> None:
         super().__init__(given)
-        self.stopped = threading.Event()
+        self.over = threading.Event()
 
     def _all_gather(self, received: list[Tensor], own: Tensor) -> None:
         work = distributed.all_gather(received, own, group=self.process_group, async_op=True)
         while not work.is_completed():
             if _ENDING.is_set():
-                self.stopped.set()
-                threading.Event().wait()  # Keeps the process group, which would wait for the other ranks as it is freed.
+                self.over.set()
+                threading.Event().wait()  # Keeps the process group: as it is freed, it would wait for the other ranks.
             with suppress(RuntimeError):  # Not yet completed; or failed, which the last wait raises.
                 work.wait(_TURN)
         work.wait()
@@ -61,7 +65,7 @@ class _Absence:
     def __init__(self, given: Any, owner: object) -> None:
         group = _GroupOfThread(given)
         self.owner = ref(owner)
-        self._stopped = group.stopped
+        self._over = group.over
         self._error: Exception | None = None
         # A daemon, so that a program that ends early does not wait for the other ranks.
         self._thread = threading.Thread(target=self._run, args=(group,), name="lovasz-left", daemon=True)
@@ -74,7 +78,7 @@ class _Absence:
         except Exception as error:
             self._error = error.with_traceback(None)  # Its frames keep the group.
         finally:
-            group.stopped.set()
+            group.over.set()
 
     def wait(self) -> None:
         """Waits until all ranks have left, or the exchange has failed."""
@@ -82,7 +86,7 @@ class _Absence:
 
     def is_over(self, until: float) -> bool:
         """Waits at most until a time for the thread to end or to stop."""
-        return self._stopped.wait(max(0.0, until - time.monotonic()))
+        return self._over.wait(max(0.0, until - time.monotonic()))
 
     def check(self) -> None:
         if self._error is not None:
