@@ -123,7 +123,7 @@ def leave(given: Any, owner: object) -> None:
     if absence is None and _AFTER_CALL.get(group.process_group, collectives) != collectives:
         raise InvalidInput("group", f"got a group in which others communicate, too; {_EXPECTED}")
     finish(group.process_group)
-    if not _ABSENCES:
+    if not _ABSENCES:  # Registered once, however often ranks leave.
         atexit.unregister(_wait_at_exit)
         atexit.register(_wait_at_exit)
     _ABSENCES[group.process_group] = _Absence(given, owner)
@@ -139,6 +139,7 @@ def finish(process_group: Any) -> None:
     if absence is not None:
         absence.wait()
         del _ABSENCES[process_group]
+        _AFTER_CALL.pop(process_group, None)  # The thread made calls, too.
         absence.check()
 
 
