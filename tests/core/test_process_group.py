@@ -23,12 +23,11 @@ SECONDS = 400
 """More than what the ranks need on a busy machine."""
 
 
-def run_processes(folder: Path) -> list[list[str]]:
+def run_processes(folder: Path, count: int, *options: str) -> list[list[str]]:
     """What each process prints: the checks that it has ended."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(group_ranks.__file__).parents[1])
-    command = [sys.executable, group_ranks.__file__, "--store", str(folder / "store")]
-    count = 1 + max(process for teams in group_ranks.PHASES for team in teams for process in team)
+    command = [sys.executable, group_ranks.__file__, "--store", str(folder / "store"), *options]
     with ExitStack() as stack:
         processes, files = [], []
         for number in range(count):
@@ -52,7 +51,8 @@ def run_processes(folder: Path) -> list[list[str]]:
 def test_ranks_have_the_loss_and_the_gradient_of_one_process(tmp_path: Path) -> None:
     """On 2, 3 and 4 ranks. At last a rank ends before its call: no other rank waits for it."""
     warm_up(torch.device("cpu"))  # Else each rank compiles the same, all at once.
-    printed = run_processes(tmp_path)
+    count = 1 + max(process for teams in group_ranks.PHASES for team in teams for process in team)
+    printed = run_processes(tmp_path, count)
     *phases, (last_team,) = group_ranks.PHASES
     for process, lines in enumerate(printed):
         expected = [check for teams in phases for team, checks in teams.items() if process in team for check in checks]
@@ -62,6 +62,13 @@ def test_ranks_have_the_loss_and_the_gradient_of_one_process(tmp_path: Path) -> 
         elif process in last_team:
             (told,) = lines[len(expected) :]
             assert told.startswith("told: ")
+
+
+@pytest.mark.timeout(SECONDS + 200)
+def test_a_program_ends_after_it_has_left_while_others_go_on(tmp_path: Path) -> None:
+    """In seconds, without an abort: ``run_processes`` checks the exit codes."""
+    warm_up(torch.device("cpu"))
+    assert run_processes(tmp_path, 2, "--ending") == [[], ["told"]]
 
 
 def test_the_default_group_has_to_exist() -> None:

@@ -1,8 +1,8 @@
 """What ``test_process_group.py`` runs in processes of their own: the ranks of a process group, and their joint losses.
 
-``python group_ranks.py --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process is in,
-and prints the name of each as it ends; a check that fails ends the process. Each rank knows the data of all, and
-compares its results with those of one process that has all images.
+``python group_ranks.py --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process is in
+(with ``--ending``, of those in ``ENDING``), and prints the name of each as it ends; a check that fails ends the
+process. Each rank knows the data of all, and compares its results with those of one process that has all images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import ModuleType
@@ -279,6 +279,45 @@ def check_uneven_data(rank: int, world: int) -> None:
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-10, atol=1e-13)
 
 
+JOIN_COUNTS = ((2, 0, 1), (0, 1, 2), (1, 1, 1))
+"""The batches in each epoch, by rank."""
+
+
+def check_join(rank: int, world: int) -> None:
+    """The lines of joint.md for ``join()``: a step has the gradient of the images left; all meet in each epoch."""
+    loss: LossLike = [(1.0, CrossEntropy()), (1.0, LovaszSoftmax(per_image=True))]
+
+    def batch(epoch: int, r: int, number: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(100 * epoch + 10 * r + number)
+        images = torch.randn(1 + r, 3, 6, 7, generator=generator).double()
+        return images, images.sum(1).abs().long().clamp(max=3)
+
+    group = distributed.new_group(backend="gloo")
+    training = snippet_of_page("Inside `join()`")
+    made = next(line for line in training.code.splitlines() if line.startswith("criterion = "))
+    for reduction in ("mean", "active_mean"):
+        torch.manual_seed(0)
+        alone, own = nn.Conv2d(3, 4, 3, padding=1).double(), LocalLoss(loss)
+        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+        model = nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+        criterion = LocalLoss(loss, group=group, gradient_reduction=reduction)  # type: ignore[arg-type]
+        names: dict[str, Any] = {"model": model, "criterion": criterion, "epochs": 1, "distributed": distributed}
+        names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        lines = training.changed(made, "")
+        if reduction == "active_mean":
+            lines = lines.changed("model.join()", "model.join(divide_by_initial_world_size=False)")
+        for epoch, counts in enumerate(JOIN_COUNTS):
+            names["loader"] = [batch(epoch, rank, number) for number in range(counts[rank])]
+            lines.run(names)
+            for number in range(max(counts[:world])):
+                left = [batch(epoch, r, number) for r in range(world) if number < counts[r]]
+                optimizer.zero_grad()
+                own(alone(torch.cat([one for one, _ in left])), torch.cat([labels for _, labels in left])).backward()
+                optimizer.step()
+        for got, expected in zip(model.module.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
+
+
 def check_sharded(rank: int, world: int) -> None:
     """Parameters divided among the ranks (FSDP2): their gradient is that of one process, also after an evaluation."""
     torch.manual_seed(0)
@@ -414,6 +453,78 @@ def check_group_arguments(rank: int, world: int) -> None:
     with_fault(lambda: LocalLoss(case.loss, group="world", reduction="none"), "reduction: got 'none' with group")
 
 
+# --- Ranks that leave ---------------------------------------------------------------------------------------------
+
+
+def check_leaving(rank: int, world: int) -> None:
+    """Those that go on have what they would have if the others passed empty batches; they meet in the next round."""
+    group = distributed.new_group(backend="gloo")
+    criterion = LocalLoss(LovaszSoftmax(), group=group)
+    for number, name in enumerate(("terms", "softmax", "per image")):
+        loss, channels = LOSSES[name]
+        dtype = (torch.float32, torch.float64, torch.float16)[number]
+        for step in range(world):
+            # In each round, another rank leaves first.
+            ranks = [r for r in range(world) if (r + number) % world >= step]
+            cases = [
+                a_case(loss, channels, (r in ranks) * (1 + r), (9, 7 + r), r + step, dtype=dtype) for r in range(world)
+            ]
+            if rank not in ranks:
+                break
+            own = cases[rank]
+            got = compute(own.logits, own.labels, own.loss, group=group)
+            assert_same(got, in_one_process(cases)[rank], len(ranks))
+            with torch.no_grad():
+                assert torch.isfinite(LocalLoss(loss, group=group)(own.logits, own.labels))
+        criterion.leave()
+    criterion.leave()  # A rank may leave without a call.
+    criterion.close()
+    criterion.close()
+    check_case([a_case(LovaszSoftmax(), 5, 1, (6, 7), r) for r in range(world)], rank)
+
+
+def check_faults_of_others(rank: int, world: int) -> None:
+    """A step that fails on the ranks that go on leaves a rank that has left as it is."""
+    group = distributed.new_group(backend="gloo")
+    criterion = LocalLoss(LovaszSoftmax(), group=group, gradient_reduction="active_mean")
+    case = a_case(LovaszSoftmax(), 5, 1, (6, 7), rank)
+    if rank > 0:
+        with_fault(lambda: criterion(case.logits.long(), case.labels), "rank 1: logits: got element type int64")
+        with_fault(lambda: criterion(case.logits, case.labels + 9), "rank 1: labels: got ")
+        if world > 2:
+            wide = a_case(LovaszSoftmax(), 4 + rank, 1, (6, 7), rank)
+            with_fault(lambda: criterion(wide.logits, wide.labels), "rank 2: channels: got 6; expected 5, like rank 1")
+        logits = case.logits.clone().requires_grad_()
+        criterion(logits, case.labels).backward()
+        cases = [a_case(LovaszSoftmax(), 5, int(r > 0), (6, 7), r) for r in range(world)]
+        expected = in_one_process(cases)[rank].grad
+        assert torch.equal(logits.grad, expected * (world - 1))  # type: ignore[arg-type]
+    criterion.leave()
+    criterion.close()
+
+
+def check_leave_arguments(rank: int, world: int) -> None:
+    """A group that is not for the loss alone is refused, as far as a rank can see it."""
+    case = a_case(LovaszSoftmax(), 5, 1, (6, 7), rank)
+    LocalLoss(case.loss).leave()
+    LocalLoss(case.loss).close()
+    for group in ("world", distributed.group.WORLD):
+        criterion = LocalLoss(case.loss, group=group)
+        with_fault(criterion.leave, "group: got the default group for a loss that leaves; expected a gloo group for")
+        criterion.close()
+    group = distributed.new_group(backend="gloo")
+    criterion, other = LocalLoss(case.loss, group=group), LocalLoss(case.loss, group=group)
+    criterion(case.logits, case.labels)
+    distributed.barrier(group)
+    with_fault(criterion.leave, "group: got a group in which others communicate, too; expected a gloo group")
+    criterion(case.logits, case.labels)
+    criterion.leave()
+    with_fault(other.leave, "group: got a group in which another loss has left; expected a gloo group")
+    other(case.logits, case.labels)  # Waits until all have left.
+    other.leave()
+    other.close()
+
+
 # --- At random ----------------------------------------------------------------------------------------------------
 
 
@@ -488,16 +599,39 @@ def check_large(rank: int, world: int) -> None:
 
 
 def check_a_rank_that_ends(rank: int, world: int) -> None:
-    """The last rank fails before its call, and its process ends: no other rank waits for it."""
+    """The last rank fails before its call, and its process ends: no other waits for it, also not the one that left."""
+    group = distributed.new_group(backend="gloo")
+    case = a_case(LovaszSoftmax(), 5, 2, (6, 7), rank)
+    criterion = LocalLoss(case.loss, group=group)
+    criterion(case.logits, case.labels)
+    if rank == 0:
+        criterion.leave()
     if rank == world - 1:
         print("ended", flush=True)
         os._exit(0)
-    case = a_case(LovaszSoftmax(), 5, 2, (6, 7), rank)
     try:
-        compute(case.logits, case.labels, case.loss, group="world")
+        if rank == 0:
+            criterion.close()
+        else:
+            criterion(case.logits, case.labels)
     except RuntimeError as error:
         print("told:", type(error).__name__, flush=True)
     os._exit(0)  # Without a way to take leave of a group that has lost a rank.
+
+
+def check_an_end_while_others_go_on(rank: int, world: int) -> None:
+    """The first rank leaves, and its program ends; the others are told."""
+    criterion = LocalLoss(LovaszSoftmax(), group=distributed.new_group(backend="gloo"))
+    case = a_case(LovaszSoftmax(), 5, 2, (6, 7), rank)
+    criterion(case.logits, case.labels)
+    if rank == 0:
+        criterion.leave()
+        sys.exit()
+    with suppress(RuntimeError):
+        while True:
+            criterion(case.logits, case.labels)
+    print("told", flush=True)
+    os._exit(0)
 
 
 # --- The ways in which the loss is computed -----------------------------------------------------------------------
@@ -542,6 +676,7 @@ PHASES: tuple[dict[tuple[int, ...], tuple[str, ...]], ...] = (
             *("one_request", "one_request:mixed", "options", "options:sorted", "options:mixed"),
             *("probabilities:torch", "masks_and_offsets", "masks_and_offsets:mixed", "not_finite:torch"),
             *("all_are_empty", "faults", "other_failures", "group_arguments", "trainings", "sharded", "page"),
+            *("join", "leaving:tables", "faults_of_others", "leave_arguments"),
         ),
         (2, 3): (
             *("one_request:torch", "options:torch", "options:tables", "probabilities", "probabilities:mixed"),
@@ -552,6 +687,7 @@ PHASES: tuple[dict[tuple[int, ...], tuple[str, ...]], ...] = (
         (0, 1, 2): (
             *("options:mixed", "at_random", "at_random:torch", "at_random:tables", "at_random:mixed"),
             *("faults", "faults:mixed", "parts_of_the_ranks", "parts_of_the_ranks:mixed", "trainings", "uneven_data"),
+            *("join", "leaving", "leaving:torch", "faults_of_others"),
         ),
     },
     {
@@ -565,6 +701,9 @@ PHASES: tuple[dict[tuple[int, ...], tuple[str, ...]], ...] = (
 
 Teams of a phase run at the same time. The processes of a team are the ranks of its default group.
 """
+
+ENDING: tuple[dict[tuple[int, ...], tuple[str, ...]], ...] = ({(0, 1): ("an_end_while_others_go_on",)},)
+"""Those of programs that end early."""
 
 
 def run_checks(checks: Sequence[str], rank: int, world: int, store: str) -> None:
@@ -581,11 +720,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--process", type=int, required=True)
     parser.add_argument("--store", required=True)
+    parser.add_argument("--ending", action="store_true", help="the phases of ENDING in place of PHASES")
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.simplefilter("error")
-    for number, teams in enumerate(PHASES):
+    for number, teams in enumerate(ENDING if given.ending else PHASES):
         for team, checks in teams.items():
             if given.process in team:
                 store = f"{given.store}-{number}-{team[0]}"

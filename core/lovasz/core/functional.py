@@ -72,9 +72,10 @@ def compute(
     if group is not None:
         if backend is not None:
             raise InvalidInput("backend", f"got {backend} with group; expected None")
-        return compute_joint(
+        result, _ = compute_joint(
             lambda: _prepared(as_tensor("logits", logits), labels, loss, valid, offsets), group, want_grad=want_grad
         )
+        return result
     logits = as_tensor("logits", logits)
     request, parsed = _prepared(logits, labels, loss, valid, offsets, may_be_empty=False)
     (answer,) = submit([request], parsed, logits.device, want_grad=want_grad, backend=backend).collect()
@@ -152,8 +153,8 @@ def differentiable_joint(
         return _prepared(logits, labels, loss(), valid, offsets)
 
     want_grad = isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad
-    result = compute_joint(prepare, group, want_grad=want_grad)
-    factor = result.ranks if gradient_reduction == "mean" else 1
+    result, ranks = compute_joint(prepare, group, want_grad=want_grad)
+    factor = {"mean": ranks, "active_mean": result.ranks, "sum": 1}[gradient_reduction]
     return with_gradient(logits, result.loss, result.grad, factor), replace(result, grad=None)
 
 
@@ -230,7 +231,8 @@ def lovasz_softmax(
         group: as for ``compute``.
         gradient_reduction: with ``group``: how the trainer combines the gradients of its ranks. ``"mean"``, as
             DistributedDataParallel does: gradients are multiplied by the number of ranks, so that their mean is the
-            true gradient. ``"sum"``: they are left as they are.
+            true gradient. ``"active_mean"``, as its ``join(divide_by_initial_world_size=False)`` does: by the number of
+            ranks that have not left (``LocalLoss.leave``). ``"sum"``: they are left as they are.
 
     Returns:
         A 0-dim tensor, or one of shape (images,) with ``reduction="none"``; float64 for float64 logits, otherwise

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lovasz.autograd import check_only_two
 from lovasz.core.compiling import is_plain, key_of, loss_operator
-from lovasz.core.distributed.group import check_group
+from lovasz.core.distributed import absence
+from lovasz.core.distributed.group import WORLD, check_group
 from lovasz.core.functional import check_mean, differentiable, differentiable_joint
 from lovasz.spec import (
     GradientReduction,
@@ -54,7 +55,8 @@ class LocalLoss(torch.nn.Module):
             reduction: ``"mean"``; or ``"none"`` for one loss per image, shape (images,), if all terms are Lovász losses
                 with ``per_image``. Not with ``group``: losses of images do not depend on other ranks.
             group: None: the loss of this process's pixels. A process group of ``torch.distributed``: the loss of the
-                pixels of all its ranks, which have to make the same number of calls; a batch may be empty (N = 0).
+                pixels of all its ranks, which have to make the same number of calls; a batch may be empty (N = 0), and
+                a rank whose data end earlier calls :meth:`leave`, if the group is for this loss alone.
                 ``"world"``: the default group at the time of a call. A module with a process group can be neither
                 pickled nor copied; one with ``"world"`` can.
             gradient_reduction: as for :func:`lovasz.core.lovasz_softmax`.
@@ -104,6 +106,44 @@ class LocalLoss(torch.nn.Module):
             )
             return value
         return differentiable(logits, labels, self.loss, valid=valid, offsets=offsets, reduction=self.reduction)
+
+    def leave(self) -> None:
+        """This rank has no more data: from its next step on, the other ranks go on without it. Returns at once.
+
+        All ranks call it at the end of their data, also those that end last. Meanwhile a thread takes part in the
+        exchanges of the group in this rank's place, without data, so that this thread can wait in the ``join()`` of
+        DistributedDataParallel. Call it inside: ::
+
+            criterion = LocalLoss(loss, group=torch.distributed.new_group(backend="gloo"))
+            with model.join():
+                for images, labels in loader:
+                    ...
+                criterion.leave()
+
+        Once all ranks have left, the thread ends, and further calls belong to the next round, in which all ranks meet
+        again. The next call in the group, also by a function, waits for that, for as long as the other ranks have data.
+        Does nothing without ``group``.
+
+        The group is for this loss alone. Two losses that share a group cannot both leave: give each a group of its own.
+        Nor can a rank leave the default group, a group in which DistributedDataParallel or others communicate, or one
+        that sends by anything but gloo: with NCCL, two threads may not communicate at the same time. Functions such as
+        ``lovasz_softmax(..., group=...)`` cannot leave.
+
+        Raises:
+            InvalidInput: the group is not a gloo group for this loss alone, as far as this rank can see.
+            RuntimeError: the exchange failed after this rank had left the last time, for instance as a process died.
+        """
+        if self.group is not None:
+            absence.leave(self.group, self)
+
+    def close(self) -> None:
+        """If this rank has left, waits until all ranks have; call it before ``destroy_process_group``.
+
+        Raises:
+            RuntimeError: the exchange failed after this rank had left, for instance as a process died.
+        """
+        if self.group is not None and self.group != WORLD:  # No rank leaves the default group.
+            absence.finish(self.group)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{weight} * {loss}" for weight, loss in self.loss.terms)

@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 from lovasz.spec.errors import InvalidInput
 
-_CURES = {list: " (torch.as_tensor makes one of a list)", tuple: " (torch.as_tensor makes one of a tuple)"}
+_CURES: dict[type, str] = {
+    list: " (torch.as_tensor makes one of a list)",
+    tuple: " (torch.as_tensor makes one of a tuple)",
+}
 
 
 def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:

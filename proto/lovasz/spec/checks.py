@@ -107,11 +107,15 @@ def reduction(value: Any) -> Literal["mean", "none"]:
     return "mean" if value == "mean" else "none"
 
 
-def gradient_reduction(value: Any) -> Literal["mean", "sum"]:
-    """``"mean"`` or ``"sum"``."""
-    if value not in ("mean", "sum"):
-        raise InvalidInput("gradient_reduction", f"got {value!r}; expected 'mean' or 'sum'")
-    return "mean" if value == "mean" else "sum"
+def gradient_reduction(value: Any) -> Literal["mean", "active_mean", "sum"]:
+    """``"mean"``, ``"active_mean"`` or ``"sum"``."""
+    if value == "mean":
+        return "mean"
+    if value == "active_mean":
+        return "active_mean"
+    if value == "sum":
+        return "sum"
+    raise InvalidInput("gradient_reduction", f"got {value!r}; expected 'mean', 'active_mean' or 'sum'")
 
 
 def pos_weight(value: Any) -> float | tuple[float, ...] | None:

@@ -17,7 +17,7 @@ from lovasz.spec.errors import InvalidInput
 Classes: TypeAlias = Literal["present", "all"] | tuple[int, ...]
 Input: TypeAlias = Literal["logits", "probabilities"]
 Reduction: TypeAlias = Literal["mean", "none"]
-GradientReduction: TypeAlias = Literal["mean", "sum"]
+GradientReduction: TypeAlias = Literal["mean", "active_mean", "sum"]
 
 
 class _Description:

@@ -20,6 +20,7 @@ class Group:
     """The ranks of a process group; every method is a collective call, which all ranks have to make.
 
     Attributes:
+        process_group: of ``torch.distributed``.
         rank: this process, in [0, size).
         size: the number of ranks.
         device: where what is sent has to be: the CPU, or with NCCL alone the current CUDA device.
@@ -34,19 +35,42 @@ class Group:
         Raises:
             InvalidInput: it is something else, it is not initialized, or this process is not in it.
         """
-        self._group = _found(given)
-        self.rank, self.size = distributed.get_rank(self._group), distributed.get_world_size(self._group)
+        self.process_group = _found(given)
+        self.rank = distributed.get_rank(self.process_group)
+        self.size = distributed.get_world_size(self.process_group)
         if self.rank < 0:
             raise InvalidInput("group", "got a process group without this process; expected one that contains it")
-        if _has_cpu(self._group):
+        if "cpu:" in self._backends:
             self.device = torch.device("cpu")
         else:
             self.device = torch.device("cuda", torch.cuda.current_device())
 
+    @property
+    def _backends(self) -> str:
+        """As ``"cpu:gloo,cuda:nccl"``."""
+        return str(distributed.get_backend_config(self.process_group))
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the default group."""
+        return self.process_group is distributed.group.WORLD
+
+    @property
+    def is_gloo(self) -> bool:
+        """Whether it sends by gloo alone, whatever the device."""
+        return all(backend.endswith(":gloo") for backend in self._backends.split(","))
+
+    @property
+    def collectives(self) -> int | None:
+        """The number of collective calls in this group so far, whoever made them; None if the backend counts none."""
+        try:
+            return int(self.process_group._get_sequence_number_for_group())
+        except RuntimeError:
+            return None
+
     def device_for(self, logits: Tensor) -> torch.device:
         """Where to send pixels from: the logits' own device if the group has NCCL for it."""
-        is_nccl = "nccl" in str(distributed.get_backend_config(self._group))
-        return logits.device if logits.is_cuda and is_nccl else self.device
+        return logits.device if logits.is_cuda and "nccl" in self._backends else self.device
 
     def numbers(self, own: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The numbers of all ranks: int64, shape (size, n).
@@ -56,19 +80,19 @@ class Group:
         """
         sent = torch.from_numpy(own).to(self.device)
         received = torch.empty(self.size, len(own), dtype=torch.int64, device=self.device)
-        distributed.all_gather(list(received), sent, group=self._group)
+        self._all_gather(list(received), sent)
         return received.cpu().numpy()
 
     def add(self, numbers: Sequence[Tensor]) -> None:
         """Replaces tensors on the CPU by their sums over the ranks; each has the same size on all ranks."""
-        works = [distributed.all_reduce(part, group=self._group, async_op=True) for part in numbers]
+        works = [distributed.all_reduce(part, group=self.process_group, async_op=True) for part in numbers]
         for work in works:
             work.wait()
 
     def objects(self, own: Any) -> list[Any]:
         """The objects of all ranks, which are pickled; only for what is rare and small."""
         received: list[Any] = [None] * self.size
-        distributed.all_gather_object(received, own, group=self._group)
+        distributed.all_gather_object(received, own, group=self.process_group)
         return received
 
     def bytes(self, own: Tensor) -> list[Tensor]:
@@ -78,8 +102,11 @@ class Group:
             own: uint8, shape (n,), with the same n on all ranks.
         """
         received = list(own.new_empty(self.size, len(own)))
-        distributed.all_gather(received, own, group=self._group)
+        self._all_gather(received, own)
         return received
+
+    def _all_gather(self, received: list[Tensor], own: Tensor) -> None:
+        distributed.all_gather(received, own, group=self.process_group)
 
 
 class Parts:
@@ -132,7 +159,3 @@ def _found(given: Any) -> Any:
     if given is distributed.GroupMember.NON_GROUP_MEMBER:
         raise InvalidInput("group", "got a process group without this process; expected one that contains it")
     return given
-
-
-def _has_cpu(group: Any) -> bool:
-    return "cpu:" in str(distributed.get_backend_config(group))

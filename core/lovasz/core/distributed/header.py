@@ -1,10 +1,11 @@
-"""What a rank tells the others before it sends pixels: its fault if it has one, its settings, and its sizes."""
+"""What a rank tells the others before it sends pixels: its settings and sizes, its fault, or that it has left."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NoReturn
 
 import numpy as np
@@ -22,6 +23,14 @@ _SETTINGS = ("loss", "logits", "channels", "gradient", "backend", "lovasz")
 """What all ranks must have in common, as ``settings`` describes it."""
 
 _SIZES = 3 + 2 * (1 + MAX_AXES)
+
+
+class _Status(IntEnum):
+    """How a rank takes part in a step."""
+
+    READY = 0
+    FAULT = 1
+    LEFT = 2
 
 
 @dataclass(frozen=True)
@@ -93,28 +102,64 @@ def settings(request: Request, loss: WeightedSum, want_grad: bool, backend: str)
     )
 
 
-def exchange(group: Group, own: tuple[tuple[str, ...], Sizes] | Exception) -> list[Sizes]:
-    """Tells all ranks of this rank's settings and sizes, or of its fault; returns the sizes of all ranks.
+@dataclass(frozen=True)
+class _Headers:
+    """What all ranks have told, row by row; sizes and digests count only where a rank is ready."""
+
+    statuses: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    @property
+    def have_fault(self) -> bool:
+        return bool((self.statuses == _Status.FAULT).any())
+
+    @property
+    def differ(self) -> bool:
+        digests = self.digests[self.statuses == _Status.READY]
+        return bool((digests != digests[:1]).any())
+
+    def decoded(self) -> dict[int, Sizes]:
+        return {int(rank): Sizes.decoded(self.sizes[rank]) for rank in np.flatnonzero(self.statuses == _Status.READY)}
+
+
+def exchange(group: Group, own: tuple[tuple[str, ...], Sizes] | Exception) -> dict[int, Sizes]:
+    """Tells all ranks of this rank's settings and sizes, or of its fault; returns the sizes of the ranks with data.
+
+    Those are all ranks but the ones that have left; in ascending order.
 
     Raises:
         InvalidInput: the input of a rank is invalid, or the ranks' settings differ; on every rank, with the same text.
         RuntimeError: a rank failed for another reason; on every rank.
     """
-    header = np.zeros(1 + len(_SETTINGS) + _SIZES, np.int64)
     if isinstance(own, Exception):
-        header[0] = 1
-    else:
+        _exchanged(group, _Status.FAULT)
+        raise_first(group, own)
+    headers = _exchanged(group, _Status.READY, own)
+    if headers.have_fault:
+        raise_first(group, None)
+    if headers.differ:
+        _raise_difference(group.objects(own[0]))
+    return headers.decoded()
+
+
+def exchange_without_data(group: Group) -> dict[int, Sizes] | None:
+    """Takes part in ``exchange`` as a rank that has left; returns None if the step fails on the other ranks."""
+    headers = _exchanged(group, _Status.LEFT)
+    if headers.have_fault or headers.differ:
+        group.objects(None)
+        return None
+    return headers.decoded()
+
+
+def _exchanged(group: Group, status: _Status, own: tuple[tuple[str, ...], Sizes] | None = None) -> _Headers:
+    header = np.zeros(1 + len(_SETTINGS) + _SIZES, np.int64)
+    header[0] = status
+    if own is not None:
         header[1 : 1 + len(_SETTINGS)] = [_digest(text) for text in own[0]]
         header[1 + len(_SETTINGS) :] = own[1].encoded()
     headers = group.numbers(header)
-    digests = headers[:, 1 : 1 + len(_SETTINGS)]
-    if headers[:, 0].any():
-        fault = own if isinstance(own, Exception) else None
-        raise_first(group, fault)
-    if (digests != digests[0]).any():
-        assert not isinstance(own, Exception)
-        _raise_difference(group.objects(own[0]))
-    return [Sizes.decoded(numbers) for numbers in headers[:, 1 + len(_SETTINGS) :]]
+    return _Headers(headers[:, 0], headers[:, 1 : 1 + len(_SETTINGS)], headers[:, 1 + len(_SETTINGS) :])
 
 
 def _digest(text: str) -> int:
@@ -139,10 +184,13 @@ def raise_first(group: Group, own: Exception | None) -> NoReturn:
     raise RuntimeError(f"the joint loss failed on rank {rank}: {problem}") from own
 
 
-def _raise_difference(of_ranks: Sequence[tuple[str, ...]]) -> None:
+def _raise_difference(told: Sequence[tuple[str, ...] | None]) -> None:
+    """Raises the first difference in the settings of the ranks; a rank that has left has told None."""
+    of_ranks = [(rank, texts) for rank, texts in enumerate(told) if texts is not None]
+    first, expected = of_ranks[0]
     for place, field in enumerate(_SETTINGS):
-        for rank, texts in enumerate(of_ranks):
-            if texts[place] != of_ranks[0][place]:
+        for rank, texts in of_ranks:
+            if texts[place] != expected[place]:
                 raise InvalidInput(
-                    f"rank {rank}: {field}", f"got {texts[place]}; expected {of_ranks[0][place]}, like rank 0"
+                    f"rank {rank}: {field}", f"got {texts[place]}; expected {expected[place]}, like rank {first}"
                 )

@@ -6,7 +6,7 @@ whole joint; or, for large joints on a CPU, each computes its own pixels, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Fault
 from lovasz.core.dispatch import Backend, choose, submit
 from lovasz.core.distributed import pixels
+from lovasz.core.distributed.absence import present
 from lovasz.core.distributed.group import Group, Parts
 from lovasz.core.distributed.header import Sizes, exchange, raise_first, settings
 from lovasz.core.plan import Plan
@@ -26,8 +27,12 @@ TABLES_FROM_PIXELS = 1 << 19
 """In joints of fewer pixels, every rank gets all pixels: that takes about as many bytes as the tables, or fewer."""
 
 
-def compute_joint(prepare: Callable[[], tuple[Request, WeightedSum]], given: Any, *, want_grad: bool) -> Result[Tensor]:
+def compute_joint(
+    prepare: Callable[[], tuple[Request, WeightedSum]], given: Any, *, want_grad: bool
+) -> tuple[Result[Tensor], int]:
     """The loss of all ranks' pixels, and the gradient of this rank's logits. All ranks of the group have to call it.
+
+    Ranks that have left are no part of it. If this rank has left, it first waits until all others have, too.
 
     Args:
         prepare: makes this rank's request, which may have no images, and the loss. What it raises is raised on every
@@ -35,11 +40,19 @@ def compute_joint(prepare: Callable[[], tuple[Request, WeightedSum]], given: Any
         given: the process group, or ``"world"``.
         want_grad: whether this rank wants the gradient.
 
+    Returns:
+        (result, the number of ranks in the group).
+
     Raises:
         InvalidInput: the input of a rank is invalid, or the ranks differ; on every rank, with the same text.
-        RuntimeError: a rank failed for another reason; on every rank.
+        RuntimeError: a rank failed for another reason, on every rank; or the exchange failed while this rank was away.
     """
     group = Group(given)
+    with present(group):
+        return _computed(group, prepare, want_grad), group.size
+
+
+def _computed(group: Group, prepare: Callable[[], tuple[Request, WeightedSum]], want_grad: bool) -> Result[Tensor]:
     try:
         request, loss = prepare()
         labels = pixels.sent_labels(request.labels)
@@ -49,11 +62,13 @@ def compute_joint(prepare: Callable[[], tuple[Request, WeightedSum]], given: Any
         exchange(group, fault)
         raise
     sizes = exchange(group, own)
-    if backend is Backend.NUMBA and adds_tables(sizes, loss):
-        return _in_parts(group, request, loss, sizes, want_grad)
+    is_complete = len(sizes) == group.size
+    if backend is Backend.NUMBA and is_complete and adds_tables(list(sizes.values()), loss):
+        return _in_parts(group, request, loss, list(sizes.values()), want_grad)
     requests = pixels.gather(group, request, labels, loss, sizes)
-    pending = submit(requests, loss, request.logits.device, joined=[group.size], want_grad=want_grad)
-    return replace(_of_rank(pending.collect(), group.rank), ranks=group.size)
+    pending = submit(requests, loss, request.logits.device, joined=[len(requests)], want_grad=want_grad)
+    answers = dict(zip(sizes, pending.collect(), strict=True))
+    return replace(_of_rank(answers, group.rank), ranks=len(answers))
 
 
 def adds_tables(sizes: Sequence[Sizes], loss: WeightedSum) -> bool:
@@ -90,11 +105,11 @@ def _in_parts(
     return replace(result, ranks=group.size)
 
 
-def _of_rank(answers: list[Answer], rank: int) -> Result[Tensor]:
+def _of_rank(answers: Mapping[int, Answer], rank: int) -> Result[Tensor]:
     """A rank's answer; if a rank has a fault, the first such fault is raised on every rank."""
-    for place, answer in enumerate(answers):
+    for other, answer in answers.items():
         if isinstance(answer, InvalidInput):
-            raise InvalidInput(f"rank {place}: {answer.field}", answer.problem)
+            raise InvalidInput(f"rank {other}: {answer.field}", answer.problem)
     own = answers[rank]
     assert isinstance(own, Result)
     return own

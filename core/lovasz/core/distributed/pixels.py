@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -64,27 +64,36 @@ def nbytes(sizes: Sizes) -> int:
     return max(_aligned(_parts(sizes)[-1].stop), _ALIGNMENT)
 
 
-def gather(group: Group, own: Request, labels: Tensor, loss: WeightedSum, sizes: Sequence[Sizes]) -> list[Request]:
-    """The requests of all ranks, in the order of the ranks; this rank's is ``own`` itself.
+def gather(group: Group, own: Request, labels: Tensor, loss: WeightedSum, sizes: Mapping[int, Sizes]) -> list[Request]:
+    """The requests of all ranks with data, in the order of the ranks; this rank's is ``own`` itself.
 
     Every rank sends as many bytes as the largest one has.
 
     Args:
         labels: the result of ``sent_labels``.
-        sizes: of all ranks.
+        sizes: of all ranks with data.
     """
+    if len(sizes) == 1:
+        return [own]
     device = group.device_for(own.logits)
-    data = torch.empty(max(map(nbytes, sizes)), dtype=torch.uint8, device=device)
+    data = torch.empty(max(map(nbytes, sizes.values())), dtype=torch.uint8, device=device)
     offsets = torch.tensor(own.layout.offsets or (), dtype=torch.int64)
     for part, tensor in zip(_parts(sizes[group.rank]), (own.logits.detach(), labels, offsets), strict=True):
         part.of(data).copy_(tensor.reshape(part.shape))
     requests = []
-    for rank, (received, of_rank) in enumerate(zip(group.bytes(data), sizes, strict=True)):
+    of_ranks = group.bytes(data)
+    for rank, of_rank in sizes.items():
         if rank == group.rank:
             requests.append(own)
             continue
-        logits, targets, ends = (part.of(received) for part in _parts(of_rank))
+        logits, targets, ends = (part.of(of_ranks[rank]) for part in _parts(of_rank))
         offsets_of = None if of_rank.offsets is None else ends.tolist()
         logits, targets = logits.to(own.logits.device), targets.to(own.logits.device)
         requests.append(Request.checked(logits, targets, loss, offsets_of, may_be_empty=True))
     return requests
+
+
+def pass_on(group: Group, sizes: Mapping[int, Sizes]) -> None:
+    """Takes part in ``gather`` as a rank that has left."""
+    if len(sizes) > 1:
+        group.bytes(torch.zeros(max(map(nbytes, sizes.values())), dtype=torch.uint8))
