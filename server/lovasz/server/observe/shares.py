@@ -47,7 +47,8 @@ class Shares(Collector):
     def _family() -> CounterMetricFamily:
         return CounterMetricFamily(
             "lovasz_caller_device_seconds",
-            "Time that the device has computed for a caller: a token's name, a run or a host; a batch's time is shared "
-            "out by cost. Those that were computed for last (--max-runs), and others.",
+            "Time that the device has computed for a caller, as `token alice`, `run cityscapes` or `host "
+            "ipv4:10.0.0.7`; a batch's time is shared out by cost. Those that were computed for last (--max-runs), and "
+            "`others`.",
             labels=["caller"],
         )
