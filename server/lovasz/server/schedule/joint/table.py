@@ -28,11 +28,11 @@ from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.admission import Admission
-from lovasz.server.schedule.ahead import AheadRoom
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.aborted import AbortedSteps
+from lovasz.server.schedule.joint.ahead import AheadRoom
 from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
