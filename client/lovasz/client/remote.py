@@ -31,7 +31,7 @@ from lovasz.client.options import (
     Transport,
 )
 from lovasz.client.shared_memory import Shared, SharedMemory, places
-from lovasz.client.target import Device, ServerInfo, socket_path
+from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
 from lovasz.spec import InvalidInput
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
@@ -90,7 +90,7 @@ class RemoteTarget:
         Raises:
             ValueError: the options demand shared memory, and the target is not a Unix socket.
         """
-        path = socket_path(target)
+        path = wire.socket_path(target)
         if options.transport is Transport.SHM:
             if path is None:
                 raise ValueError(f"transport: got 'shm' with the target {target}; expected a target unix:/path")

@@ -37,7 +37,7 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
-from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
+from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.sending import SendWatch
@@ -345,5 +345,5 @@ class Call:
         if isinstance(error, ServerError) and error.retry_after_seconds is not None:
             # gRPC's own retries wait for this long; if it is negative, they do not try again.
             milliseconds = str(round(error.retry_after_seconds * 1000))
-            self._context.set_trailing_metadata(((PUSHBACK_KEY, milliseconds),))
+            self._context.set_trailing_metadata(((wire.PUSHBACK_KEY, milliseconds),))
         self._context.abort(status.code, text)

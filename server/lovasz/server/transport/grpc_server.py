@@ -14,7 +14,6 @@ from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.access.certificates import Certificates
 from lovasz.server.access.watched_files import WatchedFiles
-from lovasz.server.config import UNIX, socket_path
 from lovasz.server.transport.credentials import server_credentials
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.health import HealthMonitor
@@ -22,6 +21,7 @@ from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
 from lovasz.server.transport.threads import CallThreads, LimitedHandler, start_all
+from lovasz.wire import UNIX, socket_path
 
 _log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from typing import NoReturn
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
+from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.status import FAULT_TEXT
 from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS
 from lovasz.server.transport.warm_threads import WarmThreads
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire import PUSHBACK_KEY
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.transport.carrier import PUSHBACK_KEY
 from lovasz.server.transport.warm_threads import WarmThreads
+from lovasz.wire import PUSHBACK_KEY
 
 TOO_MANY_CALLS = "too many calls at a time"
 RETRY_MILLISECONDS = "1000"

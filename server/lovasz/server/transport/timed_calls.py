@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import grpc
 
-from lovasz.server.config import UNIX
 from lovasz.server.errors import AbandonedError, NoRequestsLeftError, StalledError
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.messages import has_left
+from lovasz.wire import UNIX
 
 CONNECTION_CALLS = 32
 """Calls of one connection that may be open for longer than a moment. Unix sockets do not tell connections apart."""
