@@ -13,10 +13,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from lovasz import wire
 from lovasz.client.memory import KEPT, Memory, MemoryPool
-from lovasz.client.shared_memory import Region, places
-from lovasz.spec import LovaszSoftmax, weighted_sum
+from lovasz.client.shared_memory import Region
 
 FLOAT32 = np.dtype(np.float32)
 SIDE = 100
@@ -240,18 +238,3 @@ def test_regions_that_a_pool_keeps_can_still_be_shared() -> None:
     for region in [pool.take(40_000) for _ in range(KEPT - 1)]:
         os.fstat(region.descriptor)
         region.close()
-
-
-@pytest.mark.parametrize("want_grad", [True, False])
-def test_tensors_have_places_of_their_own_in_a_region(want_grad: bool) -> None:
-    request = wire.Request.checked(
-        weighted_sum(LovaszSoftmax()),
-        wire.TensorSpec(wire.dtype_named("float16"), (1, 3, 11)),
-        wire.TensorSpec(wire.dtype_named("int64"), (1, 11)),
-        want_grad,
-    )
-    logits, labels, grad, nbytes = places(request)
-    assert (logits % 64, labels % 64, grad % 64) == (0, 0, 0)
-    assert logits + request.logits.nbytes <= labels
-    assert labels + request.labels.nbytes <= grad
-    assert grad + request.grad_bytes <= nbytes

@@ -36,7 +36,7 @@ from lovasz.client import (
     cli,
 )
 from lovasz.client import remote as client_remote
-from lovasz.client.shared_memory import Region, Session, places
+from lovasz.client.shared_memory import Region, Session
 from lovasz.client.torch import RemoteLoss
 from lovasz.server.launch import ServerProcess
 from lovasz.spec import weighted_sum
@@ -375,7 +375,7 @@ class Raw:
             wire.TensorSpec(wire.dtype_named("uint8"), tuple(labels.shape)),
         )
         self.request = wire.Request.checked(weighted_sum(SOFTMAX), *specs, want_grad=True)
-        first, second, third, size = places(self.request)
+        first, second, third, size = wire.places(self.request)
         self.session = Session(server.targets[0].removeprefix("unix:") + wire.MEMORY_SUFFIX, 10)
         self.region = Region(size)
         self.region.array(first, specs[0].shape, specs[0].dtype.numpy)[...] = logits.numpy()

@@ -4,6 +4,7 @@ Needs numpy and protobuf only. Client and server use the same code, so each rule
 tensors is serialized is in :mod:`lovasz.wire.framing`.
 """
 
+from lovasz.wire.block import ALIGNMENT, Places, check_inside, places
 from lovasz.wire.connection import CLIENT_KEY, KEEPALIVE_OPTIONS, PUSHBACK_KEY
 from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
 from lovasz.wire.joint import (
@@ -20,6 +21,7 @@ from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES,
 from lovasz.wire.sockets import MAX_PACKET_BYTES, MAX_SOCKET_PATH_BYTES, MEMORY_SUFFIX, UNIX, peer_of, socket_path
 
 __all__ = [
+    "ALIGNMENT",
     "CHUNK_BYTES",
     "DTYPES",
     "FLOATS",
@@ -41,15 +43,18 @@ __all__ = [
     "DType",
     "Joint",
     "Leave",
+    "Places",
     "Request",
     "Response",
     "SharedTensors",
     "TensorSpec",
     "as_bytes",
+    "check_inside",
     "chunks",
     "dtype_named",
     "loss_from_proto",
     "loss_to_proto",
     "peer_of",
+    "places",
     "socket_path",
 ]

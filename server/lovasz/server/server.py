@@ -126,7 +126,11 @@ class Server:
         self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds, self._certificates, gate)
         self._health = HealthMonitor(self._engine, self._metrics)
         headerless = TimedCalls(
-            "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
+            "calls without a header",
+            config.header_seconds,
+            self._grpc.max_headerless,
+            self._metrics,
+            option="--header-timeout",
         )
         sending = SendWatch(config.stall_seconds, self._metrics)
         pipeline = Pipeline(

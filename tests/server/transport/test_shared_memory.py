@@ -20,7 +20,7 @@ from support.memory_caller import SEALS, TIMEOUT, MemoryCaller, memfd
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
-from lovasz.client.shared_memory import Region, Session, places
+from lovasz.client.shared_memory import Region, Session
 from lovasz.client.shared_memory import SharedMemory as Client
 from lovasz.server.errors import SessionLostError
 from lovasz.server.transport import shared_memory
@@ -124,7 +124,7 @@ def caller(server: SharedMemory) -> Iterator[MemoryCaller]:
 
 
 def test_tensors_are_found_and_writes_are_seen_on_both_sides(server: SharedMemory, session: Session) -> None:
-    logits_at, labels_at, grad_at, nbytes = places(HEADER)
+    logits_at, labels_at, grad_at, nbytes = wire.places(HEADER)
     with region_of(nbytes) as region:
         region.map[logits_at : logits_at + LOGITS_BYTES] = b"L" * LOGITS_BYTES
         session.share(region)

@@ -42,6 +42,7 @@ from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, FAULT_TEXT, STATUS, Status, status_of
+from lovasz.server.transport.threads import TOO_MANY_CALLS_TEXT
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -114,7 +115,7 @@ class Call:
         """
         self._inside = self._pipeline.calls.acquire(blocking=False)
         if not self._inside:
-            raise NoRequestsLeftError("too many calls at a time (--max-requests)", _RETRY_SECONDS)
+            raise NoRequestsLeftError(TOO_MANY_CALLS_TEXT, _RETRY_SECONDS)
 
     def read_header(self, message: pb.RequestHeader) -> wire.Request:
         """Parses the header.

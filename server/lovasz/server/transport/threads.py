@@ -15,6 +15,9 @@ from lovasz.server.transport.warm_threads import WarmThreads
 from lovasz.wire import PUSHBACK_KEY
 
 TOO_MANY_CALLS = "too many calls at a time"
+"""What the log says."""
+TOO_MANY_CALLS_TEXT = f"{TOO_MANY_CALLS} (--max-requests)"
+"""What callers are told."""
 RETRY_MILLISECONDS = "1000"
 """How long a caller that is refused is told to wait."""
 _REFUSING_THREADS = 2
@@ -82,7 +85,7 @@ class LimitedHandler(grpc.GenericRpcHandler):
         def refuse(_: object, context: grpc.ServicerContext) -> None:
             self._log.warning(TOO_MANY_CALLS, peer=context.peer())
             context.set_trailing_metadata(((PUSHBACK_KEY, RETRY_MILLISECONDS),))
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{TOO_MANY_CALLS} (--max-requests)")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_CALLS_TEXT)
 
         refuse.experimental_thread_pool = self._refusing  # type: ignore[attr-defined]
         self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(refuse)

@@ -57,15 +57,17 @@ class TimedCalls:
     If there are too many, the oldest makes room for one that has just come.
     """
 
-    def __init__(self, what: str, seconds: float, most: int, metrics: Metrics) -> None:
+    def __init__(self, what: str, seconds: float, most: int, metrics: Metrics, option: str = "") -> None:
         """No call is open yet.
 
         Args:
             what: what the log and errors call them.
             seconds: how long each may be open.
             most: how many may be open at a time.
+            option: what sets ``seconds``; empty: no option does.
         """
         self._what, self._seconds, self._most, self._metrics = what, seconds, most, metrics
+        self._option = option
         self._lock = threading.Lock()
         self._open: dict[OpenCall, None] = {}
         """The longest first."""
@@ -89,7 +91,7 @@ class TimedCalls:
                     raise AbandonedError from None
                 message = None
             if message is None and call.is_cut_off:
-                raise StalledError(f"no header came within {self._seconds:g} s (--header-timeout)")
+                raise StalledError.of_header(self._seconds, self._option)
             if message is None and has_left(context):
                 raise AbandonedError
             return message
