@@ -14,7 +14,7 @@ import grpc
 
 from lovasz.server.errors import AbandonedError, NoRequestsLeftError, StalledError
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.observe.metrics import Metrics
+from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.transport.messages import has_left
 from lovasz.wire import UNIX
 
@@ -146,6 +146,6 @@ class TimedCalls:
                 return
             del self._open[call]
             call.is_cut_off = True
-        self._metrics.stalled.labels("receive").inc()
+        self._metrics.stalled.labels(Phase.RECEIVE.value).inc()
         self._log.warning(f"cut off one of the {self._what}", peer=call.peer)
         call.cut_off()
