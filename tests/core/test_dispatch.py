@@ -15,7 +15,7 @@ from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSig
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend, choose, compute, submit
 from lovasz.core.plan import Plan
-from lovasz.core.tables import MAX_PIXELS
+from lovasz.core.word import MAX_PIXELS
 from lovasz.spec import InvalidInput, LossLike, Result, WeightedSum, weighted_sum
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

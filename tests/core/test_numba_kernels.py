@@ -25,7 +25,7 @@ from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.dispatch import Backend
-from lovasz.core.tables import MAX_PIXELS, REST_BITS, REST_SUM_BITS
+from lovasz.core.word import MAX_PIXELS, REST_BITS, REST_SUM_BITS
 from lovasz.spec import LossLike, weighted_sum
 
 Floats = npt.NDArray[np.float32]

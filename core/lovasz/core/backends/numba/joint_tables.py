@@ -18,7 +18,7 @@ from lovasz.core.backends.numba.intrinsics import compiled
 from lovasz.core.backends.numba.planes import Integers, claim
 from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.ranks import Ranks
-from lovasz.core.tables import REST_BITS, REST_SUM_BITS
+from lovasz.core.word import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
 _SPANS, _FIRST_BINS = bins.SPANS, bins.FIRST_BINS

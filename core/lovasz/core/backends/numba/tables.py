@@ -14,7 +14,7 @@ from numpy import int32 as i32
 from lovasz.core.backends.numba import bins
 from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
 from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
-from lovasz.core.tables import REST_BITS, REST_SUM_BITS
+from lovasz.core.word import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
 _UNCOUNTED = 2 * BINS
