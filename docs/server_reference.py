@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 from prometheus_client import Metric
 
 from lovasz.server.config import settings
 from lovasz.server.observe.metrics import GAUGES, Metrics
-from lovasz.server.observe.waiting_steps import WaitingSteps
+from lovasz.server.observe.waiting_steps import WaitingStep, WaitingSteps
 from lovasz.server.settings import format_bytes, variable_of
 
 SUFFIX = {"counter": "_total", "info": "_info"}
@@ -18,7 +19,11 @@ def metrics_page() -> str:
     metrics = Metrics()
     metrics.watch(dict.fromkeys(GAUGES, float))
     metrics.describe(version="", device="", hardware="")
-    metrics.registry.register(WaitingSteps(list, 1))
+    metrics.registry.register(WaitingSteps(lambda: [WaitingStep("", 0, 0.0, 1, "", 1, 0)], 1))
+    # Where a metric begins with its first event, this is it: labels are read from samples.
+    metrics.requests.labels("", "", "")
+    metrics.count_caller("", "")
+    metrics.runs.observe("", want_grad=True, loss=0.0, intersection=np.ones(1, np.int64), union=np.ones(1, np.int64))
     rows = sorted(map(_metric_row, metrics.registry.collect()))
     return f"""# Metrics
 
@@ -38,15 +43,7 @@ sending the answer.
 
 
 def _metric_row(metric: Metric) -> str:
-    labels = sorted({name for sample in metric.samples for name in sample.labels} - {"le"})
-    if metric.name == "lovasz_requests":
-        labels = ["code", "loss", "method"]  # It has no samples until the first request.
-    if metric.name == "lovasz_caller_requests":
-        labels = ["caller", "code"]
-    if metric.name.startswith("lovasz_joint_step_"):
-        labels = ["run"]
-    if metric.name.startswith("lovasz_run_"):
-        labels = ["run", "mode", *["class"][: metric.name == "lovasz_run_class_iou"]]
+    labels = dict.fromkeys(name for sample in metric.samples for name in sample.labels if name != "le")
     name = metric.name + SUFFIX.get(metric.type, "")
     return f"| `{name}` | {metric.type} | {', '.join(f'`{label}`' for label in labels)} | {metric.documentation} |\n"
 

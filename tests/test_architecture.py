@@ -134,6 +134,14 @@ def test_circles_are_found_between_modules_and_between_folders() -> None:
     assert circles(closed) == [["p.a", "p.b"]]
 
 
+def test_circles_are_found_between_a_folder_and_one_inside_it() -> None:
+    modules = {"p", "p.a", "p.b", "p.r", "p.r.c", "p.r.d"}
+    imports = {Import("p.a", "p.r.c", When.AT_ONCE), Import("p.r.d", "p.b", When.AT_ONCE)}
+    nested = graph_of(imports, modules)
+    assert circles(nested) == circles(folders_of(nested, roots={"p"})) == []
+    assert circles(folders_of(nested)) == [["p", "p.r"]]
+
+
 # --- Who imports whom ---------------------------------------------------------------------------------------------
 
 
@@ -204,7 +212,7 @@ def test_imports_inside_functions_close_no_circle() -> None:
 
 
 def test_no_folders_import_each_other_in_a_circle() -> None:
-    assert circles(folders_of(graph_of(IMPORTS, SOURCES))) == []
+    assert circles(folders_of(graph_of(IMPORTS, SOURCES), roots=AREAS)) == []
 
 
 def test_the_client_needs_torch_only_where_torch_is_asked_for() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz.core.backends.numba import bins
-from lovasz.core.tables import REST_BITS
+from lovasz.core.word import REST_BITS
 
 Floats = npt.NDArray[np.float64]
 

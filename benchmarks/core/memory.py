@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): "reset the peak resident set size to the process's current resident set size value"
 
@@ -48,7 +47,7 @@ class Meter:
             return None
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _status_bytes("VmHWM") - self._before
+        return status_bytes("VmHWM") - self._before
 
 
 def _start_resident() -> int | None:
@@ -58,9 +57,11 @@ def _start_resident() -> int | None:
         CLEAR_REFS.write_text(RESET_PEAK)
     except (OSError, AttributeError):  # Not Linux, not glibc, or not allowed.
         return None
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
-def _status_bytes(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """What Linux tells of the memory of a process, such as VmRSS."""
+    status = Path(f"/proc/{process}/status")
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.core.memory import status_bytes
 from benchmarks.workloads import HALF_TRAINED, Workload
 from lovasz.client import LossClient, LossError, LovaszSoftmax
 from lovasz.core import compute
@@ -87,5 +87,4 @@ def callers(target: str, number: int, timeout: float = 60.0) -> Iterator[Counts]
 
 def resident_mib(server: ServerProcess) -> float:
     """The memory that the server holds."""
-    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) / 1024
+    return status_bytes("VmRSS", server.pid) / (1 << 20)

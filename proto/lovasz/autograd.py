@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,6 +38,14 @@ def with_gradient(
     if grad is None:
         return loss if isinstance(loss, Tensor) else _constant(loss, logits)
     return _WithGradient.apply(logits, loss, grad, factor, offsets)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def with_gradients(
+    logits: Tensor, losses: npt.NDArray[np.float64], grad: Tensor | None, offsets: tuple[int, ...] | None = None
+) -> Tensor:
+    """As ``with_gradient``, for one loss an image: ``grad`` is the gradient of their mean."""
+    of_images = torch.from_numpy(losses).to(logits.device, _dtype_of(logits))
+    return with_gradient(logits, of_images, grad, len(losses), offsets)
 
 
 def _constant(loss: float, logits: Tensor) -> Tensor:

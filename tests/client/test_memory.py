@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 from collections.abc import Callable
@@ -12,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from support.footprint import descriptors_of
 
-from lovasz import wire
 from lovasz.client.memory import KEPT, Memory, MemoryPool
-from lovasz.client.shared_memory import Region, places
-from lovasz.spec import LovaszSoftmax, weighted_sum
+from lovasz.client.shared_memory import Region
 
 FLOAT32 = np.dtype(np.float32)
 SIDE = 100
@@ -187,26 +185,17 @@ def test_an_array_outlives_its_pool() -> None:
 # --- Regions ------------------------------------------------------------------------------------------------------
 
 
-def descriptors() -> int:
-    """How many of this process lead to regions."""
-    count = 0
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            count += os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:lovasz ")
-    return count
-
-
 def test_a_region_that_is_dropped_leaves_no_descriptor() -> None:
-    before = descriptors()
+    before = descriptors_of("lovasz")
     region = Region(4096)
-    assert descriptors() > before
+    assert descriptors_of("lovasz") > before
     del region
     gc.collect()
-    assert descriptors() == before
+    assert descriptors_of("lovasz") == before
 
 
 def test_a_region_that_is_closed_leaves_no_descriptor_and_its_arrays_their_memory() -> None:
-    before = descriptors()
+    before = descriptors_of("lovasz")
     region = Region(4096)
     array = region.array(0, (4,), FLOAT32)
     array[:] = 5
@@ -217,11 +206,11 @@ def test_a_region_that_is_closed_leaves_no_descriptor_and_its_arrays_their_memor
     assert np.all(array == 5)
     del array
     gc.collect()
-    assert descriptors() == before
+    assert descriptors_of("lovasz") == before
 
 
 def test_regions_of_a_pool_are_closed_with_it() -> None:
-    before = descriptors()
+    before = descriptors_of("lovasz")
     pool: MemoryPool[Region] = MemoryPool(Region)
     pool.give(pool.take(4096))
     array = pool.new((1024,), FLOAT32)
@@ -229,7 +218,7 @@ def test_regions_of_a_pool_are_closed_with_it() -> None:
     pool.close()
     del array, pool
     gc.collect()
-    assert descriptors() == before
+    assert descriptors_of("lovasz") == before
 
 
 def test_regions_that_a_pool_keeps_can_still_be_shared() -> None:
@@ -240,18 +229,3 @@ def test_regions_that_a_pool_keeps_can_still_be_shared() -> None:
     for region in [pool.take(40_000) for _ in range(KEPT - 1)]:
         os.fstat(region.descriptor)
         region.close()
-
-
-@pytest.mark.parametrize("want_grad", [True, False])
-def test_tensors_have_places_of_their_own_in_a_region(want_grad: bool) -> None:
-    request = wire.Request.checked(
-        weighted_sum(LovaszSoftmax()),
-        wire.TensorSpec(wire.dtype_named("float16"), (1, 3, 11)),
-        wire.TensorSpec(wire.dtype_named("int64"), (1, 11)),
-        want_grad,
-    )
-    logits, labels, grad, nbytes = places(request)
-    assert (logits % 64, labels % 64, grad % 64) == (0, 0, 0)
-    assert logits + request.logits.nbytes <= labels
-    assert labels + request.labels.nbytes <= grad
-    assert grad + request.grad_bytes <= nbytes

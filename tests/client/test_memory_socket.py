@@ -15,9 +15,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
-from lovasz.client.memory_socket import MemorySocket, SocketError, check_same_server, peer_of
-from lovasz.client.retry import PUSHBACK_KEY
+from lovasz.client.memory_socket import MemorySocket, SocketError, check_same_server
 from lovasz.v1 import loss_pb2 as pb
 
 TIMEOUT = 30.0
@@ -150,7 +150,7 @@ def test_an_error_is_like_one_of_grpc(client: MemorySocket, server: Server, thre
         future.result(TIMEOUT)
     error = failed.value
     assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
-    assert error.trailing_metadata() == ((PUSHBACK_KEY, "-1000"),)
+    assert error.trailing_metadata() == ((wire.PUSHBACK_KEY, "-1000"),)
     future, number = started(threads, client, server)
     server.refuse(number, code="NEW_IN_2040", text="?")
     assert code_of(future) is grpc.StatusCode.UNKNOWN
@@ -287,5 +287,5 @@ def test_the_process_and_the_user_of_who_listens_are_known() -> None:
         assert stranger.stdout.readline() == "listens\n"
         connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         connection.connect(f"\0{name}")
-        assert peer_of(connection) == (stranger.pid, NOBODY)
+        assert wire.peer_of(connection) == (stranger.pid, NOBODY)
         stranger.stdin.close()

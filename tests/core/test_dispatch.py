@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from support.ways import SORTED_BELOW_PIXELS, rank_on_cpu
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, dispatch
 from lovasz.core.batch import Batch, Request
-from lovasz.core.dispatch import Backend, choose, submit
-from lovasz.core.tables import MAX_PIXELS
-from lovasz.spec import InvalidInput, LossLike, Result, weighted_sum
+from lovasz.core.dispatch import Backend, choose, compute, submit
+from lovasz.core.plan import Plan
+from lovasz.core.word import MAX_PIXELS
+from lovasz.spec import InvalidInput, LossLike, Result, WeightedSum, weighted_sum
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIDE = int(SORTED_BELOW_PIXELS**0.5)
@@ -219,3 +222,24 @@ def test_a_device_that_is_full_says_nothing_about_triton(monkeypatch: pytest.Mon
         dispatch.triton_works(CUDA)
     assert dispatch.triton_works(CUDA)
     dispatch.triton_works.cache_clear()
+
+
+@dataclass(frozen=True)
+class NewLoss:
+    """A loss that no backend knows."""
+
+    class_weights: None = None
+    ignore_index: None = None
+    kind: str = "new_loss"
+
+
+@pytest.mark.parametrize("is_binary", [False, True])
+@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.NUMBA])
+def test_a_loss_that_a_backend_does_not_know_is_not_computed_as_another(backend: Backend, is_binary: bool) -> None:
+    unknown: Any = NewLoss()
+    loss = WeightedSum(((1.0, unknown),))
+    object.__setattr__(loss, "is_binary", is_binary)
+    logits, labels = torch.zeros(1, 1 if is_binary else 2, 4), torch.zeros(1, 4, dtype=torch.uint8)
+    batch = Batch.of([Request.checked(logits, labels, loss)])
+    with pytest.raises(NotImplementedError, match="new_loss"):
+        compute(backend, Plan.of(batch, loss, CPU), batch, want_grad=False)

@@ -25,7 +25,7 @@ from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.dispatch import Backend
-from lovasz.core.tables import MAX_PIXELS, REST_BITS, REST_SUM_BITS
+from lovasz.core.word import MAX_PIXELS, REST_BITS, REST_SUM_BITS
 from lovasz.spec import LossLike, weighted_sum
 
 Floats = npt.NDArray[np.float32]
@@ -311,7 +311,7 @@ def test_tables_of_ranks_add_in_words_of_both_lengths() -> None:
     one, surveys = np.zeros(1, np.int64), []
     for table in own:
         parts = Parts(*(np.array([n]) for n in (0, 0, 1, lowest, highest)))
-        bounds, most_of_rank = np.empty((1, 2), np.int64), np.empty((1, 2, joint_tables.OCTAVES), np.int64)
+        bounds, most_of_rank = np.empty((1, 2), np.int64), np.empty((1, 2, bins.SPANS), np.int64)
         joint_tables.survey(one.copy(), one, parts, False, table, bounds, most_of_rank)
         surveys.append((bounds, most_of_rank))
     bounds, most_of_all = (np.max(column, axis=0) for column in zip(*surveys, strict=True))

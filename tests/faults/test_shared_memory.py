@@ -25,7 +25,7 @@ from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient
-from lovasz.client.shared_memory import Region, Session, places
+from lovasz.client.shared_memory import Region, Session
 from lovasz.server.launch import ServerProcess
 from lovasz.server.transport.shared_memory import FIRST_REGION_SECONDS
 from lovasz.spec import LovaszSoftmax
@@ -98,7 +98,7 @@ def shared(session: Session, *, joint: wire.Joint | None = None) -> tuple[Region
     """A region with tensors, and the header of a request for them."""
     logits, labels = tensors(300)
     header = header_of(logits, labels, joint=joint)
-    place = places(wire.Request.from_proto(header))
+    place = wire.places(wire.Request.from_proto(header))
     region = Region(place.nbytes)
     session.share(region)
     at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)

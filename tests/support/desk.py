@@ -102,8 +102,8 @@ class Ended(Exception):
     """The call was ended by the server."""
 
 
-class Caller:
-    """One call's connection."""
+class DeskCarrier:
+    """What carries one call."""
 
     def __init__(
         self, seconds: float | None = None, metadata: Sequence[tuple[str, str]] = (), address: str = "desk"
@@ -282,20 +282,22 @@ class Desk:
     def compute(self) -> None:
         self.engine.start()
 
-    def ask(self, rank: Rank, caller: Caller | None = None) -> Future[Outcome]:
+    def ask(self, rank: Rank, carrier: DeskCarrier | None = None) -> Future[Outcome]:
         """Makes its call, in one message."""
-        return self._calls.submit(self._ask, rank, caller or Caller())
+        return self._calls.submit(self._ask, rank, carrier or DeskCarrier())
 
-    def _ask(self, rank: Rank, caller: Caller) -> Outcome:
+    def _ask(self, rank: Rank, carrier: DeskCarrier) -> Outcome:
         message = framing.UnaryRequest(rank.request.to_proto(), *rank.payload)
         try:
-            answer = framing.UnaryResponse.decode(self.service.compute(message, cast("Any", caller)))
-            caller.end()
+            answer = framing.UnaryResponse.decode(self.service.compute(message, cast("Any", carrier)))
+            carrier.end()
         except Ended:
-            return Outcome(caller.code, caller.text, caller.metadata)
+            return Outcome(carrier.code, carrier.text, carrier.metadata)
         return Outcome(OK, header=answer.header, grad=bytes(answer.grad))
 
-    def stream(self, rank: Rank, go_on: threading.Event, caller: Caller) -> Iterator[pb.ComputeStreamResponse | bytes]:
+    def stream(
+        self, rank: Rank, go_on: threading.Event, carrier: DeskCarrier
+    ) -> Iterator[pb.ComputeStreamResponse | bytes]:
         """Makes its call, in a stream whose last message waits for ``go_on``."""
 
         def messages() -> Iterator[pb.ComputeStreamRequest | memoryview]:
@@ -303,40 +305,40 @@ class Desk:
             yield pb.ComputeStreamRequest(header=rank.request.to_proto())
             yield memoryview(logits)
             while not go_on.wait(0.01):
-                if caller.gone.is_set():
-                    caller.errors.append(grpc.RpcError())  # As gRPC does, whose calls keep what they raise.
-                    raise caller.errors[-1]
+                if carrier.gone.is_set():
+                    carrier.errors.append(grpc.RpcError())  # As gRPC does, whose calls keep what they raise.
+                    raise carrier.errors[-1]
             yield memoryview(labels)
 
-        for message in self.service.compute_stream(messages(), cast("Any", caller)):
+        for message in self.service.compute_stream(messages(), cast("Any", carrier)):
             yield bytes(message) if isinstance(message, memoryview) else message
 
-    def ask_in_stream(self, rank: Rank, go_on: threading.Event, caller: Caller | None = None) -> Future[Outcome]:
-        return self._calls.submit(self._ask_in_stream, rank, go_on, caller or Caller())
+    def ask_in_stream(self, rank: Rank, go_on: threading.Event, carrier: DeskCarrier | None = None) -> Future[Outcome]:
+        return self._calls.submit(self._ask_in_stream, rank, go_on, carrier or DeskCarrier())
 
-    def _ask_in_stream(self, rank: Rank, go_on: threading.Event, caller: Caller) -> Outcome:
+    def _ask_in_stream(self, rank: Rank, go_on: threading.Event, carrier: DeskCarrier) -> Outcome:
         try:
-            header, *chunks = self.stream(rank, go_on, caller)
+            header, *chunks = self.stream(rank, go_on, carrier)
         except Ended:
-            return Outcome(caller.code, caller.text, caller.metadata)
+            return Outcome(carrier.code, carrier.text, carrier.metadata)
         assert isinstance(header, pb.ComputeStreamResponse)
         return Outcome(OK, header=header.header, grad=b"".join(c for c in chunks if isinstance(c, bytes)))
 
     def abort(self, rank: Rank, reason: str) -> Outcome:
         """Says that a rank cannot take part in its step."""
-        caller, message = Caller(), wire.Abort(rank.place(), rank.want_grad, reason).to_proto()
-        return self._said(self.service.abort_step, message, caller)
+        carrier, message = DeskCarrier(), wire.Abort(rank.place(), rank.want_grad, reason).to_proto()
+        return self._said(self.service.abort_step, message, carrier)
 
     def leave(self, rank: Rank, evaluation_step: int = 0) -> Outcome:
         """Says that a rank takes no part from its step on."""
-        return self._said(self.service.leave_run, wire.Leave(rank.place(), evaluation_step).to_proto(), Caller())
+        return self._said(self.service.leave_run, wire.Leave(rank.place(), evaluation_step).to_proto(), DeskCarrier())
 
     @staticmethod
-    def _said(method: Callable[[Any, Any], object], message: object, caller: Caller) -> Outcome:
+    def _said(method: Callable[[Any, Any], object], message: object, carrier: DeskCarrier) -> Outcome:
         try:
-            method(message, caller)
+            method(message, carrier)
         except Ended:
-            return Outcome(caller.code, caller.text, caller.metadata)
+            return Outcome(carrier.code, carrier.text, carrier.metadata)
         return Outcome(OK)
 
     def waits_for(self, ranks: int) -> bool:

@@ -24,12 +24,17 @@ class Footprint:
     def of(cls, pid: int) -> Footprint:
         process = Path(f"/proc/{pid}")
         return cls(
-            descriptors=Counter(_kinds(process / "fd")),
+            descriptors=Counter(target.partition(":")[0] for target in _targets(process / "fd")),
             threads=len(list((process / "task").iterdir())),
             resident_bytes=_status_bytes(pid, "VmRSS"),
             address_bytes=_status_bytes(pid, "VmSize"),
             shared_files=frozenset(name for name in os.listdir("/dev/shm") if not name.startswith("sem.")),
         )
+
+
+def descriptors_of(memory: str) -> int:
+    """How many file descriptors of this process lead to memory of this name (memfd_create)."""
+    return sum(target.startswith(f"/memfd:{memory} ") for target in _targets(Path("/proc/self/fd")))
 
 
 def forget_peak(pid: int) -> None:
@@ -47,10 +52,10 @@ def available_bytes() -> int:
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _kinds(descriptors: Path) -> Iterator[str]:
+def _targets(descriptors: Path) -> Iterator[str]:
     for name in os.listdir(descriptors):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            yield os.readlink(descriptors / name).partition(":")[0]
+            yield os.readlink(descriptors / name)
 
 
 def _status_bytes(pid: int, name: str) -> int:

@@ -116,8 +116,8 @@ def graph_of(imports: Iterable[Import], modules: Collection[str]) -> dict[str, s
     return graph
 
 
-def folders_of(graph: Graph) -> dict[str, set[str]]:
-    """The folders that each folder imports, except the folders around it and inside it."""
+def folders_of(graph: Graph, roots: Collection[str] = ()) -> dict[str, set[str]]:
+    """The folders that each folder imports. Between a root and the folders inside it, imports do not count."""
     packages = {module.rpartition(".")[0] for module in graph}
     folder = {module: module if module in packages else module.rpartition(".")[0] for module in graph}
     folders: dict[str, set[str]] = {name: set() for name in folder.values()}
@@ -126,7 +126,8 @@ def folders_of(graph: Graph) -> dict[str, set[str]]:
         folders[here] |= {
             there
             for there in (folder[name] for name in imported)
-            if not is_inside(there, [here]) and not is_inside(here, [there])
+            if there != here and not (there in roots and is_inside(here, [there]))
+            if not (here in roots and is_inside(there, [here]))
         }
     return folders
 

@@ -16,8 +16,6 @@ from lovasz import spec, wire
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.v1 import loss_pb2_grpc
 
-PUSHBACK = "grpc-retry-pushback-ms"
-
 
 @dataclass
 class Answer:
@@ -51,7 +49,7 @@ def abort(
 ) -> NoReturn:
     """Ends a call; with a time after which to try again, if one is given (negative: not at all)."""
     if pushback_ms is not None:
-        context.set_trailing_metadata(((PUSHBACK, str(pushback_ms)),))
+        context.set_trailing_metadata(((wire.PUSHBACK_KEY, str(pushback_ms)),))
     context.abort(code, details)
     raise AssertionError("abort returned")
 

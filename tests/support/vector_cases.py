@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.spec import Loss, LovaszHinge, LovaszSoftmax
+from lovasz.spec import Loss, LovaszHinge, LovaszSoftmax, Result
 
 PATH = Path(__file__).parents[1] / "vectors" / "lovasz.npz"
 _KINDS: dict[str, type[LovaszSoftmax | LovaszHinge]] = {"lovasz_softmax": LovaszSoftmax, "lovasz_hinge": LovaszHinge}
@@ -33,6 +34,11 @@ class Case:
     labels: npt.NDArray[np.uint8]
     loss: float
     grad: npt.NDArray[np.float64]
+
+    def check(self, answer: Result[Any]) -> None:
+        """Checks the answer to its input, computed in float32."""
+        assert math.isclose(answer.loss, self.loss, rel_tol=1e-6, abs_tol=1e-12)
+        assert np.linalg.norm(np.asarray(answer.grad, np.float64) - self.grad) <= 1e-5 * np.linalg.norm(self.grad)
 
 
 def load() -> list[Case]:

@@ -156,3 +156,9 @@ def test_a_loss_that_cannot_be_is_refused(message: pb.Loss, text: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         wire.loss_from_proto(pb.Loss.FromString(message.SerializeToString()))
     assert text in str(refused.value)
+
+
+def test_a_loss_that_the_wire_does_not_know_is_not_sent_as_another() -> None:
+    unknown: Any = object()
+    with pytest.raises(NotImplementedError, match="object"):
+        wire.loss_to_proto(WeightedSum(((1.0, unknown),)))

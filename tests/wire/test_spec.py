@@ -15,6 +15,7 @@ from support.foreign import FOREIGN
 
 from lovasz.core import LocalLoss
 from lovasz.spec import (
+    LOSS_KINDS,
     MAX_AXES,
     MAX_CLASSES,
     MAX_TERMS,
@@ -349,6 +350,10 @@ def test_what_a_sum_is(loss: LossLike, kind: str, is_binary: bool, multilabel: b
     total = weighted_sum(loss)
     assert (total.kind, total.is_binary, total.multilabel) == (kind, is_binary, multilabel)
     assert total.probabilities == probabilities
+
+
+def test_the_kinds_are_those_of_all_losses() -> None:
+    assert tuple(kind().kind for kind in get_args(Loss)) == LOSS_KINDS
 
 
 # --- Shapes -------------------------------------------------------------------------------------------------------

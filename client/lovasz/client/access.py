@@ -11,7 +11,8 @@ from pathlib import Path
 
 import grpc
 
-from lovasz.client.target import addresses_of, is_loopback, socket_path
+from lovasz.client.target import addresses_of, is_loopback
+from lovasz.wire import socket_path
 
 FilePath = str | os.PathLike[str]
 

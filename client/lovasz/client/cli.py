@@ -14,8 +14,9 @@ from lovasz.client import access_arguments, token_command
 from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
 from lovasz.client.options import ASKED_OVER_GRPC, IN_DEVICE_MEMORY, IN_SHARED_MEMORY, OVER_GRPC, ClientOptions
-from lovasz.client.target import Device, ServerInfo, socket_path
+from lovasz.client.target import Device, ServerInfo
 from lovasz.version import VERSION
+from lovasz.wire import socket_path
 
 _AGAIN_SECONDS = 0.2
 _WAYS = {

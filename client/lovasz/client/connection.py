@@ -16,7 +16,6 @@ from lovasz.client.load_balancing import HASH_PROBLEM, RUN_KEY, LoadBalancing, c
 from lovasz.client.options import ClientOptions
 from lovasz.client.proxy import enabled_option, is_on_this_host, remark
 from lovasz.client.retry import Retries
-from lovasz.client.target import socket_path
 from lovasz.client.tls_diagnosis import tls_problem
 from lovasz.client.tracing import trace_metadata
 
@@ -54,8 +53,8 @@ class Connection:
             ValueError: a file of certificates or tokens cannot be read, or a token would go out in plain text.
         """
         self._target, self._access, self._http_proxy = target, options.access, options.http_proxy
-        self._load_balancing = options.load_balancing if socket_path(target) is None else None
-        is_local = socket_path(target) is not None
+        self._load_balancing = options.load_balancing if wire.socket_path(target) is None else None
+        is_local = wire.socket_path(target) is not None
         self._identity = ((wire.CLIENT_KEY, secrets.token_hex(_IDENTITY_BYTES)),) if is_local else ()
         self._authorization = options.access.authorization(target)
         self._closed = False

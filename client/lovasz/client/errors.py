@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, TypeAlias
 
 import grpc
 
@@ -48,6 +49,21 @@ class AuthenticationError(LossError):
     """The server requires a token, and the call has no valid one."""
 
 
+TLSCheck: TypeAlias = Literal[
+    "expired",
+    "not yet valid",
+    "wrong host",
+    "unknown CA",
+    "client certificate missing",
+    "client certificate refused",
+    "TLS needed",
+    "no TLS",
+    "files",
+    "no agreement",
+    "other",
+]
+
+
 class TLSError(LossError):
     """TLS failed, so there is no connection. The message says why.
 
@@ -59,11 +75,11 @@ class TLSError(LossError):
             ``"other"``: see the message.
     """
 
-    def __init__(self, text: str, check: str = "other") -> None:
+    def __init__(self, text: str, check: TLSCheck = "other") -> None:
         super().__init__(text)
-        self.check = check
+        self.check: TLSCheck = check
 
-    def __reduce__(self) -> tuple[type[TLSError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[TLSError], tuple[str, TLSCheck]]:
         return TLSError, (str(self), self.check)
 
 

@@ -11,7 +11,6 @@ import math
 import queue
 import select
 import socket
-import struct
 import threading
 import time
 import weakref
@@ -25,7 +24,6 @@ from google.protobuf.message import DecodeError
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
-from lovasz.client.retry import PUSHBACK_KEY
 from lovasz.v1 import loss_pb2 as pb
 
 _MOST_POLL_SECONDS = 0.5
@@ -55,7 +53,7 @@ class SocketError(grpc.RpcError):
         return self._text
 
     def trailing_metadata(self) -> tuple[Any, ...]:
-        return () if self._retry_after is None else ((PUSHBACK_KEY, str(self._retry_after)),)
+        return () if self._retry_after is None else ((wire.PUSHBACK_KEY, str(self._retry_after)),)
 
 
 class _Waiter:
@@ -116,7 +114,7 @@ class MemorySocket:
     @property
     def peer(self) -> tuple[int, int]:
         """The process id and the user id of who listens."""
-        return peer_of(self._socket)
+        return wire.peer_of(self._socket)
 
     def ask(self, request: pb.SharedMemoryRequest, descriptors: Sequence[int], timeout: float) -> None:
         """Sends a packet about a region, and waits for the reply. If that fails, the connection ends.
@@ -303,7 +301,7 @@ def check_same_server(memory: tuple[int, int], path: str, timeout: float) -> Non
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout)
         connection.connect(path)
-        server = peer_of(connection)
+        server = wire.peer_of(connection)
     (process, user), (own_process, own_user) = memory, server
     if user != own_user and (process != own_process or not process):
         raise ServerUnavailableError(
@@ -311,13 +309,6 @@ def check_same_server(memory: tuple[int, int], path: str, timeout: float) -> Non
             f"{user} listens for shared memory: got another user; expected the same. Keep sockets in a directory where "
             "nobody else can write"
         )
-
-
-def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """The process id and the user id of who listens at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    process, user, _ = struct.unpack("3i", credentials)
-    return process, user
 
 
 def _milliseconds(deadline: float) -> int:

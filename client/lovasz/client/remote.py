@@ -30,8 +30,8 @@ from lovasz.client.options import (
     ClientOptions,
     Transport,
 )
-from lovasz.client.shared_memory import Shared, SharedMemory, places
-from lovasz.client.target import Device, ServerInfo, socket_path
+from lovasz.client.shared_memory import Shared, SharedMemory
+from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
 from lovasz.spec import InvalidInput
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
@@ -90,7 +90,7 @@ class RemoteTarget:
         Raises:
             ValueError: the options demand shared memory, and the target is not a Unix socket.
         """
-        path = socket_path(target)
+        path = wire.socket_path(target)
         if options.transport is Transport.SHM:
             if path is None:
                 raise ValueError(f"transport: got 'shm' with the target {target}; expected a target unix:/path")
@@ -133,13 +133,13 @@ class RemoteTarget:
         if self._is_offered() and self._devices is not None and self._devices.may_take(logits):
             targets = encode_labels(labels, narrow=False)
             request = checked(targets)
-            region = self._devices.region(logits, places(request).nbytes)
+            region = self._devices.region(logits, wire.places(request).nbytes)
             if region is not None:
                 return self._in_region(region, request, scores, targets)
         targets = encode_labels(labels)
         request = checked(targets)
         if self._shared is not None and self._is_shared(self._shared, request):
-            return self._in_region(self._shared.take(places(request).nbytes), request, scores, targets)
+            return self._in_region(self._shared.take(wire.places(request).nbytes), request, scores, targets)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing) -> memoryview:
@@ -152,7 +152,7 @@ class RemoteTarget:
         return Call(self, request, on_host(scores), on_host(targets), tuple(memory), None, scores.source)
 
     def _in_region(self, region: Shared, request: wire.Request, scores: Outgoing, targets: Outgoing) -> Call:
-        place = places(request)
+        place = wire.places(request)
         try:
             sent = region.write(place.logits, scores), region.write(place.labels, targets)
         except BaseException:
@@ -305,10 +305,10 @@ class RemoteTarget:
             region.give_back()
             return response, np.empty(0, np.float32)
         copied = response.grad.nbytes <= SHARED_BYTES
-        return response, region.take_gradient(places(call.request).grad, response.grad, copied=copied)
+        return response, region.take_gradient(wire.places(call.request).grad, response.grad, copied=copied)
 
     def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
-        place = places(call.request)
+        place = wire.places(call.request)
         region.complete()
         try:
             session = shared.share(region, timeout)

@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 import grpc
 
 from lovasz.client.errors import speaks_no_grpc, was_reset
+from lovasz.wire import PUSHBACK_KEY
 
 FIRST_ATTEMPTS = 5
 """Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit. That a
@@ -27,8 +28,6 @@ JITTER = 0.2
 """Each backoff is changed by a random share of at most this, up or down."""
 RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
 """CANCELLED: gRPC's server cancels calls that arrive while it closes."""
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
-"""Key of the server's trailing metadata: milliseconds until the next attempt; negative: make none."""
 
 AnswerT = TypeVar("AnswerT")
 

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 
@@ -30,7 +30,6 @@ from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
-_ALIGNMENT = 64
 _LEAST_REGION_BYTES = 64 << 10
 """So that small requests can use each other's regions."""
 _MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
@@ -80,7 +79,7 @@ class Shared(ABC):
 
     def tensors(self, request: wire.Request) -> tuple[memoryview, memoryview]:
         """Logits and labels of a request that is in it, in this process's host memory."""
-        place = places(request)
+        place = wire.places(request)
         return self.bytes(place.logits, request.logits.nbytes), self.bytes(place.labels, request.labels.nbytes)
 
     @abstractmethod
@@ -222,26 +221,6 @@ class Session:
         self.socket.close()
 
 
-class Places(NamedTuple):
-    """Where a request's tensors are in its region, as offsets in bytes, and the size that the region needs."""
-
-    logits: int
-    labels: int
-    grad: int
-    nbytes: int
-
-
-def places(request: wire.Request) -> Places:
-    """Lays out a request's region: logits, labels and gradient, each aligned."""
-    labels = _aligned(request.logits.nbytes)
-    grad = labels + _aligned(request.labels.nbytes)
-    return Places(0, labels, grad, nbytes=grad + _aligned(request.grad_bytes))
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
 class SharedMemory:
     """The regions of one client, and its session with the server. A session that has ended is replaced.
 
@@ -294,7 +273,7 @@ class SharedMemory:
 
     def moved(self, source: Shared, request: wire.Request) -> Region:
         """A region of the host's memory with the tensors that are in another one."""
-        region = self.take(places(request).nbytes)
+        region = self.take(wire.places(request).nbytes)
         for into, tensor in zip(region.tensors(request), source.tensors(request), strict=True):
             into[:] = tensor
         return region

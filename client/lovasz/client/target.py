@@ -14,7 +14,6 @@ from lovasz.client.tensors import AnyArray
 INPROCESS = "inprocess"
 """The target that is this process."""
 
-_UNIX = "unix:"
 _SCHEMES_WITH_PORTS = ("dns", "ipv4", "ipv6")
 _OTHER_SCHEMES = ("unix-abstract", "vsock", "xds", "google-c2p")
 _EXPECTED = "expected HOST:PORT, unix:/path or 'inprocess'"
@@ -31,7 +30,7 @@ def checked_target(target: str) -> str:
     scheme, separator, _ = target.partition(":")
     if target == INPROCESS or (separator and scheme in _OTHER_SCHEMES):
         return target
-    path = socket_path(target)
+    path = wire.socket_path(target)
     if path is not None:
         length = len(os.fsencode(path))
         if not 1 <= length <= wire.MAX_SOCKET_PATH_BYTES:
@@ -71,11 +70,6 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def socket_path(target: str) -> str | None:
-    """The path of a Unix socket; None for any other target."""
-    return target.removeprefix(_UNIX).removeprefix("//") if target.startswith(_UNIX) else None
 
 
 def _check_address(address: str, target: str) -> None:

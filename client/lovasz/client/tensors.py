@@ -153,12 +153,11 @@ def with_mask(logits: AnyArray, labels: AnyArray, valid: AnyArray, loss: Weighte
     """Labels that are void where ``valid`` is false, and the loss that ignores them.
 
     Raises:
-        InvalidInput: see :func:`lovasz.spec.validity.masked`; or the shapes do not fit.
+        InvalidInput: see :func:`lovasz.spec.validity.masked`.
     """
     scores = logits if is_torch(logits) else numpy_array("logits", logits)
     targets = labels if is_torch(labels) else numpy_array("labels", labels)
-    layout = loss.layout(tuple(scores.shape), tuple(targets.shape), may_be_empty=True)
-    return masked(targets, valid, loss, layout.label_values)
+    return masked(scores.shape, targets, valid, loss)
 
 
 def _detached(field: str, value: AnyArray) -> tuple[Array, str]:

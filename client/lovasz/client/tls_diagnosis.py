@@ -6,11 +6,12 @@ import contextlib
 import os
 import socket
 import ssl
+from typing import TypeAlias
 
 import grpc
 
 from lovasz.client.access import TLS, Access
-from lovasz.client.errors import TLSError
+from lovasz.client.errors import TLSCheck, TLSError
 from lovasz.client.target import addresses_of
 
 _CONNECT_SECONDS = 1.0
@@ -24,7 +25,10 @@ _EXPIRED, _NOT_YET_VALID = 10, 9
 _WRONG_NAMES = (62, 64)
 _UNKNOWN_ISSUERS = (2, 18, 19, 20, 21)
 
-_ALERTS = {
+_Found: TypeAlias = tuple[TLSCheck, str]
+"""TLSError's check, and a text."""
+
+_ALERTS: dict[str, _Found] = {
     "CERTIFICATE_REQUIRED": (
         "client certificate missing",
         "the server asks for a client certificate; expected tls.cert",
@@ -34,7 +38,7 @@ _ALERTS = {
     "HANDSHAKE_FAILURE": ("no agreement", "client and server have no TLS version, cipher or certificate in common"),
     "PROTOCOL_VERSION": ("no agreement", "client and server have no TLS version in common"),
 }
-"""What a server's alerts mean, by a part of their name in Python's ssl: TLSError's check, and a text."""
+"""What a server's alerts mean, by a part of their name in Python's ssl."""
 
 
 def tls_problem(error: grpc.RpcError, target: str, access: Access) -> TLSError | None:
@@ -57,7 +61,7 @@ def tls_problem(error: grpc.RpcError, target: str, access: Access) -> TLSError |
     return None
 
 
-def _refusal(host: str, port: int, tls: TLS | None) -> tuple[str, str] | None:
+def _refusal(host: str, port: int, tls: TLS | None) -> _Found | None:
     """TLSError's check that fails at an address, and a text; None if none does.
 
     Raises:
@@ -113,7 +117,7 @@ def _is_closed(secured: ssl.SSLSocket) -> bool:
         return True
 
 
-def _refused_client(tls: TLS) -> tuple[str, str]:
+def _refused_client(tls: TLS) -> _Found:
     closed = "the server closed the connection after the handshake"
     if tls.cert is None:
         return "client certificate missing", f"{closed}: it asks for a client certificate; expected tls.cert"
@@ -144,7 +148,7 @@ def _has_expired(tls: TLS) -> bool:
     return False
 
 
-def _failed_check(error: ssl.SSLCertVerificationError, name: str) -> tuple[str, str]:
+def _failed_check(error: ssl.SSLCertVerificationError, name: str) -> _Found:
     code, said = error.verify_code, error.verify_message
     if code == _EXPIRED:
         return "expired", "the server's certificate has expired"
@@ -157,7 +161,7 @@ def _failed_check(error: ssl.SSLCertVerificationError, name: str) -> tuple[str, 
     return "other", f"the server's certificate was refused: {said}"
 
 
-def _alert(reason: str, tls: TLS | None) -> tuple[str, str] | None:
+def _alert(reason: str, tls: TLS | None) -> _Found | None:
     if "ALERT" not in reason:
         return None if tls is None else ("no TLS", f"the server speaks no TLS there, but tls is given ({reason})")
     if tls is None:
@@ -168,5 +172,5 @@ def _alert(reason: str, tls: TLS | None) -> tuple[str, str] | None:
     return "other", f"the server ended the handshake: {reason.replace('_', ' ').lower()}"
 
 
-def _speaks_tls() -> tuple[str, str]:
+def _speaks_tls() -> _Found:
     return "TLS needed", "the server speaks TLS; expected tls=TLS(...)"

@@ -15,7 +15,7 @@ except ModuleNotFoundError:
 
 from torch import Tensor
 
-from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untraced, with_gradient
+from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untraced, with_gradient, with_gradients
 from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
@@ -192,13 +192,10 @@ class RemoteLoss(torch.nn.Module):
             return with_gradient(logits, *self._compute(logits, labels, want_grad, step, valid, offsets))
         with invalid_input_translated():
             ends = checked_offsets(offsets, logits.shape[0])
-            images = logits.shape[0] if ends is None else len(ends)
-            self.loss.check_losses_of_images(images)
+            self.loss.check_losses_of_images(logits.shape[0] if ends is None else len(ends))
         _, grad, _ = self._compute(logits, labels, want_grad, step, valid, ends)
         assert self.result is not None
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        losses = torch.from_numpy(self.loss.per_image_losses(self.result.terms)).to(logits.device, dtype)
-        return with_gradient(logits, losses, grad, images, ends)
+        return with_gradients(logits, self.loss.per_image_losses(self.result.terms), grad, ends)
 
     def _compute(
         self,

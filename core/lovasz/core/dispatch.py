@@ -24,7 +24,7 @@ from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
 from lovasz.core.plan import Plan
 from lovasz.core.stop import Stop
-from lovasz.core.tables import MAX_PIXELS
+from lovasz.core.word import MAX_PIXELS
 from lovasz.spec import (
     BinaryCrossEntropy,
     CrossEntropy,

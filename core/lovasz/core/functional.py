@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lovasz.autograd import no_tensor, untraced, with_gradient
+from lovasz.autograd import no_tensor, untraced, with_gradient, with_gradients
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
 from lovasz.core.compiling import is_plain, key_of_options, loss_of_options, loss_operator
@@ -109,9 +109,8 @@ def differentiable(
     if known is not None:
         return with_gradient(logits, *known)
     request = Request.checked(logits, labels, parsed, offsets)
-    images = request.layout.scored_images
     if not is_mean:
-        parsed.check_losses_of_images(images)
+        parsed.check_losses_of_images(request.layout.scored_images)
     _look_at(logits, parsed)
     pending = submit([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad and is_mean)
     if is_mean:
@@ -119,9 +118,7 @@ def differentiable(
     (answer,) = pending.collect()
     if not isinstance(answer, Result):
         raise answer
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses = torch.from_numpy(parsed.per_image_losses(answer.terms)).to(logits.device, dtype)
-    return with_gradient(logits, losses, answer.grad, images, request.layout.offsets)
+    return with_gradients(logits, parsed.per_image_losses(answer.terms), answer.grad, request.layout.offsets)
 
 
 @untraced
@@ -183,10 +180,7 @@ def _prepared(
 
 def _masked(logits: Tensor, labels: Tensor, valid: Any, loss: WeightedSum) -> tuple[Tensor, WeightedSum]:
     """Labels and loss after ``valid`` has been put into them."""
-    if valid is None:
-        return labels, loss
-    layout = loss.layout(logits.shape, labels.shape, may_be_empty=True)
-    return masked(labels, valid, loss, layout.label_values)
+    return (labels, loss) if valid is None else masked(logits.shape, labels, valid, loss)
 
 
 def _look_at(logits: Tensor, loss: WeightedSum) -> None:

@@ -175,6 +175,8 @@ def _term(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
         return _cross_entropy(logits, labels, loss)
     if isinstance(loss, BinaryCrossEntropy):
         return _binary_cross_entropy(logits, labels, loss)
+    if not isinstance(loss, LovaszLoss):
+        raise NotImplementedError(type(loss).__name__)
     groups = _class_losses(logits, labels, loss)
     result = _zero(logits)
     for losses in groups:

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     import torch
 
 UUID_BYTES = 16
-ALIGNMENT = 64
-"""Tensors in device memory begin at multiples of this many bytes."""
 
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,19 +16,20 @@ from lovasz.spec.terms import WeightedSum
 _BYTE = 255
 
 
-def masked(labels: Any, valid: Any, loss: WeightedSum, label_values: int) -> tuple[Any, WeightedSum]:
+def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) -> tuple[Any, WeightedSum]:
     """Labels that are void where ``valid`` is false, and the loss that ignores them.
 
     Args:
+        logits: shape of the logits.
         labels: an array of NumPy or a tensor of torch.
         valid: bool, in the shape of the labels, or with 1 along some axes; an axis of size 1 after the first may be
             there or not. A tensor, or an array of any framework.
-        label_values: the labels are in [0, label_values).
 
     Raises:
-        InvalidInput: the mask is not such an array, or the terms ignore different labels.
+        InvalidInput: the mask is not such an array, the terms ignore different labels, or the shapes do not fit.
     """
-    void = _void_label(loss, label_values)
+    layout = loss.layout(tuple(logits), tuple(labels.shape), may_be_empty=True)
+    void = _void_label(loss, layout.label_values)
     is_array = isinstance(labels, np.ndarray)
     mask = _mask_like(labels, valid)
     if mask.ndim == labels.ndim + 1 and mask.shape[1] == 1:  # (N, 1, H, W) for labels (N, H, W)

@@ -4,7 +4,8 @@ Needs numpy and protobuf only. Client and server use the same code, so each rule
 tensors is serialized is in :mod:`lovasz.wire.framing`.
 """
 
-from lovasz.wire.connection import CLIENT_KEY, KEEPALIVE_OPTIONS
+from lovasz.wire.block import ALIGNMENT, Places, check_inside, places
+from lovasz.wire.connection import CLIENT_KEY, KEEPALIVE_OPTIONS, PUSHBACK_KEY
 from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
 from lovasz.wire.joint import (
     MAX_CALL_BYTES,
@@ -15,18 +16,12 @@ from lovasz.wire.joint import (
     Leave,
 )
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
-from lovasz.wire.messages import (
-    MAX_PACKET_BYTES,
-    MAX_SOCKET_PATH_BYTES,
-    MEMORY_SUFFIX,
-    Request,
-    Response,
-    SharedTensors,
-    TensorSpec,
-)
+from lovasz.wire.messages import Request, Response, SharedTensors, TensorSpec
 from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
+from lovasz.wire.sockets import MAX_PACKET_BYTES, MAX_SOCKET_PATH_BYTES, MEMORY_SUFFIX, UNIX, peer_of, socket_path
 
 __all__ = [
+    "ALIGNMENT",
     "CHUNK_BYTES",
     "DTYPES",
     "FLOATS",
@@ -41,18 +36,25 @@ __all__ = [
     "KEEPALIVE_OPTIONS",
     "MAX_SOCKET_PATH_BYTES",
     "MEMORY_SUFFIX",
+    "PUSHBACK_KEY",
+    "UNIX",
     "Abort",
     "Assembly",
     "DType",
     "Joint",
     "Leave",
+    "Places",
     "Request",
     "Response",
     "SharedTensors",
     "TensorSpec",
     "as_bytes",
+    "check_inside",
     "chunks",
     "dtype_named",
     "loss_from_proto",
     "loss_to_proto",
+    "peer_of",
+    "places",
+    "socket_path",
 ]

@@ -1,4 +1,5 @@
-"""What both sides of a connection agree on: who a caller is, and how they notice that the other side has vanished."""
+"""What both sides of a connection agree on: who a caller is, when it may try again, and how they notice that
+the other side has vanished."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ _PING_TIMEOUT_MS = 12_000
 CLIENT_KEY = "lovasz-client"
 """Metadata of calls on a Unix socket, where gRPC does not tell callers apart: random hexadecimal digits, one text a
 client."""
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata of an error: the milliseconds after which to try again; negative: never."""
 
 KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_time_ms", _PING_EVERY_MS),

@@ -55,10 +55,12 @@ def _term_to_proto(weight: float, loss: spec.Loss) -> pb.Term:
             pos_weight=_pos_weight_to_proto(loss.pos_weight), ignore_index=loss.ignore_index, multilabel=loss.multilabel
         )
         return pb.Term(weight=weight, binary_cross_entropy=binary)
-    cross_entropy = pb.CrossEntropy(
-        class_weights=loss.class_weights or (), ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing
-    )
-    return pb.Term(weight=weight, cross_entropy=cross_entropy)
+    if isinstance(loss, spec.CrossEntropy):
+        cross_entropy = pb.CrossEntropy(
+            class_weights=loss.class_weights or (), ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing
+        )
+        return pb.Term(weight=weight, cross_entropy=cross_entropy)
+    raise NotImplementedError(type(loss).__name__)
 
 
 def _pos_weight_to_proto(value: float | Sequence[float] | None) -> Sequence[float]:

@@ -18,13 +18,6 @@ from lovasz.wire.enums import enum_text
 from lovasz.wire.joint import MAX_RUN_CHARACTERS, Joint
 from lovasz.wire.losses import check_lengths, loss_from_proto, loss_to_proto
 
-MAX_SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket on Linux."""
-MEMORY_SUFFIX = ".memory"
-"""The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
-MAX_PACKET_BYTES = 64 << 10
-"""The longest packet on that socket."""
-
 MAX_HEADER_BYTES = 64 << 10
 """The longest header, beside what the options of its classes and its offsets take."""
 _OPTION_BYTES = 11

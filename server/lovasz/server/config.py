@@ -44,9 +44,6 @@ DEFAULT_LOG_FORMAT = "text"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
-UNIX = "unix:"
-"""The prefix of a Unix socket's address."""
-
 CLIENT_VARIABLES = frozenset(
     f"LOVASZ_{name}"
     for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY", "TLS_SERVER_NAME")
@@ -55,11 +52,6 @@ CLIENT_VARIABLES = frozenset(
 
 _LEAST_BUDGET_BYTES = 64 << 10
 """A smaller budget holds no request that is worth a call."""
-
-
-def socket_path(address: str) -> str | None:
-    """The path of a Unix socket's address; None for HOST:PORT."""
-    return address.removeprefix(UNIX).removeprefix("//") if address.startswith(UNIX) else None
 
 
 @dataclass(frozen=True)
@@ -237,7 +229,7 @@ class ServerConfig(AccessSettings):
     def __post_init__(self) -> None:
         self._check_access()
         for address in self.addresses:
-            path = socket_path(address)
+            path = wire.socket_path(address)
             if path is None:
                 self._check_address("listen", address)
             else:
@@ -284,7 +276,7 @@ class ServerConfig(AccessSettings):
     @property
     def socket_paths(self) -> tuple[str, ...]:
         """The paths of the Unix sockets among them."""
-        return tuple(path for path in map(socket_path, self.addresses) if path is not None)
+        return tuple(path for path in map(wire.socket_path, self.addresses) if path is not None)
 
     def _check_socket_path(self, path: str) -> None:
         longest, why = wire.MAX_SOCKET_PATH_BYTES, ""

@@ -78,6 +78,9 @@ class StartingError(ServerError):
 class StoppingError(ServerError):
     """The server takes no new requests."""
 
+    def __init__(self, text: str = "the server is stopping and accepts no new requests") -> None:
+        super().__init__(text)
+
 
 class DeviceError(ServerError):
     """The device did not compute."""
@@ -96,6 +99,15 @@ class AbandonedError(ServerError):
 
 class StalledError(ServerError):
     """The caller stopped sending its request."""
+
+    @classmethod
+    def of_header(cls, seconds: float, option: str) -> StalledError:
+        """No header came in time.
+
+        Args:
+            option: what sets the time; empty: no option does.
+        """
+        return cls(f"no header arrived within {seconds:g} s" + (f" ({option})" if option else ""))
 
 
 class JointMismatchError(ServerError):

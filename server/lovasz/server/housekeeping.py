@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+Chore: TypeAlias = Callable[[], None]
 
 _log = logging.getLogger(__name__)
 
@@ -16,7 +19,7 @@ _PATIENCE_SECONDS = 5.0
 class Housekeeper:
     """Calls its chores one after the other. One that fails is logged, and called again the next time."""
 
-    def __init__(self, name: str, chores: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, name: str, chores: Sequence[Chore]) -> None:
         self._chores = chores
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
 
 from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.access.certificates import certificate_files
 from lovasz.server.access.exposure import warn_if_open
 from lovasz.server.access.limits import UNLIMITED, Limits
-from lovasz.server.access.tokens import token_file
+from lovasz.server.access.tokens import Tokens, token_file
 from lovasz.server.config import ServerConfig
 from lovasz.server.device.engine import Engine
 from lovasz.server.device.guard import DeviceGuard
 from lovasz.server.device.hardware import choose_device, hardware_name
 from lovasz.server.device.load import DeviceWatch
 from lovasz.server.errors import DeviceError
-from lovasz.server.housekeeping import INTERVAL_SECONDS, Housekeeper
+from lovasz.server.housekeeping import INTERVAL_SECONDS, Chore, Housekeeper
 from lovasz.server.memory.allocator import MemoryReturner
 from lovasz.server.memory.pool import KEPT_SECONDS, StagingPool
 from lovasz.server.memory.shared_devices import shared_devices
 from lovasz.server.observe.metrics import Metrics
+from lovasz.server.observe.optional_spans import spans_to
 from lovasz.server.observe.waiting_steps import WaitingSteps
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
 from lovasz.server.schedule.job import TOKEN, Tenant
 from lovasz.server.schedule.joint.table import JointTable
-from lovasz.server.settings import ConfigError
 from lovasz.server.transport.call import SERVICE_NAME, Pipeline
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.grpc_server import GrpcServer
@@ -46,9 +45,6 @@ from lovasz.server.web.http_server import WebServer
 from lovasz.server.web.shortened import page_for_strangers
 from lovasz.server.web.status_page import StatusPage
 from lovasz.version import VERSION
-
-if TYPE_CHECKING:
-    from lovasz.server.observe.spans import Spans
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +81,7 @@ class Server:
         self._certificates = certificate_files(config)
         self._tokens = token_file("--tokens", config.tokens_file)
         metrics_tokens = token_file("--metrics-tokens", config.metrics_tokens_file)
-        self._spans = _spans(config.otlp_endpoint) if config.otlp_endpoint else None
+        self._spans = spans_to(config.otlp_endpoint)
         self._admission = Admission(
             config.memory_budget_bytes, config.max_requests, lambda name: self._limits_of(name).budget
         )
@@ -114,19 +110,39 @@ class Server:
             stall_seconds=config.device_stall_seconds,
         )
         self._staging = StagingPool(self._engine.device)
+        self._shared_memory = self._new_shared_memory()
+        gate = None if self._tokens is None else Gate(self._tokens, self._metrics)
+        self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds, self._certificates, gate)
+        self._health = HealthMonitor(self._engine, self._metrics)
+        checks = self._offer_services()
+        self._device_watch = DeviceWatch(self._engine.device)
+        self._housekeepers = self._new_housekeepers(checks, metrics_tokens)
+        self._declare_gauges()
+        self._web = self._new_web_server(metrics_tokens)
+        self.targets = config.addresses
+        self.metrics_url = ""
+
+    def _new_shared_memory(self) -> list[SharedMemory]:
+        """A socket of shared memory beside each Unix socket of gRPC, if wanted."""
+        config = self._config
         paths = config.socket_paths if config.shared_memory else ()
         devices = shared_devices(self._engine.device) if paths else None
-        self._shared_memory = [
+        return [
             SharedMemory(
                 path + wire.MEMORY_SUFFIX, config.memory_budget_bytes, config.max_shared_bytes // len(paths), devices
             )
             for path in paths
         ]
-        gate = None if self._tokens is None else Gate(self._tokens, self._metrics)
-        self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds, self._certificates, gate)
-        self._health = HealthMonitor(self._engine, self._metrics)
+
+    def _offer_services(self) -> list[Chore]:
+        """Connects the services to what carries their calls; returns the checks that they need every second."""
+        config = self._config
         headerless = TimedCalls(
-            "calls without a header", config.header_seconds, self._grpc.max_headerless, self._metrics
+            "calls without a header",
+            config.header_seconds,
+            self._grpc.max_headerless,
+            self._metrics,
+            option="--header-timeout",
         )
         sending = SendWatch(config.stall_seconds, self._metrics)
         pipeline = Pipeline(
@@ -158,15 +174,17 @@ class Server:
         for shared_memory in self._shared_memory:
             shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
-        self._device_watch = DeviceWatch(self._engine.device)
+        return [*(calls.check for calls in timed), sending.check]
+
+    def _new_housekeepers(self, checks: list[Chore], metrics_tokens: Tokens | None) -> list[Housekeeper]:
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
-        device_guard = DeviceGuard(self._engine, self._admission, config.device_stall_seconds, self._fail)
-        self._housekeepers = [
+        device_guard = DeviceGuard(self._engine, self._admission, self._config.device_stall_seconds, self._fail)
+        access_files = (files for files in (self._certificates, self._tokens, metrics_tokens) if files)
+        return [
             Housekeeper(
                 "housekeeper",
                 [
-                    *(calls.check for calls in timed),
-                    sending.check,
+                    *checks,
                     self._joints.check,
                     device_guard.check,
                     self._staging.trim,
@@ -175,22 +193,17 @@ class Server:
                 ],
             ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
-            Housekeeper(  # As it may if a file's disk does.
-                "access-files",
-                [
-                    *(files.check for files in (self._certificates, self._tokens, metrics_tokens) if files),
-                    self._forget_callers,
-                ],
-            ),
+            # As it may if a file's disk does.
+            Housekeeper("access-files", [*(files.check for files in access_files), self._forget_callers]),
         ]
-        self._declare_gauges()
+
+    def _new_web_server(self, metrics_tokens: Tokens | None) -> WebServer:
+        config = self._config
         shown = self._metrics.registry, self._joints.waiting_steps, lambda: self._engine.starting
         hosts = addresses.split(config.metrics_listen)[0], *config.metrics_host_names
         guard = Guard(hosts, metrics_tokens, self._tokens)
         certificates = self._certificates if config.metrics_tls else None
-        self._web = WebServer(StatusPage(*shown), page_for_strangers(*shown), guard, certificates)
-        self.targets = config.addresses
-        self.metrics_url = ""
+        return WebServer(StatusPage(*shown), page_for_strangers(*shown), guard, certificates)
 
     def _declare_gauges(self) -> None:
         config, admission, joints = self._config, self._admission, self._joints
@@ -370,15 +383,3 @@ class Server:
             self._spans.stop()
         _log.info("stopped", extra={"unfinished_requests": left})
         return finished
-
-
-def _spans(endpoint: str) -> Spans:
-    try:
-        from lovasz.server.observe.spans import Spans
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("lovasz."):
-            raise
-        raise ConfigError(
-            f"--otlp-endpoint: got {endpoint!r} without {error.name}: pip install 'lovasz[otel]'"
-        ) from None
-    return Spans(endpoint)

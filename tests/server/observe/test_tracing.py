@@ -6,7 +6,7 @@ from typing import cast
 
 import grpc
 import pytest
-from support.desk import OK, Caller, Desk, Rank, ended
+from support.desk import OK, Desk, DeskCarrier, Rank, ended
 
 from lovasz.server.observe.tracing import exemplar
 
@@ -42,7 +42,7 @@ def test_what_is_no_trace_or_not_recorded_is_passed_over(value: str | bytes) -> 
 
 def test_each_phase_of_a_traced_request_has_it_as_its_exemplar(desk: Desk) -> None:
     desk.compute()
-    traced = Caller(metadata=(("traceparent", SAMPLED),))
+    traced = DeskCarrier(metadata=(("traceparent", SAMPLED),))
     (outcome,) = ended(desk.ask(Rank(world_size=0), traced))
     assert outcome.code is OK
     (phases,) = [one for one in desk.metrics.registry.collect() if one.name == "lovasz_phase_seconds"]
@@ -54,7 +54,7 @@ def test_each_phase_of_a_traced_request_has_it_as_its_exemplar(desk: Desk) -> No
 def test_a_fault_is_logged_with_its_trace(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     desk.compute()
     desk.engine.fault = RuntimeError("a kernel failed")
-    (outcome,) = ended(desk.ask(Rank(world_size=0), Caller(metadata=(("traceparent", SAMPLED),))))
+    (outcome,) = ended(desk.ask(Rank(world_size=0), DeskCarrier(metadata=(("traceparent", SAMPLED),))))
     assert outcome.code is grpc.StatusCode.INTERNAL
     (record,) = [record for record in caplog.records if record.message == "unexpected fault"]
     assert cast("dict[str, str]", vars(record))["trace_id"] == TRACE

@@ -6,7 +6,7 @@ import pytest
 
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission
-from lovasz.server.schedule.ahead import AheadRoom
+from lovasz.server.schedule.joint.ahead import AheadRoom
 from lovasz.server.schedule.joint.group import Run
 
 

@@ -17,8 +17,8 @@ from support.desk import (
     RESOURCE_EXHAUSTED,
     SOFTMAX,
     UNAVAILABLE,
-    Caller,
     Desk,
+    DeskCarrier,
     Outcome,
     Rank,
     alone,
@@ -153,7 +153,7 @@ def test_the_next_call_of_a_rank_drops_its_answers_and_no_others(desk: Desk) -> 
 
 
 def test_a_second_call_without_a_name_is_another_call(desk: Desk) -> None:
-    caller = Caller()
+    caller = DeskCarrier()
     first = desk.ask(Rank(call=b""), caller)
     assert desk.waits_for(1)
     assert ended(desk.ask(Rank(call=b"")))[0].code is FAILED_PRECONDITION
@@ -203,7 +203,7 @@ def test_a_rank_that_still_sends_when_the_time_is_up_is_missing_and_is_told_so_w
 
 def test_a_rank_that_leaves_frees_its_seat(desk: Desk) -> None:
     desk.compute()
-    ranks, caller = ranks_of(3), Caller()
+    ranks, caller = ranks_of(3), DeskCarrier()
     stays, leaves = desk.ask(ranks[0]), desk.ask(ranks[1], caller)
     assert desk.waits_for(2)
     caller.cancel()
@@ -214,7 +214,7 @@ def test_a_rank_that_leaves_frees_its_seat(desk: Desk) -> None:
 
 
 def test_a_group_that_all_have_left_is_gone_with_its_room(desk: Desk) -> None:
-    callers = [Caller() for _ in range(3)]
+    callers = [DeskCarrier() for _ in range(3)]
     calls = [desk.ask(rank, caller) for rank, caller in zip(ranks_of(4), callers, strict=False)]
     assert desk.waits_for(3)
     assert desk.admission.requests_in_flight == 4
@@ -226,7 +226,7 @@ def test_a_group_that_all_have_left_is_gone_with_its_room(desk: Desk) -> None:
 
 def test_a_rank_that_leaves_while_it_sends_frees_its_seat(desk: Desk) -> None:
     desk.compute()
-    ranks, caller, never = ranks_of(2), Caller(), threading.Event()
+    ranks, caller, never = ranks_of(2), DeskCarrier(), threading.Event()
     leaves = desk.ask_in_stream(ranks[0], never, caller)
     assert eventually(lambda: desk.joints.waiting_ranks == 1)
     stays = desk.ask(ranks[1])
@@ -238,7 +238,7 @@ def test_a_rank_that_leaves_while_it_sends_frees_its_seat(desk: Desk) -> None:
 
 
 def test_a_rank_that_leaves_a_complete_group_is_computed_with(desk: Desk) -> None:
-    ranks, caller = ranks_of(2), Caller()
+    ranks, caller = ranks_of(2), DeskCarrier()
     calls = desk.ask(ranks[0], caller), desk.ask(ranks[1])
     assert eventually(lambda: len(desk.batcher) == 1)
     caller.cancel()
@@ -250,7 +250,7 @@ def test_a_rank_that_leaves_a_complete_group_is_computed_with(desk: Desk) -> Non
 
 
 def test_a_complete_group_that_all_have_left_is_not_computed(desk: Desk) -> None:
-    callers = [Caller(), Caller()]
+    callers = [DeskCarrier(), DeskCarrier()]
     calls = [desk.ask(rank, caller) for rank, caller in zip(ranks_of(2), callers, strict=True)]
     assert eventually(lambda: len(desk.batcher) == 1)
     for caller in callers:
@@ -335,7 +335,7 @@ def test_a_call_that_comes_again_while_it_is_computed_gets_the_same_answer(desk:
 
 
 def test_a_call_that_comes_again_after_its_caller_has_left_gets_the_answer(desk: Desk) -> None:
-    ranks, caller = ranks_of(2), Caller()
+    ranks, caller = ranks_of(2), DeskCarrier()
     calls = [desk.ask(ranks[0], caller), desk.ask(ranks[1])]
     assert eventually(lambda: len(desk.batcher) == 1)
     again = desk.ask(ranks[0])
@@ -349,7 +349,7 @@ def test_a_call_that_comes_again_after_its_caller_has_left_gets_the_answer(desk:
 def test_a_call_that_comes_again_while_its_answer_is_sent_does_not_wait_for_that(desk: Desk) -> None:
     """As where a connection was lost and the server does not know it yet."""
     desk.compute()
-    ranks, go_on, caller = ranks_of(2), threading.Event(), Caller()
+    ranks, go_on, caller = ranks_of(2), threading.Event(), DeskCarrier()
     go_on.set()
     other = desk.ask(ranks[1])
     sending = desk.stream(ranks[0], go_on, caller)
@@ -408,7 +408,7 @@ def test_an_answer_that_is_being_sent_is_kept_whatever_the_time(desk: Desk, monk
     ranks, go_on = ranks_of(2), threading.Event()
     go_on.set()
     other = desk.ask(ranks[1])
-    sending = desk.stream(ranks[0], go_on, Caller())
+    sending = desk.stream(ranks[0], go_on, DeskCarrier())
     next(sending)
     ended(other)
     desk.joints.check()
@@ -488,7 +488,7 @@ def test_a_rank_that_is_larger_than_the_room_ends_its_group_for_all() -> None:
 def test_the_room_of_a_small_rank_that_comes_again_is_given_away_only_once_its_group_is_complete() -> None:
     ranks = ranks_of(3)
     ranks[0] = replace(ranks[0], shape=(8, CLASSES, 100))
-    desk, caller = Desk(budget=3 * ranks[0].nbytes), Caller()
+    desk, caller = Desk(budget=3 * ranks[0].nbytes), DeskCarrier()
     desk.compute()
     first = desk.ask(ranks[0])
     assert desk.waits_for(1)

@@ -16,8 +16,8 @@ from support.desk import (
     INVALID_ARGUMENT,
     OK,
     RESOURCE_EXHAUSTED,
-    Caller,
     Desk,
+    DeskCarrier,
     Ended,
     Outcome,
     Rank,
@@ -113,7 +113,7 @@ def test_a_rank_whose_labels_are_invalid_is_named_by_its_number(desk: Desk) -> N
 def test_the_first_rank_with_images_takes_room_for_all() -> None:
     ranks = ranks_of(3)
     ranks[0] = replace(ranks[0], shape=NOTHING)
-    desk, caller = Desk(budget=3 * ranks[1].nbytes), Caller()
+    desk, caller = Desk(budget=3 * ranks[1].nbytes), DeskCarrier()
     first = desk.ask(ranks[0], caller)
     assert desk.waits_for(1)
     assert desk.admission.bytes_in_flight == 0
@@ -225,7 +225,7 @@ def unchecked(desk: Desk, rank: Rank, change: Callable[[pb.RequestHeader], objec
     logits, labels = rank.payload
     message = framing.UnaryRequest(rank.request.to_proto(), logits, labels[cut:])
     change(message.header)
-    caller = Caller()
+    caller = DeskCarrier()
     with pytest.raises(Ended):
         desk.service.compute(message, cast("Any", caller))
     return Outcome(caller.code, caller.text)
@@ -481,7 +481,7 @@ def test_an_evaluation_that_others_never_come_to_is_called_so_at_the_timeout() -
     ids=["may make another call", "the same rank", "another run", "a rank is on its way"],
 )
 def test_ranks_that_can_still_meet_wait_on(desk: Desk, calls: list[Rank]) -> None:
-    callers = [Caller() for _ in calls]
+    callers = [DeskCarrier() for _ in calls]
     waiting = [desk.ask(rank, caller) for rank, caller in zip(calls, callers, strict=True)]
     assert desk.waits_for(2)
     desk.joints.check()
@@ -500,7 +500,7 @@ def test_a_training_that_restarts_while_its_old_calls_still_wait_is_let_be(
     desk.compute()
     first = ranks_of(3, step=8, process=b"old")
     run_in_full(desk, first)
-    callers = [Caller(), Caller()]
+    callers = [DeskCarrier(), DeskCarrier()]
     old = [
         desk.ask(Rank(rank=rank, world_size=3, step=9, blocking=True, process=b"old"), caller)
         for rank, caller in enumerate(callers)

@@ -16,8 +16,8 @@ from support.desk import (
     CLASSES,
     OK,
     RESOURCE_EXHAUSTED,
-    Caller,
     Desk,
+    DeskCarrier,
     Rank,
     alone,
     assert_right,
@@ -109,7 +109,7 @@ def test_no_circle_keeps_the_tensors_of_a_group_alive(desk: Desk) -> None:
     desk.engine.memory_elements = 1
     ended(*map(desk.ask, ranks))
     assert eventually(lambda: desk.pool.alive == 0), "did not fit"
-    callers = [Caller(), Caller()]
+    callers = [DeskCarrier(), DeskCarrier()]
     calls = [desk.ask(rank, caller) for rank, caller in zip(ranks, callers, strict=False)]
     assert desk.waits_for(2)
     for caller in callers:
@@ -125,7 +125,7 @@ def test_no_circle_keeps_the_tensors_of_a_single_request_alive(desk: Desk) -> No
         (outcome,) = ended(desk.ask(rank))
         assert outcome.code is (OK if rank.label is None else grpc.StatusCode.INVALID_ARGUMENT)
         assert eventually(lambda: desk.pool.alive == 0)
-    caller, never = Caller(), threading.Event()
+    caller, never = DeskCarrier(), threading.Event()
     call = desk.ask_in_stream(Rank(world_size=0), never, caller)
     assert eventually(lambda: desk.pool.alive > 0)
     caller.cancel()

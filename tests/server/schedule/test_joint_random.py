@@ -18,8 +18,8 @@ from support.desk import (
     RESOURCE_EXHAUSTED,
     SOFTMAX,
     UNAVAILABLE,
-    Caller,
     Desk,
+    DeskCarrier,
     Outcome,
     Rank,
     assert_right,
@@ -92,7 +92,7 @@ class Mischief:
             what = rng.choice(("well",) * 8 + ("leaves", "again", "twice", "twin", "differs", "stays away", "streams"))
             calls: list[Future[Outcome]] = []
             if what == "leaves":
-                caller = Caller()
+                caller = DeskCarrier()
                 calls.append(self._ask(me, rng, caller))
                 threading.Event().wait(rng.random() * 0.02)
                 caller.cancel()
@@ -110,7 +110,7 @@ class Mischief:
                 calls += [self._ask(replace(me, loss=LovaszSoftmax(classes="all"), call=b"differs"), rng)]
                 calls += [self._ask(me, rng)]
             elif what == "streams":
-                go_on, caller = threading.Event(), Caller()
+                go_on, caller = threading.Event(), DeskCarrier()
                 calls.append(self.desk.ask_in_stream(me, go_on, caller))
                 threading.Event().wait(rng.random() * 0.01)
                 if rng.random() < 0.5:
@@ -125,7 +125,7 @@ class Mischief:
             for place, call in enumerate(calls):
                 self._judge(what, call.result(60), ranks, rank, differs=what == "differs" and place == 0)
 
-    def _ask(self, rank: Rank, rng: random.Random, caller: Caller | None = None) -> Future[Outcome]:
+    def _ask(self, rank: Rank, rng: random.Random, caller: DeskCarrier | None = None) -> Future[Outcome]:
         if rng.random() < 0.2:
             go_on = threading.Event()
             go_on.set()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import grpc
 import pytest
-from support.desk import OK, Caller, Desk, Rank, assert_right, ended, ranks_of
+from support.desk import OK, Desk, DeskCarrier, Rank, assert_right, ended, ranks_of
 
 from lovasz.server.schedule.joint import attendance
 from lovasz.server.schedule.joint.attendance import Attendance
@@ -16,8 +16,8 @@ SECRET, OTHER = b"0123456789abcdef", b"fedcba9876543210"
 REFUSED = grpc.StatusCode.FAILED_PRECONDITION
 
 
-def at(address: str) -> Caller:
-    return Caller(address=f"ipv4:{address}:1234")
+def at(address: str) -> DeskCarrier:
+    return DeskCarrier(address=f"ipv4:{address}:1234")
 
 
 @pytest.mark.parametrize("secret", [b"", OTHER])

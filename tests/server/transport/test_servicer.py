@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from support.desk import ABORTED, CANCELLED, RESOURCE_EXHAUSTED, Caller, Desk, Rank, ended
+from support.desk import ABORTED, CANCELLED, RESOURCE_EXHAUSTED, Desk, DeskCarrier, Rank, ended
 from support.waiting import eventually
 
 from lovasz.server.observe.metrics import CLASSES, GAUGES, PHASES, Metrics
@@ -37,7 +37,7 @@ def test_a_fault_is_counted_from_0_and_told_in_no_detail(desk: Desk, caplog: pyt
 
 
 def test_the_time_of_calls_that_were_given_up_counts_in_their_last_phase(desk: Desk) -> None:
-    caller = Caller()
+    caller = DeskCarrier()
     call = desk.ask(Rank(world_size=0), caller)
     assert eventually(lambda: len(desk.batcher) == 1)
     caller.cancel()
@@ -50,7 +50,7 @@ def test_the_time_of_a_call_that_was_given_up_while_it_was_computed_counts_as_co
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.compute()
-    caller = Caller()
+    caller = DeskCarrier()
     entered, go_on = threading.Event(), threading.Event()
     start = desk.engine._start
 

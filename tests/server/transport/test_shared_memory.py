@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.footprint import descriptors_of
 from support.memory_caller import SEALS, TIMEOUT, MemoryCaller, memfd
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
-from lovasz.client.shared_memory import Region, Session, places
+from lovasz.client.shared_memory import Region, Session
 from lovasz.client.shared_memory import SharedMemory as Client
 from lovasz.server.errors import SessionLostError
 from lovasz.server.transport import shared_memory
@@ -100,15 +101,6 @@ def request(
     return wire.Request.checked(HEADER.loss, HEADER.logits, HEADER.labels, want_grad, shared)
 
 
-def descriptors(name: str) -> int:
-    """How many of this process lead to memory of this name."""
-    count = 0
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            count += os.readlink(f"/proc/self/fd/{number}").startswith(f"/memfd:{name} ")
-    return count
-
-
 def mappings(name: str) -> int:
     return Path("/proc/self/maps").read_text(encoding="ascii").count(f"/memfd:{name} ")
 
@@ -124,7 +116,7 @@ def caller(server: SharedMemory) -> Iterator[MemoryCaller]:
 
 
 def test_tensors_are_found_and_writes_are_seen_on_both_sides(server: SharedMemory, session: Session) -> None:
-    logits_at, labels_at, grad_at, nbytes = places(HEADER)
+    logits_at, labels_at, grad_at, nbytes = wire.places(HEADER)
     with region_of(nbytes) as region:
         region.map[logits_at : logits_at + LOGITS_BYTES] = b"L" * LOGITS_BYTES
         session.share(region)
@@ -249,7 +241,7 @@ def test_several_descriptors(server: SharedMemory, caller: MemoryCaller, count: 
         error = caller.share(1, *[descriptor] * count)
         refused(server, caller, error, f"region: got {min(count, 8)} file descriptors")
     assert caller.release(77) == ""
-    assert descriptors(MEMFD) == 0
+    assert descriptors_of(MEMFD) == 0
 
 
 def test_a_regular_file(server: SharedMemory, caller: MemoryCaller, tmp_path: Path) -> None:
@@ -301,7 +293,7 @@ def test_a_packet_that_is_no_message(server: SharedMemory, caller: MemoryCaller,
     with memfd() as descriptor:
         refused(server, caller, caller.say(packet, descriptor), "")
     assert caller.release(77) == ""
-    assert descriptors(MEMFD) == 0
+    assert descriptors_of(MEMFD) == 0
 
 
 def test_more_regions_than_a_session_may_have(
@@ -362,7 +354,7 @@ def test_of_a_session_that_has_ended_nothing_is_left(server: SharedMemory, calle
     assert mappings(MEMFD) == 5
     caller.close()
     assert eventually(lambda: server.sessions == 0)
-    assert eventually(lambda: (descriptors(MEMFD), mappings(MEMFD)) == (0, 0))
+    assert eventually(lambda: (descriptors_of(MEMFD), mappings(MEMFD)) == (0, 0))
     assert server.nbytes == 0
     with pytest.raises(SessionLostError):
         server.tensors(request(caller.hello.session, 1))
@@ -381,7 +373,7 @@ def test_what_a_request_uses_stays_until_it_is_done(server: SharedMemory, caller
     assert mappings(MEMFD) == 1
     del logits, labels, grad
     gc.collect()
-    assert (descriptors(MEMFD), mappings(MEMFD)) == (0, 0)
+    assert (descriptors_of(MEMFD), mappings(MEMFD)) == (0, 0)
 
 
 def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: MemoryCaller) -> None:
@@ -389,7 +381,7 @@ def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: MemoryCa
         with memfd() as descriptor:
             assert caller.share(1, descriptor) == ""
         assert caller.release(1) == ""
-    assert (descriptors(MEMFD), mappings(MEMFD)) == (0, 0)
+    assert (descriptors_of(MEMFD), mappings(MEMFD)) == (0, 0)
 
 
 VANISHING = """
@@ -412,7 +404,7 @@ def test_of_a_process_that_was_killed_nothing_is_left(server: SharedMemory) -> N
         assert (server.sessions, server.nbytes) == (1, 4096)
         process.send_signal(signal.SIGKILL)
     assert eventually(lambda: server.sessions == 0)
-    assert eventually(lambda: (descriptors("lovasz"), mappings("lovasz")) == (0, 0))
+    assert eventually(lambda: (descriptors_of("lovasz"), mappings("lovasz")) == (0, 0))
 
 
 def test_a_caller_cannot_shrink_what_it_has_shared(server: SharedMemory, session: Session) -> None:

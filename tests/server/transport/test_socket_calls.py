@@ -12,7 +12,7 @@ from support.memory_caller import MemoryCaller
 from support.waiting import eventually
 
 from lovasz import wire
-from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
+from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.v1 import loss_pb2 as pb
@@ -33,7 +33,7 @@ class Service:
         if header.run == "fault":
             raise RuntimeError("a secret")
         if header.run == "refused":
-            carrier.set_trailing_metadata(((PUSHBACK_KEY, "250"),))
+            carrier.set_trailing_metadata(((wire.PUSHBACK_KEY, "250"),))
             carrier.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
         if header.run == "held":
             assert carrier.add_callback(self.ended.release)

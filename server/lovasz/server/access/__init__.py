@@ -1,1 +1,2 @@
-"""Who may come in: certificates and tokens, from files that are read again when they change."""
+"""Who may come in, and take how much: certificates and tokens with their limits, from files that are read again when
+they change; whether strangers could come in."""

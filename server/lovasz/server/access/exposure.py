@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from lovasz.server import addresses
-from lovasz.server.config import ServerConfig, socket_path
+from lovasz.server.config import ServerConfig
+from lovasz.wire import socket_path
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import torch
 
 from lovasz import wire
 from lovasz.core.batch import Request
-from lovasz.device_memory.driver import ALIGNMENT
 from lovasz.device_memory.mapping import Mapping
 from lovasz.server.memory.pool import StagingPool
 from lovasz.spec import InvalidInput
@@ -31,12 +30,9 @@ class DeviceBytes:
         Raises:
             InvalidInput: they are not, or do not begin at a multiple of 64 bytes.
         """
-        if not 0 <= offset <= mapping.nbytes - nbytes:
-            raise InvalidInput(
-                field, f"got {offset} for {nbytes} bytes in a region of {mapping.nbytes}; expected a place within it"
-            )
-        if offset % ALIGNMENT:
-            raise InvalidInput(field, f"got {offset} in device memory; expected a multiple of {ALIGNMENT}")
+        wire.check_inside(field, offset, nbytes, mapping.nbytes)
+        if offset % wire.ALIGNMENT:
+            raise InvalidInput(field, f"got {offset} in device memory; expected a multiple of {wire.ALIGNMENT}")
         self._mapping, self._address, self.nbytes = mapping, mapping.address + offset, nbytes
 
     def read(self, target: torch.Tensor, stream: torch.cuda.Stream | None) -> None:

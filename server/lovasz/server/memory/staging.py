@@ -12,8 +12,6 @@ from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.upload import Upload
 from lovasz.wire.framing import Bytes
 
-_ALIGNMENT = 64
-
 
 class Staging:
     """The tensors of one request in one buffer: its logits, its labels, and room for its gradient.
@@ -30,14 +28,11 @@ class Staging:
             MemoryError, RuntimeError: there is no memory left.
         """
         self._header, self._pool, self._is_abandoned = header, pool, False
-        sizes = (header.logits.nbytes, header.labels.nbytes, header.grad_bytes)
-        places = [0]
-        for size in sizes:
-            places.append(-(-(places[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-        buffer = self._buffer = pool.take(places[-1])
-        self._logits, self._labels, grad = (
-            buffer[place : place + size] for place, size in zip(places, sizes, strict=False)
-        )
+        place = wire.places(header)
+        buffer = self._buffer = pool.take(place.nbytes)
+        self._logits = buffer[place.logits : place.logits + header.logits.nbytes]
+        self._labels = buffer[place.labels : place.labels + header.labels.nbytes]
+        grad = buffer[place.grad : place.grad + header.grad_bytes]
         self.grad = _typed(grad, header.logits) if header.want_grad else None
         self.upload = Upload.begin((self._logits, self._labels), pool.device) if pool.device.type == "cuda" else None
 

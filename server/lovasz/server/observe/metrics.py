@@ -134,7 +134,7 @@ class Metrics:
         )
         self._caller_requests = Counter(
             "lovasz_caller_requests",
-            "Requests answered, by the name of the caller's token and gRPC status code; with --tokens only.",
+            "Requests answered, by the name of the caller's token (`alice`) and gRPC status code; with --tokens only.",
             ["caller", "code"],
             registry=registry,
         )

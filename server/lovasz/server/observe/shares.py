@@ -47,8 +47,8 @@ class Shares(Collector):
     def _family() -> CounterMetricFamily:
         return CounterMetricFamily(
             "lovasz_caller_device_seconds",
-            "Time that the device has computed for a caller: a token's name, a run or a host. The time of a batch is "
-            "divided among its callers by cost. Shown are the --max-runs callers that were served last, and all others "
-            "together.",
+            "Time that the device has computed for a caller, as `token alice`, `run cityscapes` or `host "
+            "ipv4:10.0.0.7`. The time of a batch is divided among its callers by cost. Shown are the --max-runs callers "
+            "that were served last, and all others together as `others`.",
             labels=["caller"],
         )

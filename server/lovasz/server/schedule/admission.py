@@ -221,7 +221,7 @@ class Admission:
 
     def _refusal(self, nbytes: int, requests: int, name: str) -> ServerError | None:
         if not self._open and requests:
-            return StoppingError("the server is stopping and accepts no new requests")
+            return StoppingError()
         if self.starting:
             return StartingError("the server is starting: it compiles, up to a minute the first time")
         if self.failing and requests:

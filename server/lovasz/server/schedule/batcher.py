@@ -57,7 +57,7 @@ class Batcher:
         """
         with self._changed:
             if self._closed:
-                raise StoppingError("the server is stopping and accepts no new requests")
+                raise StoppingError()
             self._turns.see(job.tenant)
             insort(self._waiting.setdefault(job.key, []), job, key=lambda j: j.due)
             self._changed.notify()

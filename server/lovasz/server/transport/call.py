@@ -37,11 +37,12 @@ from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
-from lovasz.server.transport.carrier import PUSHBACK_KEY, Carrier
+from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, FAULT_TEXT, STATUS, Status, status_of
+from lovasz.server.transport.threads import TOO_MANY_CALLS_TEXT
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -114,7 +115,7 @@ class Call:
         """
         self._inside = self._pipeline.calls.acquire(blocking=False)
         if not self._inside:
-            raise NoRequestsLeftError("too many calls at a time (--max-requests)", _RETRY_SECONDS)
+            raise NoRequestsLeftError(TOO_MANY_CALLS_TEXT, _RETRY_SECONDS)
 
     def read_header(self, message: pb.RequestHeader) -> wire.Request:
         """Parses the header.
@@ -345,5 +346,5 @@ class Call:
         if isinstance(error, ServerError) and error.retry_after_seconds is not None:
             # gRPC's own retries wait for this long; if it is negative, they do not try again.
             milliseconds = str(round(error.retry_after_seconds * 1000))
-            self._context.set_trailing_metadata(((PUSHBACK_KEY, milliseconds),))
+            self._context.set_trailing_metadata(((wire.PUSHBACK_KEY, milliseconds),))
         self._context.abort(status.code, text)

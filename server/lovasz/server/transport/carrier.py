@@ -7,9 +7,6 @@ from typing import NoReturn, Protocol
 
 import grpc
 
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
-"""Trailing metadata: the milliseconds after which to try again; negative: never."""
-
 
 class Carrier(Protocol):
     """A part of ``grpc.ServicerContext``, which is one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,7 +15,7 @@ from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.identity import CALLER_NAME
 from lovasz.server.transport.status import status_of
-from lovasz.server.transport.threads import start_all
+from lovasz.server.transport.threads import OwnThreads
 
 _HEADER = "authorization"
 _THREADS = 2
@@ -24,15 +23,15 @@ _MISSING = "a token is missing; expected metadata 'authorization: Bearer TOKEN'"
 _UNKNOWN = "the token is not known"
 
 
-class Gate:
+class Gate(OwnThreads):
     """Finds out who makes a call before it takes a thread or its message is read.
 
     Calls without a valid token are refused from threads of the gate's own.
     """
 
     def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
+        super().__init__(_THREADS, "gate")
         self._tokens, self._metrics = tokens, metrics
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gate")
         self._log = Sparingly(logging.getLogger(__name__))
 
     def around(self, service: grpc.GenericRpcHandler) -> grpc.GenericRpcHandler:
@@ -47,7 +46,7 @@ class Gate:
             CALLER_NAME.set(name)
             return None
         refuse = partial(self._refuse, details.method, _MISSING if token is None else _UNKNOWN)
-        refuse.experimental_thread_pool = self._threads  # type: ignore[attr-defined]
+        self.run_here(refuse)
         return grpc.stream_unary_rpc_method_handler(refuse)
 
     def _refuse(self, method: str, text: str, _: object, context: grpc.ServicerContext) -> NoReturn:
@@ -59,14 +58,6 @@ class Gate:
         self._metrics.rejections.labels(status.rejection.value).inc()
         self._log.info("a request was refused", peer=context.peer(), method=name, reason=text)
         context.abort(status.code, text)
-
-    def start_threads(self) -> None:
-        """Starts the threads that refuse."""
-        start_all(self._threads, _THREADS)
-
-    def end_threads(self, *, wait: bool) -> None:
-        """Ends the threads that refuse."""
-        self._threads.shutdown(wait=wait, cancel_futures=True)
 
 
 class _Guarded(grpc.GenericRpcHandler):

@@ -14,14 +14,14 @@ from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.access.certificates import Certificates
 from lovasz.server.access.watched_files import WatchedFiles
-from lovasz.server.config import UNIX, socket_path
 from lovasz.server.transport.credentials import server_credentials
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.health import HealthMonitor
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
-from lovasz.server.transport.threads import CallThreads, LimitedHandler, start_all
+from lovasz.server.transport.threads import CallThreads, LimitedHandler, OwnThreads, start_all
+from lovasz.wire import UNIX, socket_path
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class GrpcServer:
         """Takes the services; comes before the other methods."""
         loss = LimitedHandler(servicer.handler(), self._calls)
         guarded: list[grpc.GenericRpcHandler] = [loss]
-        self._services: list[LimitedHandler | HealthMonitor | Reflection | Gate] = [loss, health]
+        self._services: list[OwnThreads] = [loss, health]
         if reflection is not None:
             guarded.append(reflection.handler())
             self._services.append(reflection)

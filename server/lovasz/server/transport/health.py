@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -15,7 +14,7 @@ from lovasz.server.device.engine import Engine
 from lovasz.server.errors import ServerError
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.call import SERVICE_NAME
-from lovasz.server.transport.threads import start_all
+from lovasz.server.transport.threads import OwnThreads
 from lovasz.server.transport.timed_calls import TimedCalls
 
 _log = logging.getLogger(__name__)
@@ -29,13 +28,13 @@ _HEADERLESS_CALLS = 4
 _HEADER_SECONDS = 2.0
 
 
-class HealthMonitor:
+class HealthMonitor(OwnThreads):
     """Keeps the status of the health service up to date."""
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        super().__init__(_THREADS, "health")
         self.servicer = health.HealthServicer()
         self.headerless = TimedCalls("calls of health without a message", _HEADER_SECONDS, _HEADERLESS_CALLS, metrics)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="health")
         self._engine = engine
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="health", daemon=True)
@@ -60,8 +59,8 @@ class HealthMonitor:
         def watch(messages: Iterator[Any], context: grpc.ServicerContext, send: Callable[[Any], None]) -> None:
             self.servicer.Watch(self._first(messages, context), context, send)
 
-        check.experimental_thread_pool = self._threads  # type: ignore[attr-defined]
-        watch.experimental_thread_pool = self._threads  # type: ignore[attr-defined]
+        self.run_here(check)
+        self.run_here(watch)
         watch.experimental_non_blocking = True  # type: ignore[attr-defined]
         decode, encode = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
         return grpc.method_handlers_generic_handler(
@@ -71,14 +70,6 @@ class HealthMonitor:
                 "Watch": grpc.stream_stream_rpc_method_handler(watch, decode, encode),
             },
         )
-
-    def start_threads(self) -> None:
-        """Starts the threads of the health service."""
-        start_all(self._threads, _THREADS)
-
-    def end_threads(self, *, wait: bool) -> None:
-        """Ends the threads of the health service."""
-        self._threads.shutdown(wait=wait, cancel_futures=True)
 
     def _first(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
         try:

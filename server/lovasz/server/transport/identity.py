@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from lovasz import wire
-from lovasz.server.config import UNIX
 from lovasz.server.schedule.job import CONNECTION, RUN, TOKEN, Tenant
 from lovasz.server.schedule.joint.group import Run
 from lovasz.server.transport.carrier import Carrier
@@ -42,7 +41,7 @@ class Identity:
             said = (value for key, value in carrier.invocation_metadata() if key == wire.CLIENT_KEY)
             client = next(said, "")
             if isinstance(client, str) and _CLIENT.fullmatch(client):
-                address = f"{UNIX}client={client}"
+                address = f"{wire.UNIX}client={client}"
         return cls(CALLER_NAME.get(), address)
 
     @property
@@ -86,4 +85,4 @@ class Identity:
 
 def _is_shared(address: str) -> bool:
     """Whether it is that of every caller on a Unix socket."""
-    return address.startswith(UNIX) and "=" not in address
+    return address.startswith(wire.UNIX) and "=" not in address

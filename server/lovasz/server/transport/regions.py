@@ -17,6 +17,7 @@ import struct
 import threading
 import weakref
 
+from lovasz import wire
 from lovasz.spec import InvalidInput
 
 _BLOCK_BYTES = 512
@@ -83,11 +84,7 @@ class Region:
         Raises:
             InvalidInput: they are not all inside the region.
         """
-        if not 0 <= offset <= self.nbytes - nbytes:
-            raise InvalidInput(
-                f"shared_tensors.{name}_offset",
-                f"got {offset} for {nbytes} bytes in a region of {self.nbytes}; expected a place within it",
-            )
+        wire.check_inside(f"shared_tensors.{name}_offset", offset, nbytes, self.nbytes)
         return self._memory[offset : offset + nbytes]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lovasz.server.config import UNIX
+from lovasz.wire import UNIX
 
 _log = logging.getLogger(__name__)
 

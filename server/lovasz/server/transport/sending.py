@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from lovasz.server.observe.metrics import Metrics
+from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.transport.carrier import Carrier
 
 MOST_UNSENT_BYTES = 64 << 20
@@ -85,5 +85,5 @@ class SendWatch:
             stalled = [answer for answer in self._answers if answer.since < until]
             self._answers.difference_update(stalled)
         for answer in stalled:
-            self._metrics.stalled.labels("send").inc()
+            self._metrics.stalled.labels(Phase.SEND.value).inc()
             answer.cut_off()

@@ -13,7 +13,6 @@ import resource
 import secrets
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from lovasz import wire
-from lovasz.server.config import UNIX
 from lovasz.server.errors import SessionLostError
 from lovasz.server.memory.shared_devices import SharedDevices
 from lovasz.server.transport.device_region import DeviceRegion
@@ -259,10 +257,10 @@ class SharedMemory:
             return
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
-        process, user = _peer_of(connection)
+        process, user = wire.peer_of(connection)
         session = _Session(connection, secrets.token_bytes(_SESSION_BYTES), user)
         if self._call_threads is not None:
-            session.calls = SessionCalls(self._call_threads, f"{UNIX}uid={user},pid={process}", session.send)
+            session.calls = SessionCalls(self._call_threads, f"{wire.UNIX}uid={user},pid={process}", session.send)
         of_user = sum(other.user == session.user for other in self._sessions.values())
         for count, most, of_whom in (
             (len(self._sessions), MAX_SESSIONS, ""),
@@ -374,10 +372,3 @@ class SharedMemory:
         elif self._listening and not listen:
             self._selector.unregister(self._listener)
         self._listening = listen
-
-
-def _peer_of(connection: socket.socket) -> tuple[int, int]:
-    """The process id and the user id at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    process, user, _ = struct.unpack("3i", credentials)
-    return process, user

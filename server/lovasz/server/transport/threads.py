@@ -11,10 +11,13 @@ from typing import Any
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.transport.carrier import PUSHBACK_KEY
 from lovasz.server.transport.warm_threads import WarmThreads
+from lovasz.wire import PUSHBACK_KEY
 
 TOO_MANY_CALLS = "too many calls at a time"
+"""What the log says."""
+TOO_MANY_CALLS_TEXT = f"{TOO_MANY_CALLS} (--max-requests)"
+"""What callers are told."""
 RETRY_MILLISECONDS = "1000"
 """How long a caller that is refused is told to wait."""
 _REFUSING_THREADS = 2
@@ -32,6 +35,30 @@ def start_all(pool: ThreadPoolExecutor, most: int) -> None:
             ThreadPoolExecutor.submit(pool, go_on.wait)
     finally:
         go_on.set()
+
+
+class OwnThreads:
+    """A part of the server with threads of its own, so that it answers whatever other threads are busy with."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._own_threads = ThreadPoolExecutor(most, thread_name_prefix=name)
+        self._most_threads = most
+
+    def start_threads(self) -> None:
+        """Starts all threads.
+
+        Raises:
+            RuntimeError: the system refuses one.
+        """
+        start_all(self._own_threads, self._most_threads)
+
+    def end_threads(self, *, wait: bool) -> None:
+        """Ends the threads; waits for them if ``wait``."""
+        self._own_threads.shutdown(wait=wait, cancel_futures=True)
+
+    def run_here(self, method: Any) -> None:
+        """Has gRPC run a method in these threads."""
+        method.experimental_thread_pool = self._own_threads
 
 
 class CallThreads(Executor):
@@ -71,30 +98,22 @@ class CallThreads(Executor):
         self._threads.stop(wait=wait)
 
 
-class LimitedHandler(grpc.GenericRpcHandler):
+class LimitedHandler(OwnThreads, grpc.GenericRpcHandler):
     """The methods of a service while a thread is free; else a refusal, from threads of its own."""
 
     def __init__(self, service: grpc.GenericRpcHandler, threads: CallThreads) -> None:
+        super().__init__(_REFUSING_THREADS, "refusal")
         self._service, self._threads = service, threads
-        self._refusing = ThreadPoolExecutor(_REFUSING_THREADS, thread_name_prefix="refusal")
         self._log = Sparingly(logging.getLogger(__name__))
 
         def refuse(_: object, context: grpc.ServicerContext) -> None:
             self._log.warning(TOO_MANY_CALLS, peer=context.peer())
             context.set_trailing_metadata(((PUSHBACK_KEY, RETRY_MILLISECONDS),))
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{TOO_MANY_CALLS} (--max-requests)")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_CALLS_TEXT)
 
-        refuse.experimental_thread_pool = self._refusing  # type: ignore[attr-defined]
+        self.run_here(refuse)
         self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(refuse)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = self._service.service(handler_call_details)
         return self._refusal if handler is not None and self._threads.is_full else handler
-
-    def start_threads(self) -> None:
-        """Starts the threads that refuse."""
-        start_all(self._refusing, _REFUSING_THREADS)
-
-    def end_threads(self, *, wait: bool) -> None:
-        """Ends the threads that refuse."""
-        self._refusing.shutdown(wait=wait, cancel_futures=True)

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import grpc
 
-from lovasz.server.config import UNIX
 from lovasz.server.errors import AbandonedError, NoRequestsLeftError, StalledError
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.observe.metrics import Metrics
+from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.transport.messages import has_left
+from lovasz.wire import UNIX
 
 CONNECTION_CALLS = 32
 """Calls of one connection that may be open for longer than a moment. Unix sockets do not tell connections apart."""
@@ -57,15 +57,17 @@ class TimedCalls:
     If there are too many, the oldest makes room for one that has just come.
     """
 
-    def __init__(self, what: str, seconds: float, most: int, metrics: Metrics) -> None:
+    def __init__(self, what: str, seconds: float, most: int, metrics: Metrics, option: str = "") -> None:
         """No call is open yet.
 
         Args:
             what: what the log and errors call them.
             seconds: how long each may be open.
             most: how many may be open at a time.
+            option: what sets ``seconds``; empty: no option does.
         """
         self._what, self._seconds, self._most, self._metrics = what, seconds, most, metrics
+        self._option = option
         self._lock = threading.Lock()
         self._open: dict[OpenCall, None] = {}
         """The longest first."""
@@ -89,7 +91,7 @@ class TimedCalls:
                     raise AbandonedError from None
                 message = None
             if message is None and call.is_cut_off:
-                raise StalledError(f"no header arrived within {self._seconds:g} s (--header-timeout)")
+                raise StalledError.of_header(self._seconds, self._option)
             if message is None and has_left(context):
                 raise AbandonedError
             return message
@@ -144,6 +146,6 @@ class TimedCalls:
                 return
             del self._open[call]
             call.is_cut_off = True
-        self._metrics.stalled.labels("receive").inc()
+        self._metrics.stalled.labels(Phase.RECEIVE.value).inc()
         self._log.warning(f"cut off one of the {self._what}", peer=call.peer)
         call.cut_off()

@@ -12,6 +12,8 @@ can be added.
 
 from __future__ import annotations
 
+import numpy as np
+
 MAX_BITS = 15
 MIN_BITS = 5
 OCTAVES_PER_BIT = 3
@@ -38,3 +40,9 @@ def first_bins() -> list[int]:
 
 
 BINS = first_bins()[-1] + 1
+
+SPANS = OCTAVES + 1
+"""The octaves, and the last bin in place of those below."""
+
+FIRST_BINS = np.array([*first_bins(), BINS], np.int64)
+"""The bins of span i are [FIRST_BINS[i], FIRST_BINS[i + 1])."""

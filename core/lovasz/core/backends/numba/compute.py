@@ -25,7 +25,7 @@ from lovasz.core.plan import Plan, Term
 from lovasz.core.ranks import Ranks
 from lovasz.core.scoring import select_segments
 from lovasz.core.stop import Stop
-from lovasz.spec import BinaryCrossEntropy, LovaszSoftmax
+from lovasz.spec import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 
 
 def compute(
@@ -85,8 +85,10 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
                 counts = counts.copy()
                 counts[ignored] = 0
             terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
-        else:
+        elif isinstance(term.loss, CrossEntropy):
             terms.append(_cross_entropy(call, term, next(numbers), entropies, of_joints.labels))
+        else:
+            raise NotImplementedError(f"{term.loss.kind} as a softmax loss")
     if call.want_grad and plan.loss.probabilities:
         call.clear_grads(scored_planes)
     elif call.want_grad:
@@ -132,8 +134,10 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
             counted = foreground
         if isinstance(term.loss, BinaryCrossEntropy):
             terms.append(_binary_cross_entropy(call, term, next(numbers), entropies, counted.sum(0), codes))
-            continue
-        terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
+        elif isinstance(term.loss, LovaszHinge | LovaszSigmoid):
+            terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
+        else:
+            raise NotImplementedError(f"{term.loss.kind} as a binary loss")
     if call.want_grad and (plan.is_sigmoid or plan.binary_cross_entropies):
         call.run_blocks(binary.finish, scored=scored_planes, **inputs)
     elif call.want_grad:

@@ -15,7 +15,7 @@ from lovasz.core.backends.numba.joint_tables import JointTables
 from lovasz.core.backends.numba.segments import Parts, Rules, Segments
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
-from lovasz.core.tables import MAX_PIXELS
+from lovasz.core.word import MAX_PIXELS
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

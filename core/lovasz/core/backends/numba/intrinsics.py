@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lovasz.core import word
 from lovasz.core.backends.numba.disk_cache import DiskCache
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _digest() -> str:
     """A digest of all source files that compiled functions are made of."""
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), here.parents[1] / "tables.py"]
+    sources = [*sorted(here.glob("*.py")), Path(word.__file__)]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

@@ -18,12 +18,10 @@ from lovasz.core.backends.numba.intrinsics import compiled
 from lovasz.core.backends.numba.planes import Integers, claim
 from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.ranks import Ranks
-from lovasz.core.tables import REST_BITS, REST_SUM_BITS
+from lovasz.core.word import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
-_FIRST_BINS = np.array([*bins.first_bins(), BINS], np.int64)
-OCTAVES = len(_FIRST_BINS) - 1
-"""The last one is the bin of the errors below all octaves."""
+_SPANS, _FIRST_BINS = bins.SPANS, bins.FIRST_BINS
 
 _COUNT_BITS = 9
 _SHORT_REST_BITS = _COUNT_BITS + REST_BITS
@@ -47,7 +45,7 @@ class JointTables:
         self._call, self._ranks, self._part_tables, self._firsts, self._parts = call, ranks, part_tables, firsts, parts
         self._cut = cut
         self._bounds = np.empty((len(firsts), 2), np.int64)
-        self._most = np.empty((len(firsts), 2, OCTAVES), np.int64)
+        self._most = np.empty((len(firsts), 2, _SPANS), np.int64)
         self._sent: Sent | None = None
         self._words: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None = None
 
@@ -94,7 +92,7 @@ class JointTables:
 
 
 class Sent(NamedTuple):
-    """The words of each segment's table that are sent: (segments, 2, OCTAVES), of background and foreground.
+    """The words of each segment's table that are sent: (segments, 2, ``bins.SPANS``), of background and foreground.
 
     Attributes:
         first, stop: the bins [first, stop).
@@ -140,7 +138,7 @@ def survey(
     Args:
         bounds: written: minus the lowest bin in use; the last bin with foreground, or -1. With ``cut``, foreground may
             have an error of 0, which no table counts: the last bin in use.
-        most: written: no bin has more pixels than this; 0 if none has any: (segments, 2, octaves).
+        most: written: no bin has more pixels than this; 0 if none has any: (segments, 2, ``bins.SPANS``).
     """
     while True:
         s = claim(tasks, len(firsts))
@@ -153,12 +151,12 @@ def survey(
             last -= 1
         bounds[s, 1] = last if last >= lowest else -1
         for half in range(2):
-            for octave in range(OCTAVES):
-                first, stop = max(lowest, _FIRST_BINS[octave]), min(highest + 1, _FIRST_BINS[octave + 1])
+            for span in range(_SPANS):
+                first, stop = max(lowest, _FIRST_BINS[span]), min(highest + 1, _FIRST_BINS[span + 1])
                 words, bits = table[half * BINS + first : half * BINS + max(first, stop)], np.int64(0)
                 for i in range(len(words)):
                     bits |= words[i]
-                most[s, half, octave] = np.int64(np.uint64(bits) >> np.uint64(REST_SUM_BITS))
+                most[s, half, span] = np.int64(np.uint64(bits) >> np.uint64(REST_SUM_BITS))
 
 
 @compiled
@@ -171,11 +169,11 @@ def pack(
         if s >= len(firsts):
             break
         for half in range(2):
-            for octave in range(OCTAVES):
-                first, place = half * BINS + sent.first[s, half, octave], sent.place[s, half, octave]
-                count = sent.stop[s, half, octave] - sent.first[s, half, octave]
+            for span in range(_SPANS):
+                first, place = half * BINS + sent.first[s, half, span], sent.place[s, half, span]
+                count = sent.stop[s, half, span] - sent.first[s, half, span]
                 words = part_tables[firsts[s], first : first + count]
-                if sent.is_short[s, half, octave]:
+                if sent.is_short[s, half, span]:
                     short_words = short[place : place + count]
                     for i in range(count):
                         pixels, rests = words[i] >> REST_SUM_BITS, words[i] & _REST_MASK
@@ -194,11 +192,11 @@ def unpack(
         if s >= len(firsts):
             break
         for half in range(2):
-            for octave in range(OCTAVES):
-                first, place = half * BINS + sent.first[s, half, octave], sent.place[s, half, octave]
-                count = sent.stop[s, half, octave] - sent.first[s, half, octave]
+            for span in range(_SPANS):
+                first, place = half * BINS + sent.first[s, half, span], sent.place[s, half, span]
+                count = sent.stop[s, half, span] - sent.first[s, half, span]
                 words = part_tables[firsts[s], first : first + count]
-                if sent.is_short[s, half, octave]:
+                if sent.is_short[s, half, span]:
                     short_words = short[place : place + count]
                     for i in range(count):
                         word = np.int64(short_words[i])

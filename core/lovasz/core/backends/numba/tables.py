@@ -14,7 +14,7 @@ from numpy import int32 as i32
 from lovasz.core.backends.numba import bins
 from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
 from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
-from lovasz.core.tables import REST_BITS, REST_SUM_BITS
+from lovasz.core.word import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
 _UNCOUNTED = 2 * BINS
@@ -27,7 +27,7 @@ _OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, REST_BITS, REST_SUM_BITS
 assert _PER_BIT == 3, "_coarser divides by 3"
 assert _MAX_BITS + REST_BITS >= 23, "_rest shifts to the left"
 _ONE = np.int64(1 << REST_SUM_BITS)
-_FIRST_BINS = np.array([*bins.first_bins(), BINS], np.int64)
+_FIRST_BINS = bins.FIRST_BINS
 
 _BLOCK_PIXELS = 1024
 _BLOCK_BINS = 256
@@ -190,7 +190,7 @@ def scan(
     walked, room = np.empty((2, _BLOCK_BINS + 1), np.int64), np.empty((2, _BLOCK_BINS + 1))
     # G - n and G + b at the upper end of the next bin.
     left, union = np.int64(foreground_count), np.int64(foreground_count)
-    for octave in range(_OCTAVES + 1):
+    for octave in range(bins.SPANS):
         largest, width, lost = _scale(octave, top)
         start, stop = _FIRST_BINS[octave], min(highest + 1, _FIRST_BINS[octave + 1])
         # Blocks always begin at the same bins, so that the sum does not depend on which bins are in use.

@@ -18,7 +18,7 @@ from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, Fault, TermVal
 from lovasz.core.plan import Plan, Term
 from lovasz.core.scoring import segment_factors, select_segments
 from lovasz.core.stop import Stop
-from lovasz.spec import BinaryCrossEntropy, LovaszSoftmax
+from lovasz.spec import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 
 
 def compute(
@@ -97,10 +97,12 @@ def _softmax(flat: Flat, want_grad: bool) -> _Results:
         counts = _class_counts(labels, valid, flat.groups(term), channels)
         if isinstance(term.loss, LovaszSoftmax):
             of_term, is_scored = _lovasz_softmax(term, flat, soft, labels, valid, counts, g)
-        else:
+        elif isinstance(term.loss, CrossEntropy):
             parts.append(cross_entropy(term, flat, soft, labels, valid, counts))
             of_term = parts[-1].loss.unsqueeze(0)
             is_scored = torch.ones_like(of_term, dtype=torch.bool)
+        else:
+            raise NotImplementedError(f"{term.loss.kind} as a softmax loss")
         losses.append(of_term)
         scored.append(is_scored)
     grad = None
@@ -168,13 +170,15 @@ def _binary(flat: Flat, want_grad: bool) -> _Results:
             of_term, part = binary_cross_entropy(term, flat, margins, sigmoid, foreground, valid)
             is_scored = torch.ones_like(of_term, dtype=torch.bool)
             parts.append(part)
-        else:
+        elif isinstance(term.loss, LovaszHinge | LovaszSigmoid):
             class_weights = on_device(term.class_weights, logits.device)
             factors = segment_factors(term, groups.share, class_weights)
             is_scored, weights = select_segments(term, groups.sum(valid), factors, None)
             counts = groups.sum(foreground & valid)
             weights = weights.to(logits.dtype)
             of_term = lovasz_extension(errors, foreground.__getitem__, valid, counts, groups, weights, g)
+        else:
+            raise NotImplementedError(f"{term.loss.kind} as a binary loss")
         losses.append(of_term)
         scored.append(is_scored)
     grad = None

@@ -26,7 +26,7 @@ from lovasz.core.computed import Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan
 from lovasz.core.scoring import State
 from lovasz.core.stop import Stop
-from lovasz.spec import LovaszLoss, WeightedSum
+from lovasz.spec import BinaryCrossEntropy, CrossEntropy, LovaszLoss, WeightedSum
 
 KEPT_PROGRAMS = 64
 """The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
@@ -227,11 +227,13 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
         if isinstance(term.loss, LovaszLoss):
             own = slice(*next(rows))
             terms.append(TermValues(losses[own].T, scored[own].T))
-        else:
+        elif isinstance(term.loss, CrossEntropy | BinaryCrossEntropy):
             row = next(entropies)
             mean = np.ascontiguousarray(row[:, Cross.MEAN]).view(np.float64)
             values = (np.ldexp(row[:, Cross.SUM].astype(np.float64), row[:, Cross.UNIT]) * mean)[None]
             terms.append(TermValues(values, np.ones_like(values, np.bool_)))
+        else:
+            raise NotImplementedError(term.loss.kind)
     # The first grouping has the joints as groups, and counts pixels that are valid for any rule.
     fields = len(BinaryCounter) if is_binary else len(SoftmaxCounter)
     counters = program.result("counters", results, -1)[: joints * fields * channels].reshape(joints, fields, channels)

@@ -1,7 +1,7 @@
 """Tables on a GPU: finds the bin of an error, counts errors, scans tables, and looks gradients up.
 
 ``bins`` defines the bins. A table has two words per bin, one for background and one for foreground
-(:mod:`lovasz.core.tables`). The scan overwrites each word with an *entry*, two float32 (a, s): the gradient g of a
+(:mod:`lovasz.core.word`). The scan overwrites each word with an *entry*, two float32 (a, s): the gradient g of a
 pixel, times the segment's weight, is
 
     a - s x rest,
@@ -13,7 +13,7 @@ pixels weigh much, bins belong to *buckets*, whose pixels are sorted; the entry 
 import triton
 import triton.language as tl
 
-from lovasz.core import tables as words
+from lovasz.core import word
 from lovasz.core.backends.triton import bins
 from lovasz.core.backends.triton.columns import (
     GROUP_BINS,
@@ -33,11 +33,11 @@ from lovasz.core.backends.triton.columns import (
     SEGMENT_WEIGHT,
 )
 
-REST_BITS = tl.constexpr(words.REST_BITS)
-REST_SUM_BITS = tl.constexpr(words.REST_SUM_BITS)
-ONE_PIXEL = tl.constexpr(1 << words.REST_SUM_BITS)
-REST_SUM_MASK = tl.constexpr((1 << words.REST_SUM_BITS) - 1)
-COUNT_MASK = tl.constexpr(words.MAX_PIXELS - 1)
+REST_BITS = tl.constexpr(word.REST_BITS)
+REST_SUM_BITS = tl.constexpr(word.REST_SUM_BITS)
+ONE_PIXEL = tl.constexpr(1 << word.REST_SUM_BITS)
+REST_SUM_MASK = tl.constexpr((1 << word.REST_SUM_BITS) - 1)
+COUNT_MASK = tl.constexpr(word.MAX_PIXELS - 1)
 STOP_BITS = tl.constexpr(bins.STOP_BITS)
 LOW_BITS_MASK = tl.constexpr((1 << bins.STOP_BITS) - 1)
 

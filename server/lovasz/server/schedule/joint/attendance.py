@@ -108,24 +108,24 @@ class Attendance:
             RunConflictError: two trainings take turns in this run, or see :meth:`conflict`.
         """
         self._admit(joint)
-        run, is_restarted = self._run_of(joint)
-        run.address = address or run.address
+        known, is_restarted = self._run_of(joint)
+        known.address = address or known.address
         if joint.process:
-            last = run.last.setdefault(joint.rank, _Process(joint.process, address))
-            run.last[joint.rank] = last.followed_by(joint.process, address)
-            if run.last[joint.rank] is not last and run.last[joint.rank].returns >= _RETURNS:
-                self._count(run)
+            last = known.last.setdefault(joint.rank, _Process(joint.process, address))
+            known.last[joint.rank] = last.followed_by(joint.process, address)
+            if known.last[joint.rank] is not last and known.last[joint.rank].returns >= _RETURNS:
+                self._count(known)
                 raise RunConflictError(
                     f"two trainings take turns in run {joint.run!r}: rank {joint.rank} comes from two processes, this "
                     f"one{place(address)} and another{place(last.address)}; give each training a name or a secret of "
                     "its own"
                 )
-        left = run.left.get(joint.round)
+        left = known.left.get(joint.round)
         if left is not None:
             left.pop(joint.rank, None)
         if not want_grad:
-            run.evaluated.add(joint.rank)
-        self._count(run)
+            known.evaluated.add(joint.rank)
+        self._count(known)
         return is_restarted
 
     def leave(self, joint: wire.Joint, evaluation_step: int) -> None:
@@ -135,22 +135,22 @@ class Attendance:
             RunConflictError: see :meth:`conflict`.
         """
         self._admit(joint)
-        run, _ = self._run_of(joint)
-        left = run.left.setdefault(joint.round, {})
+        known, _ = self._run_of(joint)
+        left = known.left.setdefault(joint.round, {})
         left[joint.rank] = joint.step, evaluation_step
-        if len(left) == run.world_size:
-            del run.left[joint.round]
-        if run.left:
-            self._count(run)
+        if len(left) == known.world_size:
+            del known.left[joint.round]
+        if known.left:
+            self._count(known)
         else:
             self._forget(Run.of(joint))
 
     def absent(self, step: Step, world_size: int) -> set[int]:
         """The ranks that have left before a step."""
-        run = self._runs.get(step.run)
-        if run is None or run.world_size != world_size:
+        known = self._runs.get(step.run)
+        if known is None or known.world_size != world_size:
             return set()
-        left = run.left.get(step.round, {})
+        left = known.left.get(step.round, {})
         return {rank for rank, first in left.items() if step.number >= first[0 if step.want_grad else 1]}
 
     def knows(self, run: Run) -> bool:
@@ -192,8 +192,8 @@ class Attendance:
     def forget_old(self) -> None:
         """Forgets runs that nobody has come to for long."""
         until = time.monotonic() - RUN_SECONDS
-        for name in [name for name, run in self._runs.items() if run.used < until]:
-            self._forget(name)
+        for run in [run for run, known in self._runs.items() if known.used < until]:
+            self._forget(run)
 
     def _admit(self, joint: wire.Joint) -> None:
         conflict = "" if joint.secret else self.conflict(Run.of(joint))
@@ -208,28 +208,28 @@ class Attendance:
                 yield self._runs[run]
 
     def _run_of(self, joint: wire.Joint) -> tuple[_Run, bool]:
-        """The run of a rank, now used, and whether it is a restarted one."""
-        name, last = Run.of(joint), dict[int, _Process]()
-        run = self._runs.get(name)
-        process = None if run is None else run.processes.get(joint.rank)
-        is_restarted = run is not None and (
-            run.world_size != joint.world_size or bool(process and joint.process and process != joint.process)
+        """What is known of the run of a rank, now used, and whether it is a restarted one."""
+        run, last = Run.of(joint), dict[int, _Process]()
+        known = self._runs.get(run)
+        process = None if known is None else known.processes.get(joint.rank)
+        is_restarted = known is not None and (
+            known.world_size != joint.world_size or bool(process and joint.process and process != joint.process)
         )
-        if run is not None and is_restarted:
-            last = run.last
-            self._forget(name)
-        run = self._runs.setdefault(name, _Run(joint.world_size, last=last))
-        self._named.setdefault(name.name, {})[name] = None
-        self._runs.move_to_end(name)
-        run.used = time.monotonic()
+        if known is not None and is_restarted:
+            last = known.last
+            self._forget(run)
+        known = self._runs.setdefault(run, _Run(joint.world_size, last=last))
+        self._named.setdefault(run.name, {})[run] = None
+        self._runs.move_to_end(run)
+        known.used = time.monotonic()
         if joint.process:
-            run.processes.setdefault(joint.rank, joint.process)
-        return run, is_restarted
+            known.processes.setdefault(joint.rank, joint.process)
+        return known, is_restarted
 
-    def _count(self, run: _Run) -> None:
+    def _count(self, known: _Run) -> None:
         """Counts the entries of a run, which may have changed, and forgets runs if there are too many."""
-        self._entries += run.entries - run.counted
-        run.counted = run.entries
+        self._entries += known.entries - known.counted
+        known.counted = known.entries
         while self._entries > MAX_ENTRIES:
             self._forget(next(iter(self._runs)))
 

@@ -28,14 +28,15 @@ from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.admission import Admission
-from lovasz.server.schedule.ahead import AheadRoom
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.aborted import AbortedSteps
+from lovasz.server.schedule.joint.ahead import AheadRoom
 from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
+from lovasz.server.schedule.joint.matching import mismatch, misplaced
 from lovasz.server.schedule.joint.out_of_step import out_of_step
 from lovasz.server.schedule.joint.regrouping import Regrouping
 from lovasz.server.schedule.joint.waiting import WaitingGroups, log
@@ -218,7 +219,7 @@ class JointTable:
             group = self._waiting.get(step)
             if seat is not None and (seat.group is not group or group.seats.get(joint.rank) is not seat):
                 return
-            if seat is None and group is not None and (difference := texts.misplaced(group, joint)) is not None:
+            if seat is None and group is not None and (difference := misplaced(group, joint)) is not None:
                 raise JointMismatchError(difference)
             self._come(joint, abort.want_grad, address)
             told = {joint.rank: joint.call}
@@ -305,7 +306,7 @@ class JointTable:
         """The group that a request belongs to, a new one if none waits."""
         step = Step.of(joint, request.want_grad)
         group = self._waiting.get(step)
-        if group is not None and (difference := texts.mismatch(group, request)) is not None:
+        if group is not None and (difference := mismatch(group, request)) is not None:
             raise JointMismatchError(difference)
         self._come(joint, request.want_grad, address)
         aborted = self._aborted.tell(step, joint)

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from lovasz import wire
 from lovasz.server.observe.waiting_steps import WaitingStep
-from lovasz.server.schedule.joint.attendance import Attendance, place
+from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, Step
 from lovasz.spec import Loss, WeightedSum
 
@@ -42,36 +42,8 @@ def waiting_step(group: Group, now: float, attendance: Attendance) -> WaitingSte
     )
 
 
-def mismatch(group: Group, request: wire.Request) -> str | None:
-    """Says why a request does not fit those of the other ranks; None if it does."""
-    joint, first = request.joint, group.first
-    assert joint is not None
-    if joint.world_size != group.world_size:
-        return misplaced(group, joint)
-    compared: list[tuple[str, object, object]] = [
-        ("loss", request.loss, first.loss),
-        ("channels", request.layout.channels, first.layout.channels),
-        ("element type of the logits", request.logits.dtype.name, first.logits.dtype.name),
-    ]
-    for name, got, expected in compared:
-        if got != expected:
-            return f"{_where(group, joint)}: {name} is {_text(got)}; the waiting ranks have {_text(expected)}"
-    return misplaced(group, joint)
-
-
-def misplaced(group: Group, joint: wire.Joint) -> str | None:
-    """Says why a rank has no place in a group; None if it has one."""
-    if joint.world_size != group.world_size:
-        return f"{_where(group, joint)}: world_size is {joint.world_size}; the waiting ranks have {group.world_size}"
-    if joint.rank in group.seats:
-        return (
-            f"{_where(group, joint)} is there already, from another call{place(group.seats[joint.rank].address)}; "
-            "expected each rank once"
-        )
-    return None
-
-
-def _where(group: Group, joint: wire.Joint) -> str:
+def where(group: Group, joint: wire.Joint) -> str:
+    """Names a rank, its step and its run."""
     return f"joint: rank {joint.rank} at {_step(group.step)} of run {joint.run!r}"
 
 
@@ -140,7 +112,8 @@ def _named(numbers: list[int]) -> str:
     return f"{'rank' if len(numbers) == 1 else 'ranks'} {ranks(numbers)}"
 
 
-def _text(value: object) -> str:
+def option(value: object) -> str:
+    """A loss, or another option of a request."""
     if isinstance(value, WeightedSum):
         return " + ".join(f"{weight} * {_described(term)}" for weight, term in value.terms)
     return str(value)

@@ -6,21 +6,34 @@ Nothing here takes a lock: ``JointTable`` does.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal, NamedTuple
 
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
-from lovasz.server.schedule.job import RUN, Tenant
 from lovasz.server.schedule.joint.group import Run
 from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
-_ALL = Tenant("all", "")
+
+
+class Holder(NamedTuple):
+    """Who holds room that is reserved ahead: a run, a caller, or all runs together."""
+
+    kind: Literal["run", "caller", "all runs"]
+    name: str = ""
+    owner: bytes = b""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}" if self.name else self.kind
+
+
+_ALL = Holder("all runs")
 
 
 class AheadPermit(Permit):
     """Room for requests that have not come. What :meth:`split` takes out of it belongs to one that has."""
 
-    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Tenant, ...], name: str) -> None:
+    def __init__(self, room: AheadRoom, admission: Admission, holders: tuple[Holder, ...], name: str) -> None:
         super().__init__(admission, 0, 0, name)
         self._room, self._holders = room, holders
 
@@ -45,8 +58,8 @@ class AheadRoom:
             share: of one run, or one caller, in (0, 1].
         """
         self._admission, self._share = admission, share
-        self._bytes: Counter[Tenant] = Counter()
-        self._requests: Counter[Tenant] = Counter()
+        self._bytes: Counter[Holder] = Counter()
+        self._requests: Counter[Holder] = Counter()
 
     def reserve(self, nbytes: int, requests: int, run: Run, address: str, name: str = "") -> AheadPermit:
         """Takes room for several requests of one size, the first of which is here.
@@ -61,9 +74,9 @@ class AheadRoom:
             OverloadedError: there is no such room at the moment.
             StartingError, StoppingError: as ``Admission.reserve``.
         """
-        holders: tuple[Tenant, ...] = (_ALL, Tenant(RUN, *run))
+        holders: tuple[Holder, ...] = (_ALL, Holder("run", *run))
         if address:
-            holders = (*holders, Tenant("caller", address))
+            holders = (*holders, Holder("caller", address))
         missing = requests - 1
         budget, most = self._admission.budget_bytes, self._admission.max_requests
         if missing > self._share * most or nbytes * missing > self._share * budget:
@@ -79,7 +92,7 @@ class AheadRoom:
         permit.absorb(self._admission.reserve(nbytes * requests, requests, name))
         return permit
 
-    def check(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:
+    def check(self, nbytes: int, requests: int, holders: tuple[Holder, ...]) -> None:
         """Whether so much more may be reserved.
 
         Raises:
@@ -87,21 +100,20 @@ class AheadRoom:
         """
         for holder in holders:
             share = (1 + self._share) / 2 if holder is _ALL else self._share
-            who = "of all runs" if holder is _ALL else f"of {holder.kind} {holder.name}"
             if self._requests[holder] + requests > share * self._admission.max_requests:
                 raise NoRequestsLeftError(
-                    f"{self._requests[holder]} missing ranks {who} hold a request; {requests} more would be needed "
+                    f"{self._requests[holder]} missing ranks of {holder} hold a request; {requests} more would be needed "
                     "(--joint-share of --max-requests)",
                     _RETRY_SECONDS,
                 )
             if self._bytes[holder] + nbytes > share * self._admission.budget_bytes:
                 raise NoBytesLeftError(
-                    f"the missing ranks {who} hold {format_bytes(self._bytes[holder])}; {format_bytes(nbytes)} "
+                    f"the missing ranks of {holder} hold {format_bytes(self._bytes[holder])}; {format_bytes(nbytes)} "
                     "more would be needed (--joint-share of --memory-budget)",
                     _RETRY_SECONDS,
                 )
 
-    def count(self, nbytes: int, requests: int, holders: tuple[Tenant, ...]) -> None:
+    def count(self, nbytes: int, requests: int, holders: tuple[Holder, ...]) -> None:
         """So much more is reserved, or less."""
         for holder in holders:
             self._bytes[holder] += nbytes

@@ -1,0 +1,39 @@
+"""Whether a rank fits the ranks of its step that wait; if not, why."""
+
+from __future__ import annotations
+
+from lovasz import wire
+from lovasz.server.schedule.joint import texts
+from lovasz.server.schedule.joint.attendance import place
+from lovasz.server.schedule.joint.group import Group
+
+
+def mismatch(group: Group, request: wire.Request) -> str | None:
+    """Says why a request does not fit those of the other ranks; None if it does."""
+    joint, first = request.joint, group.first
+    assert joint is not None
+    if joint.world_size != group.world_size:
+        return misplaced(group, joint)
+    compared: list[tuple[str, object, object]] = [
+        ("loss", request.loss, first.loss),
+        ("channels", request.layout.channels, first.layout.channels),
+        ("element type of the logits", request.logits.dtype.name, first.logits.dtype.name),
+    ]
+    for name, got, expected in compared:
+        if got != expected:
+            where = texts.where(group, joint)
+            return f"{where}: {name} is {texts.option(got)}; the waiting ranks have {texts.option(expected)}"
+    return misplaced(group, joint)
+
+
+def misplaced(group: Group, joint: wire.Joint) -> str | None:
+    """Says why a rank has no place in a group; None if it has one."""
+    where = texts.where(group, joint)
+    if joint.world_size != group.world_size:
+        return f"{where}: world_size is {joint.world_size}; the waiting ranks have {group.world_size}"
+    if joint.rank in group.seats:
+        return (
+            f"{where} is there already, from another call{place(group.seats[joint.rank].address)}; expected each rank "
+            "once"
+        )
+    return None
