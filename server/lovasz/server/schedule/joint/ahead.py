@@ -102,8 +102,8 @@ class AheadRoom:
             share = (1 + self._share) / 2 if holder is _ALL else self._share
             if self._requests[holder] + requests > share * self._admission.max_requests:
                 raise NoRequestsLeftError(
-                    f"{self._requests[holder]} missing ranks of {holder} hold a request; {requests} more would be needed "
-                    "(--joint-share of --max-requests)",
+                    f"{self._requests[holder]} missing ranks of {holder} hold a request; {requests} more would be "
+                    "needed (--joint-share of --max-requests)",
                     _RETRY_SECONDS,
                 )
             if self._bytes[holder] + nbytes > share * self._admission.budget_bytes:
