@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,3 +76,16 @@ def trained(steps: int = 2, micro_batches: int = 1) -> Tensor:
 def distance(got: Tensor, expected: Tensor) -> float:
     """How far weights are from the expected ones, relative to the way from the start to these."""
     return float((got - expected).norm() / (expected - weights(new_model())).norm())
+
+
+def mean_iou(model: Callable[[Tensor], Tensor]) -> float:
+    """The mean IoU of the whole batch, void pixels left out, by its definition."""
+    images, labels = batch()
+    with torch.no_grad():
+        predictions = model(images).argmax(1)
+    valid, ious = labels != 255, []
+    for one in range(CLASSES):
+        label, predicted = valid & (labels == one), valid & (predictions == one)
+        if (union := int((label | predicted).sum())) > 0:
+            ious.append(int((label & predicted).sum()) / union)
+    return sum(ious) / len(ious)

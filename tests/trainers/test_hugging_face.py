@@ -60,7 +60,10 @@ def test_the_trainer_takes_a_segformer_and_evaluates_it(
     namespace["dataset"] = hugging_face_dataset()
     lines("Hugging Face Trainer", 0, namespace)
     namespace["trainer"].train()
-    evaluated = namespace["trainer"].evaluate(namespace["dataset"])["eval_loss"]
+    lines("Hugging Face Trainer", 1, namespace)
+    namespace["trainer"].compute_metrics = namespace["compute_metrics"]
+    metrics = namespace["trainer"].evaluate(namespace["dataset"])
+    evaluated = metrics["eval_loss"]
     images, labels = recipes.batch()
     with torch.no_grad():
         logits = model.eval()(pixel_values=images).logits
@@ -68,6 +71,12 @@ def test_the_trainer_takes_a_segformer_and_evaluates_it(
     assert evaluated == pytest.approx(
         recipes.reference.compute(logits.double(), labels, recipes.TERMS).item(), rel=1e-5
     )
+
+    def predicted(images: torch.Tensor) -> torch.Tensor:
+        small = model(pixel_values=images).logits
+        return torch.nn.functional.interpolate(small, images.shape[-2:], mode="bilinear")
+
+    assert metrics["eval_miou"] == pytest.approx(recipes.mean_iou(predicted), rel=1e-6)
 
 
 def test_accelerate(lines: Callable[..., None], namespace: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class Shares(Collector):
         return CounterMetricFamily(
             "lovasz_caller_device_seconds",
             "Time that the device has computed for a caller, as `token alice`, `run cityscapes` or `host "
-            "ipv4:10.0.0.7`. The time of a batch is divided among its callers by cost. Shown are the --max-runs callers "
-            "that were served last, and all others together as `others`.",
+            "ipv4:10.0.0.7`. The time of a batch is divided among its callers by cost. Shown are the --max-runs "
+            "callers that were served last, and all others together as `others`.",
             labels=["caller"],
         )
