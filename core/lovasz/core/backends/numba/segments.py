@@ -103,6 +103,9 @@ def score(
             if is_fine:
                 continue
         g = room[: len(error)] if rules.want_grad else room[:0]
+        is_direct = rules.want_grad and not rules.add and segments.stop_plane[s] == segments.first_plane[s] + 1
+        if is_direct:
+            g = _grads(segments, s, planes, segments.first_plane[s])
         if segments.foreground_count[s] == 0:
             losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
         else:
@@ -119,7 +122,7 @@ def score(
                 other_keys,
                 g,
             )
-        if rules.want_grad:
+        if rules.want_grad and not is_direct:
             _hand_out(segments, s, rules, planes, g)
 
 
@@ -206,16 +209,23 @@ def look_up_range(
 def _hand_out(segments: Segments, s: int, rules: Rules, planes: Planes, g: Floats) -> None:
     """Writes a segment's gradient ``g`` to the gradients of its planes."""
     for plane in range(segments.first_plane[s], segments.stop_plane[s]):
-        pixels = planes.pixels[plane]
-        address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
-        grads = numba.carray(pointer(address), (pixels,), np.float32)
-        own = g[planes.start[plane] - segments.start[s] :][:pixels]
+        grads = _grads(segments, s, planes, plane)
+        own = g[planes.start[plane] - segments.start[s] :][: len(grads)]
         if rules.add:
-            for i in range(pixels):
+            for i in range(len(grads)):
                 grads[i] += own[i]
         else:
-            for i in range(pixels):
+            for i in range(len(grads)):
                 grads[i] = own[i]
+
+
+@compiled
+def _grads(segments: Segments, s: int, planes: Planes, plane: int) -> Floats:
+    """The gradient of a segment's row in one of its planes."""
+    pixels = planes.pixels[plane]
+    address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
+    grads: Floats = numba.carray(pointer(address), (pixels,), np.float32)
+    return grads
 
 
 # A segment that is so large that other threads would be idle is counted in parts, each in a table of its own.
