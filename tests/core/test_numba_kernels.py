@@ -240,9 +240,9 @@ def new_table() -> npt.NDArray[np.int64]:
 
 
 def count(
-    errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64], last_bin: int = bins.BINS - 1
+    errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64], last: int = tables.ALL_DISTANCES
 ) -> tuple[int, int]:
-    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.SOFTMAX_TOP, last_bin, table)
+    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.SOFTMAX_TOP, last, table)
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
@@ -338,13 +338,12 @@ def test_tables_of_ranks_add_in_words_of_both_lengths() -> None:
 def test_background_after_the_last_foreground_bin_need_not_be_counted(kind: str) -> None:
     errors, codes = segment(kind)
     errors[codes == 1] = np.maximum(errors[codes == 1], np.median(errors))
-    last = tables.last_foreground_bin(errors, codes, 1, bins.SOFTMAX_TOP)
-    assert last == slow_bin(errors[codes == 1].astype(np.float64), 0).max()
+    last = int(slow_bin(errors[codes == 1].astype(np.float64), 0).max())
     whole, pruned, foreground = new_table(), new_table(), int((codes == 1).sum())
     lowest, highest = count(errors, codes, whole)
-    range_of_pruned = count(errors, codes, pruned, last)
-    assert range_of_pruned[0] == lowest
-    assert range_of_pruned[1] <= last
+    range_of_pruned = count(errors, codes, pruned, tables.last_distance(errors, codes, 1, bins.SOFTMAX_TOP))
+    assert lowest <= range_of_pruned[0]
+    assert range_of_pruned[1] == last
     assert scan(pruned, *range_of_pruned, foreground) == scan(whole, lowest, highest, foreground)
     in_use = [slice(lowest, last + 1), slice(bins.BINS + lowest, bins.BINS + last + 1)]
     assert all(pruned[some].tobytes() == whole[some].tobytes() for some in in_use)

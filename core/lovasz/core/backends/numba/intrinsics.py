@@ -146,7 +146,7 @@ LANES = 8
 
 @intrinsic
 def compress(typing: Any, keys: Any, takes: Any, first: Any, out: Any, place: Any) -> Any:
-    """Copies the keys (uint64) of [first, first + LANES) whose ``takes`` (uint8) is 1 to ``out[place:]``; returns how many.
+    """Copies the keys [first, first + LANES) whose ``takes`` is 1 to ``out[place:]``; returns how many.
 
     Their order is kept. LANES keys are written in any case, so there is no branch to be mispredicted.
     """

@@ -92,13 +92,13 @@ def score(
         code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         if segments.counted[s]:
             start, stop = segments.start[s], segments.stop[s]
-            last_bin = tables.last_foreground_bin(error, code, segments.foreground[s], segments.top[s])
-            lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last_bin, table)
+            last = tables.last_distance(error, code, segments.foreground[s], segments.top[s])
+            lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last, table)
             is_fine = keeps_order(segments, s, rules, lowest, highest, table)
             if is_fine:
                 losses[s] = scan(segments, s, lowest, highest, table)
                 if rules.want_grad:
-                    look_up_range(segments, s, rules, planes, errors, codes, start, stop, last_bin, table)
+                    look_up_range(segments, s, rules, planes, errors, codes, start, stop, last, table)
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
@@ -135,17 +135,17 @@ def count_range(
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
-    last_bin: int,
+    last: int,
     table: Integers,
 ) -> tuple[int, int]:
     """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use.
 
     Args:
-        last_bin: as for :func:`lovasz.core.backends.numba.tables.count`.
+        last: as for :func:`lovasz.core.backends.numba.tables.count`.
     """
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
     return tables.count(
-        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], last_bin, table
+        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], last, table
     )
 
 
@@ -181,7 +181,7 @@ def look_up_range(
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
-    last_bin: int,
+    last: int,
     table: Integers,
 ) -> None:
     """Writes the gradient of the pixels [start, stop) of a segment."""
@@ -200,7 +200,7 @@ def look_up_range(
         segments.stop_plane[s],
         start,
         stop,
-        last_bin,
+        last,
         rules.add,
     )
 
@@ -270,7 +270,7 @@ def count_parts(
             codes,
             parts.start[p],
             parts.stop[p],
-            tables.BINS - 1,
+            tables.ALL_DISTANCES,
             part_tables[p],
         )
 
@@ -351,4 +351,6 @@ def look_up_parts(
             continue
         table = part_tables[table_of_part[p]]
         start, stop = parts.start[p], parts.stop[p]
-        look_up_range(segments, parts.segment[p], rules, planes, errors, codes, start, stop, tables.BINS - 1, table)
+        look_up_range(
+            segments, parts.segment[p], rules, planes, errors, codes, start, stop, tables.ALL_DISTANCES, table
+        )

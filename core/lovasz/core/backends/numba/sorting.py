@@ -7,6 +7,7 @@ import numpy.typing as npt
 from numpy import int32 as i32
 from numpy import uint64 as u64
 
+from lovasz.core.backends.numba.elementary import ordered_sum
 from lovasz.core.backends.numba.intrinsics import LANES, bits_float, compiled, compress, float_bits, inlined
 from lovasz.core.backends.numba.planes import Codes, Floats
 
@@ -81,23 +82,11 @@ def extension(
             losses[i] = error * gradient
             weighted = (weight if is_background else foreground_weight) * gradient
             gradients[i] = 0.0 if cut and error == np.float32(0) else weighted
-        loss += _sum(losses[: len(key)])
+        loss += ordered_sum(losses[: len(key)])
         if len(g) > 0:
             for i in range(len(key)):
                 g[np.int64(key[i] & _POSITION)] = gradients[i]
     return loss
-
-
-@inlined
-def _sum(values: npt.NDArray[np.float64]) -> float:
-    """Sums in a fixed order, as four independent partial sums."""
-    s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
-    whole = len(values) // 4 * 4
-    for i in range(0, whole, 4):
-        s0, s1, s2, s3 = s0 + values[i], s1 + values[i + 1], s2 + values[i + 2], s3 + values[i + 3]
-    for i in range(whole, len(values)):
-        s0 += values[i]
-    return (s0 + s1) + (s2 + s3)
 
 
 @compiled
