@@ -92,17 +92,20 @@ def score(
         code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         if segments.counted[s]:
             start, stop = segments.start[s], segments.stop[s]
-            last_bin = tables.last_foreground_bin(error, code, segments.foreground[s], segments.top[s])
-            lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last_bin, table)
+            last = tables.last_distance(error, code, segments.foreground[s], segments.top[s])
+            lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last, table)
             is_fine = keeps_order(segments, s, rules, lowest, highest, table)
             if is_fine:
                 losses[s] = scan(segments, s, lowest, highest, table)
                 if rules.want_grad:
-                    look_up_range(segments, s, rules, planes, errors, codes, start, stop, last_bin, table)
+                    look_up_range(segments, s, rules, planes, errors, codes, start, stop, last, table)
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
         g = room[: len(error)] if rules.want_grad else room[:0]
+        is_direct = rules.want_grad and not rules.add and segments.stop_plane[s] == segments.first_plane[s] + 1
+        if is_direct:
+            g = _grads(segments, s, planes, segments.first_plane[s])
         if segments.foreground_count[s] == 0:
             losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
         else:
@@ -119,7 +122,7 @@ def score(
                 other_keys,
                 g,
             )
-        if rules.want_grad:
+        if rules.want_grad and not is_direct:
             _hand_out(segments, s, rules, planes, g)
 
 
@@ -132,17 +135,17 @@ def count_range(
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
-    last_bin: int,
+    last: int,
     table: Integers,
 ) -> tuple[int, int]:
     """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use.
 
     Args:
-        last_bin: as for :func:`lovasz.core.backends.numba.tables.count`.
+        last: as for :func:`lovasz.core.backends.numba.tables.count`.
     """
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
     return tables.count(
-        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], last_bin, table
+        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], last, table
     )
 
 
@@ -178,7 +181,7 @@ def look_up_range(
     codes: npt.NDArray[np.uint8],
     start: int,
     stop: int,
-    last_bin: int,
+    last: int,
     table: Integers,
 ) -> None:
     """Writes the gradient of the pixels [start, stop) of a segment."""
@@ -197,7 +200,7 @@ def look_up_range(
         segments.stop_plane[s],
         start,
         stop,
-        last_bin,
+        last,
         rules.add,
     )
 
@@ -206,16 +209,23 @@ def look_up_range(
 def _hand_out(segments: Segments, s: int, rules: Rules, planes: Planes, g: Floats) -> None:
     """Writes a segment's gradient ``g`` to the gradients of its planes."""
     for plane in range(segments.first_plane[s], segments.stop_plane[s]):
-        pixels = planes.pixels[plane]
-        address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
-        grads = numba.carray(pointer(address), (pixels,), np.float32)
-        own = g[planes.start[plane] - segments.start[s] :][:pixels]
+        grads = _grads(segments, s, planes, plane)
+        own = g[planes.start[plane] - segments.start[s] :][: len(grads)]
         if rules.add:
-            for i in range(pixels):
+            for i in range(len(grads)):
                 grads[i] += own[i]
         else:
-            for i in range(pixels):
+            for i in range(len(grads)):
                 grads[i] = own[i]
+
+
+@compiled
+def _grads(segments: Segments, s: int, planes: Planes, plane: int) -> Floats:
+    """The gradient of a segment's row in one of its planes."""
+    pixels = planes.pixels[plane]
+    address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
+    grads: Floats = numba.carray(pointer(address), (pixels,), np.float32)
+    return grads
 
 
 # A segment that is so large that other threads would be idle is counted in parts, each in a table of its own.
@@ -260,7 +270,7 @@ def count_parts(
             codes,
             parts.start[p],
             parts.stop[p],
-            tables.BINS - 1,
+            tables.ALL_DISTANCES,
             part_tables[p],
         )
 
@@ -341,4 +351,6 @@ def look_up_parts(
             continue
         table = part_tables[table_of_part[p]]
         start, stop = parts.start[p], parts.stop[p]
-        look_up_range(segments, parts.segment[p], rules, planes, errors, codes, start, stop, tables.BINS - 1, table)
+        look_up_range(
+            segments, parts.segment[p], rules, planes, errors, codes, start, stop, tables.ALL_DISTANCES, table
+        )

@@ -7,26 +7,32 @@ import numpy.typing as npt
 from numpy import int32 as i32
 from numpy import uint64 as u64
 
-from lovasz.core.backends.numba.intrinsics import bits_float, compiled, float_bits
+from lovasz.core.backends.numba.elementary import ordered_sum
+from lovasz.core.backends.numba.intrinsics import LANES, bits_float, compiled, compress, float_bits, inlined
 from lovasz.core.backends.numba.planes import Codes, Floats
 
 Keys = npt.NDArray[np.uint64]
 
-_DIGIT_BITS = 11
-_DIGITS = 1 << _DIGIT_BITS
-_PASSES = 3
+KEY_PADDING = LANES
+"""The elements that memory for keys has beyond one per pixel."""
 _POSITION_BITS = 31
 """The low bits of a key. A key is, from the top: the error, inverted for descending order (32 bits); 0 for foreground,
-1 for background (1 bit); the position (31 bits). The bits above the position are three digits. Each pass sorts by one
-digit and is stable, so keys with equal digits keep their order."""
+1 for background (1 bit); the position (31 bits). Keys are sorted by digits of the bits above the position. Each pass
+sorts by one digit and is stable, so keys with equal digits keep their order."""
+_KEY_BITS = 64 - _POSITION_BITS
+_DIGIT_BITS = 11
+"""The most bits of a digit."""
 
 _BACKGROUND, _POSITION = u64(1 << _POSITION_BITS), u64((1 << _POSITION_BITS) - 1)
 _MOST = i32(0x7FFFFFFF)
 
 _FEW = 48
-"""The most keys that are sorted by insertion."""
+"""The most keys that are sorted by insertion alone."""
+_MOVES = 4
+"""The most moves per key of the insertion that ends a sort by two digits."""
 
 _BLOCK_PIXELS = 1024
+_BLOCK_KEYS = 256
 
 
 @compiled
@@ -53,65 +59,63 @@ def extension(
         foreground, void, ignored: as for :func:`lovasz.core.backends.numba.tables.count`.
         weight, foreground_weight: the factors of the gradient of background and foreground.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
-        keys, other_keys: memory for P keys each.
+        keys, other_keys: memory for P keys each, and ``KEY_PADDING``.
         g: float32, shape (P,); shape (0,) if no gradient is wanted.
     """
-    wanted = len(g) > 0
     foreground_count, kept = _select(errors, codes, foreground, void, ignored, keys)
-    if kept <= _FEW:
-        _insert(keys[:kept])
-        in_order = keys
-    else:
-        in_order = _radix(keys[:kept], other_keys[:kept])
+    in_order = _sort(keys[:kept], other_keys[:kept])
     g[:] = np.float32(0)
-    # N = G - n and x = G + b before the pixel, as integers in float64. One division a pixel, and no branch.
-    loss, left, x, over_x = 0.0, float(foreground_count), float(foreground_count), 1.0 / foreground_count
-    for place in range(kept):
-        key = in_order[place]
-        error = bits_float(_MOST - i32(key >> u64(32)))
-        is_background = key & _BACKGROUND != u64(0)
-        over_next = 1.0 / (x + 1.0)
-        gradient = left * over_x * over_next if is_background else over_x
-        weighted = (weight if is_background else foreground_weight) * gradient
-        left -= 0.0 if is_background else 1.0
-        x += 1.0 if is_background else 0.0
-        over_x = over_next if is_background else over_x
-        loss += error * gradient
-        if wanted:
-            g[np.int64(key & _POSITION)] = 0.0 if cut and error == np.float32(0) else weighted
+    before, gradients, losses = np.empty(_BLOCK_KEYS, np.int32), np.empty(_BLOCK_KEYS), np.empty(_BLOCK_KEYS)
+    loss, n = 0.0, i32(0)  # n: the foreground so far.
+    for first in range(0, kept, _BLOCK_KEYS):
+        key = in_order[first : min(first + _BLOCK_KEYS, kept)]
+        for i in range(len(key)):
+            before[i] = n
+            n = i32(n + (i32(1) if key[i] & _BACKGROUND == u64(0) else i32(0)))
+        for i in range(len(key)):
+            is_background = key[i] & _BACKGROUND != u64(0)
+            error = bits_float(i32(_MOST - i32(np.uint32(key[i] >> u64(32)))))
+            # G - n and G + b before the pixel. One division a pixel, and no branch.
+            left = np.float64(i32(foreground_count - before[i]))
+            x = np.float64(i32(i32(foreground_count + i32(first + i)) - before[i]))
+            gradient = (left if is_background else 1.0) / (x * (x + 1.0) if is_background else x)
+            losses[i] = error * gradient
+            weighted = (weight if is_background else foreground_weight) * gradient
+            gradients[i] = 0.0 if cut and error == np.float32(0) else weighted
+        loss += ordered_sum(losses[: len(key)])
+        if len(g) > 0:
+            for i in range(len(key)):
+                g[np.int64(key[i] & _POSITION)] = gradients[i]
     return loss
 
 
 @compiled
 def _select(errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, keys: Keys) -> tuple[int, int]:
-    """Writes the keys of the foreground, and of the background above its smallest error; returns (G, number of keys).
-
-    Every pixel's key is written, and then overwritten by the next one's unless it is kept: a branch that depends on
-    errors would be mispredicted, which takes longer.
-    """
+    """Writes the keys of the foreground, and of the background above its smallest error; returns (G, their number)."""
     smallest, foreground_count = _MOST, i32(0)
+    foreground_code, void_code, ignored_code = i32(foreground), i32(void), i32(ignored)
     for i in range(len(errors)):
-        is_foreground = codes[i] == foreground
+        is_foreground = i32(codes[i]) == foreground_code
         smallest = min(smallest, float_bits(errors[i]) if is_foreground else _MOST)
         foreground_count = i32(foreground_count + (i32(1) if is_foreground else i32(0)))
-    high, low = np.empty(_BLOCK_PIXELS, np.uint32), np.empty(_BLOCK_PIXELS, np.uint32)
-    takes, kept = np.empty(_BLOCK_PIXELS, np.uint8), u64(0)
+    block, takes = np.empty(_BLOCK_PIXELS, np.uint64), np.empty(_BLOCK_PIXELS, np.uint8)
+    kept = 0
     for first in range(0, len(errors), _BLOCK_PIXELS):
         n = min(_BLOCK_PIXELS, len(errors) - first)
         error, code = errors[first : first + n], codes[first : first + n]
-        upper, lower, take = high[:n], low[:n], takes[:n]
+        key, take = block[:n], takes[:n]
         for i in range(n):
-            upper[i] = np.uint32(i32(_MOST - float_bits(error[i])))
+            own = i32(code[i])
+            counts = (own != void_code) & (own != ignored_code) & (float_bits(error[i]) > smallest)
+            take[i] = np.uint8(1) if counts | (own == foreground_code) else np.uint8(0)
         for i in range(n):
-            background = np.uint32(0) if code[i] == foreground else np.uint32(_BACKGROUND)
-            lower[i] = np.uint32(np.uint32(first + i) | background)
-        for i in range(n):
-            counts = (code[i] != void) & (code[i] != ignored) & (float_bits(error[i]) > smallest)
-            take[i] = np.uint8(1) if counts | (code[i] == foreground) else np.uint8(0)
-        for i in range(n):
-            keys[kept] = (u64(upper[i]) << u64(32)) | u64(lower[i])
-            kept += u64(take[i])
-    return foreground_count, np.int64(kept)
+            inverted = u64(np.uint32(i32(_MOST - float_bits(error[i]))))
+            background = np.uint32(0) if i32(code[i]) == foreground_code else np.uint32(_BACKGROUND)
+            key[i] = (inverted << u64(32)) | u64(np.uint32(np.uint32(first + i) | background))
+        takes[n : n + LANES] = 0
+        for i in range(0, n, LANES):
+            kept += compress(block, takes, i, keys, kept)
+    return foreground_count, kept
 
 
 @compiled
@@ -129,37 +133,74 @@ def largest(errors: Floats, codes: Codes, void: int, ignored: int, weight: float
 
 
 @compiled
-def _insert(keys: Keys) -> None:
-    for i in range(1, len(keys)):
-        key, j = keys[i], i
-        while j > 0 and keys[j - 1] > key:
-            keys[j] = keys[j - 1]
-            j -= 1
-        keys[j] = key
+def _sort(keys: Keys, other: Keys) -> Keys:
+    """Sorts by the bits above the position.
 
-
-@compiled
-def _radix(keys: Keys, other: Keys) -> Keys:
-    """Sorts by the bits above the position, with one stable pass per digit.
+    The two leading digits of the range of keys tell almost all keys apart, so few are left to be moved. Where they do
+    not, all digits are sorted by.
 
     Returns:
         The array that holds the result: ``keys`` or ``other``.
     """
-    counts = np.zeros((_PASSES, _DIGITS), np.int64)
-    for i in range(len(keys)):
-        for digit in range(_PASSES):
-            shift = u64(_POSITION_BITS + digit * _DIGIT_BITS)
-            counts[digit, np.int64((keys[i] >> shift) & u64(_DIGITS - 1))] += 1
-    for digit in range(_PASSES):
-        shift = u64(_POSITION_BITS + digit * _DIGIT_BITS)
-        if counts[digit, np.int64((keys[0] >> shift) & u64(_DIGITS - 1))] == len(keys):
-            continue
-        place = 0
-        for value in range(_DIGITS):
-            place, counts[digit, value] = place + counts[digit, value], place
-        for i in range(len(keys)):
-            value = np.int64((keys[i] >> shift) & u64(_DIGITS - 1))
-            other[counts[digit, value]] = keys[i]
-            counts[digit, value] += 1
+    n = len(keys)
+    if n <= _FEW:
+        _insert(keys, n * n)
+        return keys
+    lowest, highest = keys[0], keys[0]
+    for i in range(n):
+        lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
+    lowest >>= u64(_POSITION_BITS)
+    digit_bits = min((_bit_length(u64(n)) + 6) >> 1, _DIGIT_BITS)
+    span_bits = _bit_length((highest >> u64(_POSITION_BITS)) - lowest)
+    below = max(span_bits - 2 * digit_bits, 0)
+    _sort_by_digit(keys, other, lowest, below, digit_bits)
+    _sort_by_digit(other, keys, lowest, below + digit_bits, digit_bits)
+    if below == 0 or _insert(keys, _MOVES * n):
+        return keys
+    for shift in range(0, _KEY_BITS, _DIGIT_BITS):
+        _sort_by_digit(keys, other, u64(0), shift, _DIGIT_BITS)
         keys, other = other, keys
     return keys
+
+
+@compiled
+def _sort_by_digit(keys: Keys, out: Keys, lowest: int, shift: int, digit_bits: int) -> None:
+    """Writes the keys to ``out`` in the order of one digit of (bits above the position - lowest)."""
+    places = np.zeros(1 << digit_bits, np.int32)
+    position_bits, by, mask = u64(_POSITION_BITS), u64(shift), u64((1 << digit_bits) - 1)
+    for i in range(len(keys)):
+        places[(((keys[i] >> position_bits) - lowest) >> by) & mask] += i32(1)
+    place = i32(0)
+    for digit in range(len(places)):
+        place, places[digit] = i32(place + places[digit]), place
+    for i in range(len(keys)):
+        key = keys[i]
+        digit = (((key >> position_bits) - lowest) >> by) & mask
+        place = places[digit]
+        out[np.uint32(place)] = key
+        places[digit] = i32(place + i32(1))
+
+
+@compiled
+def _insert(keys: Keys, most_moves: int) -> bool:
+    """Sorts keys whose order is almost right; returns whether that took at most this many moves, else gives up."""
+    for i in range(1, len(keys)):
+        key = keys[i]
+        if keys[i - 1] > key:
+            j = i
+            while j > 0 and keys[j - 1] > key:
+                keys[j] = keys[j - 1]
+                j -= 1
+            keys[j] = key
+            most_moves -= i - j
+            if most_moves < 0:
+                return False
+    return True
+
+
+@inlined
+def _bit_length(value: np.uint64) -> int:
+    bits = 0
+    while value > u64(0):
+        value, bits = value >> u64(1), bits + 1
+    return bits

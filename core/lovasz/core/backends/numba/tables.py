@@ -12,6 +12,7 @@ from numpy import float32 as f32
 from numpy import int32 as i32
 
 from lovasz.core.backends.numba import bins
+from lovasz.core.backends.numba.elementary import ordered_sum
 from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
 from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
 from lovasz.core.word import REST_BITS, REST_SUM_BITS
@@ -29,7 +30,10 @@ assert _MAX_BITS + REST_BITS >= 23, "_rest shifts to the left"
 _ONE = np.int64(1 << REST_SUM_BITS)
 _FIRST_BINS = bins.FIRST_BINS
 
-_BLOCK_PIXELS = 1024
+_BLOCK_PIXELS, _PART_PIXELS = 1024, 128
+_DENSE_PIXELS = 8 * _BLOCK_PIXELS
+"""Pixels are processed in blocks. Of a block most of whose parts have nothing to count, only the other parts are
+processed. After a dense block, the next one that is looked at for this begins at a multiple of ``_DENSE_PIXELS``."""
 _BLOCK_BINS = 256
 
 
@@ -75,13 +79,35 @@ def _rest(distance: i32) -> i32:
     return i32(0) if octave >= i32(_OCTAVES) else rest
 
 
+ALL_DISTANCES = (1 << 31) - 1
+
+
 @compiled
-def last_foreground_bin(errors: Floats, codes: Codes, foreground: int, top: int) -> int:
-    """The bin of the smallest foreground error: background in later bins has g = 0 and need not be counted."""
+def last_distance(errors: Floats, codes: Codes, foreground: int, top: int) -> int:
+    """The largest distance in the bin of the smallest foreground error: background further away has g = 0."""
     most, top_bits, foreground_code = i32(0), _top_bits(top), i32(foreground)
     for i in range(len(errors)):
         most = max(most, _distance(errors[i], top_bits) if i32(codes[i]) == foreground_code else i32(0))
-    return int(_bin(most))
+    octave = i32(most >> i32(23))
+    if octave >= _OCTAVES:
+        return ALL_DISTANCES
+    return int(most | i32(i32(i32(1) << i32(i32(23 - _MAX_BITS) + _coarser(octave))) - i32(1)))
+
+
+@compiled
+def _is_sparse(
+    errors: Floats, codes: Codes, foreground: i32, top_bits: i32, last: i32, counted: npt.NDArray[np.bool_]
+) -> bool:
+    """Writes which parts of a block have foreground or distances up to ``last``; returns whether at most half have."""
+    parts = 0
+    for first in range(0, len(errors), _PART_PIXELS):
+        error, code = errors[first : first + _PART_PIXELS], codes[first : first + _PART_PIXELS]
+        found = i32(0)
+        for i in range(len(error)):
+            found |= i32(1) if (_distance(error[i], top_bits) <= last) | (i32(code[i]) == foreground) else i32(0)
+        counted[first // _PART_PIXELS] = found > 0
+        parts += int(found)
+    return 2 * parts * _PART_PIXELS <= len(errors)
 
 
 @compiled
@@ -93,7 +119,7 @@ def count(
     ignored: int,
     cut: bool,
     top: int,
-    last_bin: int,
+    last: int,
     table: Integers,
 ) -> tuple[int, int]:
     """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
@@ -106,7 +132,7 @@ def count(
         ignored: the code of further pixels that are void for this term; ``void`` if there are none.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         top: the exponent of the first octave.
-        last_bin: pixels in later bins are left out.
+        last: pixels at larger distances are left out; the result of ``last_distance``, or ``ALL_DISTANCES``.
         table: ``WORDS`` words.
 
     Returns:
@@ -116,24 +142,33 @@ def count(
     lowest, highest = i32(BINS), i32(-1)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
-    last = i32(last_bin)
-    for first in range(0, len(errors), _BLOCK_PIXELS):
-        n = min(_BLOCK_PIXELS, len(errors) - first)
-        error, code = errors[first : first + n], codes[first : first + n]
-        place, rest = places[:n], rests[:n]
-        for i in range(n):
-            distance = _distance(error[i], top_bits)
-            found, own, uncounted = _bin(distance), i32(code[i]), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
-            is_left_out = (distance == nothing) | (found > last)
-            highest = max(highest, i32(-1) if is_left_out else found)
-            lowest = min(lowest, found)
-            found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
-            found = uncounted if own == void_code else found
-            found = uncounted if own == ignored_code else found
-            place[i] = uncounted if is_left_out else found
-            rest[i] = _rest(distance)
-        for i in range(n):
-            table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
+    last_counted, counted, is_sparse = i32(last), np.empty(_BLOCK_PIXELS // _PART_PIXELS, np.bool_), True
+    for begin in range(0, len(errors), _BLOCK_PIXELS):
+        end = min(begin + _BLOCK_PIXELS, len(errors))
+        if is_sparse or begin % _DENSE_PIXELS == 0:
+            is_sparse = _is_sparse(
+                errors[begin:end], codes[begin:end], foreground_code, top_bits, last_counted, counted
+            )
+        step = _PART_PIXELS if is_sparse else _BLOCK_PIXELS
+        for first in range(begin, end, step):
+            if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
+                continue
+            n = min(step, end - first)
+            error, code = errors[first : first + n], codes[first : first + n]
+            place, rest = places[:n], rests[:n]
+            for i in range(n):
+                distance = _distance(error[i], top_bits)
+                found, own, uncounted = _bin(distance), i32(code[i]), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
+                is_left_out = (distance == nothing) | (distance > last_counted)
+                highest = max(highest, i32(-1) if is_left_out else found)
+                lowest = min(lowest, found)
+                found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
+                found = uncounted if own == void_code else found
+                found = uncounted if own == ignored_code else found
+                place[i] = uncounted if is_left_out else found
+                rest[i] = _rest(distance)
+            for i in range(n):
+                table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
     return lowest, highest
 
 
@@ -259,7 +294,7 @@ def _fill_in(
             mean, slope = 0.5 * (x + y), (x - y) * to_slope
             losses[i] += mean * (j * (upper - i * width) - rest * unit)
             foreground[i] = _pack(foreground_weight * (mean + slope * (rest / j)), foreground_weight * slope)
-    return _sum(losses[:n])
+    return ordered_sum(losses[:n])
 
 
 @inlined
@@ -273,19 +308,6 @@ def _pack(a: float, s: float) -> int:
     """An entry: both numbers as float32 in 64 bits."""
     low = np.int64(float_bits(f32(a))) & np.int64(0xFFFFFFFF)
     return low | (np.int64(float_bits(f32(s))) << np.int64(32))
-
-
-@inlined
-def _sum(values: npt.NDArray[np.float64]) -> float:
-    """Sums in a fixed order, as four independent partial sums."""
-    sums = np.zeros(4)
-    whole = len(values) // 4 * 4
-    for i in range(0, whole, 4):
-        for lane in range(4):
-            sums[lane] += values[i + lane]
-    for i in range(whole, len(values)):
-        sums[0] += values[i]
-    return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
 @inlined
@@ -326,7 +348,7 @@ def look_up(
     stop_plane: int,
     start: int,
     stop: int,
-    last_bin: int,
+    last: int,
     add: bool,
 ) -> None:
     """Writes (or adds, if ``add``) the gradient of the row's pixels [start, stop), which lie in the given planes."""
@@ -334,33 +356,43 @@ def look_up(
     entries[2 * _UNCOUNTED : 2 * _UNCOUNTED + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
-    last = i32(last_bin)
+    last_counted, counted, is_sparse = i32(last), np.empty(_BLOCK_PIXELS // _PART_PIXELS, np.bool_), True
     places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     for plane in range(first_plane, stop_plane):
-        begin = planes.start[plane]
-        low, high = max(start, begin), min(stop, begin + planes.pixels[plane])
+        plane_start = planes.start[plane]
+        low, high = max(start, plane_start), min(stop, plane_start + planes.pixels[plane])
         if low >= high:
             continue
         address = planes.grads[plane] + np.uint64(4 * planes.pixels[plane] * row)
         grads = numba.carray(pointer(address), (planes.pixels[plane],), np.float32)
-        for first in range(low, high, _BLOCK_PIXELS):
-            n = min(_BLOCK_PIXELS, high - first)
-            error, code = errors[row, first : first + n], codes[first : first + n]
-            place, rest, grad = places[:n], rests[:n], grads[first - begin : first - begin + n]
-            for i in range(n):
-                distance = _distance(error[i], top_bits)
-                found, own = _bin(distance), i32(code[i])
-                is_left_out = (distance == nothing) | (found > last)
-                found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
-                found = i32(_UNCOUNTED) if own == void_code else found
-                found = i32(_UNCOUNTED) if own == ignored_code else found
-                place[i] = i32(_UNCOUNTED) if is_left_out else found
-                rest[i] = _rest(distance)
-            if add:
+        for begin in range(low, high, _BLOCK_PIXELS):
+            end = min(begin + _BLOCK_PIXELS, high)
+            if is_sparse or (begin - low) % _DENSE_PIXELS == 0:
+                error, code = errors[row, begin:end], codes[begin:end]
+                is_sparse = _is_sparse(error, code, foreground_code, top_bits, last_counted, counted)
+            step = _PART_PIXELS if is_sparse else _BLOCK_PIXELS
+            for first in range(begin, end, step):
+                n = min(step, end - first)
+                error, code = errors[row, first : first + n], codes[first : first + n]
+                place, rest, grad = places[:n], rests[:n], grads[first - plane_start : first - plane_start + n]
+                if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
+                    for i in range(0 if add else n):  # As a loop, since NumPy's assignment is not vector code here.
+                        grad[i] = f32(0)
+                    continue
                 for i in range(n):
-                    at = 2 * np.uint32(place[i])
-                    grad[i] += fma(-entries[at + 1], f32(rest[i]), entries[at])
-            else:
-                for i in range(n):
-                    at = 2 * np.uint32(place[i])
-                    grad[i] = fma(-entries[at + 1], f32(rest[i]), entries[at])
+                    distance = _distance(error[i], top_bits)
+                    found, own = _bin(distance), i32(code[i])
+                    is_left_out = (distance == nothing) | (distance > last_counted)
+                    found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
+                    found = i32(_UNCOUNTED) if own == void_code else found
+                    found = i32(_UNCOUNTED) if own == ignored_code else found
+                    place[i] = i32(_UNCOUNTED) if is_left_out else found
+                    rest[i] = _rest(distance)
+                if add:
+                    for i in range(n):
+                        at = 2 * np.uint32(place[i])
+                        grad[i] += fma(-entries[at + 1], f32(rest[i]), entries[at])
+                else:
+                    for i in range(n):
+                        at = 2 * np.uint32(place[i])
+                        grad[i] = fma(-entries[at + 1], f32(rest[i]), entries[at])
