@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+from support.fork_server import ForkedServer
 from support.gpu import require_gpu
 from support.ways import MISSING_WAYS
 
@@ -54,5 +55,5 @@ def threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """A real server on the CPU, in a process of its own, for tests that leave it as they found it."""
-    with ServerProcess(["--device", "cpu"]) as process:
+    with ForkedServer(["--device", "cpu"]) as process:
         yield process

@@ -1,7 +1,7 @@
 """What ``test_process_group.py`` runs in processes of their own: the ranks of a process group, and their joint losses.
 
-``python group_ranks.py --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process is in,
-and prints the name of each as it ends; a check that fails ends the process. Each rank knows the data of all, and
+``python -m support.group_ranks --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process
+is in, and prints the name of each as it ends; a check that fails ends the process. Each rank knows the data of all, and
 compares its results with those of one process that has all images.
 """
 
