@@ -278,7 +278,7 @@ def test_a_restart_is_ridden_out_by_the_clients_retries() -> None:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = ["--device", "cpu", "--listen", address]
     with LossClient(address) as client:
-        with ServerProcess(arguments) as first:
+        with ForkedServer(arguments) as first:
             before = client.compute(*tensors(16), SOFTMAX)
             first.kill()
         waiting = client.submit(*tensors(16), SOFTMAX)
