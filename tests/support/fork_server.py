@@ -39,13 +39,15 @@ class Forked(subprocess.Popen[Any]):
         """Starts the process. Popen itself calls this, with the same first 16 arguments in all versions of Python."""
         command, folder, environment, pipes = arguments[0], arguments[5], arguments[6], arguments[10:16]
         environment = dict(os.environ if environment is None else environment)
-        if sys.platform != "linux" or not _was_imported_with(environment):
+        with _starting:
+            control, imported_with = _fork_server()
+        differing = {name for name, _ in environment.items() ^ imported_with.items()}
+        if control is None or not all(name.startswith(READ_LATE) for name in differing):
             super()._execute_child(*arguments)
             return
         streams = [pipe if pipe >= 0 else own for own, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         program = json.dumps([command[1:], str(folder or os.getcwd()), environment])
         with _starting:
-            control, _ = _fork_server()
             _adopt_orphans(True)  # The program's parent ends at once; then the program becomes our child.
             try:
                 socket.send_fds(control, [program.encode()], streams)
@@ -66,9 +68,11 @@ class ForkedServer(ServerProcess):
 
 
 @cache
-def _fork_server() -> tuple[socket.socket, dict[str, str]]:
-    """The connection to the fork server of this process, and the environment that it imported with."""
+def _fork_server() -> tuple[socket.socket | None, dict[str, str]]:
+    """The connection to this process's fork server, if there can be one, and the environment that it imported with."""
     environment = dict(os.environ)
+    if sys.platform != "linux":
+        return None, environment
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     number = theirs.fileno()
     process = subprocess.Popen(
@@ -80,12 +84,7 @@ def _fork_server() -> tuple[socket.socket, dict[str, str]]:
     theirs.close()
     atexit.register(process.wait)
     atexit.register(ours.close)  # Ends it. Is called first.
-    return ours, environment
-
-
-def _was_imported_with(environment: dict[str, str]) -> bool:
-    differing = {name for name, _ in environment.items() ^ _fork_server()[1].items()}
-    return all(name.startswith(READ_LATE) for name in differing)
+    return (ours if ours.recv(64) else None), environment  # If it cannot fork, it has said why and ended.
 
 
 def _adopt_orphans(adopts: bool) -> None:
@@ -100,12 +99,13 @@ def _import_all() -> None:
         cpu_target = import_module("numba.core.registry").cpu_target
         cpu_target.typing_context.refresh()  # Else the first compiled function that is loaded does it.
         cpu_target.target_context.refresh()
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread"
+    assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads; a fork would not have them"
     gc.freeze()
 
 
 def _serve(control: socket.socket) -> tuple[list[str], str, dict[str, str]]:
     """Forks for each request. Returns in the new process alone: its command, folder and environment."""
+    control.send(b"ready")
     while True:
         message, streams, _, _ = socket.recv_fds(control, 1 << 18, 3)
         if not message:
