@@ -31,6 +31,18 @@ def pytest_collection() -> Generator[None]:
         gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the tests that may take longest first: else the last of them runs when all other workers have ended."""
+    usual = float(config.getini("timeout"))
+
+    def is_long(item: pytest.Item) -> bool:
+        timeout = item.get_closest_marker("timeout")
+        return timeout is not None and timeout.args[0] > usual
+
+    items.sort(key=lambda item: not is_long(item))
+
+
 @pytest.fixture(scope="session", params=DEVICES)
 def torch_device(request: pytest.FixtureRequest) -> torch.device:
     """Every device here that torch's own path runs on."""

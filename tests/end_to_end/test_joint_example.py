@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 COMPARE = Path(__file__).parents[2] / "examples" / "compare_ddp.py"
 
 
+@pytest.mark.timeout(300)
 def test_a_short_comparison(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     options = ["--steps", "3", "--ranks", "2", "--timeout", "50", "--plot", str(tmp_path), "--json", str(figures)]
