@@ -24,8 +24,9 @@ from typing import Any
 
 from lovasz.server.launch import ServerProcess
 
-READ_LATE = ("LOVASZ_", "GLOO_", "GRPC_EXPERIMENTAL_", "PYTEST_")
-"""Variables that have their effect after the imports. If others differ, a program is started as usual."""
+READ_LATE = ("LOVASZ_", "GLOO_", "GRPC_EXPERIMENTAL_", "PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_")
+"""Variables that have their effect after the imports, or none (PyTorch's compiler sets its own in the test's process).
+If others differ, a program is started as usual."""
 
 _TESTS = str(Path(__file__).parents[1])
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
