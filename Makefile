@@ -14,6 +14,10 @@ TESTS ?= tests/test_architecture.py tests/wire
 # The environment that a package is built in is pinned, too.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests share the cores: a thread of torch that waits for another must not keep one busy meanwhile.
+test quick interpret compat: export OMP_WAIT_POLICY := passive
+# Some images set it. Then each of the many processes of the tests would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo joint-demo joint-study quick test interpret check lint types proto-check docs-check deploy-check docs proto compat trainers image-check sbom audit pin-images gpu gpu-packages bench bench-remote bench-joint faults figures constraints clean
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from support import vector_cases
 from support.comparison import bits, norm_error, normal, random_labels
+from support.fork_server import ForkedServer
 from support.scripted_server import (
     Answer,
     ScriptedServer,
@@ -655,7 +656,7 @@ def test_ring_hash_without_grpcs_variable_says_what_to_set(monkeypatch: pytest.M
 
 
 def test_a_unix_socket_is_one_server_whatever_balances(tmp_path: Path) -> None:
-    with ServerProcess(["--device", "cpu", "--listen", f"unix:{tmp_path}/s"]) as server:
+    with ForkedServer(["--device", "cpu", "--listen", f"unix:{tmp_path}/s"]) as server:
         for load_balancing in ("round_robin", "ring_hash"):
             with LossClient(server.target, load_balancing=load_balancing) as client:
                 assert client.compute(*SMALL.input(), LovaszSoftmax(), joint=Joint("a run", 0, 1, 0)).loss > 0

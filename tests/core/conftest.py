@@ -27,7 +27,6 @@ def _parameter(way: Way) -> object:
 def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     """A way that all losses take for as long as the fixture is used."""
     way: Way = request.param
-    way.require()
 
     def forced(asked: Sequence[Request], loss: WeightedSum, on: torch.device) -> Backend:
         return Backend.TORCH if asked[0].logits.dtype == torch.float64 else way.backend

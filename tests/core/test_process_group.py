@@ -5,7 +5,6 @@ All checks run in the same few processes: to start one takes longer than most of
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import group_ranks
+from support.fork_server import Forked
 
 from lovasz.core import InvalidInput, LovaszSoftmax, compute
 from lovasz.core.dispatch import warm_up
@@ -25,15 +25,13 @@ SECONDS = 400
 
 def run_processes(folder: Path, count: int, *options: str) -> list[list[str]]:
     """What each process prints: the checks that it has ended."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(group_ranks.__file__).parents[1])
-    command = [sys.executable, group_ranks.__file__, "--store", str(folder / "store"), *options]
+    command = [sys.executable, "-m", "support.group_ranks", "--store", str(folder / "store"), *options]
     with ExitStack() as stack:
         processes, files = [], []
         for number in range(count):
             files.append(stack.enter_context((folder / f"said-{number}").open("w+")))
             given = [*command, "--process", str(number)]
-            process = subprocess.Popen(given, stdout=files[-1], stderr=subprocess.STDOUT, env=environment)
+            process = Forked(given, cwd=Path(__file__).parents[1], stdout=files[-1], stderr=subprocess.STDOUT)
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         # The others may wait for one that has failed.

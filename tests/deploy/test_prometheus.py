@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from support.fork_server import ForkedServer
 from support.waiting import eventually
 
 from lovasz import wire
@@ -90,7 +91,7 @@ def test_alerts_fire_when_they_should() -> None:
 @pytest.fixture(scope="module")
 def scraped() -> Iterator[ServerProcess]:
     """A server for the tests of this file alone, as they ask for what is in its metrics and what is not."""
-    with ServerProcess(["--device", "cpu"]) as server:
+    with ForkedServer(["--device", "cpu"]) as server:
         yield server
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fork_server import ForkedServer
 from support.scrape import metric
 from support.waiting import eventually
 
@@ -36,7 +37,7 @@ def status_of(server: ServerProcess) -> dict[str, Any]:
 
 
 def test_the_numbers_name_the_ranks_that_joint_steps_wait_for() -> None:
-    with ServerProcess(["--device", "cpu", "--joint-timeout", "2"]) as server, LossClient(server.target) as client:
+    with ForkedServer(["--device", "cpu", "--joint-timeout", "2"]) as server, LossClient(server.target) as client:
         tensors = np.zeros((1, 3, 4, 4), np.float32), np.zeros((1, 4, 4), np.uint8)
         waiting = [client.submit(*tensors, LovaszSoftmax(), joint=Joint("cityscapes", rank, 4, 7)) for rank in (0, 3)]
         assert eventually(lambda: metric(server, "lovasz_joint_ranks_waiting") == 2)
@@ -64,7 +65,7 @@ def test_the_numbers_name_the_ranks_that_joint_steps_wait_for() -> None:
 
 
 def test_what_is_not_a_number_is_null() -> None:
-    with ServerProcess(["--device", "cpu"]) as server, LossClient(server.target) as client:
+    with ForkedServer(["--device", "cpu"]) as server, LossClient(server.target) as client:
         logits, labels = np.full((1, 3, 4, 4), np.nan, np.float32), np.zeros((1, 4, 4), np.uint8)
         assert np.isnan(client.compute(logits, labels, LovaszSoftmax(), joint=Joint("diverged", 0, 1, 0)).loss)
         assert status_of(server)["samples"]["lovasz_run_loss"] == [[{"run": "diverged", "mode": "train"}, None]]
@@ -103,7 +104,7 @@ def test_callers_that_say_nothing_or_go_away_hold_up_nobody_and_leave_no_trace_i
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser (Debian: apt-get install chromium)")
 def test_a_browser_shows_how_the_server_fares(tmp_path: Path) -> None:
     with (
-        ServerProcess(["--device", "cpu", "--joint-timeout", "60"]) as server,
+        ForkedServer(["--device", "cpu", "--joint-timeout", "60"]) as server,
         LossClient(server.target) as client,
         under_load(client),
     ):

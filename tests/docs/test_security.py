@@ -38,7 +38,7 @@ def test_the_recipe_leads_to_a_training_over_mutual_tls_with_a_token(tmp_path: P
         (programs / name).chmod(0o755)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    environment = {"PATH": f"{programs}:/usr/bin:/bin", "LOVASZ_METRICS_LISTEN": "127.0.0.1:0"}
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "LOVASZ_METRICS_LISTEN": "127.0.0.1:0", "OMP_NUM_THREADS": "1"}
     said, server = "", None
     try:
         for command in (line.replace(PORT, port) for line in commands()):

@@ -21,6 +21,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from support.certificates import DAY, NOW, Authority, Pair
+from support.fork_server import ForkedServer
 from support.waiting import eventually
 
 from lovasz.client import TLS, AuthenticationError, Joint, LossClient, LovaszSoftmax, ServerUnavailableError, TLSError
@@ -99,7 +100,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
     arguments = ["--device", "cpu", "--listen", f"127.0.0.1:0,unix:{folder}/socket", "--tokens", str(tokens)]
     arguments += ["--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--tls-client-ca", str(ca.path)]
     arguments += ["--metrics-tls", "--metrics-tokens", str(tokens), "--reflection"]
-    with ServerProcess(arguments) as server:
+    with ForkedServer(arguments) as server:
         yield Secure(server, folder, ca, pair, original, client)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import void_class
+from support.fork_server import ForkedServer
 from support.scrape import metric
 from support.vector_cases import Case, load
 
@@ -69,7 +70,7 @@ def test_a_void_class_has_no_iou_in_answers_and_metrics(
     monkeypatch.setattr(client_remote, "SHARED_BYTES", 0)
     loss, inputs = LovaszSoftmax(ignore_index=void_class.IGNORED), (void_class.logits(), void_class.LABELS)
     arguments = ["--device", "cpu", "--listen", f"unix:{tmp_path}/s", "--shared-memory"]
-    with ServerProcess(arguments) as server:
+    with ForkedServer(arguments) as server:
         target = "inprocess" if way == "inprocess" else server.target
         with LossClient(target, transport="shm" if way == "shm" else "grpc", run="a") as client:
             result = client.compute(*inputs, loss)
@@ -132,7 +133,7 @@ def test_sixteen_clients_at_once_each_get_their_own_answer_bit_for_bit() -> None
     """Every answer equals that of the core to the request alone, though batches are shared with strangers."""
     work = [requests_of(seed, 8) for seed in range(16)]
     truth = [[core.compute(*request) for request in requests] for requests in work]
-    with ServerProcess(["--device", "cpu"]) as server:
+    with ForkedServer(["--device", "cpu"]) as server:
 
         def client(requests: list[Request]) -> list[Result[torch.Tensor]]:
             with LossClient(server.target) as connection:

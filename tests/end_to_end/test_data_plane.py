@@ -19,6 +19,7 @@ import pytest
 import torch
 from support.client_to_kill import LARGE
 from support.footprint import Footprint, available_bytes, forget_peak, peak_bytes
+from support.fork_server import Forked, ForkedServer
 from support.messages import messages_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
@@ -50,7 +51,7 @@ def stream(target: str, messages: Iterator[pb.ComputeStreamRequest]) -> Iterator
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[ServerProcess]:
     """A server that waits only so long for its callers."""
-    with ServerProcess(["--device", "cpu", "--stall-timeout", "0.5", "--header-timeout", "0.5"]) as server:
+    with ForkedServer(["--device", "cpu", "--stall-timeout", "0.5", "--header-timeout", "0.5"]) as server:
         yield server
 
 
@@ -167,7 +168,7 @@ def test_a_deadline_that_passes_ends_the_work_wherever_it_is(server: ServerProce
 def killed(phase: str, target: str, after: float = 0.0) -> None:
     """A client that is killed when it has come to this phase."""
     command = [sys.executable, "-m", "support.client_to_kill", phase, target]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    process = Forked(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "there\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.device_server import device_server
+from support.fork_server import Forked
 from support.host_driver import NAME, HostDriver
 from support.scrape import metric
 from support.torch_tensors import tensors
@@ -302,7 +303,7 @@ client.compute(logits, labels, LovaszSoftmax(), joint=joint)
 @pytest.mark.parametrize(("phase", "after"), [("holding", 0.0), ("calling", 0.1), ("calling", 0.4), ("waiting", 0.3)])
 def test_a_client_that_is_killed_leaves_nothing_behind(sharing: ServerProcess, phase: str, after: float) -> None:
     command = [sys.executable, "-c", CLIENT, str(Path(__file__).parents[1]), phase, sharing.target]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with Forked(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
         if phase == "holding":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.comparison import bits, normal, random_labels
+from support.fork_server import ForkedServer
 
 from lovasz import core
 from lovasz.client import (
@@ -34,7 +35,7 @@ WAYS = ("inprocess", "unary", "stream", "shared memory")
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     path = tmp_path_factory.mktemp("images") / "s"
-    with ServerProcess(["--device", "cpu", "--listen", f"unix:{path}", "--shared-memory"]) as server:
+    with ForkedServer(["--device", "cpu", "--listen", f"unix:{path}", "--shared-memory"]) as server:
         yield server
 
 

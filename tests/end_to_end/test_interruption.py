@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.fork_server import ForkedServer
 from support.messages import tensors
 from support.processes import hearing_ctrl_c
 from support.scrape import metric
@@ -30,7 +31,7 @@ def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     """A server on which a rank without its peers waits for as long as the tests take."""
     path = tmp_path_factory.mktemp("interrupted") / "s"
     arguments = ["--device", "cpu", "--listen", f"unix:{path}", "--shared-memory", "--joint-timeout", "100"]
-    with ServerProcess(arguments) as server:
+    with ForkedServer(arguments) as server:
         yield server
 
 

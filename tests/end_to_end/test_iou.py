@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from support.processes import run_python
+from support.fork_server import Forked
 
 from lovasz.client import Joint, LossClient
 from lovasz.core import CrossEntropy, DatasetIoU, InvalidInput, LovaszHinge, LovaszSoftmax, Result, compute
@@ -113,6 +115,7 @@ def test_another_number_of_classes_is_refused_and_changes_nothing() -> None:
 RANK = """
 import os
 import warnings
+warnings.simplefilter("error")
 import numpy as np
 from torch import distributed
 from lovasz.core import DatasetIoU, InvalidInput, LovaszHinge, compute
@@ -149,12 +152,19 @@ distributed.destroy_process_group()
 """
 
 
+def output_of(code: str) -> str:
+    with Forked([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        output, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0, complaint
+    return str(output)
+
+
 def test_ranks_add_up_even_if_one_has_no_batch(tmp_path: Path) -> None:
     """Three processes. The network predicts foreground everywhere; a rank's labels are rows of four pixels."""
     held = [[[1, 1, 0, 0], [1, 0, 0, 0]], [], [[1, 1, 1, 1]]]
     with ThreadPoolExecutor(3) as pool:
         codes = [RANK.format(rank=rank, held=held[rank], store=tmp_path / "store") for rank in range(3)]
-        printed = [output.splitlines() for output in pool.map(run_python, codes)]
+        printed = [output.splitlines() for output in pool.map(output_of, codes)]
     refusals = [
         "counts: got those of 3 ranks, already added; expected one rank's",
         "counts: got parts with 1 and 2 classes; expected the same number",

@@ -19,6 +19,7 @@ import pytest
 import torch
 from support import many_ranks
 from support.footprint import Footprint
+from support.fork_server import Forked, ForkedServer
 from support.many_ranks import WORLD
 from support.messages import request_of
 from support.scrape import metric
@@ -53,7 +54,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     """One server, on TCP and on a socket with shared memory; it waits long for ranks."""
     path = tmp_path_factory.mktemp("joint") / "s"
     arguments = ["--device", "cpu", "--listen", f"127.0.0.1:0,unix:{path}", "--shared-memory"]
-    with ServerProcess(arguments) as server:
+    with ForkedServer(arguments) as server:
         yield server
 
 
@@ -297,7 +298,7 @@ def test_a_rank_that_goes_away_while_it_waits_can_be_started_again(servers: Serv
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[ServerProcess]:
     """A server that waits for missing ranks for a second."""
-    with ServerProcess(["--device", "cpu", "--joint-timeout", "1", "--max-requests", "8"]) as server:
+    with ForkedServer(["--device", "cpu", "--joint-timeout", "1", "--max-requests", "8"]) as server:
         yield server
 
 
@@ -373,7 +374,7 @@ def test_where_there_is_room_for_some_runs_only_each_call_ends_and_the_runs_get_
     nbytes = 2 * logits.nbytes + labels.nbytes
     arguments = ["--device", "cpu", "--memory-budget", f"{9 * nbytes}B", "--joint-timeout", "5"]
     runs, world, steps = 4, 4, 2
-    with ServerProcess(arguments) as server, LossClient(server.target) as client:
+    with ForkedServer(arguments) as server, LossClient(server.target) as client:
         alone = client.compute(torch.cat([logits] * world), torch.cat([labels] * world), SOFTMAX).loss
 
         def work(run: int, rank: int) -> list[str]:
@@ -401,7 +402,7 @@ def test_where_there_is_room_for_some_runs_only_each_call_ends_and_the_runs_get_
 
 def test_sigterm_lets_the_last_ranks_come_and_ends_with_all_answered() -> None:
     parts = [many_ranks.tensors(0, rank) for rank in range(2)]
-    with ServerProcess(["--device", "cpu"]) as server, grpc.insecure_channel(server.target) as channel:
+    with ForkedServer(["--device", "cpu"]) as server, grpc.insecure_channel(server.target) as channel:
         stub = loss_pb2_grpc.LossServiceStub(channel)
         first = stub.Compute.future(request_of(*parts[0], joint=wire.Joint("drain", 0, 0, 2, b"1")), timeout=60)
         assert eventually(lambda: metric(server, "lovasz_joint_ranks_waiting") == 1)
@@ -419,7 +420,7 @@ def test_sigterm_lets_the_last_ranks_come_and_ends_with_all_answered() -> None:
 def test_ranks_that_still_wait_when_draining_ends_are_told_whom_they_waited_for() -> None:
     parts = [many_ranks.tensors(0, rank) for rank in range(2)]
     arguments = ["--device", "cpu", "--drain-seconds", "0.5"]
-    with ServerProcess(arguments) as server, grpc.insecure_channel(server.target) as channel:
+    with ForkedServer(arguments) as server, grpc.insecure_channel(server.target) as channel:
         stub = loss_pb2_grpc.LossServiceStub(channel)
         calls = [
             stub.Compute.future(
@@ -463,7 +464,7 @@ def many_at_once(target: str, round_number: int, rng: random.Random) -> tuple[li
             never = run in DOOMED and number < VICTIMS
             places[number].append((run, rank, -1.0 if never else rng.uniform(0, 2)))
     processes = [
-        subprocess.Popen(
+        Forked(
             [sys.executable, "-m", "support.many_ranks", target, str(round_number)],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,

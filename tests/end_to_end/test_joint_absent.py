@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import uneven_ranks
+from support.fork_server import Forked, ForkedServer
 from support.many_ranks import tensors
 from support.scrape import metric
 from support.uneven_ranks import IMAGES, LOSS, WORLD, batch, model
@@ -44,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that waits long for ranks: what ends sooner was ended by something else."""
     path = tmp_path_factory.mktemp("absent") / "s"
     arguments = ["--device", "cpu", "--listen", f"127.0.0.1:0,unix:{path}", "--shared-memory"]
-    with ServerProcess([*arguments, "--joint-timeout", "600"]) as server:
+    with ForkedServer([*arguments, "--joint-timeout", "600"]) as server:
         yield server
 
 
@@ -334,7 +335,7 @@ def test_a_distributed_training_with_uneven_data_trains_as_one_process(
 ) -> None:
     command = [sys.executable, uneven_ranks.__file__, server.target, "--store", str(tmp_path / "store")]
     processes = [
-        subprocess.Popen(
+        Forked(
             [*command, "--reduction", reduction, "--rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         for rank in range(WORLD)

@@ -15,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.fork_server import ForkedServer
 from support.messages import header_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
@@ -77,7 +78,7 @@ def test_reflection_is_off_unless_it_is_asked_for(server: ServerProcess) -> None
 
 def test_reflection_names_the_services_to_two_callers_at_a_time() -> None:
     with (
-        ServerProcess(["--device", "cpu", "--reflection"]) as server,
+        ForkedServer(["--device", "cpu", "--reflection"]) as server,
         grpc.insecure_channel(server.target) as channel,
     ):
         streams = [reflected(channel) for _ in range(2)]
@@ -126,14 +127,14 @@ def test_a_port_that_is_taken_ends_the_start_with_a_reason() -> None:
 
 
 def test_a_unix_socket(tmp_path: object) -> None:
-    with ServerProcess(["--device", "cpu", "--listen", f"unix:{tmp_path}/s"]) as server, LossClient(server.target) as c:
+    with ForkedServer(["--device", "cpu", "--listen", f"unix:{tmp_path}/s"]) as server, LossClient(server.target) as c:
         assert server.target == f"unix:{tmp_path}/s"
         assert c.compute(*tensors(8), SOFTMAX).loss > 0
 
 
 def test_over_budget_is_refused_from_the_header_and_room_comes_back() -> None:
     logits, labels = tensors(64)  # 65,536 bytes of logits, twice with the gradient, and 4,096 of labels
-    with ServerProcess(["--device", "cpu", "--memory-budget", "200KiB"]) as server, LossClient(server.target) as client:
+    with ForkedServer(["--device", "cpu", "--memory-budget", "200KiB"]) as server, LossClient(server.target) as client:
         channel, call, release = held_open(server.target, header_of(logits, labels))
         assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 2 * logits.nbytes + labels.nbytes)
         with pytest.raises(ServerOverloadedError, match=r"132 KiB of 200 KiB are in use"):
@@ -153,7 +154,7 @@ def test_over_budget_is_refused_from_the_header_and_room_comes_back() -> None:
 
 def test_too_many_requests_are_refused_while_health_is_still_answered() -> None:
     header = header_of(*tensors(8))
-    with ServerProcess(["--device", "cpu", "--max-requests", "2"]) as server, LossClient(server.target) as client:
+    with ForkedServer(["--device", "cpu", "--max-requests", "2"]) as server, LossClient(server.target) as client:
         held = [held_open(server.target, header) for _ in range(2)]
         assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 2)
         with pytest.raises(ServerOverloadedError, match=r"2 requests are in flight, of at most 2"):
@@ -176,7 +177,7 @@ def test_streams_that_send_no_header_leave_threads_for_others_and_end() -> None:
         yield from ()
 
     with (
-        ServerProcess(["--device", "cpu", "--max-requests", "2"]) as server,
+        ForkedServer(["--device", "cpu", "--max-requests", "2"]) as server,
         LossClient(server.target) as client,
         grpc.insecure_channel(server.target) as channel,
     ):
@@ -277,11 +278,11 @@ def test_a_restart_is_ridden_out_by_the_clients_retries() -> None:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = ["--device", "cpu", "--listen", address]
     with LossClient(address) as client:
-        with ServerProcess(arguments) as first:
+        with ForkedServer(arguments) as first:
             before = client.compute(*tensors(16), SOFTMAX)
             first.kill()
         waiting = client.submit(*tensors(16), SOFTMAX)
-        with ServerProcess(arguments):
+        with ForkedServer(arguments):
             assert waiting.result().loss == before.loss
 
 

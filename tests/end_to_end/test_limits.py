@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.fork_server import ForkedServer
 from support.messages import LOSS, tensors
 from support.scrape import metric
 from support.waiting import eventually
@@ -57,7 +58,7 @@ def lines(limits: dict[str, str]) -> str:
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     file = tmp_path_factory.mktemp("limits") / "tokens"
     file.write_text(lines(LIMITS))
-    with ServerProcess(["--device", "cpu", "--memory-budget", "62.5MiB", "--tokens", str(file)]) as server:
+    with ForkedServer(["--device", "cpu", "--memory-budget", "62.5MiB", "--tokens", str(file)]) as server:
         yield Limited(server, file)
 
 
@@ -137,7 +138,7 @@ def test_names_of_runs_are_shown_to_who_has_a_token(limited: Limited) -> None:
 
 def test_clients_on_one_unix_socket_are_told_apart(tmp_path: Path) -> None:
     listen = f"unix:{tmp_path}/socket"
-    with ServerProcess(["--device", "cpu", "--listen", listen, "--memory-budget", "64KiB"]) as server:
+    with ForkedServer(["--device", "cpu", "--listen", listen, "--memory-budget", "64KiB"]) as server:
 
         def peers() -> set[object]:
             return {line["peer"] for line in server.log if line["event"] == "a request was refused"}

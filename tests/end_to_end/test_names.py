@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.fork_server import ForkedServer
 from support.messages import tensors
 from support.waiting import eventually
 
@@ -101,7 +102,7 @@ def test_an_unknown_name_is_told() -> None:
 
 
 def unix_server(path: Path, *more: str) -> ServerProcess:
-    return ServerProcess(["--device", "cpu", "--listen", f"unix:{path}", *more])
+    return ForkedServer(["--device", "cpu", "--listen", f"unix:{path}", *more])
 
 
 def events(server: ServerProcess) -> list[object]:

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from support import load_of_several_servers
 from support.envoy import ENVOY, Envoy, own_address
+from support.fork_server import Forked, ForkedServer
 from support.load_of_several_servers import INPUTS
 from support.scrape import metric
 from support.waiting import eventually
@@ -33,7 +34,7 @@ hashing = pytest.mark.skipif(
 
 
 def server_at(address: str) -> ServerProcess:
-    return ServerProcess(["--device", "cpu", "--listen", address, "--joint-regroup", "2", "--max-connection-age", "5"])
+    return ForkedServer(["--device", "cpu", "--listen", address, "--joint-regroup", "2", "--max-connection-age", "5"])
 
 
 def answered(server: ServerProcess) -> float:
@@ -132,7 +133,7 @@ class Process:
 
     def __enter__(self) -> Process:
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = Forked(
                 [sys.executable, str(SCRIPT), *self._arguments],
                 env={**os.environ, VARIABLE: "true"},
                 stdin=subprocess.PIPE,

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support import ranks_of_several_servers
+from support.fork_server import Forked, ForkedServer
 from support.ranks_of_several_servers import LOSS, LOST_STEP, WORLD, batch, model
 from support.scrape import metric
 from support.waiting import eventually
@@ -40,7 +41,7 @@ hashing = pytest.mark.skipif(
 def three_servers() -> Iterator[list[ServerProcess]]:
     arguments = ["--device", "cpu", "--joint-timeout", str(JOINT_TIMEOUT)]
     with ExitStack() as stack:  # One after the other: the first compiles for all.
-        yield [stack.enter_context(ServerProcess(arguments)) for _ in range(3)]
+        yield [stack.enter_context(ForkedServer(arguments)) for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def ranks(role: str, servers: list[ServerProcess], count: int, output: Path, *mo
     command = [sys.executable, str(SCRIPT), role, ",".join(server.target for server in servers), "--count", str(count)]
     environment = {**os.environ, VARIABLE: "true"}
     with output.open("w") as stdout, output.with_suffix(".stderr").open("w") as stderr:
-        process = subprocess.Popen([*command, *more], env=environment, stdout=stdout, stderr=stderr)
+        process = Forked([*command, *more], env=environment, stdout=stdout, stderr=stderr)
     try:
         yield Ranks(process, output)
     finally:

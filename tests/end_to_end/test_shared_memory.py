@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from support.footprint import Footprint
+from support.fork_server import ForkedServer
 from support.scrape import metric
 from support.torch_tensors import tensors
 from support.vector_cases import Case, load
@@ -123,7 +124,7 @@ def test_auto_takes_shared_memory_where_it_can_be_had(sharing: ServerProcess, se
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server on a Unix socket that takes no shared memory."""
     path = tmp_path_factory.mktemp("plain") / "s"
-    with ServerProcess(["--device", "cpu", "--listen", f"unix:{path}"]) as server:
+    with ForkedServer(["--device", "cpu", "--listen", f"unix:{path}"]) as server:
         yield server
 
 
@@ -338,17 +339,17 @@ def test_shared_memory_needs_a_unix_socket_and_a_server_that_takes_it(
 def test_a_restart_of_the_server_is_ridden_out(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--listen", f"unix:{tmp_path}/s", "--shared-memory"]
     with LossClient(f"unix:{tmp_path}/s", transport="shm") as client:
-        with ServerProcess(arguments) as first:
+        with ForkedServer(arguments) as first:
             before = client.compute(*tensors(80), SOFTMAX)
             first.kill()
-        with ServerProcess(arguments) as second:
+        with ForkedServer(arguments) as second:
             again = client.compute(*tensors(80), SOFTMAX)
             assert metric(second, "lovasz_shared_memory_sessions") == 1
     assert torch.equal(before.grad, again.grad)
 
 
 def test_a_second_server_does_not_take_the_place_of_one_that_lives(sharing: ServerProcess) -> None:
-    second = ServerProcess(["--device", "cpu", "--listen", sharing.target, "--shared-memory"])
+    second = ForkedServer(["--device", "cpu", "--listen", sharing.target, "--shared-memory"])
     with pytest.raises(RuntimeError, match="another server is there"), second:
         pass
     with LossClient(sharing.target, transport="shm") as client:

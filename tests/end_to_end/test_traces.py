@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from support.fork_server import ForkedServer
 
 from lovasz.client import InvalidInputError, LossClient, LovaszSoftmax
-from lovasz.server.launch import ServerProcess
 
 if grpc.__version__ == "1.63.0":
     pytest.skip("OpenTelemetry's stubs need grpcio 1.63.2", allow_module_level=True)
@@ -68,7 +68,7 @@ def test_a_call_is_a_span_of_its_callers_trace_with_a_child_for_each_phase(
     own = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(own))
-    with ServerProcess(["--device", "cpu"]) as server, LossClient(server.target, run="traced") as client:
+    with ForkedServer(["--device", "cpu"]) as server, LossClient(server.target, run="traced") as client:
         with provider.get_tracer("trainer").start_as_current_span("step") as step:
             client.submit(LOGITS, LABELS, SOFTMAX).result()
             with pytest.raises(InvalidInputError):

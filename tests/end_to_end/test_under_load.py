@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from support.fork_server import ForkedServer
 from support.messages import request_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
@@ -31,7 +32,7 @@ REQUESTS = [request_of(*tensors(side)) for side in (16, 64, 150)]
 
 def test_sigterm_under_load_finishes_what_was_accepted_and_exits_0() -> None:
     for stop in range(STOPS):
-        with ServerProcess(["--device", "cpu", "--drain-seconds", "20"]) as server:
+        with ForkedServer(["--device", "cpu", "--drain-seconds", "20"]) as server:
             with grpc.insecure_channel(server.target) as channel:
                 compute = loss_pb2_grpc.LossServiceStub(channel).Compute
                 right = [compute(request).header.loss for request in REQUESTS]
@@ -83,11 +84,11 @@ def test_no_step_is_lost_to_a_restart_under_load(end: Callable[[ServerProcess], 
         return losses
 
     with ThreadPoolExecutor(8) as pool:
-        with ServerProcess(arguments) as first:
+        with ForkedServer(arguments) as first:
             trainers = [pool.submit(trainer, number) for number in range(8)]
             assert eventually(lambda: metric(first, "lovasz_requests_total", code="OK") > 20)
             end(first)
         ended.set()
-        with ServerProcess(arguments):
+        with ForkedServer(arguments):
             losses = [done.result() for done in trainers]
     assert all(len(own) == steps and len(set(own)) == 1 for own in losses)

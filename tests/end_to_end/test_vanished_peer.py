@@ -95,6 +95,7 @@ def forwarder(server: ServerProcess) -> Iterator[Forwarder]:
     forwarder.close()
 
 
+@pytest.mark.timeout(150)
 def test_both_sides_notice_a_frozen_connection_within_half_a_minute(forwarder: Forwarder) -> None:
     with LossClient(forwarder.target) as client:
         first = client.compute(*tensors(8), LovaszSoftmax()).loss
@@ -116,6 +117,7 @@ def can_lose_packets() -> bool:
     return tried.returncode == 0
 
 
+@pytest.mark.timeout(150)
 @pytest.mark.skipif(not can_lose_packets(), reason="needs root, unshare, ip and iptables")
 def test_both_sides_notice_lost_packets_within_half_a_minute() -> None:
     script = Path(__file__).parents[1] / "support" / "vanished_peer.py"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.comparison import normal, random_labels
 from support.foreign import FOREIGN, Unreadable
+from support.fork_server import ForkedServer
 
 from lovasz import core
 from lovasz.client import CrossEntropy, LossClient, LovaszHinge, LovaszSoftmax
@@ -30,7 +31,7 @@ MODULES = ("LocalLoss", "RemoteLoss in process", "RemoteLoss")
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     path = tmp_path_factory.mktemp("loaders") / "s"
-    with ServerProcess(["--device", "cpu", "--listen", f"unix:{path}", "--shared-memory"]) as server:
+    with ForkedServer(["--device", "cpu", "--listen", f"unix:{path}", "--shared-memory"]) as server:
         yield server
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.fork_server import ForkedServer
 from support.messages import LOSS, tensors
 from support.processes import run_python
 
@@ -20,7 +21,7 @@ from lovasz.server.launch import ServerProcess
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a copy of this process's cache, which servers that start from now on use."""
-    with ServerProcess(["--device", "cpu"]):
+    with ForkedServer(["--device", "cpu"]):
         pass  # Fills it.
     warm = Path(binary.prepare._cache.cache_path)  # type: ignore[attr-defined]
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))

@@ -15,10 +15,10 @@ import grpc
 import numpy as np
 from faults.conftest import ARGUMENTS
 from support.certificates import Authority
+from support.fork_server import ForkedServer
 from support.waiting import eventually, has_ended
 
 from lovasz.client import TLS, LossClient, LovaszSoftmax
-from lovasz.server.launch import ServerProcess
 
 TOKEN = "alice-" + "a" * 20
 SILENT = 100
@@ -34,7 +34,7 @@ def test_strangers_take_no_place_from_a_caller_with_a_token(tmp_path: Path) -> N
     access = ["--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--tokens", str(tokens)]
     logits, labels = np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 8, 8), np.uint8)
     with (
-        ServerProcess([*ARGUMENTS, *access, "--metrics-tls"]) as server,
+        ForkedServer([*ARGUMENTS, *access, "--metrics-tls"]) as server,
         LossClient(server.target, tls=TLS(ca.path), token=TOKEN) as client,
         contextlib.ExitStack() as connections,
     ):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from support.fork_server import ForkedServer
 from support.host_driver import HostDriver
 
 from lovasz.server import __main__, server
@@ -27,7 +28,7 @@ def device_server(
         count: the devices that there are.
         strangers: pairs (device, owner) that cannot access each other's memory.
     """
-    process = ServerProcess(["--device", "cpu", "--shared-memory", *arguments])
+    process = ForkedServer(["--device", "cpu", "--shared-memory", *arguments])
     code = f"import sys; sys.path.insert(0, {_TESTS!r}); from support.device_server import main; main()"
     process._command[1:3] = ["-c", code, json.dumps({"device": device, "count": count, "strangers": strangers})]
     return process

@@ -1,8 +1,7 @@
 """A server whose device or system fails: a stand-in for hardware that a test cannot break.
 
-``python faulty_server.py FAULT ...``, the rest as for ``lovasz-server``. Faults begin when a request with
-:data:`POISON` classes is computed, except "memory", which happens at random, and "threads", which is there from the
-start.
+Faults begin when a request with :data:`POISON` classes is computed, except "memory", which happens at random, and
+"threads", which is there from the start.
 """
 
 from __future__ import annotations
@@ -14,17 +13,20 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lovasz.server.launch import ServerProcess
+from support.fork_server import ForkedServer
 
 POISON = 13
 
+_TESTS = str(Path(__file__).parents[1])
 
-class FaultyServer(ServerProcess):
+
+class FaultyServer(ForkedServer):
     """``with FaultyServer("hang", [...]) as server``: as ServerProcess."""
 
     def __init__(self, fault: str, arguments: list[str]) -> None:
         super().__init__(arguments)
-        self._command[1:3] = [__file__, fault]
+        code = f"import sys; sys.path.insert(0, {_TESTS!r}); from support.faulty_server import main; sys.exit(main())"
+        self._command[1:3] = ["-c", code, fault]
 
     def wait(self) -> int:
         """Waits for its end; returns its exit status."""
@@ -33,7 +35,9 @@ class FaultyServer(ServerProcess):
         return status
 
 
-def main(fault: str) -> int:
+def main() -> int:
+    """Runs the server: the first argument of the process is the fault; the others are the server's."""
+    fault = sys.argv.pop(1)
     import torch
 
     import lovasz.server.device.engine as engine
@@ -70,8 +74,4 @@ def main(fault: str) -> int:
     if fault == "threads":
         words = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, ((words * resource.getpagesize()) + (600 << 20),) * 2)
-    return serve(sys.argv[2:])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    return serve()

@@ -1,7 +1,7 @@
 """What ``test_process_group.py`` runs in processes of their own: the ranks of a process group, and their joint losses.
 
-``python group_ranks.py --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process is in
-(with ``--ending``, of those in ``ENDING``), and prints the name of each as it ends; a check that fails ends the
+``python -m support.group_ranks --process P --store FILE`` runs the checks of the teams in ``PHASES`` that this process
+is in (with ``--ending``, of those in ``ENDING``), and prints the name of each as it ends; a check that fails ends the
 process. Each rank knows the data of all, and compares its results with those of one process that has all images.
 """
 
@@ -28,8 +28,6 @@ from support.imports import REPOSITORY
 from support.snippets import Snippet, snippets_of
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from lovasz.core import (
     BinaryCrossEntropy,
@@ -320,6 +318,10 @@ def check_join(rank: int, world: int) -> None:
 
 def check_sharded(rank: int, world: int) -> None:
     """Parameters divided among the ranks (FSDP2): their gradient is that of one process, also after an evaluation."""
+    # Here: it takes almost a second, and the test imports this module for the names of the checks.
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
     model = copy.deepcopy(alone)

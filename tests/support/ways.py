@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from support.gpu import require_gpu
+import torch
 
 from lovasz.core.dispatch import Backend, installed
 
@@ -71,17 +71,18 @@ class Way:
             for name in ("RANKED_PIXELS", "RANKED_ELEMENTS", "RANKED_FOREGROUND"):
                 patch.setattr(layout, name, 0)
 
-    def require(self) -> None:
-        """Skips the test where this way cannot be taken."""
-        if self.device == "cuda":
-            require_gpu()
+    @property
+    def needs(self) -> str | None:
+        """What is missing here to take this way; None if nothing is."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "an NVIDIA GPU"
         if self.backend is Backend.NUMBA and not installed("numba"):
-            pytest.skip("needs numba (the extra cpu)")
-        if self.backend is Backend.TRITON:
-            if not installed("triton"):
-                pytest.skip("needs triton, which comes with torch for CUDA")
-            if (self.device == "cpu") != INTERPRETED:
-                pytest.skip(f"runs {'without' if INTERPRETED else 'with'} TRITON_INTERPRET=1 (make interpret)")
+            return "numba (the extra cpu)"
+        if self.backend is Backend.TRITON and not installed("triton"):
+            return "triton, which comes with torch for CUDA"
+        if self.backend is Backend.TRITON and (self.device == "cpu") != INTERPRETED:
+            return f"a run {'without' if INTERPRETED else 'with'} TRITON_INTERPRET=1 (make interpret)"
+        return None
 
     @property
     def is_interpreted(self) -> bool:
@@ -120,7 +121,7 @@ def _sorted_by_numpy(keys: Any, descending: bool) -> Any:
 NUMBA = Way("cpu", Backend.NUMBA)
 NUMBA_SORTED = Way("cpu", Backend.NUMBA, "by sorting")
 NUMBA_TABLES = Way("cpu", Backend.NUMBA, "in tables")
-WAYS = [
+_ALL_WAYS = [
     Way("cpu", Backend.TORCH),
     NUMBA,
     NUMBA_SORTED,
@@ -133,3 +134,8 @@ WAYS = [
     Way("cuda", Backend.TRITON, "in buckets"),
     Way("cuda", Backend.TRITON, "in tables"),
 ]
+
+WAYS = [way for way in _ALL_WAYS if way.needs is None]
+"""Those that can be taken here. Thousands of tests of the others, each skipped, would take half a minute."""
+
+MISSING_WAYS = {str(way): way.needs for way in _ALL_WAYS if way.needs is not None}

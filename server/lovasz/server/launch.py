@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import ClassVar
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
@@ -25,6 +26,8 @@ class ServerProcess:
         pid: its process id.
         log: the lines that it has logged so far, parsed.
     """
+
+    _popen: ClassVar[type[subprocess.Popen[str]]] = subprocess.Popen
 
     def __init__(self, arguments: Sequence[str] = ()) -> None:
         """Does not start the process yet.
@@ -45,7 +48,7 @@ class ServerProcess:
         Raises:
             RuntimeError: it ended, or was not ready in time; the text has its last log lines.
         """
-        self._process = subprocess.Popen(
+        self._process = self._popen(
             self._command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
         )
         self.pid = self._process.pid
