@@ -133,6 +133,7 @@ class Server:
             admission=self._admission,
             staging=self._staging,
             batcher=self._batcher,
+            compute_now=self._engine.compute_now,
             joints=self._joints,
             metrics=self._metrics,
             calls=self._grpc.loss_calls,

@@ -59,6 +59,7 @@ class Pipeline:
     """The stages that each request goes through, and the metrics, limits and log that a call needs.
 
     Attributes:
+        compute_now: computes a job in the thread that brings it, if the device is free; False: it has to be queued.
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
         run_key: for ``Identity.sealed``.
@@ -68,6 +69,7 @@ class Pipeline:
 
     admission: Admission
     batcher: Batcher
+    compute_now: Callable[[Job], bool]
     joints: JointTable
     staging: StagingPool
     metrics: Metrics
@@ -214,7 +216,8 @@ class Call:
         job = Job((caller,), header.loss, header.want_grad)
         if not self._context.add_callback(lambda: job.leave(caller)):
             raise AbandonedError
-        self._pipeline.batcher.put(job)
+        if not self._pipeline.compute_now(job):
+            self._pipeline.batcher.put(job)
         try:
             return caller.wait()
         except CancelledError:
