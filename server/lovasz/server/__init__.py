@@ -5,7 +5,7 @@ The folders, each by what its modules are for:
 - ``observe``: what people see of the server: logs, metrics, runs, traces.
 - ``memory``: host memory for the tensors of requests.
 - ``schedule``: which requests are admitted, which wait for each other, and which are computed next.
-- ``device``: the thread that owns the device, and what is known of the device.
+- ``device``: the engine that owns the device, and what is known of the device.
 - ``transport``: how requests arrive and answers leave. Only this folder knows gRPC and the Unix sockets.
 - ``web``: the HTTP port with the metrics and the status page.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from support.waiting import eventually
 
 from lovasz.core import compute
