@@ -310,7 +310,7 @@ class Call:
 
     def _count(self, code: grpc.StatusCode) -> None:
         metrics = self._pipeline.metrics
-        metrics.requests.labels(self._method, self._loss, code.name).inc()
+        metrics.count_request(self._method, self._loss, code.name)
         if self._identity.name:
             metrics.count_caller(self._identity.name, code.name)
         if self._pipeline.spans is not None:
