@@ -227,6 +227,14 @@ def test_an_idle_cpu_computes_a_small_job_in_the_thread_that_brings_it(engine: W
     assert left.callers[0].started is None
 
 
+def test_without_numba_the_engine_computes_in_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lovasz.server.device.engine.installed", lambda package: False)
+    engine = Engine(CPU, Batcher(10**9, 100, 0.0), Metrics(), health_interval_seconds=60.0, stall_seconds=60.0)
+    engine.start()
+    assert not engine.compute_now(job(10))
+    assert engine.stop(timeout_seconds=10)
+
+
 def test_a_job_is_queued_while_others_wait_or_are_computed(engine: WeakEngine) -> None:
     engine.start()
     with engine._using:

@@ -16,7 +16,7 @@ import torch
 
 from lovasz.core.answers import Answer as CoreAnswer
 from lovasz.core.answers import JointFault, Pending
-from lovasz.core.dispatch import advice, give_memory_back, submit, warm_up
+from lovasz.core.dispatch import advice, give_memory_back, installed, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.device.gradients import to_callers
 from lovasz.server.device.self_test import computes_known_losses
@@ -85,6 +85,8 @@ class Engine:
         streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]
         self._streams = itertools.cycle(streams)
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
+        # Torch's own loops would start further threads for each thread that calls them; Numba's have theirs.
+        self._computes_now = device.type == "cpu" and installed("numba")
         self._using = threading.Lock()
         """Held by the thread that uses the device."""
         self.busy_since: float | None = None
@@ -129,7 +131,7 @@ class Engine:
         Raises:
             StoppingError: the queue is closed.
         """
-        if self.device.type != "cpu" or job.cost > _MAX_COST_NOW or not self._using.acquire(blocking=False):
+        if not self._computes_now or job.cost > _MAX_COST_NOW or not self._using.acquire(blocking=False):
             return False
         try:
             if not self.passed_check or not self._batcher.pass_by(job):

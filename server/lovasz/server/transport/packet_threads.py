@@ -68,14 +68,16 @@ class PacketThreads:
 
     def _run(self) -> None:
         while True:
-            ((descriptor, _),) = self._epoll.poll(maxevents=1)
-            if descriptor == self._end:
-                return
-            handler = self._handlers.get(descriptor)
-            if handler is None:  # It was removed meanwhile.
-                continue
-            try:
-                handler()
-            except Exception:
-                _log.exception("a fault of a socket's handler")
-            del handler  # So that nothing is held while waiting.
+            for descriptor, _ in self._epoll.poll(maxevents=1):
+                if descriptor == self._end:
+                    return
+                self._work(descriptor)
+
+    def _work(self, descriptor: int) -> None:
+        handler = self._handlers.get(descriptor)
+        if handler is None:  # It was removed meanwhile.
+            return
+        try:
+            handler()
+        except Exception:
+            _log.exception("a fault of a socket's handler")

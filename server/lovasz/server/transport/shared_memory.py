@@ -223,11 +223,13 @@ class SharedMemory:
                     _log.warning("a process cannot share memory", extra={"reason": str(error)})
                     self._listening = False
                 return
-        if connection is not None:
-            self._greet(connection)
-        with self._lock:
-            if not self._stopping:
-                self._packets.again(self._listener.fileno())
+        try:
+            if connection is not None:
+                self._greet(connection)
+        finally:
+            with self._lock:
+                if not self._stopping:
+                    self._packets.again(self._listener.fileno())
 
     def _greet(self, connection: socket.socket) -> None:
         """Begins a session, or refuses it."""
