@@ -155,9 +155,11 @@ class Server:
         )
         reflection = Reflection((SERVICE_NAME, HEALTH_SERVICE_NAME), self._metrics) if config.reflection else None
         self._grpc.offer(servicer, self._health, reflection)
-        self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared)
-        for shared_memory in self._shared_memory:
-            shared_memory.offer(self._socket_threads)
+        self._socket_threads: SocketThreads | None = None
+        if self._shared_memory:
+            self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared)
+            for shared_memory in self._shared_memory:
+                shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         self._device_watch = DeviceWatch(self._engine.device)
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
@@ -266,7 +268,7 @@ class Server:
     def _start_threads(self, starter: threading.Thread) -> None:
         """Starts all threads, so that none is refused later."""
         try:
-            if self._shared_memory:
+            if self._socket_threads is not None:
                 self._socket_threads.start_all()
             self._grpc.start()
             self._health.start()
@@ -366,7 +368,8 @@ class Server:
         if self._self_check is not None:
             self._self_check.stop()
         self._grpc.end_threads(wait=finished)
-        self._socket_threads.stop(wait=finished)
+        if self._socket_threads is not None:
+            self._socket_threads.stop(wait=finished)
         if self._spans is not None:
             self._spans.stop()
         _log.info("stopped", extra={"unfinished_requests": left})
