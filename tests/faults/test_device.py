@@ -59,13 +59,16 @@ def test_batches_for_which_there_is_no_memory_are_split_and_no_thread_has_to_sta
     audit.check()
 
 
-@pytest.mark.parametrize(("stub", "fault"), [("hang", "hang"), ("lost", "lost")], indirect=["stub"])
+@pytest.mark.parametrize(
+    ("stub", "side"), [("hang", 150), ("hang", 20), ("lost", 20)], indirect=["stub"], ids=["hang", "hang_small", "lost"]
+)
 def test_a_device_that_fails_is_said_to_and_the_process_ends(
-    stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub], fault: str
+    stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub], side: int
 ) -> None:
+    """A small request may hang in its call's own thread: its caller is told when the process ends."""
     server, service = stub
     logits, labels = tensors(20)
-    poison = tensors(20, POISON)
+    poison = tensors(side, POISON)
     known = compute(logits, labels, LOSS)
     assert service.Compute(request_of(logits, labels), timeout=60).header.loss == known.loss
     calls = [service.Compute.future(request_of(*poison), timeout=60)]

@@ -264,6 +264,7 @@ class Desk:
             admission=self.admission,
             staging=self.pool,
             batcher=self.batcher,
+            compute_now=self.engine.compute_now,
             joints=self.joints,
             metrics=self.metrics,
             calls=threading.Semaphore(1000),

@@ -45,6 +45,10 @@ class TensorSpec:
     def to_proto(self) -> pb.TensorInfo:
         return pb.TensorInfo(data_type=self.dtype.number, shape=self.shape)
 
+    def is_in(self, message: pb.TensorInfo) -> bool:
+        """Whether a message says the same."""
+        return message.data_type == self.dtype.number and tuple(message.shape) == self.shape
+
 
 @dataclass(frozen=True)
 class SharedTensors:
@@ -348,10 +352,11 @@ class Response:
         for name, counts in (("intersection", message.intersection), ("union", message.union)):
             if len(counts) != channels:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
-        grad = _tensor_from_proto("response.grad", message.grad, FLOATS) if message.HasField("grad") else None
-        if grad != (request.logits if request.want_grad else None):
+        grad = request.logits if request.want_grad else None
+        if message.HasField("grad") is not request.want_grad or (grad is not None and not grad.is_in(message.grad)):
+            sent = _tensor_from_proto("response.grad", message.grad, FLOATS) if message.HasField("grad") else None
             raise spec.InvalidInput(
-                "response.grad", f"got {grad}; expected type and shape of the logits if it was wanted, else None"
+                "response.grad", f"got {sent}; expected type and shape of the logits if it was wanted, else None"
             )
         if grad is not None and math.frexp(message.grad_scale)[0] != 0.5:
             raise spec.InvalidInput("response.grad_scale", f"got {message.grad_scale}; expected a power of two")

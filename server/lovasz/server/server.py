@@ -149,6 +149,7 @@ class Server:
             admission=self._admission,
             staging=self._staging,
             batcher=self._batcher,
+            compute_now=self._engine.compute_now,
             joints=self._joints,
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
@@ -170,9 +171,11 @@ class Server:
         )
         reflection = Reflection((SERVICE_NAME, HEALTH_SERVICE_NAME), self._metrics) if config.reflection else None
         self._grpc.offer(servicer, self._health, reflection)
-        self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared)
-        for shared_memory in self._shared_memory:
-            shared_memory.offer(self._socket_threads)
+        self._socket_threads: SocketThreads | None = None
+        if self._shared_memory:
+            self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared)
+            for shared_memory in self._shared_memory:
+                shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
         return [*(calls.check for calls in timed), sending.check]
 
@@ -278,7 +281,7 @@ class Server:
     def _start_threads(self, starter: threading.Thread) -> None:
         """Starts all threads, so that none is refused later."""
         try:
-            if self._shared_memory:
+            if self._socket_threads is not None:
                 self._socket_threads.start_all()
             self._grpc.start()
             self._health.start()
@@ -378,7 +381,8 @@ class Server:
         if self._self_check is not None:
             self._self_check.stop()
         self._grpc.end_threads(wait=finished)
-        self._socket_threads.stop(wait=finished)
+        if self._socket_threads is not None:
+            self._socket_threads.stop(wait=finished)
         if self._spans is not None:
             self._spans.stop()
         _log.info("stopped", extra={"unfinished_requests": left})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.waiting import eventually
 
 from lovasz.core import compute
 from lovasz.core.answers import Pending
@@ -210,6 +211,53 @@ def test_a_device_that_does_not_compute_is_unhealthy_and_recovers(
             break
         engine._thread.join(0.05)
     assert engine.healthy
+
+
+def test_an_idle_cpu_computes_a_small_job_in_the_thread_that_brings_it(engine: WeakEngine) -> None:
+    one = job(10)
+    assert not engine.compute_now(one)  # It has not started.
+    engine.start()
+    assert eventually(lambda: engine.compute_now(one))  # Not while it checks the device.
+    assert one.callers[0].answered
+    assert answer_to(one).result.loss == compute(request_of(one).logits, request_of(one).labels, SOFTMAX).loss
+    assert not engine.compute_now(job(1 << 18))
+    left = job(10)
+    left.leave(left.callers[0])
+    assert eventually(lambda: engine.compute_now(left))
+    assert left.callers[0].started is None
+
+
+def test_without_numba_the_engine_computes_in_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lovasz.server.device.engine.installed", lambda package: False)
+    engine = Engine(CPU, Batcher(10**9, 100, 0.0), Metrics(), health_interval_seconds=60.0, stall_seconds=60.0)
+    engine.start()
+    assert not engine.compute_now(job(10))
+    assert engine.stop(timeout_seconds=10)
+
+
+def test_a_job_is_queued_while_others_wait_or_are_computed(engine: WeakEngine) -> None:
+    engine.start()
+    with engine._using:
+        assert not engine.compute_now(job(10))
+        first = job(10)
+        engine._batcher.put(first)
+    assert answer_to(first).result.loss > 0
+    with engine._batcher._changed:
+        engine._batcher._waiting[first.key] = [first]
+        assert not engine.compute_now(job(10))
+        del engine._batcher._waiting[first.key]
+
+
+def test_what_fails_in_the_thread_that_brings_it_is_refused(engine: WeakEngine) -> None:
+    engine.poison_pixels = 10
+    engine.start()
+    one = job(10)
+    assert eventually(lambda: engine.compute_now(one))
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        answer_to(one)
+    other = job(11)
+    assert eventually(lambda: engine.compute_now(other))
+    assert answer_to(other).result.loss > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

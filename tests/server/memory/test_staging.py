@@ -290,7 +290,7 @@ def test_a_request_is_computed_where_it_was_copied_to(pool: StagingPool, monkeyp
     logits, labels = tensors(sent)
     held = Staging(sent, pool)
     host = held.request().logits
-    held.upload = Upload((held._logits, held._labels), CPU)
+    held.upload = Upload((torch.from_numpy(held._logits), torch.from_numpy(held._labels)), CPU)
     held.receive(cut(as_bytes(logits) + as_bytes(labels), [3, 60, 100, 300]))
     request = held.request()
     assert request.logits.data_ptr() != host.data_ptr()

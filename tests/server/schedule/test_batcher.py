@@ -50,7 +50,7 @@ def batcher(max_elements: int = 10_000, max_requests: int = 100, max_delay_secon
 
 def take_all(queue: Batcher) -> list[list[Job]]:
     batches = []
-    while batch := queue.take(idle=True, timeout_seconds=0):
+    while batch := queue.take(idle=True):
         batches.append(batch)
     return batches
 
@@ -60,7 +60,7 @@ def test_an_idle_device_takes_what_there_is_at_once() -> None:
     first, second = job(2), job(5)
     queue.put(first)
     queue.put(second)
-    assert queue.take(idle=True, timeout_seconds=0) == [first, second]
+    assert queue.take(idle=True) == [first, second]
     assert len(queue) == 0
 
 
@@ -125,8 +125,8 @@ def test_whoever_waited_longest_comes_first() -> None:
     older, younger, third = job(classes=4), job(classes=5), job(classes=4)
     for one in (older, younger, third):
         queue.put(one)
-    assert queue.take(idle=True, timeout_seconds=0) == [older, third]
-    assert queue.take(idle=True, timeout_seconds=0) == [younger]
+    assert queue.take(idle=True) == [older, third]
+    assert queue.take(idle=True) == [younger]
 
 
 @pytest.mark.parametrize("classes", [3, 4], ids=["of one kind", "of two kinds"])
@@ -154,7 +154,7 @@ def test_a_large_request_is_not_overtaken_forever(classes: int) -> None:
     queue.put(large)
     for milliseconds in range(1, 30):
         queue.put(job_at(milliseconds / 1000, classes=classes))
-        taken += queue.take(idle=True, timeout_seconds=0)
+        taken += queue.take(idle=True)
     assert 13 <= taken.index(large) <= 16
 
 
@@ -165,15 +165,15 @@ def test_a_batch_is_open_since_its_first_request_came_also_if_that_is_due_last()
     small.queued -= 59.99
     for one in (large, small):
         queue.put(one)
-    assert queue.take(idle=False, timeout_seconds=0) == [small, large]
+    assert queue.take(idle=False) == [small, large]
 
 
 def test_a_busy_device_is_handed_full_batches_only() -> None:
     queue = batcher(max_elements=264)
     queue.put(job(2))  # 12 logits and 3 segments, which cost 120
-    assert queue.take(idle=False, timeout_seconds=0) == []
+    assert queue.take(idle=False) == []
     queue.put(job(2))
-    assert len(queue.take(idle=False, timeout_seconds=0)) == 2
+    assert len(queue.take(idle=False)) == 2
 
 
 def test_a_busy_device_is_handed_a_batch_that_was_open_for_the_delay() -> None:
@@ -181,14 +181,26 @@ def test_a_busy_device_is_handed_a_batch_that_was_open_for_the_delay() -> None:
     one = job()
     queue.put(one)
     time.sleep(0.02)
-    assert queue.take(idle=False, timeout_seconds=0) == [one]
+    assert queue.take(idle=False) == [one]
 
 
 def test_an_idle_device_waits_for_a_request() -> None:
     queue = batcher()
     one = job()
     threading.Timer(0.05, queue.put, [one]).start()
-    assert queue.take(idle=True, timeout_seconds=30) == [one]
+    queue.wait(30)
+    assert queue.take(idle=True) == [one]
+
+
+def test_a_job_passes_by_an_empty_queue_only() -> None:
+    queue = batcher()
+    assert queue.pass_by(job())
+    assert len(queue) == 0
+    queue.put(job())
+    assert not queue.pass_by(job())
+    queue.close()
+    with pytest.raises(StoppingError):
+        queue.pass_by(job())
 
 
 def test_a_caller_that_has_gone_is_left_out() -> None:
@@ -197,7 +209,7 @@ def test_a_caller_that_has_gone_is_left_out() -> None:
     queue.put(gone)
     queue.put(here)
     gone.leave(gone.callers[0])
-    assert queue.take(idle=True, timeout_seconds=0) == [here]
+    assert queue.take(idle=True) == [here]
 
 
 def test_a_discarded_request_is_held_no_more() -> None:
@@ -218,7 +230,7 @@ def test_work_whose_deadline_has_passed_is_not_started() -> None:
     late, in_time = job(deadline=time.monotonic() - 1), job(deadline=time.monotonic() + 3600)
     queue.put(late)
     queue.put(in_time)
-    assert queue.take(idle=True, timeout_seconds=0) == [in_time]
+    assert queue.take(idle=True) == [in_time]
     with pytest.raises(ExpiredError):
         late.callers[0].wait(timeout_seconds=0)
 
@@ -231,6 +243,8 @@ def test_closed_takes_no_more_and_hands_out_what_waits() -> None:
     with pytest.raises(StoppingError):
         queue.put(job())
     assert not queue.finished
-    assert queue.take(idle=True, timeout_seconds=3600) == [one]
-    assert queue.take(idle=True, timeout_seconds=3600) == []
+    queue.wait(3600)
+    assert queue.take(idle=True) == [one]
+    queue.wait(3600)
+    assert queue.take(idle=True) == []
     assert queue.finished

@@ -69,7 +69,7 @@ def test_a_job_costs_what_the_requests_of_all_its_callers_do() -> None:
     queue = Batcher(2 * ELEMENTS, 100, FUTURE)
     queue.put(first)
     queue.put(job(callers=2))
-    assert queue.take(idle=True, timeout_seconds=0) == [first]
+    assert queue.take(idle=True) == [first]
 
 
 def test_a_job_is_computed_until_its_last_caller_leaves() -> None:

@@ -35,7 +35,7 @@ def put(batcher: Batcher, *jobs: Job) -> None:
 
 
 def take(batcher: Batcher) -> list[Tenant]:
-    return [one.tenant for one in batcher.take(idle=True, timeout_seconds=0)]
+    return [one.tenant for one in batcher.take(idle=True)]
 
 
 def test_one_tenant_gets_all_in_one_batch() -> None:
@@ -49,7 +49,7 @@ def test_a_tenant_with_one_request_at_a_time_gets_half(classes: int) -> None:
     batcher, served = queue(), Counter[Tenant]()
     put(batcher, job(POLITE, classes=classes), *(job(GREEDY) for _ in range(64)))
     for _ in range(40):
-        for one in batcher.take(idle=True, timeout_seconds=0):
+        for one in batcher.take(idle=True):
             served[one.tenant] += one.cost
             put(batcher, job(one.tenant, classes=one.callers[0].request.layout.channels))
     assert abs(served[GREEDY] - served[POLITE]) <= 2 * job(POLITE, classes=4).cost
@@ -92,7 +92,7 @@ def test_a_small_request_goes_before_a_large_one_of_its_tenant_also_beside_other
     large, small = job(GREEDY), job(GREEDY, 1)
     large.queued = small.queued = 1000.0
     put(batcher, job(POLITE), large, small)
-    batch = batcher.take(idle=True, timeout_seconds=0)
+    batch = batcher.take(idle=True)
     assert batch[0] is small
 
 

@@ -151,6 +151,17 @@ def test_a_call_without_a_thread_is_refused_with_a_delay_and_regions_are_still_t
     other.close()
 
 
+def test_a_thread_is_free_before_its_caller_has_the_answer(caller: MemoryCaller, service: Service) -> None:
+    for number in range(MOST):
+        caller.ask(number, header(run="held"))
+    assert held(service, MOST)
+    service.go_on.set()
+    for number in range(200):
+        assert caller.answer().HasField("header")
+        caller.ask(MOST + number, header())
+    assert all(caller.answer().HasField("header") for _ in range(MOST))
+
+
 def test_a_call_that_is_cancelled_ends_at_once_and_gets_no_answer(caller: MemoryCaller, service: Service) -> None:
     caller.ask(1, header(run="held"))
     assert held(service, 1)

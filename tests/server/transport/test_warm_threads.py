@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from support.waiting import eventually
@@ -48,16 +48,6 @@ def test_work_beyond_the_threads_waits_for_one(threads: WarmThreads) -> None:
     go_on.set()
     assert all(did.acquire(timeout=30) for _ in range(10))
     assert free(threads, 3)
-
-
-def test_a_thread_is_free_before_it_does_the_last_step(threads: WarmThreads) -> None:
-    found: list[int] = []
-
-    def work() -> Callable[[], None]:
-        return lambda: found.append(len(threads._idle))
-
-    threads.put(work)
-    assert eventually(lambda: found == [3])
 
 
 def test_calls_have_futures() -> None:

@@ -1,1 +1,1 @@
-"""The thread that owns the device, and what is known of the device."""
+"""The engine that owns the device, and what is known of the device."""

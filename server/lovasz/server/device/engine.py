@@ -1,4 +1,4 @@
-"""The one thread that owns a device: takes batches, computes them, delivers the answers, and checks the device."""
+"""Owns a device: takes batches, computes them, delivers the answers, and checks the device."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ import torch
 
 from lovasz.core.answers import Answer as CoreAnswer
 from lovasz.core.answers import JointFault, Pending
-from lovasz.core.dispatch import advice, give_memory_back, submit, warm_up
+from lovasz.core.dispatch import advice, give_memory_back, installed, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.device.gradients import to_callers
 from lovasz.server.device.self_test import computes_known_losses
 from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
 from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.observe.metrics import Metrics
-from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
 from lovasz.server.schedule.job import Answer, Caller, Job
 from lovasz.spec import InvalidInput
 
 _log = logging.getLogger(__name__)
+
+_MAX_COST_NOW = TURN_ELEMENTS["cpu"]
+"""The largest job that the thread that brings it computes, in logits: about a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class _Running:
 
 
 class Engine:
-    """Computes what its batcher holds, on one device, in one thread.
+    """Computes what its batcher holds, on one device, one batch at a time.
+
+    It has a thread of its own. While a CPU is idle and no job waits, a small job is computed by the thread that brings
+    it (:meth:`compute_now`), as handing it over to another thread and back takes as long as computing it.
 
     On a GPU a batch is started while the one before still runs, never more than one ahead. The two are on streams of
     their own, so that the answers of the first do not wait for the second.
@@ -79,6 +85,10 @@ class Engine:
         streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else [None]
         self._streams = itertools.cycle(streams)
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
+        # Torch's own loops would start further threads for each thread that calls them; Numba's have theirs.
+        self._computes_now = device.type == "cpu" and installed("numba")
+        self._using = threading.Lock()
+        """Held by the thread that uses the device."""
         self.busy_since: float | None = None
         self._busy_until = -math.inf
         self._held: tuple[Job, ...] = ()
@@ -109,6 +119,28 @@ class Engine:
             raise DeviceError(f"{self.device} did not compute a known loss; the log says why")
         self._thread.start()
         self._started = True
+
+    def compute_now(self, job: Job) -> bool:
+        """Computes a small job in this thread if a CPU is idle and no other job waits for it.
+
+        A caller whose job gets stuck here hears of it when the process ends.
+
+        Returns:
+            Whether the job is done; False: it has to be queued.
+
+        Raises:
+            StoppingError: the queue is closed.
+        """
+        if not self._computes_now or job.cost > _MAX_COST_NOW or not self._using.acquire(blocking=False):
+            return False
+        try:
+            if not self.passed_check or not self._batcher.pass_by(job):
+                return False
+            if job.claim():
+                self._advance([job], None)
+            return True
+        finally:
+            self._using.release()
 
     def stop(self, timeout_seconds: float) -> bool:
         """Computes what is queued, then ends the thread; True if that was done in time."""
@@ -146,20 +178,28 @@ class Engine:
     def _run(self) -> None:
         running: _Running | None = None
         while running is not None or not self._batcher.finished:
-            batch = self._batcher.take(idle=running is None, timeout_seconds=self._health_interval_seconds)
-            try:
-                running = self._step(batch, running)
-            except Exception as error:
-                _log.exception("a fault of the engine itself")
-                for job in [*batch, *(running.jobs if running else ())]:
-                    job.refuse(error)
-                running = None
-            self._held = tuple(running.jobs) if running else ()
-            batch.clear()  # So that no tensors are held while waiting for the next batch.
-            self.busy_since = time.monotonic() if running else None
+            if running is None:
+                self._batcher.wait(self._health_interval_seconds)
+            with self._using:
+                batch = self._batcher.take(idle=running is None)
+                running = self._advance(batch, running)
+                batch.clear()  # So that no tensors are held while waiting for the next batch.
+
+    def _advance(self, batch: list[Job], running: _Running | None) -> _Running | None:
+        """Starts a batch, finishes the one before, and returns the batch that runs then. Never raises."""
+        try:
+            running = self._step(batch, running)
+        except Exception as error:
+            _log.exception("a fault of the engine itself")
+            for job in [*batch, *(running.jobs if running else ())]:
+                job.refuse(error)
+            running = None
+        self._held = tuple(running.jobs) if running else ()
+        self.busy_since = time.monotonic() if running else None
+        return running
 
     def _step(self, batch: list[Job], running: _Running | None) -> _Running | None:
-        """Starts a batch, finishes the one before, and returns the batch that runs then."""
+        """As :meth:`_advance`; checks an idle device when that is due."""
         if not batch and not running:
             if time.monotonic() - self._last_check >= self._health_interval_seconds:
                 self._check()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lovasz import wire
@@ -28,20 +30,30 @@ class Staging:
             MemoryError, RuntimeError: there is no memory left.
         """
         self._header, self._pool, self._is_abandoned = header, pool, False
-        place = wire.places(header)
+        place = self._places = wire.places(header)
         buffer = self._buffer = pool.take(place.nbytes)
-        self._logits = buffer[place.logits : place.logits + header.logits.nbytes]
-        self._labels = buffer[place.labels : place.labels + header.labels.nbytes]
-        grad = buffer[place.grad : place.grad + header.grad_bytes]
-        self.grad = _typed(grad, header.logits) if header.want_grad else None
-        self.upload = Upload.begin((self._logits, self._labels), pool.device) if pool.device.type == "cuda" else None
+        # Views by NumPy: those of torch take several times as long to make.
+        data = self._data = buffer.numpy()
+        self._logits = data[place.logits : place.logits + header.logits.nbytes]
+        self._labels = data[place.labels : place.labels + header.labels.nbytes]
+        self.grad = _typed(data, place.grad, header.logits) if header.want_grad else None
+        self.upload: Upload | None = None
+        if pool.device.type == "cuda":
+            sources = torch.from_numpy(self._logits), torch.from_numpy(self._labels)
+            self.upload = Upload.begin(sources, pool.device)
 
-    def receive(self, chunks: Iterable[Bytes]) -> None:
+    def receive(self, chunks: Sequence[Bytes]) -> None:
         """Copies the whole payload, logits and then labels, to its place.
 
         Raises:
             InvalidInput: there are more or fewer bytes than the header declared.
         """
+        places = self._logits, self._labels
+        if self.upload is None and list(map(len, chunks)) == list(map(len, places)):
+            for place, chunk in zip(places, chunks, strict=True):
+                if len(chunk):
+                    place[:] = np.frombuffer(chunk, np.uint8)  # NumPy releases the interpreter lock while it copies.
+            return
         assembly = self.assembly()
         for chunk in chunks:
             self.add(assembly, chunk)
@@ -49,7 +61,7 @@ class Staging:
 
     def assembly(self) -> wire.Assembly:
         """For :meth:`add` and :meth:`finish`: knows how much of the payload has come."""
-        return wire.Assembly([self._logits.numpy().data, self._labels.numpy().data])
+        return wire.Assembly([self._logits.data, self._labels.data])
 
     def add(self, assembly: wire.Assembly, chunk: Bytes) -> None:
         """Copies the next bytes of the payload to their place."""
@@ -74,12 +86,18 @@ class Staging:
 
     def request(self) -> Request:
         """The tensors as the core takes them."""
-        logits, labels = (self._logits, self._labels) if self.upload is None else self.upload.targets
+        header = self._header
+        if self.upload is None:
+            logits = _typed(self._data, self._places.logits, header.logits)
+            labels = _typed(self._data, self._places.labels, header.labels)
+        else:
+            logits, labels = (
+                target.view(getattr(torch, one.dtype.name)).view(one.shape)
+                for target, one in zip(self.upload.targets, (header.logits, header.labels), strict=True)
+            )
         # The core computes in float32. A gradient in 16 bits is rounded afterwards, when it is copied to its place.
         grad = self.grad if self.grad is not None and self.grad.dtype == torch.float32 else None
-        return Request(
-            _typed(logits, self._header.logits), _typed(labels, self._header.labels), self._header.layout, grad
-        )
+        return Request(logits, labels, header.layout, grad)
 
     def release(self) -> None:
         """Gives the buffer back. Nothing may use the tensors any more."""
@@ -91,5 +109,8 @@ class Staging:
         self._is_abandoned = True
 
 
-def _typed(data: torch.Tensor, spec: wire.TensorSpec) -> torch.Tensor:
-    return data.view(getattr(torch, spec.dtype.name)).view(spec.shape)
+def _typed(data: npt.NDArray[np.uint8], place: int, spec: wire.TensorSpec) -> torch.Tensor:
+    """The tensor at a place of the buffer."""
+    if spec.dtype.name == "bfloat16":  # NumPy has none.
+        return torch.from_numpy(np.ndarray(spec.shape, np.int16, data, place)).view(torch.bfloat16)
+    return torch.from_numpy(np.ndarray(spec.shape, spec.dtype.numpy, data, place))

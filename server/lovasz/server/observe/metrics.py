@@ -132,6 +132,8 @@ class Metrics:
             ["method", "loss", "code"],
             registry=registry,
         )
+        self._request_counters: dict[tuple[str, str, str], Counter] = {}
+        """Finding a counter by its labels takes longer than counting."""
         self._caller_requests = Counter(
             "lovasz_caller_requests",
             "Requests answered, by the name of the caller's token (`alice`) and gRPC status code; with --tokens only.",
@@ -239,6 +241,14 @@ class Metrics:
                 self.abandoned.labels(reason.value, phase.value)
         for phase in (Phase.RECEIVE, Phase.SEND):
             self.stalled.labels(phase.value)
+
+    def count_request(self, method: str, loss: str, code: str) -> None:
+        """Counts a request that ended."""
+        key = method, loss, code
+        counter = self._request_counters.get(key)
+        if counter is None:
+            counter = self._request_counters[key] = self.requests.labels(*key)
+        counter.inc()
 
     def count_caller(self, name: str, code: str) -> None:
         """Counts a request of the caller whose token has this name."""

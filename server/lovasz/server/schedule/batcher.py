@@ -56,11 +56,24 @@ class Batcher:
             StoppingError: the queue is closed.
         """
         with self._changed:
-            if self._closed:
-                raise StoppingError()
-            self._turns.see(job.tenant)
+            self._see(job)
             insort(self._waiting.setdefault(job.key, []), job, key=lambda j: j.due)
             self._changed.notify()
+
+    def pass_by(self, job: Job) -> bool:
+        """Lets a job go to the idle device without being queued; False if other jobs wait.
+
+        Raises:
+            StoppingError: the queue is closed.
+        """
+        with self._changed:
+            self._see(job)
+            return not self._waiting
+
+    def _see(self, job: Job) -> None:
+        if self._closed:
+            raise StoppingError()
+        self._turns.see(job.tenant)
 
     def discard(self, job: Job) -> None:
         """Takes a cancelled job, and the tensors that it holds, out of the queue if it is still there."""
@@ -90,22 +103,24 @@ class Batcher:
         with self._changed:
             return self._closed and not self._waiting
 
-    def take(self, *, idle: bool, timeout_seconds: float) -> list[Job]:
+    def wait(self, timeout_seconds: float) -> None:
+        """Waits until a job waits, or the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed, timeout_seconds)
+
+    def take(self, *, idle: bool) -> list[Job]:
         """Returns the next batch: the jobs that can share one with the job that is due first.
 
         If several tenants want the device, that is the first job of the next turn, and the batch has that turn's jobs.
 
         Args:
-            idle: True: the device has nothing to do; waits for a job, then takes at once all that are here. False:
-                takes only a batch that is full or has been open for the delay, and does not wait.
-            timeout_seconds: how long to wait for a job.
+            idle: True: the device has nothing to do; takes all that are here. False: takes only a batch that is full
+                or has been open for the delay.
 
         Returns:
             Claimed jobs; an empty list if there is no batch.
         """
         with self._changed:
-            if idle:
-                self._changed.wait_for(lambda: self._waiting or self._closed, timeout_seconds)
             if not self._waiting:
                 return []
             jobs = self._next_jobs()

@@ -60,6 +60,7 @@ class Pipeline:
     """The stages that each request goes through, and the metrics, limits and log that a call needs.
 
     Attributes:
+        compute_now: computes a job in the thread that brings it, if the device is free; False: it has to be queued.
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
         run_key: for ``Identity.sealed``.
@@ -69,6 +70,7 @@ class Pipeline:
 
     admission: Admission
     batcher: Batcher
+    compute_now: Callable[[Job], bool]
     joints: JointTable
     staging: StagingPool
     metrics: Metrics
@@ -215,7 +217,8 @@ class Call:
         job = Job((caller,), header.loss, header.want_grad)
         if not self._context.add_callback(lambda: job.leave(caller)):
             raise AbandonedError
-        self._pipeline.batcher.put(job)
+        if not self._pipeline.compute_now(job):
+            self._pipeline.batcher.put(job)
         try:
             return caller.wait()
         except CancelledError:
@@ -308,7 +311,7 @@ class Call:
 
     def _count(self, code: grpc.StatusCode) -> None:
         metrics = self._pipeline.metrics
-        metrics.requests.labels(self._method, self._loss, code.name).inc()
+        metrics.count_request(self._method, self._loss, code.name)
         if self._identity.name:
             metrics.count_caller(self._identity.name, code.name)
         if self._pipeline.spans is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lovasz import wire
@@ -81,16 +82,23 @@ def shared_tensors(header: wire.Request, shared_memory: Sequence[SharedMemory]) 
 
 def grad_bytes(answer: Answer) -> memoryview:
     """The gradient as it is sent; valid until the call ends."""
+    return _grad_array(answer).data
+
+
+def _grad_array(answer: Answer) -> npt.NDArray[np.uint8]:
+    """The gradient's bytes on the host; none if there is none."""
     grad = answer.result.grad
     if grad is None:
-        return memoryview(b"")
-    return grad.reshape(-1).view(torch.uint8).cpu().numpy().data
+        return np.empty(0, np.uint8)
+    if grad.dtype is torch.bfloat16:  # NumPy has none.
+        grad = grad.view(torch.int16)
+    return grad.cpu().numpy().reshape(-1).view(np.uint8)
 
 
 def write(place: memoryview | DeviceBytes, answer: Answer, pool: StagingPool) -> None:
     """Copies the gradient to its place in shared memory; it is complete then."""
     if isinstance(place, memoryview):
-        np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(grad_bytes(answer), np.uint8))
+        np.copyto(np.frombuffer(place, np.uint8), _grad_array(answer))
     elif answer.result.grad is not None:
         # A rank that asks again for an answer may have asked by another way before: then it is on the host.
         place.write(answer.result.grad.to(pool.device), pool.copy_stream)

@@ -93,6 +93,7 @@ class Closer:
 
     def __init__(self) -> None:
         self._foreign: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def close(self, descriptor: int) -> None:
@@ -104,9 +105,10 @@ class Closer:
             with socket.socket(fileno=os.dup(descriptor)) as copy:
                 copy.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
         self._foreign.put(descriptor)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
+                self._thread.start()
 
     def _run(self) -> None:
         while True:

@@ -6,17 +6,15 @@ still uses: these live until that request is done. If a process is killed, the k
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import resource
 import secrets
-import selectors
 import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
 from google.protobuf.message import DecodeError
 
@@ -24,8 +22,10 @@ from lovasz import wire
 from lovasz.server.errors import SessionLostError
 from lovasz.server.memory.shared_devices import SharedDevices
 from lovasz.server.transport.device_region import DeviceRegion
+from lovasz.server.transport.memory_session import MemorySession, Packet
+from lovasz.server.transport.packet_threads import PacketThreads
 from lovasz.server.transport.regions import Closer, Region
-from lovasz.server.transport.socket_calls import LAST_ANSWERS_SECONDS, SessionCalls, SocketThreads
+from lovasz.server.transport.socket_calls import LAST_ANSWERS_SECONDS, SessionCalls, SocketCall, SocketThreads
 from lovasz.server.transport.socket_file import Place, SocketFile
 from lovasz.server.transport.tensor_bytes import TensorBytes
 from lovasz.spec import InvalidInput
@@ -47,52 +47,13 @@ _SESSION_BYTES = 16
 _UNREAD_BYTES = 1 << 20
 """Answers that a caller may leave unread, if the system's limit (net.core.wmem_max) is not lower."""
 _BACKLOG = 64
-_TRUNCATED = int(socket.MSG_TRUNC)
 _LOOK_SECONDS = 0.005
 _CHECK_SECONDS = 1.0
-"""How often the thread looks whether the socket's file is still there, and who is silent."""
-
-
-@dataclass
-class _Session:
-    """A process that is connected, since when (``time.monotonic``), and whether it has ever shared a region.
-
-    Attributes:
-        calls: its calls in flight; None if the socket takes none.
-    """
-
-    connection: socket.socket
-    name: bytes
-    user: int
-    since: float = field(default_factory=time.monotonic)
-    has_shared: bool = False
-    regions: dict[int, Region | DeviceRegion] = field(default_factory=dict)
-    calls: SessionCalls | None = None
-    _sending: threading.Lock = field(default_factory=threading.Lock)
-
-    def send(self, reply: pb.SharedMemoryReply) -> None:
-        """Sends a packet. If the caller is gone, or reads so slowly that the socket is full, the session ends."""
-        packet = reply.SerializeToString()
-        with self._sending:
-            try:
-                self.connection.send(packet)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    self.connection.shutdown(socket.SHUT_RDWR)  # So that the thread sees its end.
-
-    def reply(self, error: str = "", devices: Sequence[bytes] = ()) -> None:
-        """Answers a packet about a region, or greets."""
-        takes_calls = self.calls is not None
-        self.send(pb.SharedMemoryReply(session=self.name, error=error, takes_calls=takes_calls, devices=devices))
-
-    def close(self) -> None:
-        """Closes the connection; other threads may be about to send."""
-        with self._sending:
-            self.connection.close()
+"""How often it is looked whether the socket's file is still there, and who is silent."""
 
 
 class SharedMemory:
-    """Serves one socket, in a thread of its own, and finds the tensors of requests.
+    """Serves one socket, and finds the tensors of requests. A thread of its own looks for what is due at a time.
 
     Attributes:
         path: the path of the socket. :meth:`start` creates it, and :meth:`stop` removes it.
@@ -111,11 +72,17 @@ class SharedMemory:
         self._max_region_bytes, self._max_bytes = max_region_bytes, max_bytes
         self._closer = Closer()
         self._lock = threading.Lock()
-        self._sessions: dict[bytes, _Session] = {}
+        self._sessions: dict[bytes, MemorySession] = {}
         self._call_threads: SocketThreads | None = None
         self._due = math.inf
         """When a call's deadline passes, or before (``time.monotonic``)."""
         self._max_all_regions = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
+        self._wakes = -math.inf
+        """When the thread looks next whether something is due."""
+        self._changed = threading.Condition()
+        self._sharing = threading.Lock()
+        """Held while a region is taken, so that all together are counted."""
+        self._listening = self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="shared-memory", daemon=True)
 
     @property
@@ -138,7 +105,7 @@ class SharedMemory:
             return [region for session in self._sessions.values() for region in session.regions.values()]
 
     def offer(self, threads: SocketThreads) -> None:
-        """Takes calls on the socket, too; comes before :meth:`start`."""
+        """Takes calls on the socket, too, and reads all packets in these threads; comes before :meth:`start`."""
         self._call_threads = threads
 
     def start(self) -> None:
@@ -148,11 +115,13 @@ class SharedMemory:
             OSError: the socket cannot be created.
         """
         self._open()
-        self._selector = selectors.DefaultSelector()
-        self._wake, self._waker = socket.socketpair()
-        self._listening = False
-        self._listen(True)
-        self._selector.register(self._wake, selectors.EVENT_READ)
+        if self._call_threads is None:
+            self._packets = PacketThreads(1, "shared-memory-packets")
+            self._packets.start_all()
+        else:
+            self._packets = self._call_threads.packets
+        self._packets.add(self._listener.fileno(), self._accept)
+        self._listening = True
         self._thread.start()
 
     def stop(self) -> None:
@@ -160,16 +129,20 @@ class SharedMemory:
         if not self._thread.is_alive():
             return
         until = time.monotonic() + LAST_ANSWERS_SECONDS
-        while time.monotonic() < until and any(session.calls for session in list(self._sessions.values())):
+        while time.monotonic() < until and any(session.calls for session in self._every()):
             time.sleep(_LOOK_SECONDS)
-        self._waker.close()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
         self._thread.join()
-        self._selector.close()
-        for session in list(self._sessions.values()):
-            self._end(session)
+        with self._lock:
+            self._packets.remove(self._listener.fileno())
+            self._listener.close()
         self._file.remove()
-        self._listener.close()
-        self._wake.close()
+        for session in self._every():
+            self._end(session)
+        if self._call_threads is None:
+            self._packets.stop(wait=True)
 
     def is_on_device(self, request: wire.Request) -> bool:
         """Whether the tensors of a request are in device memory; False if there is no such region."""
@@ -187,7 +160,7 @@ class SharedMemory:
             raise SessionLostError("the session of the shared memory has ended, or belongs to another server")
         return TensorBytes.of(request, region)
 
-    def _found(self, request: wire.Request) -> tuple[_Session | None, Region | DeviceRegion | None]:
+    def _found(self, request: wire.Request) -> tuple[MemorySession | None, Region | DeviceRegion | None]:
         shared = request.shared
         assert shared is not None
         with self._lock:
@@ -214,17 +187,18 @@ class SharedMemory:
             self._open()
         except OSError:  # Tried again the next time.
             return
-        listening = self._listening
-        if listening:
-            self._selector.unregister(old)
-            self._selector.register(self._listener, selectors.EVENT_READ)
+        with self._lock:
+            self._packets.remove(old.fileno())
+            self._packets.add(self._listener.fileno(), self._accept)
+            self._listening = True
+            old.close()
         old_file.remove()
-        old.close()
         _log.warning("a socket's file was removed; created it again", extra={"path": self.path})
 
     def _serve(self) -> None:
+        """Does what is due at a time; packets wake other threads."""
         checked = time.monotonic()
-        while True:
+        while not self._stopping:
             now = time.monotonic()
             if now >= self._due:
                 self._expire(now)
@@ -232,38 +206,42 @@ class SharedMemory:
                 checked = now
                 self._check_file()
                 self._end_silent()
-            ready = self._selector.select(min(_CHECK_SECONDS, self._due - now))
-            for key, _ in ready:
-                if key.fileobj is self._wake:
-                    return
-                try:
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    else:
-                        self._receive(key.data)
-                except Exception:
-                    _log.exception("a fault of shared memory")
-                    if isinstance(key.data, _Session):
-                        self._end(key.data)
+            with self._changed:
+                self._wakes = min(now + _CHECK_SECONDS, self._due)
+                if not self._stopping:
+                    self._changed.wait(max(0.0, self._wakes - time.monotonic()))
 
     def _accept(self) -> None:
+        with self._lock:
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionError):
+                connection = None
+            except OSError as error:
+                if not self._stopping:  # No file descriptors are left. Accepts again once a session has ended.
+                    _log.warning("a process cannot share memory", extra={"reason": str(error)})
+                    self._listening = False
+                return
         try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return
-        except OSError as error:  # No file descriptors are left. Accepts again once a session has ended.
-            _log.warning("a process cannot share memory", extra={"reason": str(error)})
-            self._listen(False)
-            return
+            if connection is not None:
+                self._greet(connection)
+        finally:
+            with self._lock:
+                if not self._stopping:
+                    self._packets.again(self._listener.fileno())
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Begins a session, or refuses it."""
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
         process, user = wire.peer_of(connection)
-        session = _Session(connection, secrets.token_bytes(_SESSION_BYTES), user)
+        session = MemorySession(connection, secrets.token_bytes(_SESSION_BYTES), user, self._packets)
         if self._call_threads is not None:
             session.calls = SessionCalls(self._call_threads, f"{wire.UNIX}uid={user},pid={process}", session.send)
-        of_user = sum(other.user == session.user for other in self._sessions.values())
+        every = self._every()
+        of_user = sum(other.user == session.user for other in every)
         for count, most, of_whom in (
-            (len(self._sessions), MAX_SESSIONS, ""),
+            (len(every), MAX_SESSIONS, ""),
             (of_user, MAX_SESSIONS_OF_USER, " of one user"),
         ):
             if count >= most:
@@ -272,60 +250,88 @@ class SharedMemory:
                 return
         with self._lock:
             self._sessions[session.name] = session
-        self._selector.register(connection, selectors.EVENT_READ, session)
         session.reply(devices=() if self._devices is None else self._devices.uuids)
+        self._packets.add(connection.fileno(), partial(self._receive, session))
 
-    def _receive(self, session: _Session) -> None:
+    def _every(self) -> list[MemorySession]:
+        with self._lock:
+            return list(self._sessions.values())
+
+    def _receive(self, session: MemorySession) -> None:
+        """Reads a packet and works on it. The next one is read meanwhile if this is a call."""
         try:
-            packet, descriptors, flags, _ = socket.recv_fds(
-                session.connection, wire.MAX_PACKET_BYTES, 8, socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
+            call = self._read(session)
+        except Exception:
+            _log.exception("a fault of shared memory")
+            self._end(session)
             return
-        except ConnectionError:
-            packet, descriptors, flags = b"", [], 0
-        try:
-            if not packet and not descriptors:  # An empty packet with a descriptor is region number 0.
-                self._end(session)
-                return
-            error = ""
-            try:
-                if flags & _TRUNCATED:
-                    raise InvalidInput("packet", f"got a longer one; expected at most {wire.MAX_PACKET_BYTES} bytes")
-                request = pb.SharedMemoryRequest.FromString(packet)
-                kind = request.WhichOneof("message")
-                if kind is not None and session.calls is not None:
-                    self._call(session.calls, request)
-                    return
-                self._carry_out(session, request, descriptors)
-            except (InvalidInput, OSError, DecodeError) as problem:
-                error = str(problem)
-            session.reply(error)
-        finally:
-            for descriptor in descriptors:
-                self._closer.close(descriptor)
+        if call is not None:
+            assert self._call_threads is not None
+            self._call_threads.serve(call)
 
-    def _call(self, calls: SessionCalls, request: pb.SharedMemoryRequest) -> None:
+    def _read(self, session: MemorySession) -> SocketCall | None:
+        """Reads a packet, and does what it asks for; a call is left to do."""
+        packet = session.receive()
+        call: SocketCall | None = None
+        if packet is not None:
+            try:
+                if not packet.data and not packet.descriptors:  # With a descriptor it is region number 0.
+                    self._end(session)
+                    return None
+                call = self._take(session, packet)
+            finally:
+                for descriptor in packet.descriptors:
+                    self._closer.close(descriptor)
+        session.read_on()
+        return call
+
+    def _take(self, session: MemorySession, packet: Packet) -> SocketCall | None:
+        error = ""
+        try:
+            if packet.is_cut:
+                raise InvalidInput("packet", f"got a longer one; expected at most {wire.MAX_PACKET_BYTES} bytes")
+            request = pb.SharedMemoryRequest.FromString(packet.data)
+            kind = request.WhichOneof("message")
+            if kind is not None and session.calls is not None:
+                return self._call(session.calls, request)
+            with self._sharing:
+                self._carry_out(session, request, packet.descriptors)
+        except (InvalidInput, OSError, DecodeError) as problem:
+            error = str(problem)
+        session.reply(error)
+        return None
+
+    def _call(self, calls: SessionCalls, request: pb.SharedMemoryRequest) -> SocketCall | None:
         if request.HasField("cancel"):
             calls.cancel(request.cancel)
-            return
-        due = calls.begin(request.call)
-        if due is not None:
+            return None
+        call = calls.begin(request.call)
+        if call is not None and call.due is not None and call.due < self._due:
+            self._note_due(call.due)
+        return call
+
+    def _note_due(self, due: float) -> None:
+        with self._changed:
             self._due = min(self._due, due)
+            if due < self._wakes:
+                self._changed.notify()
 
     def _expire(self, now: float) -> None:
         """Ends the calls whose deadlines have passed, and finds the next deadline."""
-        every = [session.calls for session in self._sessions.values() if session.calls is not None]
-        self._due = min((due for due in (calls.expire(now) for calls in every) if due is not None), default=math.inf)
+        self._due = math.inf  # Before: a call that begins meanwhile sets it again.
+        every = [session.calls for session in self._every() if session.calls is not None]
+        self._note_due(
+            min((due for due in (calls.expire(now) for calls in every) if due is not None), default=math.inf)
+        )
 
-    def _carry_out(self, session: _Session, request: pb.SharedMemoryRequest, descriptors: list[int]) -> None:
+    def _carry_out(self, session: MemorySession, request: pb.SharedMemoryRequest, descriptors: Sequence[int]) -> None:
         if request.release:
             with self._lock:
                 session.regions.pop(request.region, None)
             return
         if len(descriptors) != 1:
             raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
-        of_all_sessions = sum(len(other.regions) for other in self._sessions.values())
+        of_all_sessions = sum(len(other.regions) for other in self._every())
         if len(session.regions) >= MAX_REGIONS or of_all_sessions >= self._max_all_regions:
             raise InvalidInput("region", f"{len(session.regions)} regions are shared, the maximum")
         if request.region in session.regions:
@@ -349,26 +355,16 @@ class SharedMemory:
     def _end_silent(self) -> None:
         """Ends the sessions that have not shared anything in time: there is room for so many only."""
         until = time.monotonic() - FIRST_REGION_SECONDS
-        for session in [one for one in self._sessions.values() if not one.has_shared and one.since < until]:
+        for session in [one for one in self._every() if not one.has_shared and one.since < until]:
             self._end(session)
 
-    def _end(self, session: _Session) -> None:
+    def _end(self, session: MemorySession) -> None:
+        session.close()
         with self._lock:
             self._sessions.pop(session.name, None)
-        if session.connection.fileno() >= 0:
-            with contextlib.suppress(KeyError, RuntimeError):  # Not registered, or the selector is closed.
-                self._selector.unregister(session.connection)
-            session.close()
+            if not self._listening and not self._stopping:
+                self._packets.again(self._listener.fileno())
+                self._listening = True
         if session.calls is not None:
             session.calls.cancel_all()
         session.regions.clear()
-        if threading.current_thread() is self._thread:
-            self._listen(True)
-
-    def _listen(self, listen: bool) -> None:
-        """Accepts new processes from now on, or does not."""
-        if listen and not self._listening:
-            self._selector.register(self._listener, selectors.EVENT_READ)
-        elif self._listening and not listen:
-            self._selector.unregister(self._listener)
-        self._listening = listen

@@ -13,9 +13,9 @@ import grpc
 
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.transport.carrier import Carrier
+from lovasz.server.transport.packet_threads import PacketThreads
 from lovasz.server.transport.status import FAULT_TEXT
 from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS, TOO_MANY_CALLS_TEXT
-from lovasz.server.transport.warm_threads import WarmThreads
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import PUSHBACK_KEY
 
@@ -132,19 +132,15 @@ class SessionCalls:
         with self._lock:
             return len(self._open) + self._leaving
 
-    def begin(self, message: pb.SharedMemoryCall) -> float | None:
-        """Starts a call in a thread, or refuses it.
-
-        Returns:
-            Its deadline (``time.monotonic``); None: none.
-        """
+    def begin(self, message: pb.SharedMemoryCall) -> SocketCall | None:
+        """A call that came; :meth:`SocketThreads.serve` has to serve it. None: it was refused."""
         number, refusal = message.number, None
         call = SocketCall(self, message)
         with self._lock:
             if number in self._open:
                 text = f"call.number: got {number}, which is in flight; expected another number"
                 refusal = pb.CallError(code=grpc.StatusCode.INVALID_ARGUMENT.name, text=text)
-            elif len(self._open) >= self._threads.most or not self._threads.start(call):
+            elif len(self._open) >= self._threads.most or not self._threads.take():
                 self._threads.log.warning(TOO_MANY_CALLS, peer=self.peer)
                 refusal = pb.CallError(
                     code=grpc.StatusCode.RESOURCE_EXHAUSTED.name,
@@ -156,7 +152,7 @@ class SessionCalls:
         if refusal is not None:
             self._send(pb.SharedMemoryReply(answer=pb.SharedMemoryAnswer(number=number, error=refusal)))
             return None
-        return call.due
+        return call
 
     def cancel(self, number: int) -> None:
         """Its caller does not wait for this call any more."""
@@ -194,18 +190,23 @@ class SessionCalls:
 
 
 class SocketThreads:
-    """Threads for the calls of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
+    """Threads for the packets of all sockets, beside those of gRPC: a flood here leaves gRPC its own.
+
+    A thread that reads a call serves it. There is one more than there may be calls, so that one always reads.
 
     Attributes:
         most: the most calls at a time, of one connection or of all.
         log: for refusals.
+        packets: what the threads wait for.
     """
 
     def __init__(self, most: int, compute: Compute) -> None:
         self.most = most
         self.log = Sparingly(_log)
+        self.packets = PacketThreads(most + 1, "socket-call")
         self._compute = compute
-        self._threads = WarmThreads(most, "socket-call")
+        self._lock = threading.Lock()
+        self._busy = 0
 
     def start_all(self) -> None:
         """Starts all threads.
@@ -213,15 +214,22 @@ class SocketThreads:
         Raises:
             RuntimeError: the system refuses one.
         """
-        self._threads.start_all()
+        self.packets.start_all()
 
-    def start(self, call: SocketCall) -> bool:
-        """Serves a call in a thread; False if none is free."""
-        if self._threads.is_full:
-            return False
-        self._threads.put(partial(call.serve, self._compute))
-        return True
+    def take(self) -> bool:
+        """Lets this thread serve a call; False if as many do as may."""
+        with self._lock:
+            is_free = self._busy < self.most
+            self._busy += is_free
+        return is_free
+
+    def serve(self, call: SocketCall) -> None:
+        """Serves a call in this thread, which was taken for it."""
+        answer = call.serve(self._compute)
+        with self._lock:
+            self._busy -= 1  # Before its caller has the answer, and may ask again.
+        answer()
 
     def stop(self, *, wait: bool) -> None:
         """Ends the threads; waits for them unless some may be stuck."""
-        self._threads.stop(wait=wait)
+        self.packets.stop(wait=wait)

@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
-Work: TypeAlias = Callable[[], "Callable[[], object] | None"]
-"""What a thread does. It counts as free before it calls what the work returns."""
+Work: TypeAlias = Callable[[], object]
 
 _Inbox: TypeAlias = "queue.SimpleQueue[Work | None]"
 
@@ -68,12 +67,10 @@ class WarmThreads:
     def _run(self, inbox: _Inbox) -> None:
         work = inbox.get()
         while work is not None:
-            last = work()
+            work()
             with self._lock:
                 following = self._waiting.popleft() if self._waiting else None
                 if following is None:
                     self._idle.append(inbox)
-            if last is not None:
-                last()
-            del work, last  # So that no tensors are held while waiting for more.
+            del work  # So that no tensors are held while waiting for more.
             work = inbox.get() if following is None else following
