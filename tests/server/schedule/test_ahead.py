@@ -18,7 +18,7 @@ def test_one_run_holds_its_share_at_most() -> None:
     with pytest.raises(TooLargeError, match=r"hold 0\.5 \(--joint-share\)"):
         room.reserve(300, 3, Run("run"), "a")
     first = room.reserve(10, 4, Run("run"), "a")
-    with pytest.raises(NoRequestsLeftError, match="4 missing ranks of run run hold a request, and 1 would"):
+    with pytest.raises(NoRequestsLeftError, match="4 missing ranks of run run hold a request; 1 more would"):
         room.reserve(10, 2, Run("run"), "b")
     first.split(10)  # The first rank has come, and two more.
     first.split(10)
