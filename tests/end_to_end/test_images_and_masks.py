@@ -15,7 +15,6 @@ from lovasz import core
 from lovasz.client import (
     BinaryCrossEntropy,
     CrossEntropy,
-    InvalidInput,
     InvalidInputError,
     Joint,
     LossClient,
@@ -27,7 +26,7 @@ from lovasz.client import remote as client_remote
 from lovasz.client.torch import RemoteLoss
 from lovasz.core import LocalLoss
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import LossLike, Result, weighted_sum
+from lovasz.spec import InvalidInput, LossLike, Result, weighted_sum
 
 WAYS = ("inprocess", "unary", "stream", "shared memory")
 

@@ -135,3 +135,24 @@ def test_what_raises_and_what_is_cancelled() -> None:
     assert isinstance(failed.exception(), ZeroDivisionError)
     with pytest.raises(RuntimeError):
         threads.submit(lambda: 1)
+
+
+def test_a_start_that_is_interrupted_leaves_no_process() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    starting = ServerProcess(["--device", "cpu"])
+    main = threading.get_ident()
+    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGUSR1))
+    try:
+        timer.start()
+        with pytest.raises(Interrupted):
+            starting.__enter__()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert not Path(f"/proc/{starting.pid}").exists()

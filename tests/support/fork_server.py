@@ -80,7 +80,9 @@ def _fork_server() -> tuple[socket.socket | None, dict[str, str]]:
         [sys.executable, __file__, str(number)],
         stdin=subprocess.DEVNULL,
         pass_fds=[number],
-        env={**environment, "OPENBLAS_NUM_THREADS": "1"},  # It would start threads, which a fork does not have.
+        # OpenBLAS would start threads, which a fork does not have. gRPC reads its variable when it is imported, before
+        # the server's command could set it.
+        env={"GRPC_VERBOSITY": "ERROR", **environment, "OPENBLAS_NUM_THREADS": "1"},
     )
     theirs.close()
     atexit.register(process.wait)

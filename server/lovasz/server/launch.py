@@ -55,7 +55,11 @@ class ServerProcess:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, name="server-log", daemon=True)
         self._reader.start()
-        self._ready.wait(START_SECONDS)
+        try:
+            self._ready.wait(START_SECONDS)
+        except BaseException:  # Ctrl-C, for one: nobody else would end the process.
+            self.kill()
+            raise
         if not self.target:
             self.stop()
             said = "\n".join(str(line.get("exception") or line.get("event")) for line in self.log[-20:])
