@@ -133,7 +133,8 @@ _NO_GRPC = ("Failed parsing HTTP/2", "Trying to connect an http1.x server")
 _RESET = "RST_STREAM"
 """In gRPC's text, with INTERNAL, where a proxy ends a call whose server has gone; servers end theirs with a status."""
 _NOT_REACHED = "failed to connect to all addresses"
-_NOT_RESOLVED = "errors resolving"
+_NOT_RESOLVED = ("errors resolving", "DNS resolution failed")
+"""Newer and older versions of gRPC."""
 
 
 def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossError:
@@ -149,7 +150,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
         return InvalidInputError(field, problem)
     if code is grpc.StatusCode.UNAVAILABLE and _NOT_REACHED in details:
         details = f"no server answers there; is it running (lovasz-server --listen {target})? {details}"
-    if code is grpc.StatusCode.UNAVAILABLE and _NOT_RESOLVED in details:
+    if code is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _NOT_RESOLVED):
         details = f"the host name could not be resolved (DNS); is it spelt correctly? {details}"
     kind = ServerUnavailableError if was_reset(error) else _BY_CODE.get(code, ServerFaultError)
     return kind(f"{target}: {details or code.name} ({code.name}){remark}")
