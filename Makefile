@@ -37,7 +37,7 @@ help:
 	@echo "make sbom         write the components of a server: out/sbom.json (CycloneDX) and out/licences.md"
 	@echo "make pin-images   pin the images of Dockerfile and docker-compose.yml by digests (needs Docker and the registries)"
 	@echo "make audit        look for known vulnerabilities of the pinned versions (needs pypi.org itself, not a mirror)"
-	@echo "make bench        time the core against its peers on this machine (15 minutes)"
+	@echo "make bench        time the core against its peers on this machine (20 minutes)"
 	@echo "make bench-remote time the remote call against its peers (six minutes; installs Triton Inference Server: 1.3 GB)"
 	@echo "make faults       long attacks on a server, MINUTES=5 each: fuzz, soak, overload, SIGSTOP, packet loss (30 minutes)"
 	@echo "make bench-joint  time a joint step against one request of all its tensors, and in a process group (five minutes)"
