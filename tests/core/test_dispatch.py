@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.comparison import bits, normal, random_labels
+from support.imports import REPOSITORY
 from support.ways import SORTED_BELOW_PIXELS, rank_on_cpu
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, dispatch
@@ -89,6 +90,28 @@ def test_without_the_compilers_torch_computes_and_something_faster_is_named(monk
         assert word in str(dispatch.advice(device))
     dispatch.warm_up(CPU)
     dispatch.triton_works.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "usable"), [("0.61.2", False), ("0.62.0rc1", True), ("0.100", True), ("1.0", True)]
+)
+def test_a_numba_that_is_too_old_is_left_and_named(
+    version: str, usable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    dispatch.installed.cache_clear()
+    try:
+        assert [dispatch.installed("numba") for _ in range(2)] == [usable] * 2
+    finally:
+        dispatch.installed.cache_clear()
+    said = f"numba: got version {version}; expected 0.62 or newer: pip install 'lovasz[cpu]'"
+    assert [record.getMessage() for record in caplog.records] == ([] if usable else [said])
+
+
+def test_the_oldest_numba_is_that_of_the_extra() -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'cpu = ["numba>={".".join(map(str, dispatch.OLDEST_NUMBA))}"]' in project
 
 
 def test_a_triton_that_cannot_compile_is_tried_once_and_left(
@@ -177,7 +200,7 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
         ("numba", torch.float32, CPU, "got 'numba'; expected None or one of lovasz.core.dispatch.Backend"),
         (Backend.NUMBA, torch.float64, CPU, "got Backend.NUMBA for logits of float64; expected None or Backend.TORCH"),
         (Backend.NUMBA, torch.float32, CUDA, "got Backend.NUMBA for logits on cuda; expected"),
-        (Backend.TRITON, torch.float32, CPU, "got Backend.TRITON, but triton is not installed; expected"),
+        (Backend.TRITON, torch.float32, CPU, "got Backend.TRITON, but no usable triton is installed; expected"),
     ],
 )
 def test_a_way_that_cannot_be_taken_is_refused(

@@ -6,9 +6,11 @@ No other module decides which losses, element types and sizes a backend takes.
 from __future__ import annotations
 
 import enum
+import importlib.metadata
 import importlib.util
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +41,9 @@ from lovasz.spec import (
 )
 
 _log = logging.getLogger(__name__)
+
+OLDEST_NUMBA = (0, 62)
+"""As in pyproject.toml. The LLVM of older ones cannot compile the CPU's loops, and ends the process."""
 
 
 class Backend(enum.Enum):
@@ -182,14 +187,25 @@ def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, devic
         )
     package = "triton" if backend is Backend.TRITON else "numba"
     if not installed(package):
-        raise InvalidInput("backend", f"got {backend}, but {package} is not installed; expected None or Backend.TORCH")
+        raise InvalidInput(
+            "backend", f"got {backend}, but no usable {package} is installed; expected None or Backend.TORCH"
+        )
     return backend
 
 
 @cache
 def installed(package: str) -> bool:
-    """Whether a package is installed; does not import it."""
-    return importlib.util.find_spec(package) is not None
+    """Whether a package is installed that can be used; does not import it. A version that is too old is logged once."""
+    if importlib.util.find_spec(package) is None:
+        return False
+    if package != "numba":
+        return True
+    version = importlib.metadata.version(package)
+    is_new_enough = tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST_NUMBA
+    if not is_new_enough:
+        expected = ".".join(map(str, OLDEST_NUMBA))
+        _log.warning("numba: got version %s; expected %s or newer: pip install 'lovasz[cpu]'", version, expected)
+    return is_new_enough
 
 
 @cache
