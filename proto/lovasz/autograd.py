@@ -43,7 +43,7 @@ def with_gradient(
 def with_gradients(
     logits: Tensor, losses: npt.NDArray[np.float64], grad: Tensor | None, offsets: tuple[int, ...] | None = None
 ) -> Tensor:
-    """As ``with_gradient``, for one loss an image: ``grad`` is the gradient of their mean."""
+    """As ``with_gradient``, for one loss per image: ``grad`` is the gradient of their mean."""
     of_images = torch.from_numpy(losses).to(logits.device, _dtype_of(logits))
     return with_gradient(logits, of_images, grad, len(losses), offsets)
 

@@ -337,7 +337,7 @@ def test_label_out_of_range(device: torch.device) -> None:
     with_void = expected + " or the ignore_index 255 of LovaszSoftmax (2 such pixels)"
     assert refusal(logits, labels, LovaszSoftmax(ignore_index=VOID)) == with_void
     one_of_two = refusal(logits, labels, [(1.0, LovaszSoftmax(ignore_index=-4)), (1.0, CrossEntropy(ignore_index=7))])
-    cure = "; 7 is the ignore_index of CrossEntropy only: set ignore_index=7 in every term"
+    cure = "; 7 is the ignore_index of CrossEntropy, not of LovaszSoftmax: set ignore_index=7 in every term"
     assert one_of_two == expected + f" or the ignore_index -4 of LovaszSoftmax (1 such pixels{cure})"
     assert refusal(logits, labels.to(torch.int8), CrossEntropy(ignore_index=7)) == (
         "labels: got -4 at index [1, 0, 0]; expected a value in [0, 3) or the ignore_index 7 of CrossEntropy "

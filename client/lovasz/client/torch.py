@@ -24,6 +24,7 @@ from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
 from lovasz.client.target import checked_target
 from lovasz.client.tensors import AnyArray
 from lovasz.spec import LossLike, Reduction, Result, weighted_sum
+from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
 from lovasz.spec.checks import reduction as checked_reduction
 from lovasz.spec.layout import checked_offsets
 
@@ -105,8 +106,6 @@ class RemoteLoss(torch.nn.Module):
             ValueError: another argument is invalid.
         """
         super().__init__()
-        if gradient_reduction not in ("mean", "active_mean", "sum"):
-            raise ValueError(f"gradient_reduction: got {gradient_reduction!r}; expected 'mean', 'active_mean' or 'sum'")
         self.reduction = checked_reduction(reduction)
         if reduction == "none" and joint is not None:
             raise ValueError(
@@ -114,7 +113,7 @@ class RemoteLoss(torch.nn.Module):
                 "it does not change the loss of an image"
             )
         self.joint = Joint(joint) if isinstance(joint, str) else joint
-        self.gradient_reduction = gradient_reduction
+        self.gradient_reduction = checked_gradient_reduction(gradient_reduction)
         self._first_step = 0 if self.joint is None or self.joint.step is None else self.joint.step
         self._calls = {True: 0, False: 0}
         self._reached = {True: 0, False: 0}

@@ -20,6 +20,7 @@ from lovasz.spec import (
     MAX_IMAGE_LOSSES,
     BinaryLoss,
     InvalidInput,
+    Loss,
     LovaszLoss,
     LovaszSoftmax,
     Result,
@@ -328,18 +329,19 @@ def _label_error(request: Request, loss: WeightedSum) -> InvalidInput | None:
     ignore = "" if term.ignore_index is None else f" or the ignore_index {term.ignore_index} of {type(term).__name__}"
     expected = f"a value in [0, {request.layout.label_values}){ignore}"
     value = int(labels[place])
-    cure = _cure_of_label(value, loss, labels, request.layout.label_values)
+    cure = _cure_of_label(value, term, loss, labels, request.layout.label_values)
     return InvalidInput(
         "labels", f"got {value} at index {list(place)}; expected {expected} ({int(bad.sum())} such pixels{cure})"
     )
 
 
-def _cure_of_label(value: int, loss: WeightedSum, labels: torch.Tensor, label_values: int) -> str:
-    """What to do about a label that is no class, if its value tells."""
+def _cure_of_label(value: int, refusing: Loss, loss: WeightedSum, labels: torch.Tensor, label_values: int) -> str:
+    """What to do about a label that is no class to a term, if its value tells."""
     losses = [term for _, term in loss.terms]
     ignoring = next((type(term).__name__ for term in losses if term.ignore_index == value), None)
     if ignoring:
-        return f"; {value} is the ignore_index of {ignoring} only: set ignore_index={value} in every term"
+        other = type(refusing).__name__
+        return f"; {value} is the ignore_index of {ignoring}, not of {other}: set ignore_index={value} in every term"
     if value in _VOID_LABELS:
         binary = "for masks of 0 and 255 pass labels > 0, " if value == 255 and loss.is_binary else ""
         return f"; {binary}for void pixels set ignore_index={value}{' in every term' if len(losses) > 1 else ''}"

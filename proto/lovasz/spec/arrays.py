@@ -10,11 +10,6 @@ import numpy.typing as npt
 
 from lovasz.spec.errors import InvalidInput
 
-_CURES: dict[type, str] = {
-    list: " (torch.as_tensor makes one of a list)",
-    tuple: " (torch.as_tensor makes one of a tuple)",
-}
-
 
 def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
     """An array of any framework as an array of NumPy, read by ``__array__`` or DLPack; without a copy if possible.
@@ -44,8 +39,9 @@ def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
         except Exception as error:  # Each framework raises its own.
             first_line = str(error).partition("\n")[0]
             problem = problem or f", which cannot be read as an array of NumPy ({first_line})"
+    cure = f" (torch.as_tensor makes one of a {type(value).__name__})" if isinstance(value, list | tuple) else ""
     raise InvalidInput(
         field,
         f"got {type(value).__name__}{problem}; expected a numpy array, a torch tensor, or an array with __array__ or "
-        f"__dlpack__{_CURES.get(type(value), '')}",
+        f"__dlpack__{cure}",
     )

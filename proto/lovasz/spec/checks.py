@@ -109,12 +109,9 @@ def reduction(value: Any) -> Literal["mean", "none"]:
 
 def gradient_reduction(value: Any) -> Literal["mean", "active_mean", "sum"]:
     """``"mean"``, ``"active_mean"`` or ``"sum"``."""
-    if value == "mean":
-        return "mean"
-    if value == "active_mean":
-        return "active_mean"
-    if value == "sum":
-        return "sum"
+    for choice in ("mean", "active_mean", "sum"):
+        if value == choice:
+            return choice
     raise InvalidInput("gradient_reduction", f"got {value!r}; expected 'mean', 'active_mean' or 'sum'")
 
 

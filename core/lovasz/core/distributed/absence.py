@@ -32,7 +32,6 @@ the process."""
 
 _EXPECTED = "expected a gloo group for this loss alone: torch.distributed.new_group(backend='gloo')"
 
-
 _ENDING = threading.Event()
 """Set where the interpreter ends and other ranks have not left: the threads stop."""
 
