@@ -589,3 +589,19 @@ def test_options_are_judged_alike_whatever_came_before() -> None:
         with pytest.raises(InvalidInput) as caught:
             lovasz_softmax(logits, labels, **{field.removesuffix("[0]"): value})
         assert caught.value.field == field
+
+
+def test_a_fault_that_has_gone_before_it_is_told_is_an_error_all_the_same(device: torch.device) -> None:
+    """A server computes on memory that its caller can change."""
+    loss = weighted_sum(LovaszSoftmax(input="probabilities"))
+    logits, labels = some_input(LovaszSoftmax(), device)
+    probabilities = logits.softmax(1)
+    right = probabilities.clone()
+    probabilities[1, 2, 3, 4] = 1.5
+    pending = submit([Request.checked(probabilities, labels, loss, None)], loss, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    probabilities.copy_(right)
+    (answer,) = pending.collect()
+    assert isinstance(answer, InvalidInput)
+    assert str(answer).startswith("logits: changed while the loss was computed")

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from support.waiting import eventually
 from lovasz import wire
 from lovasz.client import (
     CallCancelledError,
+    CrossEntropy,
     DeadlineExceededError,
     Joint,
     LossClient,
@@ -39,8 +40,9 @@ from lovasz.client import (
 from lovasz.client import remote as client_remote
 from lovasz.client.shared_memory import Region, Session
 from lovasz.client.torch import RemoteLoss
+from lovasz.core import compute
 from lovasz.server.launch import ServerProcess
-from lovasz.spec import weighted_sum
+from lovasz.spec import LossLike, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing
 
@@ -367,15 +369,20 @@ class Refused(Exception):
 class Raw:
     """A caller that says of its memory what it likes, on the socket or over gRPC."""
 
-    def __init__(self, server: ServerProcess, carrier: str) -> None:
+    def __init__(self, server: ServerProcess, carrier: str, loss: LossLike = SOFTMAX, *, shift: int = 0) -> None:
+        """Shares a region with a request.
+
+        Args:
+            shift: how far its tensors are from where a client puts them, in bytes.
+        """
         self._on_socket = carrier == "socket"
-        logits, labels = tensors(40)
+        logits, labels = self.tensors = tensors(40)
         specs = (
             wire.TensorSpec(wire.dtype_named("float32"), tuple(logits.shape)),
             wire.TensorSpec(wire.dtype_named("uint8"), tuple(labels.shape)),
         )
-        self.request = wire.Request.checked(weighted_sum(SOFTMAX), *specs, want_grad=True)
-        first, second, third, size = wire.places(self.request)
+        self.request = wire.Request.checked(weighted_sum(loss), *specs, want_grad=True)
+        first, second, third, size = (place + shift for place in wire.places(self.request))
         self.session = Session(server.targets[0].removeprefix("unix:") + wire.MEMORY_SUFFIX, 10)
         self.region = Region(size)
         self.region.array(first, specs[0].shape, specs[0].dtype.numpy)[...] = logits.numpy()
@@ -470,6 +477,17 @@ def test_tensors_that_overlap_change_nothing_but_the_callers_own_answer(raw: Raw
     raw.region.array(0, (1,), np.dtype(np.float32))[...] = 0.5
 
 
+@pytest.mark.parametrize("shift", [64, 1, 4])
+def test_tensors_may_begin_anywhere(sharing: ServerProcess, carrier: str, shift: int) -> None:
+    with closing(Raw(sharing, carrier, shift=shift)) as raw:
+        answer = raw.ask()
+        expected = compute(*raw.tensors, SOFTMAX)
+        assert answer.loss == expected.loss
+        grad = raw.region.bytes(raw.shared.grad_offset, raw.request.grad_bytes)
+        assert expected.grad is not None
+        assert grad.tobytes() == expected.grad.numpy().tobytes()
+
+
 @pytest.mark.parametrize("carrier", ["grpc"])
 def test_memory_is_not_taken_by_a_server_that_shares_none(server: ServerProcess, raw: Raw) -> None:
     with grpc.insecure_channel(server.target) as channel:
@@ -483,8 +501,9 @@ def test_memory_is_not_taken_by_a_server_that_shares_none(server: ServerProcess,
 
 def test_memory_that_is_scribbled_over_and_torn_down_while_it_is_used(sharing: ServerProcess, carrier: str) -> None:
     """Labels and logits change under the server's hands, then the session ends in the middle of calls."""
+    losses = (SOFTMAX, LovaszSoftmax(input="probabilities"), [(1.0, CrossEntropy()), (1.0, SOFTMAX)])
     for round_ in range(9):
-        raw, stop = Raw(sharing, carrier), threading.Event()
+        raw, stop = Raw(sharing, carrier, losses[round_ % 3]), threading.Event()
 
         def scribble(raw: Raw = raw, stop: threading.Event = stop) -> None:
             random = np.random.default_rng(0)

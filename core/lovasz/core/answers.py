@@ -311,7 +311,11 @@ def _not_a_number(loss: WeightedSum, request: Request, grad: Tensor | None) -> R
 
 def _faults(of_requests: Sequence[InvalidInput | None]) -> list[Answer]:
     """The answers to a joint, from the fault of each of its requests."""
-    place, first = next((place, fault) for place, fault in enumerate(of_requests) if fault is not None)
+    found = [(place, fault) for place, fault in enumerate(of_requests) if fault is not None]
+    if not found:  # The tensors may be in memory that others can write to.
+        changed = "changed while the loss was computed; expected tensors that stay as they are until the answer"
+        return [InvalidInput("logits", changed)] * len(of_requests)
+    place, first = found[0]
     return [JointFault(place, first) if fault is None else fault for fault in of_requests]
 
 

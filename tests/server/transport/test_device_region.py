@@ -127,14 +127,16 @@ def test_memory_is_given_back_when_it_is_taken_back_and_nothing_uses_it(
     assert caller.share(5) == ""
     used: TensorBytes | None = server.tensors(header(caller.name, 5))
     caller.socket.close()
-    assert eventually(lambda: server.nbytes == 0)
+    assert eventually(lambda: server.sessions == 0)
     gc.collect()
     assert driver.in_use == (0, 1)
+    assert server.device_nbytes == server.nbytes > 0
     assert used is not None
     used.grad.write(LOGITS, None)  # A call that still runs.
     used = None
     gc.collect()
     assert driver.in_use == (0, 0)
+    assert server.nbytes == 0
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["logits", "labels", "grad"])

@@ -371,9 +371,11 @@ def test_what_a_request_uses_stays_until_it_is_done(server: SharedMemory, caller
     assert logits == b"x" * LOGITS_BYTES
     grad[:] = logits
     assert mappings(MEMFD) == 1
+    assert server.nbytes == 4096, "memory that is still used counts"
     del logits, labels, grad
     gc.collect()
     assert (descriptors_of(MEMFD), mappings(MEMFD)) == (0, 0)
+    assert server.nbytes == 0
 
 
 def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: MemoryCaller) -> None:

@@ -1,4 +1,4 @@
-"""Host memory that receives the payload of one request, and from which its gradient is sent."""
+"""Memory of the host that receives the payload of one request, and from which its gradient is sent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Staging:
         data = self._data = buffer.numpy()
         self._logits = data[place.logits : place.logits + header.logits.nbytes]
         self._labels = data[place.labels : place.labels + header.labels.nbytes]
-        self.grad = _typed(data, place.grad, header.logits) if header.want_grad else None
+        self.grad = typed(data, place.grad, header.logits) if header.want_grad else None
         self.upload: Upload | None = None
         if pool.device.type == "cuda":
             sources = torch.from_numpy(self._logits), torch.from_numpy(self._labels)
@@ -88,8 +88,8 @@ class Staging:
         """The tensors as the core takes them."""
         header = self._header
         if self.upload is None:
-            logits = _typed(self._data, self._places.logits, header.logits)
-            labels = _typed(self._data, self._places.labels, header.labels)
+            logits = typed(self._data, self._places.logits, header.logits)
+            labels = typed(self._data, self._places.labels, header.labels)
         else:
             logits, labels = (
                 target.view(getattr(torch, one.dtype.name)).view(one.shape)
@@ -109,8 +109,8 @@ class Staging:
         self._is_abandoned = True
 
 
-def _typed(data: npt.NDArray[np.uint8], place: int, spec: wire.TensorSpec) -> torch.Tensor:
-    """The tensor at a place of the buffer."""
+def typed(data: npt.NDArray[np.uint8] | memoryview, place: int, spec: wire.TensorSpec) -> torch.Tensor:
+    """The tensor at a place of a buffer."""
     if spec.dtype.name == "bfloat16":  # NumPy has none.
         return torch.from_numpy(np.ndarray(spec.shape, np.int16, data, place)).view(torch.bfloat16)
     return torch.from_numpy(np.ndarray(spec.shape, spec.dtype.numpy, data, place))

@@ -15,8 +15,7 @@ import torch
 
 from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError, fresh
-from lovasz.server.memory.device_staging import DeviceStaging
-from lovasz.server.memory.staging import Staging
+from lovasz.server.memory.any_staging import AnyStaging
 from lovasz.spec import Result, WeightedSum
 
 _SECONDS_PER_ELEMENT = 5e-9
@@ -92,7 +91,7 @@ class Caller:
 
     request: Request
     deadline: float | None = None
-    staging: Staging | DeviceStaging | None = None
+    staging: AnyStaging | None = None
     started: float | None = None
     rank: int = 0
     tenant: Tenant = NOBODY

@@ -24,6 +24,7 @@ from lovasz.server.errors import (
     ServerError,
     TooLargeError,
 )
+from lovasz.server.memory.any_staging import AnyStaging
 from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.memory.pool import StagingPool
@@ -100,7 +101,7 @@ class Call:
         self._inside = False
         self._permit: Permit | None = None
         self._place: Seat | Kept | None = None
-        self._staging: Staging | DeviceStaging | None = None
+        self._staging: AnyStaging | None = None
         self._handed_over: tuple[int, SendWatch] | None = None
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else self._clock.started + remaining
@@ -158,12 +159,13 @@ class Call:
                 f"{most} at most (--max-segments)"
             )
 
-    def compute(self, header: wire.Request, receive: Callable[[Any], None], *, on_device: bool = False) -> Answer:
+    def compute(
+        self, header: wire.Request, receive: Callable[[Any], None], staging_type: type[AnyStaging] = Staging
+    ) -> Answer:
         """Takes room, receives the payload, queues the request and waits for its answer.
 
         Args:
-            receive: copies the payload into a staging: a DeviceStaging if ``on_device``, else a Staging.
-            on_device: the payload is in device memory that the caller shares.
+            receive: lets a staging of this type have the payload.
         """
         seat: Seat | None = None
         if header.joint is None:
@@ -175,7 +177,7 @@ class Call:
                 self._clock.skip_to(Phase.SEND)
                 return place.answer
             seat = place
-        staging = self._staging = self._new_staging(header, on_device)
+        staging = self._staging = self._new_staging(header, staging_type)
         try:
             receive(staging)
         except InvalidInput as error:
@@ -201,13 +203,13 @@ class Call:
         """Tells the other ranks of a joint step that this one is refused before the step is complete."""
         self._pipeline.joints.abort(wire.Abort(joint, want_grad, str(error)), seat, self.address)
 
-    def _new_staging(self, header: wire.Request, on_device: bool) -> Staging | DeviceStaging:
+    def _new_staging(self, header: wire.Request, staging_type: type[AnyStaging]) -> AnyStaging:
         pool = self._pipeline.staging
         try:
-            return DeviceStaging(header, pool) if on_device else Staging(header, pool)
+            return staging_type(header, pool)
         except Exception as error:
             if is_out_of_memory(error):
-                where = pool.device if on_device else "host"
+                where = pool.device if staging_type is DeviceStaging else "host"
                 text = f"the server's {where} has no memory left for the request's tensors"
                 raise NoBytesLeftError(text, _RETRY_SECONDS) from None
             raise
@@ -225,7 +227,7 @@ class Call:
             self._pipeline.batcher.discard(job)
             raise AbandonedError from None
 
-    def _joined(self, seat: Seat, caller: Caller, staging: Staging | DeviceStaging) -> Answer:
+    def _joined(self, seat: Seat, caller: Caller, staging: AnyStaging) -> Answer:
         """Waits for the other ranks of the step, and for their job."""
         joints = self._pipeline.joints
         joints.arrive(seat, caller)

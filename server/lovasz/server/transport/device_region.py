@@ -14,10 +14,11 @@ class DeviceRegion:
 
     Attributes:
         nbytes: its size.
+        mapping: what the tensors in it refer to, so that it stays mapped.
     """
 
     def __init__(self, mapping: Mapping) -> None:
-        self._mapping = mapping
+        self.mapping = mapping
         self.nbytes = mapping.nbytes
 
     @classmethod
@@ -47,4 +48,4 @@ class DeviceRegion:
         Raises:
             InvalidInput: they are not all inside the region, or do not begin at a multiple of 64 bytes.
         """
-        return DeviceBytes(self._mapping, f"shared_tensors.{name}_offset", offset, nbytes)
+        return DeviceBytes(self.mapping, f"shared_tensors.{name}_offset", offset, nbytes)

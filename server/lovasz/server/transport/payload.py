@@ -1,4 +1,4 @@
-"""The tensors of a unary call: copied to staging from the message or from shared memory, and the gradient back."""
+"""The tensors of a unary call: received from the message or from shared memory, and the gradient sent back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 from lovasz import wire
 from lovasz.server.errors import SessionLostError
+from lovasz.server.memory.any_staging import AnyStaging
 from lovasz.server.memory.device_staging import DeviceBytes, DeviceStaging
 from lovasz.server.memory.pool import StagingPool
+from lovasz.server.memory.region_staging import RegionStaging
 from lovasz.server.memory.staging import Staging
 from lovasz.server.schedule.job import Answer
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -22,62 +24,86 @@ from lovasz.wire import framing
 from lovasz.wire.framing import Bytes
 
 
-def receive(
-    staging: Staging | DeviceStaging,
-    header: wire.Request,
-    message: framing.UnaryRequest,
-    shared_memory: Sequence[SharedMemory],
-) -> None:
-    """Copies the payload of a message, or of shared memory, to its place.
+class UnaryPayload:
+    """Where the tensors of one unary call come from, and where its gradient goes."""
 
-    Raises:
-        InvalidInput: a tensor has more or fewer bytes than the header declared.
-        SessionLostError: the shared memory has no such session.
-    """
-    fields: Sequence[tuple[str, Bytes, int]] = (
-        ("logits", message.logits, header.logits.nbytes),
-        ("labels", message.labels, header.labels.nbytes),
-    )
-    if header.shared is not None:
-        for name, data, _ in fields:
-            if len(data):
-                raise InvalidInput(name, f"got {len(data)} bytes beside shared_tensors; expected none")
-        _receive_shared(staging, shared_tensors(header, shared_memory))
-        return
-    assert isinstance(staging, Staging)
-    for name, data, expected in fields:
-        if len(data) != expected:
-            raise InvalidInput(name, f"got {len(data)} bytes; expected {expected} for the declared type and shape")
-    staging.receive([data for _, data, _ in fields])
+    def __init__(
+        self,
+        header: wire.Request,
+        message: framing.UnaryRequest,
+        shared_memory: Sequence[SharedMemory],
+        pool: StagingPool,
+    ) -> None:
+        self._header, self._message, self._shared_memory, self._pool = header, message, shared_memory, pool
+        self._tensors: TensorBytes | None = None
+
+    @property
+    def staging(self) -> type[AnyStaging]:
+        """What receives the tensors."""
+        shared = self._header.shared
+        if shared is None:
+            return Staging
+        if any(memory.is_on_device(self._header) for memory in self._shared_memory):
+            return DeviceStaging
+        offsets = (shared.logits_offset, shared.labels_offset, shared.grad_offset)
+        are_aligned = not any(offset % wire.ALIGNMENT for offset in offsets)
+        return RegionStaging if are_aligned and self._pool.device.type == "cpu" else Staging
+
+    def receive(self, staging: AnyStaging) -> None:
+        """Lets a staging have the tensors.
+
+        Raises:
+            InvalidInput: a tensor has more or fewer bytes than the header declared, or is not inside its region.
+            SessionLostError: the shared memory has no such session.
+        """
+        header, message = self._header, self._message
+        fields: Sequence[tuple[str, Bytes, int]] = (
+            ("logits", message.logits, header.logits.nbytes),
+            ("labels", message.labels, header.labels.nbytes),
+        )
+        if header.shared is not None:
+            for name, data, _ in fields:
+                if len(data):
+                    raise InvalidInput(name, f"got {len(data)} bytes beside shared_tensors; expected none")
+            self._tensors = self._found()
+            _receive_shared(staging, self._tensors)
+            return
+        assert isinstance(staging, Staging)
+        for name, data, expected in fields:
+            if len(data) != expected:
+                raise InvalidInput(name, f"got {len(data)} bytes; expected {expected} for the declared type and shape")
+        staging.receive([data for _, data, _ in fields])
+
+    def send_back(self, answer: Answer) -> memoryview:
+        """The gradient's bytes that the answer has in it; none if the gradient is in shared memory, complete.
+
+        Raises:
+            InvalidInput, SessionLostError: as for :meth:`receive`; only for an answer that was kept.
+        """
+        if self._header.shared is None:
+            return grad_bytes(answer)
+        _write((self._tensors or self._found()).grad, answer, self._pool)
+        return memoryview(b"")
+
+    def _found(self) -> TensorBytes:
+        """Where the tensors are in shared memory."""
+        for memory in self._shared_memory:
+            try:
+                return memory.tensors(self._header)
+            except SessionLostError as error:
+                lost = error
+        if not self._shared_memory:
+            raise InvalidInput("shared_tensors", "came, but this server shares no memory (--shared-memory)")
+        raise lost
 
 
-def _receive_shared(staging: Staging | DeviceStaging, shared: TensorBytes) -> None:
-    sources: list[Any] = [shared.logits, shared.labels]
-    if isinstance(staging, DeviceStaging) is not isinstance(shared.logits, DeviceBytes):
+def _receive_shared(staging: AnyStaging, tensors: TensorBytes) -> None:
+    sources: list[Any] = [tensors.logits, tensors.labels]
+    if isinstance(staging, DeviceStaging) is not isinstance(tensors.logits, DeviceBytes):
         raise InvalidInput("shared_tensors.region", "became memory of another kind during the call")
+    if isinstance(staging, RegionStaging):
+        sources.append(tensors.grad)
     staging.receive(sources)
-
-
-def is_on_device(header: wire.Request, shared_memory: Sequence[SharedMemory]) -> bool:
-    """Whether the request's tensors are in device memory."""
-    return header.shared is not None and any(memory.is_on_device(header) for memory in shared_memory)
-
-
-def shared_tensors(header: wire.Request, shared_memory: Sequence[SharedMemory]) -> TensorBytes:
-    """Where the request's tensors are in shared memory.
-
-    Raises:
-        SessionLostError: there is no such session.
-        InvalidInput: they are not inside a region of the session, or this server shares no memory.
-    """
-    for memory in shared_memory:
-        try:
-            return memory.tensors(header)
-        except SessionLostError as error:
-            lost = error
-    if not shared_memory:
-        raise InvalidInput("shared_tensors", "came, but this server shares no memory (--shared-memory)")
-    raise lost
 
 
 def grad_bytes(answer: Answer) -> memoryview:
@@ -95,10 +121,17 @@ def _grad_array(answer: Answer) -> npt.NDArray[np.uint8]:
     return grad.cpu().numpy().reshape(-1).view(np.uint8)
 
 
-def write(place: memoryview | DeviceBytes, answer: Answer, pool: StagingPool) -> None:
-    """Copies the gradient to its place in shared memory; it is complete then."""
+def _address(array: npt.NDArray[np.uint8]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _write(place: memoryview | DeviceBytes, answer: Answer, pool: StagingPool) -> None:
+    """Copies the gradient to its place in shared memory, unless it is there."""
     if isinstance(place, memoryview):
-        np.copyto(np.frombuffer(place, np.uint8), _grad_array(answer))
+        target, grad = np.frombuffer(place, np.uint8), _grad_array(answer)
+        if _address(target) != _address(grad):
+            np.copyto(target, grad)
     elif answer.result.grad is not None:
         # A rank that asks again for an answer may have asked by another way before: then it is on the host.
         place.write(answer.result.grad.to(pool.device), pool.copy_stream)

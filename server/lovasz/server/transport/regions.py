@@ -32,6 +32,7 @@ class Region:
 
     Attributes:
         nbytes: its size.
+        mapping: what the tensors in it refer to, so that it stays mapped.
     """
 
     def __init__(self, descriptor: int, max_bytes: int) -> None:
@@ -60,7 +61,7 @@ class Region:
         self.check_allocated()
         if self._allocated() > self.nbytes + _SPARE_BYTES:
             raise InvalidInput("region", "got a memfd with pages beyond its end; expected none")
-        self._memory = memoryview(mmap.mmap(descriptor, self.nbytes))
+        self.mapping = mmap.mmap(descriptor, self.nbytes)
 
     def check_allocated(self) -> None:
         """Checks that no page was given back since.
@@ -85,7 +86,7 @@ class Region:
             InvalidInput: they are not all inside the region.
         """
         wire.check_inside(f"shared_tensors.{name}_offset", offset, nbytes, self.nbytes)
-        return self._memory[offset : offset + nbytes]
+        return memoryview(self.mapping)[offset : offset + nbytes]
 
 
 class Closer:

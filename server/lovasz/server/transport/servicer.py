@@ -16,10 +16,10 @@ from lovasz import wire
 from lovasz.server.device.engine import Engine
 from lovasz.server.device.hardware import hardware_name
 from lovasz.server.errors import ServerError
-from lovasz.server.transport import payload
 from lovasz.server.transport.call import SERVICE_NAME, Call, Pipeline
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.messages import Undecodable, decoded_stream, has_left, or_undecodable
+from lovasz.server.transport.payload import UnaryPayload, grad_bytes
 from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -143,17 +143,9 @@ class LossServicer:
                 f"the header of its answer may have {header.max_answer_bytes} bytes; expected at most "
                 f"{max_header_bytes:.0f} on the shared-memory socket: make this call with Compute",
             )
-        answer = call.compute(
-            header,
-            lambda staging: payload.receive(staging, header, request, self.shared_memory),
-            on_device=payload.is_on_device(header, self.shared_memory),
-        )
-        if header.shared is None:
-            grad = payload.grad_bytes(answer)
-        else:
-            place = payload.shared_tensors(header, self.shared_memory).grad
-            payload.write(place, answer, self.pipeline.staging)
-            grad = memoryview(b"")
+        tensors = UnaryPayload(header, request, self.shared_memory, self.pipeline.staging)
+        answer = call.compute(header, tensors.receive, tensors.staging)
+        grad = tensors.send_back(answer)
         return framing.UnaryResponse(call.response_header(header, answer), grad)
 
     def compute_stream(
@@ -175,7 +167,7 @@ class LossServicer:
             finally:
                 receiver.stop()
             yield pb.ComputeStreamResponse(header=call.response_header(header, answer))
-            yield from self.sending.watched(wire.chunks([payload.grad_bytes(answer)]), context.cancel)
+            yield from self.sending.watched(wire.chunks([grad_bytes(answer)]), context.cancel)
 
     def abort_step(
         self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import resource
 import secrets
 import socket
@@ -15,10 +16,12 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from google.protobuf.message import DecodeError
 
 from lovasz import wire
+from lovasz.device_memory.mapping import Mapping as DeviceMapping
 from lovasz.server.errors import SessionLostError
 from lovasz.server.memory.shared_devices import SharedDevices
 from lovasz.server.transport.device_region import DeviceRegion
@@ -73,6 +76,7 @@ class SharedMemory:
         self._closer = Closer()
         self._lock = threading.Lock()
         self._sessions: dict[bytes, MemorySession] = {}
+        self._mapped: WeakKeyDictionary[mmap.mmap | DeviceMapping, int] = WeakKeyDictionary()
         self._call_threads: SocketThreads | None = None
         self._due = math.inf
         """When a call's deadline passes, or before (``time.monotonic``)."""
@@ -92,17 +96,15 @@ class SharedMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all regions that are shared."""
-        return sum(region.nbytes for region in self._regions())
+        """Bytes of all regions that are shared, and of those that calls still use."""
+        with self._lock:
+            return sum(self._mapped.values())
 
     @property
     def device_nbytes(self) -> int:
         """Those of them that are device memory."""
-        return sum(region.nbytes for region in self._regions() if isinstance(region, DeviceRegion))
-
-    def _regions(self) -> list[Region | DeviceRegion]:
         with self._lock:
-            return [region for session in self._sessions.values() for region in session.regions.values()]
+            return sum(nbytes for mapping, nbytes in self._mapped.items() if isinstance(mapping, DeviceMapping))
 
     def offer(self, threads: SocketThreads) -> None:
         """Takes calls on the socket, too, and reads all packets in these threads; comes before :meth:`start`."""
@@ -346,6 +348,7 @@ class SharedMemory:
         session.has_shared = True
         with self._lock:
             session.regions[request.region] = region
+            self._mapped[region.mapping] = region.nbytes
 
     def _region(self, request: pb.SharedMemoryRequest, descriptor: int) -> Region | DeviceRegion:
         if not request.HasField("device_memory"):

@@ -9,8 +9,7 @@ import time
 from dataclasses import dataclass
 
 from lovasz import wire
-from lovasz.server.memory.device_staging import DeviceStaging
-from lovasz.server.memory.staging import Staging
+from lovasz.server.memory.any_staging import AnyStaging
 from lovasz.server.schedule.admission import Permit
 from lovasz.server.schedule.job import Answer
 from lovasz.server.schedule.joint.group import Run
@@ -31,7 +30,7 @@ class Kept:
 
     joint: wire.Joint
     answer: Answer
-    staging: Staging | DeviceStaging
+    staging: AnyStaging
     permit: Permit
     users: int = 1
     until: float = 0.0

@@ -23,8 +23,7 @@ from lovasz.server.errors import (
     TooLargeError,
     fresh,
 )
-from lovasz.server.memory.device_staging import DeviceStaging
-from lovasz.server.memory.staging import Staging
+from lovasz.server.memory.any_staging import AnyStaging
 from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.observe.waiting_steps import WaitingStep
 from lovasz.server.schedule.admission import Admission
@@ -157,7 +156,7 @@ class JointTable:
             job = self._waiting.complete(group, last_rank=seat.joint.rank)
         self._queue(job)
 
-    def wait(self, seat: Seat, staging: Staging | DeviceStaging) -> Kept:
+    def wait(self, seat: Seat, staging: AnyStaging) -> Kept:
         """Waits for the other ranks and for the computation, and gives the seat back.
 
         Args:
