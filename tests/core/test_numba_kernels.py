@@ -122,6 +122,21 @@ def test_widening_is_exact_for_all_words(kind: int, dtype: torch.dtype, first: i
 
 # --- Point clouds -------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 13, 64, 75])
+@pytest.mark.parametrize("count", [1, 8, 61, 200])
+def test_points_are_transposed_and_nothing_else_is_written(channels: int, count: int) -> None:
+    points, first, start = np.random.default_rng(13).random((count + 5, channels), np.float32), 2, 3
+    rows, around = np.full((2, channels, count + 7), np.float32(-1))
+    planes.read_points(np.uint64(points.ctypes.data), first, rows, start, count)
+    around[:, start : start + count] = points[first : first + count].T
+    assert rows.tobytes() == around.tobytes()
+    written, expected = np.full((2, *points.shape), np.float32(-1))
+    expected[start : start + count] = rows[:, start : start + count].T
+    planes.write_points(np.uint64(written.ctypes.data), start, rows, count)
+    assert written.tobytes() == expected.tobytes()
+
+
 CLOUD_LOSSES: list[LossLike] = [
     [(1.0, CrossEntropy(None, 255, 0.1)), (1.0, LovaszSoftmax(ignore_index=255)), (0.5, LovaszSoftmax([1, 4]))],
     LovaszSoftmax(classes=[0, 2], ignore_index=255),
@@ -131,14 +146,14 @@ CLOUD_LOSSES: list[LossLike] = [
 
 @pytest.mark.parametrize("loss", CLOUD_LOSSES, ids=["terms", "listed", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("number", "classes"), [(1, 5), (2, 21)])
 def test_a_point_cloud_has_the_bits_of_an_image_of_its_points(
-    loss: LossLike, dtype: torch.dtype, number: int, threads: None
+    loss: LossLike, dtype: torch.dtype, number: int, classes: int, threads: None
 ) -> None:
     torch.set_num_threads(number)
-    points = 3 * normal(17_003, 5, seed=11, dtype=torch.float32)
+    points = 3 * normal(17_003, classes, seed=11, dtype=torch.float32)
     points = (points.softmax(1) if weighted_sum(loss).probabilities else points).to(dtype)
-    labels = random_labels(17_003, values=5, seed=12, void=None if isinstance(loss, list) else 255)
+    labels = random_labels(17_003, values=classes, seed=12, void=None if isinstance(loss, list) else 255)
     cloud = compute(points, labels, loss, backend=Backend.NUMBA)
     image = compute(points.T[None], labels[None], loss, backend=Backend.NUMBA)
     assert cloud.grad is not None
