@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,17 @@ from support.comparison import bits, normal, random_labels, slow_bin
 from support.ways import rank_on_cpu
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, compute, reference
-from lovasz.core.backends.numba import bins, elementary, joint_tables, planes, scratch, sorting, tables
+from lovasz.core.backends.numba import (
+    bins,
+    elementary,
+    extension,
+    joint_tables,
+    planes,
+    ranges,
+    scratch,
+    sorting,
+    tables,
+)
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.backends.numba.workers import Workers
@@ -122,6 +133,21 @@ def test_widening_is_exact_for_all_words(kind: int, dtype: torch.dtype, first: i
 
 # --- Point clouds -------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 13, 64, 75])
+@pytest.mark.parametrize("count", [1, 8, 61, 200])
+def test_points_are_transposed_and_nothing_else_is_written(channels: int, count: int) -> None:
+    points, first, start = np.random.default_rng(13).random((count + 5, channels), np.float32), 2, 3
+    rows, around = np.full((2, channels, count + 7), np.float32(-1))
+    planes.read_points(np.uint64(points.ctypes.data), first, rows, start, count)
+    around[:, start : start + count] = points[first : first + count].T
+    assert rows.tobytes() == around.tobytes()
+    written, expected = np.full((2, *points.shape), np.float32(-1))
+    expected[start : start + count] = rows[:, start : start + count].T
+    planes.write_points(np.uint64(written.ctypes.data), start, rows, count)
+    assert written.tobytes() == expected.tobytes()
+
+
 CLOUD_LOSSES: list[LossLike] = [
     [(1.0, CrossEntropy(None, 255, 0.1)), (1.0, LovaszSoftmax(ignore_index=255)), (0.5, LovaszSoftmax([1, 4]))],
     LovaszSoftmax(classes=[0, 2], ignore_index=255),
@@ -131,14 +157,14 @@ CLOUD_LOSSES: list[LossLike] = [
 
 @pytest.mark.parametrize("loss", CLOUD_LOSSES, ids=["terms", "listed", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("number", "classes"), [(1, 5), (2, 21)])
 def test_a_point_cloud_has_the_bits_of_an_image_of_its_points(
-    loss: LossLike, dtype: torch.dtype, number: int, threads: None
+    loss: LossLike, dtype: torch.dtype, number: int, classes: int, threads: None
 ) -> None:
     torch.set_num_threads(number)
-    points = 3 * normal(17_003, 5, seed=11, dtype=torch.float32)
+    points = 3 * normal(17_003, classes, seed=11, dtype=torch.float32)
     points = (points.softmax(1) if weighted_sum(loss).probabilities else points).to(dtype)
-    labels = random_labels(17_003, values=5, seed=12, void=None if isinstance(loss, list) else 255)
+    labels = random_labels(17_003, values=classes, seed=12, void=None if isinstance(loss, list) else 255)
     cloud = compute(points, labels, loss, backend=Backend.NUMBA)
     image = compute(points.T[None], labels[None], loss, backend=Backend.NUMBA)
     assert cloud.grad is not None
@@ -408,7 +434,7 @@ def assert_tables_are_zero() -> int:
 # --- Sorting ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sort", ["_insert", "_sort"])
+@pytest.mark.parametrize("sort", ["_insert", "sort"])
 @pytest.mark.parametrize("distinct", [1, 3, 1 << 33])
 @pytest.mark.parametrize("size", [1, 2, 47, 48, 49, 1000, 30_000])
 def test_sorter_is_numpys_stable_sort(sort: str, distinct: int, size: int) -> None:
@@ -422,7 +448,7 @@ def test_sorter_is_numpys_stable_sort(sort: str, distinct: int, size: int) -> No
         assert sorting._insert(given, size * size)
         assert given.tolist() == expected.tolist()
     else:
-        assert sorting._sort(given, np.empty_like(given)).tolist() == expected.tolist()
+        assert sorting.sort(given, np.empty_like(given))[0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 47, 48, 49, 50, 400])
@@ -441,6 +467,46 @@ def test_sorted_segment_is_the_reference(size: int, distinct: int, share: float)
     (expected_g,) = torch.autograd.grad(expected, exact)
     assert loss == pytest.approx(expected.item(), rel=1e-13)
     np.testing.assert_allclose(g, expected_g.numpy(), rtol=1e-6, atol=1e-15)
+
+
+SORTED_IN_RANGES = extension.Thresholds(pixels=0, foreground=0, order_error=math.inf, positive=1.0)
+RANGE_LOSSES: list[LossLike] = [
+    LovaszHinge(ignore_index=255),
+    LovaszHinge(per_image=True, ignore_index=255),
+    LovaszHinge(multilabel=True, ignore_index=255),
+    [(1.0, LovaszHinge(ignore_index=255)), (0.5, LovaszHinge(per_image=True)), (2.0, BinaryCrossEntropy())],
+]
+
+
+@pytest.mark.parametrize("loss", RANGE_LOSSES, ids=["batch", "images", "labels", "terms"])
+@pytest.mark.parametrize("margin", [-2.0, 0.0, 3.0])
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_sort_in_ranges_has_the_bits_of_a_sort_as_a_whole(
+    loss: LossLike, margin: float, number: int, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (3, 2, 151, 133) if loss == RANGE_LOSSES[2] else (3, 151, 133)  # Planes that end within a run of pixels.
+    void = None if isinstance(loss, list) else 255
+    labels = random_labels(*shape, values=2, seed=14, void=void)
+    labels[2, ..., :80, :] = 0
+    logits = normal(*shape, seed=15, dtype=torch.float32) + margin * (2.0 * (labels == 1) - 1)
+    logits[0] = (4 * logits[0]).round() / 4  # ties
+    torch.set_num_threads(number)
+    monkeypatch.setattr(ranges, "RANGE_KEYS", 5000)
+    answers = []
+    for thresholds in (extension.SORT_ALL, SORTED_IN_RANGES):
+        monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
+        answers.append(compute(logits, labels, loss, backend=Backend.NUMBA))
+        assert compute(logits, labels, loss, want_grad=False, backend=Backend.NUMBA).loss == answers[-1].loss
+    assert bits(answers[0]) == bits(answers[1])
+
+
+def test_no_error_above_zero_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "THRESHOLDS", SORTED_IN_RANGES)
+    labels = random_labels(1, 200, 200, values=2, seed=16)
+    result = compute(9.0 * (2 * labels - 1), labels, LovaszHinge(), backend=Backend.NUMBA)
+    assert result.loss == 0
+    assert result.grad is not None
+    assert not result.grad.any()
 
 
 # --- Scratch ------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def prepare(
     codes: npt.NDArray[np.uint8],
     counts: Counts,
     valid: Integers,
+    positive: Integers,
     largest: Integers,
 ) -> None:
     """Writes errors and codes, both (K, pixels), and the losses of ``entropies``, and counts pixels.
@@ -74,6 +75,7 @@ def prepare(
 
     Args:
         valid: (planes x K), written: the number of pixels that are not void.
+        positive: (planes x K), written: the number of these whose error is above 0.
         largest: (planes x K), written: the bits of the largest error.
     """
     joints = len(counts.faults) // 3
@@ -109,14 +111,17 @@ def prepare(
                 else:
                     for i in range(n):
                         row[i] = max(f32(1) - row[i], f32(0))
-                top, infinite = i32(0), i32(0)
+                top, infinite, above = i32(0), i32(0), i32(0)
                 for i in range(n):  # Errors are not negative, so their bits have their order.
                     counted = code[i] != labelling.void
                     is_finite = not_finite[i] == f32(0)
                     infinite = i32(infinite + (i32(1) if counted & (not is_finite) else i32(0)))
-                    top = max(top, float_bits(row[i]) if counted & is_finite else i32(0))
+                    bits = float_bits(row[i]) if counted & is_finite else i32(0)
+                    top = max(top, bits)
+                    above = i32(above + (i32(1) if bits > i32(0) else i32(0)))
                 atomic_add(counts.faults, joint, bad)
                 atomic_add(counts.faults, joints + joint, np.int64(infinite))
+                atomic_add(positive, place, np.int64(above))
                 atomic_max(largest, place, np.int64(top))
 
 

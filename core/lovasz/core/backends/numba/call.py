@@ -55,13 +55,14 @@ _ROW_PADDING = 1040
 class JointCounts(NamedTuple):
     """Numbers of pixels of each joint, over all its ranks: int64, (K, joints); faults: (3, joints).
 
-    ``valid`` is of binary losses alone.
+    ``valid`` and ``positive`` are of binary losses alone.
     """
 
     labels: npt.NDArray[np.int64]
     predictions: npt.NDArray[np.int64]
     hits: npt.NDArray[np.int64]
     valid: npt.NDArray[np.int64]
+    positive: npt.NDArray[np.int64]
     faults: npt.NDArray[np.int64]
 
 
@@ -74,7 +75,8 @@ class Call:
             empty if no gradient is wanted.
         outline: what the plan alone decides.
         counts: labels, predictions, hits and faults.
-        valid: flat (planes x K), for binary losses: the number of pixels that are not void.
+        valid, positive: flat (planes x K), for binary losses: the number of pixels that are not void, and of those of
+            these whose error is above 0.
         errors: float32, shape (K, pixels + padding).
     """
 
@@ -105,9 +107,11 @@ class Call:
         self._g = self._rows_of_points(are_points) if want_grad and are_points.any() else self.grads
         self.planes = self._planes(are_points)
         self.threads = 1 if self.outline.is_small else thread_count()
-        labels, predictions, hits, valid = self._counts = np.zeros((4, len(self.plan_planes) * plan.channels), np.int64)
+        labels, predictions, hits, valid, positive = self._counts = np.zeros(
+            (5, len(self.plan_planes) * plan.channels), np.int64
+        )
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
-        self.valid = valid
+        self.valid, self.positive = valid, positive
         self.errors = self.rows("errors", plan.channels, np.float32)
 
     def _rows_of_points(self, are_points: npt.NDArray[np.bool_]) -> list[Tensor]:

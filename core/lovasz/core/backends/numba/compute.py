@@ -17,7 +17,7 @@ from lovasz.core.backends.numba.binary import BinaryCrossEntropies
 from lovasz.core.backends.numba.call import Call, JointCounts
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses
 from lovasz.core.backends.numba.elementary import ROUNDED_BITS
-from lovasz.core.backends.numba.extension import Thresholds, score_term
+from lovasz.core.backends.numba.extension import ErrorScale, Thresholds, score_term
 from lovasz.core.backends.numba.scratch import SCRATCH
 from lovasz.core.batch import Batch
 from lovasz.core.computed import FIXED_POINT_BITS, PROBABILITY_TOLERANCE, Computed, TermValues, Values
@@ -112,6 +112,7 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         errors=call.errors,
         counts=call.counts,
         valid=call.valid,
+        positive=call.positive,
         largest=largest,
         **inputs,
     )
@@ -124,9 +125,11 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []
     for term in plan.terms:
-        foreground, counted, tops = of_joints.labels, of_joints.valid, largest_of_joints
+        foreground, counted = of_joints.labels, of_joints.valid
+        scale = ErrorScale(largest_of_joints, of_joints.positive)
         if term.per_image:
-            foreground, counted, tops = call.per_plane(call.counts.labels), call.per_plane(call.valid), largest
+            foreground, counted = call.per_plane(call.counts.labels), call.per_plane(call.valid)
+            scale = ErrorScale(largest, call.per_plane(call.positive))
         ignored = call.outline.ignored_code(term)
         if ignored == 1:
             counted, foreground = counted - foreground, np.zeros_like(foreground)
@@ -135,7 +138,7 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         if isinstance(term.loss, BinaryCrossEntropy):
             terms.append(_binary_cross_entropy(call, term, next(numbers), entropies, counted.sum(0), codes))
         elif isinstance(term.loss, LovaszHinge | LovaszSigmoid):
-            terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, tops))
+            terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, scale))
         else:
             raise NotImplementedError(f"{term.loss.kind} as a binary loss")
     if call.want_grad and (plan.is_sigmoid or plan.binary_cross_entropies):
@@ -162,17 +165,17 @@ def _score(
     add: bool,
     scored_planes: npt.NDArray[np.bool_],
     thresholds: Thresholds,
-    largest: npt.NDArray[np.int64] | None = None,
+    scale: ErrorScale | None = None,
 ) -> TermValues:
     """Scores a Lovász term, and marks the rows (classes) of each plane that get a gradient.
 
     Args:
         counted: the ``counts`` of ``select_segments``.
-        foreground, largest: as for ``score_term``.
+        foreground, scale: as for ``score_term``.
         scored_planes: bool, shape (planes, K); set to true where the term scores the plane's segment.
     """
     scored, weights = select_segments(term, counted, call.factors(term), term.listed)
-    losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, largest)
+    losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, scale)
     scored_planes |= scored.T.take(call.outline.of_term(term).group_of_planes, 0)
     if call.ranks is None or not term.per_image:
         return TermValues(losses, scored)

@@ -142,7 +142,7 @@ def prefetch(floats: npt.NDArray[np.float32]) -> None:
 
 
 LANES = 8
-"""The keys that ``compress`` takes at a time."""
+"""The keys that ``compress`` takes at a time, and the rows and columns of what ``transpose`` takes."""
 
 
 @intrinsic
@@ -168,6 +168,44 @@ def compress(typing: Any, keys: Any, takes: Any, first: Any, out: Any, place: An
 
     arrays = (types.Array(types.uint64, 1, "C"), types.Array(types.uint8, 1, "C"))
     return types.int64(*arrays, types.int64, arrays[0], types.int64), generate
+
+
+@intrinsic
+def transpose(typing: Any, source: Any, place: Any, pitch: Any, out: Any, out_place: Any, out_pitch: Any) -> Any:
+    """Copies a square of LANES x LANES float32 so that its rows become columns.
+
+    Row i of the square begins at ``source[place + i * pitch]``, of the result at ``out[out_place + i * out_pitch]``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bases = [context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 3)]
+        vector = ir.VectorType(ir.FloatType(), LANES)
+
+        def row(base: Any, first: Any, pitch: Any, i: int) -> Any:
+            offset = builder.mul(pitch, ir.Constant(ir.IntType(64), i))
+            return builder.bitcast(builder.gep(base, [builder.add(first, offset)]), vector.as_pointer())
+
+        rows = [builder.load(row(bases[0], *arguments[1:3], i), align=4) for i in range(LANES)]
+        step = LANES // 2
+        while step:  # Swaps the two off-diagonal squares of each square of 2 x step rows.
+            upper, lower = _swapped(step)
+            for i in (i for i in range(LANES) if not i & step):
+                pair = rows[i], rows[i + step]
+                rows[i], rows[i + step] = builder.shuffle_vector(*pair, upper), builder.shuffle_vector(*pair, lower)
+            step //= 2
+        for i, values in enumerate(rows):
+            builder.store(values, row(bases[1], *arguments[4:], i), align=4)
+        return context.get_dummy_value()
+
+    array, integer = types.Array(types.float32, 1, "C"), types.int64
+    return types.void(array, integer, integer, array, integer, integer), generate
+
+
+def _swapped(step: int) -> tuple[ir.Constant, ir.Constant]:
+    """The lanes of two rows, with those of the second counted from LANES on, that ``transpose`` makes two rows of."""
+    upper = [lane + LANES - step if lane & step else lane for lane in range(LANES)]
+    lower = [lane + LANES if lane & step else lane + step for lane in range(LANES)]
+    return tuple(ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes) for lanes in (upper, lower))
 
 
 def _atomic(operation: str) -> Any:

@@ -8,7 +8,15 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba.intrinsics import atomic_add, bits_float, compiled, float_bits, pointer
+from lovasz.core.backends.numba.intrinsics import (
+    LANES,
+    atomic_add,
+    bits_float,
+    compiled,
+    float_bits,
+    pointer,
+    transpose,
+)
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 UINT8, INT8, INT16, INT32, INT64 = range(5)
@@ -102,27 +110,44 @@ def widen(kind: int, address: np.uint64, first: int, out: Floats) -> None:
 @compiled
 def read_points(address: np.uint64, first: int, out: npt.NDArray[np.float32], start: int, n: int) -> None:
     """Reads n points (float32, K elements each) from the point ``first`` on into columns ``start`` and following."""
-    channels = len(out)
-    points = numba.carray(pointer(address), ((first + n) * channels,), np.float32)[first * channels :]
-    for begin in range(0, n, POINTS):
-        count = min(POINTS, n - begin)
-        for k in range(channels):
-            row = out[k, start + begin : start + begin + count]
-            for i in range(count):
-                row[i] = points[(begin + i) * channels + k]
+    channels, pitch = out.shape
+    points = numba.carray(pointer(address), ((first + n) * channels,), np.float32)
+    _transpose(points, first * channels, channels, n, channels, out.reshape(-1), start, pitch)
 
 
 @compiled
 def write_points(address: np.uint64, first: int, rows: npt.NDArray[np.float32], n: int) -> None:
     """The opposite of ``read_points``: writes the columns ``first`` and following of ``rows``."""
-    channels = len(rows)
-    points = numba.carray(pointer(address), ((first + n) * channels,), np.float32)[first * channels :]
-    for begin in range(0, n, POINTS):
-        count = min(POINTS, n - begin)
-        for k in range(channels):
-            row = rows[k, first + begin : first + begin + count]
-            for i in range(count):
-                points[(begin + i) * channels + k] = row[i]
+    channels, pitch = rows.shape
+    points = numba.carray(pointer(address), ((first + n) * channels,), np.float32)
+    _transpose(rows.reshape(-1), first, pitch, channels, n, points, first * channels, channels)
+
+
+@compiled
+def _transpose(
+    source: Floats, place: int, pitch: int, rows: int, columns: int, out: Floats, out_place: int, out_pitch: int
+) -> None:
+    """Writes a matrix, whose row i begins at ``source[place + i * pitch]``, to ``out`` so that rows become columns."""
+    if rows < LANES or columns < LANES:
+        for row in range(rows):
+            for column in range(columns):
+                out[out_place + column * out_pitch + row] = source[place + row * pitch + column]
+        return
+    for first_row in range(0, rows, POINTS):
+        for first_column in range(0, columns, POINTS):
+            # The last square of a line overlaps the one before if the line's length is no multiple of LANES.
+            for begin in range(first_row, min(first_row + POINTS, rows), LANES):
+                row = min(begin, rows - LANES)
+                for left in range(first_column, min(first_column + POINTS, columns), LANES):
+                    column = min(left, columns - LANES)
+                    transpose(
+                        source,
+                        place + row * pitch + column,
+                        pitch,
+                        out,
+                        out_place + column * out_pitch + row,
+                        out_pitch,
+                    )
 
 
 @compiled

@@ -62,42 +62,102 @@ def extension(
         keys, other_keys: memory for P keys each, and ``KEY_PADDING``.
         g: float32, shape (P,); shape (0,) if no gradient is wanted.
     """
-    foreground_count, kept = _select(errors, codes, foreground, void, ignored, keys)
-    in_order = _sort(keys[:kept], other_keys[:kept])
+    smallest, foreground_count = _smallest(errors, codes, foreground)
+    kept = select(errors, codes, foreground, void, ignored, smallest, cut, keys)
+    in_order, free = sort(keys[:kept], other_keys[:kept])
     g[:] = np.float32(0)
-    before, gradients, losses = np.empty(_BLOCK_KEYS, np.int32), np.empty(_BLOCK_KEYS), np.empty(_BLOCK_KEYS)
-    loss, n = 0.0, i32(0)  # n: the foreground so far.
-    for first in range(0, kept, _BLOCK_KEYS):
-        key = in_order[first : min(first + _BLOCK_KEYS, kept)]
+    losses = free.view(np.float64)
+    return rank(in_order, 0, 0, foreground_count, weight, foreground_weight, cut, losses, g)
+
+
+@compiled
+def rank(
+    in_order: Keys,
+    before: int,
+    foreground_before: int,
+    foreground_count: int,
+    weight: float,
+    foreground_weight: float,
+    cut: bool,
+    losses: npt.NDArray[np.float64],
+    g: Floats,
+) -> float:
+    """Writes the gradients of consecutive keys of a segment's order, and what each adds to the loss.
+
+    Args:
+        before, foreground_before: the number of keys before them, and how many of these are foreground.
+        losses: float64, one element per key.
+        g: as for ``extension``.
+
+    Returns:
+        The sum of ``losses``: if these are all keys of the segment, its loss.
+    """
+    behind, gradients = np.empty(_BLOCK_KEYS, np.int32), np.empty(_BLOCK_KEYS)
+    total, n = 0.0, i32(foreground_before)
+    for first in range(0, len(in_order), _BLOCK_KEYS):
+        key = in_order[first : min(first + _BLOCK_KEYS, len(in_order))]
+        loss, place = losses[first : first + len(key)], i32(before + first)
         for i in range(len(key)):
-            before[i] = n
+            behind[i] = n
             n = i32(n + (i32(1) if key[i] & _BACKGROUND == u64(0) else i32(0)))
         for i in range(len(key)):
             is_background = key[i] & _BACKGROUND != u64(0)
             error = bits_float(i32(_MOST - i32(np.uint32(key[i] >> u64(32)))))
             # G - n and G + b before the pixel. One division a pixel, and no branch.
-            left = np.float64(i32(foreground_count - before[i]))
-            x = np.float64(i32(i32(foreground_count + i32(first + i)) - before[i]))
+            left = np.float64(i32(foreground_count - behind[i]))
+            x = np.float64(i32(i32(foreground_count + i32(place + i)) - behind[i]))
             gradient = (left if is_background else 1.0) / (x * (x + 1.0) if is_background else x)
-            losses[i] = error * gradient
+            loss[i] = error * gradient
             weighted = (weight if is_background else foreground_weight) * gradient
             gradients[i] = 0.0 if cut and error == np.float32(0) else weighted
-        loss += ordered_sum(losses[: len(key)])
+        total += ordered_sum(loss)
         if len(g) > 0:
             for i in range(len(key)):
                 g[np.int64(key[i] & _POSITION)] = gradients[i]
+    return total
+
+
+@compiled
+def sum_of_losses(losses: npt.NDArray[np.float64]) -> float:
+    """What ``rank`` returns for all keys of a segment, from the ``losses`` that it has written for some at a time."""
+    loss = 0.0
+    for first in range(0, len(losses), _BLOCK_KEYS):
+        loss += ordered_sum(losses[first : min(first + _BLOCK_KEYS, len(losses))])
     return loss
 
 
 @compiled
-def _select(errors: Floats, codes: Codes, foreground: int, void: int, ignored: int, keys: Keys) -> tuple[int, int]:
-    """Writes the keys of the foreground, and of the background above its smallest error; returns (G, their number)."""
-    smallest, foreground_count = _MOST, i32(0)
-    foreground_code, void_code, ignored_code = i32(foreground), i32(void), i32(ignored)
+def _smallest(errors: Floats, codes: Codes, foreground: int) -> tuple[int, int]:
+    """The bits of the smallest foreground error, and the number of foreground pixels."""
+    smallest, foreground_count, foreground_code = _MOST, i32(0), i32(foreground)
     for i in range(len(errors)):
         is_foreground = i32(codes[i]) == foreground_code
         smallest = min(smallest, float_bits(errors[i]) if is_foreground else _MOST)
         foreground_count = i32(foreground_count + (i32(1) if is_foreground else i32(0)))
+    return smallest, foreground_count
+
+
+@compiled
+def select(
+    errors: Floats,
+    codes: Codes,
+    foreground: int,
+    void: int,
+    ignored: int,
+    smallest: int,
+    cut: bool,
+    keys: Keys,
+) -> int:
+    """Writes the keys of the foreground, and of background with larger errors than ``smallest``; returns their number.
+
+    With ``cut``, foreground with error 0 is left out: it adds nothing, and comes after all that does.
+
+    Args:
+        smallest: the bits of an error.
+        keys: as for ``extension``.
+    """
+    foreground_code, void_code, ignored_code = i32(foreground), i32(void), i32(ignored)
+    floor, foreground_floor = i32(smallest), i32(0) if cut else i32(-1)
     block, takes = np.empty(_BLOCK_PIXELS, np.uint64), np.empty(_BLOCK_PIXELS, np.uint8)
     kept = 0
     for first in range(0, len(errors), _BLOCK_PIXELS):
@@ -106,8 +166,9 @@ def _select(errors: Floats, codes: Codes, foreground: int, void: int, ignored: i
         key, take = block[:n], takes[:n]
         for i in range(n):
             own = i32(code[i])
-            counts = (own != void_code) & (own != ignored_code) & (float_bits(error[i]) > smallest)
-            take[i] = np.uint8(1) if counts | (own == foreground_code) else np.uint8(0)
+            below = foreground_floor if own == foreground_code else floor
+            counts = (own != void_code) & (own != ignored_code) & (float_bits(error[i]) > below)
+            take[i] = np.uint8(1) if counts else np.uint8(0)
         for i in range(n):
             inverted = u64(np.uint32(i32(_MOST - float_bits(error[i]))))
             background = np.uint32(0) if i32(code[i]) == foreground_code else np.uint32(_BACKGROUND)
@@ -115,7 +176,45 @@ def _select(errors: Floats, codes: Codes, foreground: int, void: int, ignored: i
         takes[n : n + LANES] = 0
         for i in range(0, n, LANES):
             kept += compress(block, takes, i, keys, kept)
-    return foreground_count, kept
+    return kept
+
+
+@compiled
+def renumber(keys: Keys, first: int, positions: npt.NDArray[np.uint16]) -> None:
+    """Gives keys the positions ``first`` and following, and writes those that they had before; these are below 2^16."""
+    for i in range(len(keys)):
+        positions[i] = np.uint16(keys[i] & _POSITION)
+    for i in range(len(keys)):
+        keys[i] = (keys[i] & ~_POSITION) | u64(first + i)
+
+
+@compiled
+def select_range(keys: Keys, count: int, low: np.uint64, high: np.uint64, out: Keys) -> int:
+    """Copies those of the first ``count`` keys that are in [low, high) to ``out``; returns how many.
+
+    Both arrays have ``KEY_PADDING`` more elements than keys.
+    """
+    takes, kept = np.empty(_BLOCK_PIXELS, np.uint8), 0
+    for first in range(0, count, _BLOCK_PIXELS):
+        n = min(_BLOCK_PIXELS, count - first)
+        key, take = keys[first:], takes[:n]
+        for i in range(n):
+            take[i] = np.uint8(1) if (key[i] >= low) & (key[i] < high) else np.uint8(0)
+        takes[n : n + LANES] = 0
+        for i in range(0, n, LANES):
+            kept += compress(key, takes, i, out, kept)
+    return kept
+
+
+@compiled
+def count_before(keys: Keys, low: u64) -> tuple[int, int]:
+    """(keys, foreground keys) that are below ``low``: they come first."""
+    count, foreground = 0, 0
+    for i in range(len(keys)):
+        is_before = keys[i] < low
+        count += 1 if is_before else 0
+        foreground += 1 if is_before & (keys[i] & _BACKGROUND == u64(0)) else 0
+    return count, foreground
 
 
 @compiled
@@ -133,19 +232,19 @@ def largest(errors: Floats, codes: Codes, void: int, ignored: int, weight: float
 
 
 @compiled
-def _sort(keys: Keys, other: Keys) -> Keys:
+def sort(keys: Keys, other: Keys) -> tuple[Keys, Keys]:
     """Sorts by the bits above the position.
 
     The two leading digits of the range of keys tell almost all keys apart, so few are left to be moved. Where they do
     not, all digits are sorted by.
 
     Returns:
-        The array that holds the result: ``keys`` or ``other``.
+        ``keys`` and ``other``, the one that holds the result first.
     """
     n = len(keys)
     if n <= _FEW:
         _insert(keys, n * n)
-        return keys
+        return keys, other
     lowest, highest = keys[0], keys[0]
     for i in range(n):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
@@ -156,11 +255,11 @@ def _sort(keys: Keys, other: Keys) -> Keys:
     _sort_by_digit(keys, other, lowest, below, digit_bits)
     _sort_by_digit(other, keys, lowest, below + digit_bits, digit_bits)
     if below == 0 or _insert(keys, _MOVES * n):
-        return keys
+        return keys, other
     for shift in range(0, _KEY_BITS, _DIGIT_BITS):
         _sort_by_digit(keys, other, u64(0), shift, _DIGIT_BITS)
         keys, other = other, keys
-    return keys
+    return keys, other
 
 
 @compiled
