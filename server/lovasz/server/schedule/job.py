@@ -17,7 +17,7 @@ from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError, fresh
 from lovasz.server.memory.device_staging import DeviceStaging
 from lovasz.server.memory.staging import Staging
-from lovasz.spec import Result, WeightedSum
+from lovasz.spec import Layout, Result, WeightedSum
 
 _SECONDS_PER_ELEMENT = 5e-9
 """About what a CPU takes for one logit. Only the order of the queue depends on it."""
@@ -136,6 +136,11 @@ class Caller:
         return self._future.result()
 
 
+def cost(loss: WeightedSum, layout: Layout) -> int:
+    """What a request costs the device, in logits."""
+    return layout.elements + _ELEMENTS_PER_SEGMENT * loss.segments(layout)
+
+
 @dataclass(eq=False)
 class Job:
     """Requests that are computed as one: a single request, or those of all ranks of a joint step, in rank order.
@@ -160,8 +165,7 @@ class Job:
     @cached_property
     def cost(self) -> int:
         """What it costs the device, in logits."""
-        segments = sum(self.loss.segments(caller.request.layout) for caller in self.callers)
-        return self.elements + _ELEMENTS_PER_SEGMENT * segments
+        return sum(cost(self.loss, caller.request.layout) for caller in self.callers)
 
     @property
     def due(self) -> float:
