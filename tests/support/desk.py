@@ -29,6 +29,7 @@ from lovasz.server.schedule.job import Job
 from lovasz.server.schedule.joint.group import SeatState
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.call import Pipeline
+from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.servicer import LossServicer
@@ -265,10 +266,12 @@ class Desk:
             staging=self.pool,
             batcher=self.batcher,
             compute_now=self.engine.compute_now,
+            is_quick=self.engine.is_quick,
             joints=self.joints,
             metrics=self.metrics,
             calls=threading.Semaphore(1000),
             max_segments=10**9,
+            lanes=Lanes(),
         )
         self.service = LossServicer(
             pipeline=pipeline,

@@ -32,6 +32,7 @@ from lovasz.server.transport.call import SERVICE_NAME, Pipeline
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.grpc_server import GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
+from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.self_check import SelfCheck
@@ -112,7 +113,10 @@ class Server:
         self._staging = StagingPool(self._engine.device)
         self._shared_memory = self._new_shared_memory()
         gate = None if self._tokens is None else Gate(self._tokens, self._metrics)
-        self._grpc = GrpcServer(config.max_requests, config.max_connection_age_seconds, self._certificates, gate)
+        self._lanes = Lanes()
+        self._grpc = GrpcServer(
+            config.max_requests, config.max_connection_age_seconds, self._certificates, gate, self._lanes
+        )
         self._health = HealthMonitor(self._engine, self._metrics)
         checks = self._offer_services()
         self._device_watch = DeviceWatch(self._engine.device)
@@ -150,10 +154,12 @@ class Server:
             staging=self._staging,
             batcher=self._batcher,
             compute_now=self._engine.compute_now,
+            is_quick=self._engine.is_quick,
             joints=self._joints,
             metrics=self._metrics,
             calls=self._grpc.loss_calls,
             max_segments=config.max_segments,
+            lanes=self._lanes,
             spans=self._spans,
         )
         servicer = LossServicer(
@@ -173,7 +179,7 @@ class Server:
         self._grpc.offer(servicer, self._health, reflection)
         self._socket_threads: SocketThreads | None = None
         if self._shared_memory:
-            self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared)
+            self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared, self._lanes)
             for shared_memory in self._shared_memory:
                 shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
@@ -188,6 +194,7 @@ class Server:
                 "housekeeper",
                 [
                     *checks,
+                    self._lanes.check,
                     self._joints.check,
                     device_guard.check,
                     self._staging.trim,

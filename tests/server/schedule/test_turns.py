@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lovasz.core.batch import Request
-from lovasz.server.schedule import turns
+from lovasz.server.schedule import contenders
 from lovasz.server.schedule.batcher import Batcher
 from lovasz.server.schedule.job import Caller, Job, Tenant
 from lovasz.spec import LovaszSoftmax, weighted_sum
@@ -82,9 +82,9 @@ def test_turns_end_some_seconds_after_the_others_have_gone(monkeypatch: pytest.M
     batcher = queue()
     put(batcher, job(POLITE), *(job(GREEDY) for _ in range(9)))
     take(batcher)
-    monkeypatch.setattr(turns, "CONTENDED_SECONDS", -1.0)
+    monkeypatch.setattr(contenders, "CONTENDED_SECONDS", -1.0)
     assert take(batcher) == [GREEDY] * 8
-    assert not batcher._turns._seen
+    assert not batcher._turns._contenders._seen
 
 
 def test_a_small_request_goes_before_a_large_one_of_its_tenant_also_beside_others() -> None:

@@ -13,6 +13,7 @@ from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.server.transport.carrier import Carrier
+from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.socket_calls import SocketThreads
 from lovasz.v1 import loss_pb2 as pb
@@ -51,7 +52,7 @@ def service() -> Service:
 
 @pytest.fixture
 def server(service: Service, tmp_path: Path) -> Iterator[SharedMemory]:
-    server, threads = SharedMemory(str(tmp_path / "s"), 1 << 20, 1 << 20), SocketThreads(MOST, service.compute)
+    server, threads = SharedMemory(str(tmp_path / "s"), 1 << 20, 1 << 20), SocketThreads(MOST, service.compute, Lanes())
     threads.start_all()
     server.offer(threads)
     server.start()

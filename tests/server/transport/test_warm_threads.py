@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from support.waiting import eventually
 
+from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.threads import CallThreads
 from lovasz.server.transport.warm_threads import WarmThreads
 
@@ -51,7 +52,7 @@ def test_work_beyond_the_threads_waits_for_one(threads: WarmThreads) -> None:
 
 
 def test_calls_have_futures() -> None:
-    calls = CallThreads(2)
+    calls = CallThreads(2, Lanes())
     calls.start_all()
     assert not calls.is_full
     assert calls.submit(divmod, 7, 3).result(30) == (2, 1)

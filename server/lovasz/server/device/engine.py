@@ -120,6 +120,10 @@ class Engine:
         self._thread.start()
         self._started = True
 
+    def is_quick(self, cost: int) -> bool:
+        """Whether a job of this cost may be computed by the thread that brings it."""
+        return self._computes_now and cost <= _MAX_COST_NOW
+
     def compute_now(self, job: Job) -> bool:
         """Computes a small job in this thread if a CPU is idle and no other job waits for it.
 
@@ -131,7 +135,7 @@ class Engine:
         Raises:
             StoppingError: the queue is closed.
         """
-        if not self._computes_now or job.cost > _MAX_COST_NOW or not self._using.acquire(blocking=False):
+        if not self.is_quick(job.cost) or not self._using.acquire(blocking=False):
             return False
         try:
             if not self.passed_check or not self._batcher.pass_by(job):

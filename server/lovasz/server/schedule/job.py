@@ -16,7 +16,7 @@ import torch
 from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError, fresh
 from lovasz.server.memory.any_staging import AnyStaging
-from lovasz.spec import Result, WeightedSum
+from lovasz.spec import Layout, Result, WeightedSum
 
 _SECONDS_PER_ELEMENT = 5e-9
 """About what a CPU takes for one logit. Only the order of the queue depends on it."""
@@ -135,6 +135,11 @@ class Caller:
         return self._future.result()
 
 
+def cost(loss: WeightedSum, layout: Layout) -> int:
+    """What a request costs the device, in logits."""
+    return layout.elements + _ELEMENTS_PER_SEGMENT * loss.segments(layout)
+
+
 @dataclass(eq=False)
 class Job:
     """Requests that are computed as one: a single request, or those of all ranks of a joint step, in rank order.
@@ -159,8 +164,7 @@ class Job:
     @cached_property
     def cost(self) -> int:
         """What it costs the device, in logits."""
-        segments = sum(self.loss.segments(caller.request.layout) for caller in self.callers)
-        return self.elements + _ELEMENTS_PER_SEGMENT * segments
+        return sum(cost(self.loss, caller.request.layout) for caller in self.callers)
 
     @property
     def due(self) -> float:

@@ -6,15 +6,12 @@ Nothing here takes a lock: ``Batcher`` does.
 from __future__ import annotations
 
 import heapq
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from lovasz.server.schedule.contenders import Contenders
 from lovasz.server.schedule.job import Job, Tenant
 
-CONTENDED_SECONDS = 5.0
-"""Tenants take turns if more than one has sent a request within this time: a trainer is away for a step meanwhile."""
 _ELEMENTS_PER_REQUEST = 100_000
 """How many logits take as long as what each request costs besides, however small it is."""
 
@@ -48,21 +45,16 @@ class Turns:
         self._now = 0
         self._ends: dict[Tenant, int] = {}
         """When the last job of each tenant that was taken ends; of those for which that is later than now."""
-        self._seen: OrderedDict[Tenant, float] = OrderedDict()
-        """When each tenant sent its last request (``time.monotonic``); the longest ago first."""
+        self._contenders = Contenders[Tenant]()
 
     def see(self, tenant: Tenant) -> None:
         """A tenant has sent a request."""
-        self._seen[tenant] = time.monotonic()
-        self._seen.move_to_end(tenant)
+        self._contenders.see(tenant)
 
     @property
     def are_taken(self) -> bool:
         """Whether several tenants want the device."""
-        until = time.monotonic() - CONTENDED_SECONDS
-        while self._seen and next(iter(self._seen.values())) < until:
-            self._seen.popitem(last=False)
-        return len(self._seen) > 1
+        return self._contenders.are_several
 
     def first(self, queues: Iterable[Sequence[Job]]) -> list[Turn]:
         """The jobs that wait, the next turn first; within a turn, in the order in which they are due.

@@ -34,13 +34,14 @@ from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.observe.tracing import EndedCall, SpanRecorder, exemplar
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Answer, Caller, Job
+from lovasz.server.schedule.job import Answer, Caller, Job, cost
 from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.identity import Identity
+from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, FAULT_TEXT, STATUS, Status, status_of
 from lovasz.server.transport.threads import TOO_MANY_CALLS_TEXT
@@ -62,6 +63,8 @@ class Pipeline:
 
     Attributes:
         compute_now: computes a job in the thread that brings it, if the device is free; False: it has to be queued.
+        is_quick: whether a job of this cost is one that ``compute_now`` may compute.
+        lanes: which calls go on while several connections send requests.
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
         run_key: for ``Identity.sealed``.
@@ -72,11 +75,13 @@ class Pipeline:
     admission: Admission
     batcher: Batcher
     compute_now: Callable[[Job], bool]
+    is_quick: Callable[[int], bool]
     joints: JointTable
     staging: StagingPool
     metrics: Metrics
     calls: threading.Semaphore
     max_segments: int
+    lanes: Lanes
     run_key: bytes = field(default_factory=lambda: os.urandom(32))
     spans: SpanRecorder | None = None
     refusals: Sparingly = field(default_factory=lambda: Sparingly(_log))
@@ -168,6 +173,9 @@ class Call:
             receive: lets a staging of this type have the payload.
         """
         seat: Seat | None = None
+        self._pipeline.lanes.see()
+        if header.joint is not None or not self._pipeline.is_quick(cost(header.loss, header.layout)):
+            self._pipeline.lanes.leave()
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=self._identity.name)
         else:

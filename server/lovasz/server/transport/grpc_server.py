@@ -17,6 +17,7 @@ from lovasz.server.access.watched_files import WatchedFiles
 from lovasz.server.transport.credentials import server_credentials
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.health import HealthMonitor
+from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
@@ -70,6 +71,7 @@ class GrpcServer:
         max_connection_age_seconds: float,
         certificates: WatchedFiles[Certificates] | None,
         gate: Gate | None,
+        lanes: Lanes,
     ) -> None:
         """Listens nowhere yet.
 
@@ -79,6 +81,7 @@ class GrpcServer:
                 on; 0: it does as long as it lives.
             certificates: for TLS; None: plain text.
             gate: lets calls in on ports; None: all may come in.
+            lanes: which calls go on.
         """
         self._credentials = None if certificates is None else server_credentials(certificates)
         self._gate = gate
@@ -89,7 +92,7 @@ class GrpcServer:
         ]
         if max_connection_age_seconds:
             self._options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1000)))
-        self._calls = CallThreads(self._max_calls)
+        self._calls = CallThreads(self._max_calls, lanes)
         self.readers = ThreadPoolExecutor(self._max_calls, thread_name_prefix="reader")
         self.loss_calls = threading.BoundedSemaphore(self._max_calls - _OTHER_CALLS)
         self._lock = threading.Lock()

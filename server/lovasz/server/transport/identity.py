@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -36,13 +37,15 @@ class Identity:
     @classmethod
     def of(cls, carrier: Carrier) -> Identity:
         """The identity of who made a call."""
-        address = carrier.peer()
-        if _is_shared(address):
-            said = (value for key, value in carrier.invocation_metadata() if key == wire.CLIENT_KEY)
-            client = next(said, "")
-            if isinstance(client, str) and _CLIENT.fullmatch(client):
-                address = f"{wire.UNIX}client={client}"
-        return cls(CALLER_NAME.get(), address)
+        return cls(CALLER_NAME.get(), cls.at(carrier.peer(), carrier.invocation_metadata()))
+
+    @staticmethod
+    def at(peer: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
+        """The address of who made a call, of what ``Carrier`` knows."""
+        if not _is_shared(peer):
+            return peer
+        client = next((value for key, value in metadata if key == wire.CLIENT_KEY), "")
+        return f"{wire.UNIX}client={client}" if isinstance(client, str) and _CLIENT.fullmatch(client) else peer
 
     @property
     def connection(self) -> str:

@@ -104,7 +104,8 @@ class LossServicer:
 
         def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
-                message = self.headerless.first(messages, context)
+                with self.pipeline.lanes.aside():
+                    message = self.headerless.first(messages, context)
             except ServerError as error:
                 with Call(self.pipeline, name, context, loss="unknown" if name == "Compute" else "none"):
                     raise error
@@ -152,6 +153,7 @@ class LossServicer:
         self, messages: Iterator[pb.ComputeStreamRequest | memoryview | Undecodable], context: grpc.ServicerContext
     ) -> Iterator[pb.ComputeStreamResponse | memoryview]:
         """Computes a request whose payload, like its gradient, comes in chunks."""
+        self.pipeline.lanes.leave()
         with Call(self.pipeline, "ComputeStream", context) as call:
             call.enter()
             receiver = Receiver(

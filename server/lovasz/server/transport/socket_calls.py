@@ -13,6 +13,7 @@ import grpc
 
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.transport.carrier import Carrier
+from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.packet_threads import PacketThreads
 from lovasz.server.transport.status import FAULT_TEXT
 from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS, TOO_MANY_CALLS_TEXT
@@ -200,11 +201,11 @@ class SocketThreads:
         packets: what the threads wait for.
     """
 
-    def __init__(self, most: int, compute: Compute) -> None:
+    def __init__(self, most: int, compute: Compute, lanes: Lanes) -> None:
         self.most = most
         self.log = Sparingly(_log)
         self.packets = PacketThreads(most + 1, "socket-call")
-        self._compute = compute
+        self._compute, self._lanes = compute, lanes
         self._lock = threading.Lock()
         self._busy = 0
 
@@ -225,7 +226,8 @@ class SocketThreads:
 
     def serve(self, call: SocketCall) -> None:
         """Serves a call in this thread, which was taken for it."""
-        answer = call.serve(self._compute)
+        with self._lanes.waited(Place(call.peer())):
+            answer = call.serve(self._compute)
         with self._lock:
             self._busy -= 1  # Before its caller has the answer, and may ask again.
         answer()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
+from lovasz.server.transport.identity import Identity
+from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.warm_threads import WarmThreads
 from lovasz.wire import PUSHBACK_KEY
 
@@ -64,8 +66,15 @@ class OwnThreads:
 class CallThreads(Executor):
     """Threads for so many calls of gRPC. gRPC's own limit would count the calls of the health service, too."""
 
-    def __init__(self, most: int) -> None:
-        self._threads = WarmThreads(most, "call")
+    def __init__(self, most: int, lanes: Lanes) -> None:
+        """No calls.
+
+        Args:
+            lanes: which calls go on. A call that waits for its turn takes no thread.
+        """
+        self._threads, self._most, self._lanes = WarmThreads(most, "call"), most, lanes
+        self._lock = threading.Lock()
+        self._calls = 0
 
     def start_all(self) -> None:
         """Starts all threads.
@@ -77,25 +86,44 @@ class CallThreads(Executor):
 
     @property
     def is_full(self) -> bool:
-        """Whether each thread has a call."""
-        return self._threads.is_full
+        """Whether there is a call for each thread."""
+        return self._calls >= self._most
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
         future: Future[Any] = Future()
+        place = Place(_connection(arguments))
 
         def work() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call(*arguments, **options))
-                except BaseException as error:
-                    future.set_exception(error)
+            with self._lanes.served(place):
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(call(*arguments, **options))
+                    except BaseException as error:
+                        future.set_exception(error)
+            self._count(-1)
 
-        self._threads.put(work)
+        self._count(1)
+        self._lanes.begin(place, lambda: self._threads.put(work))
         return future
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._calls += change
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads. gRPC has ended all calls before."""
         self._threads.stop(wait=wait)
+
+
+def _connection(arguments: Iterable[Any]) -> str:
+    """Names the connection of a call, before it has a thread; empty if it cannot be told.
+
+    Args:
+        arguments: what gRPC submits, among them its event. What that has is not documented, but a context has nothing
+            else.
+    """
+    event = next((argument for argument in arguments if hasattr(argument, "invocation_metadata")), None)
+    return "" if event is None else Identity.at(event.call.peer().decode(), event.invocation_metadata)
 
 
 class LimitedHandler(OwnThreads, grpc.GenericRpcHandler):

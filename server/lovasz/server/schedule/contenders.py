@@ -1,0 +1,34 @@
+"""Who wants the same thing as others: those that have sent a request lately."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+CONTENDED_SECONDS = 5.0
+"""A caller counts as one of several for this time after its last request: a trainer is away for a step meanwhile."""
+
+WhoT = TypeVar("WhoT")
+
+
+class Contenders(Generic[WhoT]):
+    """Remembers who has sent a request within the last seconds. Takes no lock: who uses it does."""
+
+    def __init__(self) -> None:
+        """Nobody has."""
+        self._seen: OrderedDict[WhoT, float] = OrderedDict()
+        """When each sent its last request (``time.monotonic``); the longest ago first."""
+
+    def see(self, who: WhoT) -> None:
+        """Somebody has sent a request."""
+        self._seen[who] = time.monotonic()
+        self._seen.move_to_end(who)
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one."""
+        until = time.monotonic() - CONTENDED_SECONDS
+        while self._seen and next(iter(self._seen.values())) < until:
+            self._seen.popitem(last=False)
+        return len(self._seen) > 1

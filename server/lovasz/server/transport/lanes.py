@@ -1,0 +1,171 @@
+"""Lanes: while several connections send requests, the interpreter works on one call of each at a time.
+
+One thread of a process runs Python at a time. Without lanes, a connection with many calls in flight has many threads
+that wait for the interpreter, and a call of another connection waits for all of them at each step of its way.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lovasz.server.schedule.contenders import Contenders
+
+_MOST_SECONDS = 1.0
+"""A call that has been worked on for longer gets no faster by being alone: others of its lane pass it."""
+
+
+class _Order(enum.IntEnum):
+    """Which calls of a lane go on first."""
+
+    BEGUN = 0
+    NEW = 1
+
+
+@dataclass(eq=False)
+class Place:
+    """A call's place in the lane of its connection.
+
+    Attributes:
+        since: since when it is worked on (``time.monotonic``).
+    """
+
+    connection: str
+    since: float = 0.0
+
+
+@dataclass(eq=False)
+class _Lane:
+    """The calls of a connection: those that are worked on, and those that wait, each with what lets it go on."""
+
+    working: set[Place] = field(default_factory=set)
+    waiting: tuple[deque[tuple[Place, Callable[[], object]]], ...] = field(
+        default_factory=lambda: tuple(deque() for _ in _Order)
+    )
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.working and not any(self.waiting)
+
+
+class Lanes:
+    """Lets calls go on: at once, or, while several connections send requests, one after the other in each lane.
+
+    A call leaves its lane while it waits for anything but the computation of a small request. So calls that wait for
+    each other, as the ranks of a joint step do, never hold each other up.
+    """
+
+    def __init__(self) -> None:
+        """No calls."""
+        self._lock = threading.Lock()
+        self._lanes: dict[str, _Lane] = {}
+        self._contenders = Contenders[str]()
+        self._here = threading.local()
+
+    def begin(self, place: Place, start: Callable[[], object]) -> None:
+        """A new call: has ``start`` called, now or when it is its turn, to serve the call in :meth:`served`."""
+        if self._enter(place, _Order.NEW, start):
+            start()
+
+    @contextmanager
+    def served(self, place: Place) -> Iterator[None]:
+        """Serves a call that has begun in this thread; leaves the lane in the end."""
+        self._here.place = place
+        try:
+            yield
+        finally:
+            self._here.place = None
+            self._leave(place)
+
+    @contextmanager
+    def waited(self, place: Place) -> Iterator[None]:
+        """As :meth:`begin` and :meth:`served`: this thread waits until it is its turn."""
+        self._wait(place, _Order.NEW)
+        with self.served(place):
+            yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Others of the lane go on while the call that this thread serves waits for something."""
+        place = self._place
+        if place is None:
+            yield
+            return
+        self._leave(place)
+        try:
+            yield
+        finally:
+            self._wait(place, _Order.BEGUN)
+
+    def leave(self) -> None:
+        """The call that this thread serves goes on beside others of its connection."""
+        place = self._place
+        if place is not None:
+            self._leave(place)
+
+    def see(self) -> None:
+        """The call that this thread serves has a request to compute."""
+        place = self._place
+        if place is not None:
+            with self._lock:
+                self._contenders.see(place.connection)
+
+    def check(self) -> None:
+        """A chore: lets others pass a call that is worked on for long."""
+        until = time.monotonic() - _MOST_SECONDS
+        with self._lock:
+            slow = [place for lane in self._lanes.values() for place in lane.working if place.since < until]
+        for place in slow:
+            self._leave(place)
+
+    @property
+    def _place(self) -> Place | None:
+        return getattr(self._here, "place", None)
+
+    def _wait(self, place: Place, order: _Order) -> None:
+        turn = threading.Lock()
+        turn.acquire()
+        if not self._enter(place, order, turn.release):
+            turn.acquire()
+
+    def _enter(self, place: Place, order: _Order, go_on: Callable[[], object]) -> bool:
+        """Whether a call can go on at once; else ``go_on`` is called when it can."""
+        with self._lock:
+            lane = self._lanes.get(place.connection)
+            if lane is None:
+                lane = self._lanes[place.connection] = _Lane()
+            if self._is_free(lane):
+                self._work(lane, place)
+                return True
+            lane.waiting[order].append((place, go_on))
+            return False
+
+    def _leave(self, place: Place) -> None:
+        following = []
+        with self._lock:
+            lane = self._lanes.get(place.connection)
+            if lane is None or place not in lane.working:
+                return
+            lane.working.remove(place)
+            while any(lane.waiting) and self._is_free(lane):
+                waiting = next(filter(None, lane.waiting))
+                other, go_on = waiting.popleft()
+                self._work(lane, other)
+                following.append(go_on)
+            if lane.is_empty:
+                del self._lanes[place.connection]
+        for go_on in following:
+            go_on()
+
+    def _is_free(self, lane: _Lane) -> bool:
+        return not lane.working or not self._contenders.are_several
+
+    @staticmethod
+    def _work(lane: _Lane, place: Place) -> None:
+        place.since = time.monotonic()
+        lane.working.add(place)
