@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -21,6 +22,7 @@ from support.messages import LOSS, request_of, tensors
 from support.waiting import eventually
 
 from lovasz.core import compute
+from lovasz.server.schedule.contenders import CONTENDED_SECONDS
 from lovasz.v1 import loss_pb2_grpc
 
 STALL = ["--device-stall", "2", "--health-interval", "0.5"]
@@ -42,6 +44,7 @@ def test_batches_for_which_there_is_no_memory_are_split_and_no_thread_has_to_sta
     assert service.Compute(request_of(*tensors(8)), timeout=60).header.loss > 0  # The audit counts its connection.
     audit = Audit(server, MAX_THREADS)
     inputs = [tensors(side) for side in SIDES]
+    time.sleep(CONTENDED_SECONDS + 2)  # Beside another connection, small requests are computed one by one.
     for _ in range(3):
         calls = [service.Compute.future(request_of(*one), timeout=60) for one in inputs]
         for one, call in zip(inputs, calls, strict=True):

@@ -101,9 +101,11 @@ def test_who_waits_goes_on_once_the_others_have_gone(monkeypatch: pytest.MonkeyP
     traffic = Traffic("a", "b")
     traffic.begin("a1", "a2", "a3")
     assert traffic.are_working("a1")
+    traffic.lanes.check()
+    assert traffic.are_working("a1")
     monkeypatch.setattr(contenders, "CONTENDED_SECONDS", -1.0)
-    traffic.end("a1")
-    assert traffic.are_working("a2", "a3")
+    traffic.lanes.check()
+    assert traffic.are_working("a1", "a2", "a3")
     assert traffic.close()
 
 

@@ -40,6 +40,7 @@ class Batcher:
         self._max_delay_seconds = max_delay_seconds
         self._waiting: dict[Key, list[Job]] = {}
         """Jobs with equal keys, in the order in which they are due."""
+        self.weight_of = weight_of
         self._turns = Turns(turn_elements, weight_of)
         self._changed = threading.Condition()
         self._closed = False

@@ -174,7 +174,7 @@ class Call:
         """
         seat: Seat | None = None
         self._pipeline.lanes.see()
-        if header.joint is not None or not self._pipeline.is_quick(cost(header.loss, header.layout)):
+        if not self._stays_in_lane(header):
             self._pipeline.lanes.leave()
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=self._identity.name)
@@ -206,6 +206,12 @@ class Call:
         self._clock.answered(answer)
         self._observe_answer(header, answer)
         return answer
+
+    def _stays_in_lane(self, header: wire.Request) -> bool:
+        """Whether the interpreter is what its callers share, and not other ranks, the device, or it by weights."""
+        if header.joint is not None or not self._pipeline.is_quick(cost(header.loss, header.layout)):
+            return False
+        return not self._identity.name or self._pipeline.batcher.weight_of(self._identity.tenant(header)) <= 1
 
     def _abort_step(self, joint: wire.Joint, want_grad: bool, error: Exception, seat: Seat | None = None) -> None:
         """Tells the other ranks of a joint step that this one is refused before the step is complete."""

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 
 from lovasz.server.schedule.contenders import Contenders
 
+_SEEN_SECONDS = 0.5
+"""A connection that is the only one is looked at this often."""
+
 _MOST_SECONDS = 1.0
 """A call that has been worked on for longer gets no faster by being alone: others of its lane pass it."""
 
@@ -32,16 +35,18 @@ class Place:
     """A call's place in the lane of its connection.
 
     Attributes:
-        since: since when it is worked on (``time.monotonic``).
+        is_working: whether others of its lane wait for it.
+        since: since when (``time.monotonic``).
     """
 
     connection: str
+    is_working: bool = False
     since: float = 0.0
 
 
 @dataclass(eq=False)
 class _Lane:
-    """The calls of a connection: those that are worked on, and those that wait, each with what lets it go on."""
+    """Calls of a connection: those that others wait for, and those that wait, each with what lets it go on."""
 
     working: set[Place] = field(default_factory=set)
     waiting: tuple[deque[tuple[Place, Callable[[], object]]], ...] = field(
@@ -56,8 +61,9 @@ class _Lane:
 class Lanes:
     """Lets calls go on: at once, or, while several connections send requests, one after the other in each lane.
 
-    A call leaves its lane while it waits for anything but the computation of a small request. So calls that wait for
-    each other, as the ranks of a joint step do, never hold each other up.
+    With one connection there are no lanes, and its calls take no lock here. A call leaves its lane while it waits for
+    anything but the computation of a small request. So calls that wait for each other, as the ranks of a joint step do,
+    never hold each other up.
     """
 
     def __init__(self) -> None:
@@ -65,6 +71,8 @@ class Lanes:
         self._lock = threading.Lock()
         self._lanes: dict[str, _Lane] = {}
         self._contenders = Contenders[str]()
+        self._are_used = False
+        self._last_seen, self._seen_until = "", 0.0
         self._here = threading.local()
 
     def begin(self, place: Place, start: Callable[[], object]) -> None:
@@ -110,24 +118,31 @@ class Lanes:
 
     def see(self) -> None:
         """The call that this thread serves has a request to compute."""
-        place = self._place
-        if place is not None:
-            with self._lock:
-                self._contenders.see(place.connection)
+        place, now = self._place, time.monotonic()
+        if place is None or (place.connection == self._last_seen and now < self._seen_until):
+            return
+        with self._lock:
+            self._contenders.see(place.connection)
+            self._are_used = self._contenders.are_several
+            self._last_seen, self._seen_until = place.connection, now + _SEEN_SECONDS
 
     def check(self) -> None:
-        """A chore: lets others pass a call that is worked on for long."""
+        """A chore: lets others pass a call that is worked on for long; all go on if only one connection is left."""
         until = time.monotonic() - _MOST_SECONDS
         with self._lock:
-            slow = [place for lane in self._lanes.values() for place in lane.working if place.since < until]
-        for place in slow:
-            self._leave(place)
+            self._are_used = self._contenders.are_several
+            working = [place for lane in self._lanes.values() for place in lane.working]
+        for place in working:
+            if place.since < until or not self._are_used:
+                self._leave(place)
 
     @property
     def _place(self) -> Place | None:
         return getattr(self._here, "place", None)
 
     def _wait(self, place: Place, order: _Order) -> None:
+        if not self._are_used:
+            return
         turn = threading.Lock()
         turn.acquire()
         if not self._enter(place, order, turn.release):
@@ -135,26 +150,30 @@ class Lanes:
 
     def _enter(self, place: Place, order: _Order, go_on: Callable[[], object]) -> bool:
         """Whether a call can go on at once; else ``go_on`` is called when it can."""
+        if not self._are_used:
+            return True
         with self._lock:
             lane = self._lanes.get(place.connection)
             if lane is None:
                 lane = self._lanes[place.connection] = _Lane()
-            if self._is_free(lane):
+            if not lane.working:
                 self._work(lane, place)
                 return True
             lane.waiting[order].append((place, go_on))
             return False
 
     def _leave(self, place: Place) -> None:
+        if not place.is_working:
+            return
         following = []
         with self._lock:
-            lane = self._lanes.get(place.connection)
-            if lane is None or place not in lane.working:
+            if not place.is_working:  # Another thread was faster: it passed this call.
                 return
+            place.is_working = False
+            lane = self._lanes[place.connection]
             lane.working.remove(place)
-            while any(lane.waiting) and self._is_free(lane):
-                waiting = next(filter(None, lane.waiting))
-                other, go_on = waiting.popleft()
+            while any(lane.waiting) and not (lane.working and self._are_used):
+                other, go_on = next(filter(None, lane.waiting)).popleft()
                 self._work(lane, other)
                 following.append(go_on)
             if lane.is_empty:
@@ -162,10 +181,7 @@ class Lanes:
         for go_on in following:
             go_on()
 
-    def _is_free(self, lane: _Lane) -> bool:
-        return not lane.working or not self._contenders.are_several
-
     @staticmethod
     def _work(lane: _Lane, place: Place) -> None:
-        place.since = time.monotonic()
+        place.is_working, place.since = True, time.monotonic()
         lane.working.add(place)
