@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from support.waiting import eventually
@@ -60,3 +61,13 @@ def test_calls_have_futures() -> None:
         calls.submit(divmod, 7, 0).result(30)
     calls.shutdown()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("call_")]
+
+
+@pytest.mark.parametrize(
+    "event", [SimpleNamespace(invocation_metadata=()), SimpleNamespace(invocation_metadata=7, call=7)]
+)
+def test_a_call_whose_connection_cannot_be_told_is_served(event: object) -> None:
+    calls = CallThreads(1, Lanes())
+    calls.start_all()
+    assert calls.submit(lambda given: given, event).result(30) is event
+    calls.shutdown()

@@ -120,10 +120,13 @@ def _connection(arguments: Iterable[Any]) -> str:
 
     Args:
         arguments: what gRPC submits, among them its event. What that has is not documented, but a context has nothing
-            else.
+            else. If a later gRPC has something else there, all its calls count as those of one connection.
     """
-    event = next((argument for argument in arguments if hasattr(argument, "invocation_metadata")), None)
-    return "" if event is None else Identity.at(event.call.peer().decode(), event.invocation_metadata)
+    event: Any = next((argument for argument in arguments if hasattr(argument, "invocation_metadata")), None)
+    try:
+        return Identity.at(event.call.peer().decode(), event.invocation_metadata)
+    except (AttributeError, TypeError, ValueError):
+        return ""
 
 
 class LimitedHandler(OwnThreads, grpc.GenericRpcHandler):
