@@ -77,7 +77,8 @@ class Call:
         counts: labels, predictions, hits and faults.
         valid, positive: flat (planes x K), for binary losses: the number of pixels that are not void, and of those of
             these whose error is above 0.
-        errors: float32, shape (K, pixels + padding).
+        errors: float32, shape (K, pixels + padding); in the memory of ``grads`` if only one Lovász term of a binary loss
+            is computed, for one request whose gradient has the same rows.
     """
 
     def __init__(
@@ -112,7 +113,15 @@ class Call:
         )
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
         self.valid, self.positive = valid, positive
-        self.errors = self.rows("errors", plan.channels, np.float32)
+        self.errors = self._errors()
+
+    def _errors(self) -> npt.NDArray[np.float32]:
+        """Scratch; or the memory of the gradient, where each pixel's error is read before its gradient is written."""
+        plan = self.plan
+        is_alone = len(self.grads) == 1 and (plan.channels == 1 or len(self.plan_planes) == 1)
+        if plan.is_binary and is_alone and len(plan.lovasz) == 1 and self.want_grad and self.ranks is None:
+            return self.grads[0].numpy().reshape(plan.channels, -1)
+        return self.rows("errors", plan.channels, np.float32)
 
     def _rows_of_points(self, are_points: npt.NDArray[np.bool_]) -> list[Tensor]:
         """``grads``, with rows of scratch in place of those of points."""
