@@ -77,8 +77,7 @@ class Call:
         counts: labels, predictions, hits and faults.
         valid, positive: flat (planes x K), for binary losses: the number of pixels that are not void, and of those of
             these whose error is above 0.
-        errors: float32, shape (K, pixels + padding); in the memory of ``grads`` if only one Lovász term of a binary loss
-            is computed, for one request whose gradient has the same rows.
+        errors: float32, shape (K, pixels + padding); may be in the memory of ``grads``.
     """
 
     def __init__(
@@ -116,10 +115,13 @@ class Call:
         self.errors = self._errors()
 
     def _errors(self) -> npt.NDArray[np.float32]:
-        """Scratch; or the memory of the gradient, where each pixel's error is read before its gradient is written."""
-        plan = self.plan
-        is_alone = len(self.grads) == 1 and (plan.channels == 1 or len(self.plan_planes) == 1)
-        if plan.is_binary and is_alone and len(plan.lovasz) == 1 and self.want_grad and self.ranks is None:
+        """Scratch; or the memory of the gradient, where each pixel's error is read before its gradient is written.
+
+        Not a caller's memory: the caller may change it meanwhile, and it may overlap that of the logits.
+        """
+        plan, is_alone = self.plan, len(self._requests) == 1 and self._requests[0].grad is None and self.ranks is None
+        has_same_rows = plan.is_binary and (plan.channels == 1 or len(self.plan_planes) == 1)
+        if is_alone and has_same_rows and len(plan.lovasz) == 1 and self.want_grad:
             return self.grads[0].numpy().reshape(plan.channels, -1)
         return self.rows("errors", plan.channels, np.float32)
 
