@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.comparison import bits, normal, random_labels
 from support.imports import REPOSITORY
-from support.ways import SORTED_BELOW_PIXELS, rank_on_cpu
+from support.ways import SORTED_BELOW_PIXELS
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, dispatch
 from lovasz.core.batch import Batch, Request
@@ -159,7 +159,7 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
 def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")
-    from lovasz.core.backends.numba import binary, cross_entropy, segments, softmax
+    from lovasz.core.backends.numba import binary, cross_entropy, extension, ranges, segments, softmax
 
     loops = [
         softmax.prepare,
@@ -170,6 +170,9 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
         binary.add_losses,
         binary.finish,
         segments.score,
+        ranges.select,
+        ranges.rank,
+        ranges.write,
     ]
     dispatch.warm_up(CPU)
     before = [len(loop.signatures) for loop in loops]  # type: ignore[attr-defined]
@@ -187,8 +190,8 @@ def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeyp
                 logits = normal(2, 2, 5, 6, seed=1, dtype=dtype).abs().clamp(max=1)
                 shape = logits.shape if total.is_binary else (2, 5, 6)
                 labels = random_labels(*shape, values=2, seed=2).to(label_dtype)
-                for ranks in ("by sorting", "in tables"):
-                    rank_on_cpu(ranks, monkeypatch)
+                for thresholds in (extension.SORT_ALL, extension.COUNT_ALL, extension.COUNT_ALL._replace(positive=1.0)):
+                    monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
                     (answer,) = submit([Request.checked(logits, labels, total)], total, CPU).collect()
                     assert isinstance(answer, Result)
     assert [len(loop.signatures) for loop in loops] == before  # type: ignore[attr-defined]

@@ -484,7 +484,7 @@ RANGE_LOSSES: list[LossLike] = [
 def test_a_sort_in_ranges_has_the_bits_of_a_sort_as_a_whole(
     loss: LossLike, margin: float, number: int, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = (3, 2, 151, 133) if loss == RANGE_LOSSES[2] else (3, 151, 133)  # Planes that end within a run of pixels.
+    shape = (3, 2, 151, 133) if loss == RANGE_LOSSES[2] else (3, 151, 133)  # Planes that end within a strip.
     void = None if isinstance(loss, list) else 255
     labels = random_labels(*shape, values=2, seed=14, void=void)
     labels[2, ..., :80, :] = 0

@@ -77,7 +77,7 @@ class Call:
         counts: labels, predictions, hits and faults.
         valid, positive: flat (planes x K), for binary losses: the number of pixels that are not void, and of those of
             these whose error is above 0.
-        errors: float32, shape (K, pixels + padding).
+        errors: float32, shape (K, pixels + padding); may be in the memory of ``grads``.
     """
 
     def __init__(
@@ -112,7 +112,18 @@ class Call:
         )
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
         self.valid, self.positive = valid, positive
-        self.errors = self.rows("errors", plan.channels, np.float32)
+        self.errors = self._errors()
+
+    def _errors(self) -> npt.NDArray[np.float32]:
+        """Scratch; or the memory of the gradient, where each pixel's error is read before its gradient is written.
+
+        Not a caller's memory: the caller may change it meanwhile, and it may overlap that of the logits.
+        """
+        plan, is_alone = self.plan, len(self._requests) == 1 and self._requests[0].grad is None and self.ranks is None
+        has_same_rows = plan.is_binary and (plan.channels == 1 or len(self.plan_planes) == 1)
+        if is_alone and has_same_rows and len(plan.lovasz) == 1 and self.want_grad:
+            return self.grads[0].numpy().reshape(plan.channels, -1)
+        return self.rows("errors", plan.channels, np.float32)
 
     def _rows_of_points(self, are_points: npt.NDArray[np.bool_]) -> list[Tensor]:
         """``grads``, with rows of scratch in place of those of points."""

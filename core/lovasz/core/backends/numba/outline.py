@@ -21,7 +21,10 @@ ONE_THREAD_ELEMENTS = 1 << 15
 """Batches of fewer elements are computed by the calling thread alone: waking another thread would take as long."""
 
 BLOCK_PIXELS = 1 << 14
-"""Pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
+"""The most pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
+
+BLOCK_MULTIPLE = 64
+"""Blocks begin at multiples of this."""
 
 FUSE_BELOW_PIXELS = 64
 """Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
@@ -171,7 +174,9 @@ class Outline:
 
 
 def _blocks(pixels: Integers) -> Blocks:
+    """Divides each plane into blocks of about the same size, so that threads end together."""
     count = -(-pixels // BLOCK_PIXELS)
     plane = np.repeat(np.arange(len(pixels)), count)
-    first = (np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)) * BLOCK_PIXELS
-    return Blocks(plane, first, np.minimum(first + BLOCK_PIXELS, pixels[plane]))
+    size = -(-pixels // (count * BLOCK_MULTIPLE))[plane] * BLOCK_MULTIPLE
+    first = (np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)) * size
+    return Blocks(plane, np.minimum(first, pixels[plane]), np.minimum(first + size, pixels[plane]))

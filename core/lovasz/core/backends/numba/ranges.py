@@ -1,4 +1,4 @@
-"""Large segments few of whose pixels matter: threads select their keys in runs of pixels, and sort them in ranges."""
+"""Large segments few of whose pixels matter: threads select their keys in strips of pixels, and sort them in ranges."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.segments import Rules, Segments
 from lovasz.core.backends.numba.sorting import KEY_PADDING, Keys
 
-RUN_PIXELS = 1 << 14
+STRIP_PIXELS = 1 << 14
 """Pixels per task of the selection."""
 
 RANGE_KEYS = 1 << 17
 """About the most keys that are sorted at a time: they, and the memory that they are moved to, take two megabytes."""
 
 _SAMPLES = 16
-"""The keys of a run that are looked at to divide the keys of its segment into ranges."""
+"""The keys of a strip that are looked at to divide the keys of its segment into ranges."""
 _LARGEST_KEY = np.iinfo(np.uint64).max
 
 
-class Runs(NamedTuple):
-    """Tasks of a loop, one element per run of pixels; the runs of a segment are consecutive.
+class Strips(NamedTuple):
+    """Tasks of a loop, one element per strip of pixels; the strips of a segment are consecutive.
 
     Attributes:
-        segment: the segment of the run.
-        first: the first run of this segment.
+        segment: the segment of the strip.
+        first: the first strip of this segment.
         start, stop: its pixels in the row are [start, stop).
         count: written: the number of its keys.
     """
@@ -49,15 +49,15 @@ class Ranges(NamedTuple):
 
     Attributes:
         segment: the segment of the range.
-        first_run, stop_run: the runs of this segment are [first_run, stop_run).
+        first_strip, stop_strip: the strips of this segment are [first_strip, stop_strip).
         low, high: its keys are in [low, high).
         place: the place in ``losses`` of the segment's first key.
         padding: the keys are kept so many elements further on than their losses.
     """
 
     segment: Integers
-    first_run: Integers
-    stop_run: Integers
+    first_strip: Integers
+    stop_strip: Integers
     low: Keys
     high: Keys
     place: Integers
@@ -69,38 +69,38 @@ def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], ru
 
     Gradients and losses have the bits of ``sorting.extension``.
     """
-    runs = _runs(found)
-    keys = call.scratch.array("keys of runs", (len(runs.segment), RUN_PIXELS + KEY_PADDING), np.uint64)
-    places = call.scratch.array("places of keys", (len(runs.segment), RUN_PIXELS), np.uint16)
+    strips = _strips(found)
+    keys = call.scratch.array("keys of strips", (len(strips.segment), STRIP_PIXELS + KEY_PADDING), np.uint64)
+    places = call.scratch.array("places of keys", (len(strips.segment), STRIP_PIXELS), np.uint16)
     g = call.scratch.array("gradients of keys", (places.size if rules.want_grad else 0,), np.float32)
-    of_runs: dict[str, Any] = {"runs": runs, "segments": found, "rules": rules, "places": places}
-    call.run(select, errors=call.errors, codes=codes, keys=keys, **of_runs)
-    ranges, ends = _ranges(runs, keys, len(found.row), call.threads)
+    of_strips: dict[str, Any] = {"strips": strips, "segments": found, "rules": rules, "places": places}
+    call.run(select, errors=call.errors, codes=codes, keys=keys, **of_strips)
+    ranges, ends = _ranges(strips, keys, len(found.row), call.threads)
     memory = call.scratch.array("keys of ranges", (2, ends[-1] + KEY_PADDING * len(ranges.segment)), np.uint64)
     losses = call.scratch.array("losses of keys", (int(ends[-1]),), np.float64)
     of_keys: dict[str, Any] = {"keys": keys, "own_keys": memory[0], "other_keys": memory[1]}
-    call.run(rank, ranges=ranges, counts=runs.count, segments=found, losses=losses, g=g, **of_keys)
+    call.run(rank, ranges=ranges, counts=strips.count, segments=found, losses=losses, g=g, **of_keys)
     if rules.want_grad:
-        call.run(write, planes=call.planes, g=g, **of_runs)
+        call.run(write, planes=call.planes, g=g, **of_strips)
     return np.array([sorting.sum_of_losses(own) for own in np.split(losses, ends[:-1])])
 
 
-def _runs(found: Segments) -> Runs:
+def _strips(found: Segments) -> Strips:
     pixels = found.stop - found.start
-    per_segment = -(-pixels // RUN_PIXELS)
+    per_segment = -(-pixels // STRIP_PIXELS)
     segment = np.repeat(np.arange(len(pixels)), per_segment)
     first = np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
-    start = found.start[segment] + (np.arange(len(segment)) - first) * RUN_PIXELS
-    return Runs(segment, first, start, np.minimum(start + RUN_PIXELS, found.stop[segment]), np.zeros_like(start))
+    start = found.start[segment] + (np.arange(len(segment)) - first) * STRIP_PIXELS
+    return Strips(segment, first, start, np.minimum(start + STRIP_PIXELS, found.stop[segment]), np.zeros_like(start))
 
 
-def _ranges(runs: Runs, keys: npt.NDArray[np.uint64], segments: int, threads: int) -> tuple[Ranges, Integers]:
+def _ranges(strips: Strips, keys: npt.NDArray[np.uint64], segments: int, threads: int) -> tuple[Ranges, Integers]:
     """The ranges of all segments, and the place in ``losses`` where the keys of each segment end."""
-    edges = np.searchsorted(runs.segment, np.arange(segments + 1))
-    ends = np.array([runs.count[first:stop].sum() for first, stop in pairwise(edges)]).cumsum()
+    edges = np.searchsorted(strips.segment, np.arange(segments + 1))
+    ends = np.array([strips.count[first:stop].sum() for first, stop in pairwise(edges)]).cumsum()
     columns = []
     for s, (first, stop) in enumerate(pairwise(edges)):
-        counts, place = runs.count[first:stop], ends[s - 1] if s else 0
+        counts, place = strips.count[first:stop], ends[s - 1] if s else 0
         number = max(-(-(ends[s] - place) // RANGE_KEYS), threads if segments < threads else 1)
         inner = _quantiles(keys[first:stop], counts, int(number))
         for low, high in zip([0, *inner], [*inner, _LARGEST_KEY], strict=True):
@@ -112,12 +112,12 @@ def _ranges(runs: Runs, keys: npt.NDArray[np.uint64], segments: int, threads: in
 
 
 def _quantiles(keys: npt.NDArray[np.uint64], counts: Integers, number: int) -> list[int]:
-    """Keys that divide those of a segment's runs into so many ranges of about the same size."""
-    runs = np.flatnonzero(counts)
-    if len(runs) == 0:
+    """Keys that divide those of a segment's strips into so many ranges of about the same size."""
+    strips = np.flatnonzero(counts)
+    if len(strips) == 0:
         return []
-    places = counts[runs, None] * np.arange(_SAMPLES) // _SAMPLES
-    sample, weights = keys[runs[:, None], places].ravel(), counts[runs].repeat(_SAMPLES)
+    places = counts[strips, None] * np.arange(_SAMPLES) // _SAMPLES
+    sample, weights = keys[strips[:, None], places].ravel(), counts[strips].repeat(_SAMPLES)
     order = sample.argsort()
     below = weights[order].cumsum()
     found = np.searchsorted(below, below[-1] * np.arange(1, number) // number)
@@ -127,7 +127,7 @@ def _quantiles(keys: npt.NDArray[np.uint64], counts: Integers, number: int) -> l
 @compiled
 def select(
     tasks: Integers,
-    runs: Runs,
+    strips: Strips,
     segments: Segments,
     rules: Rules,
     errors: npt.NDArray[np.float32],
@@ -135,16 +135,16 @@ def select(
     keys: npt.NDArray[np.uint64],
     places: npt.NDArray[np.uint16],
 ) -> None:
-    """Writes the keys of each run's errors above 0, and their places in the run.
+    """Writes the keys of each strip's errors above 0, and their places in the strip.
 
-    The position in a key becomes its place among the keys of the segment, as if each run had ``RUN_PIXELS`` keys. So
-    the order stays that of the pixels, and the gradients of keys lie closer together than those of pixels.
+    The position in a key becomes its place among the keys of the segment, as if each strip had ``STRIP_PIXELS`` keys.
+    So the order stays that of the pixels, and the gradients of keys lie closer together than those of pixels.
     """
     while True:
-        task = claim(tasks, len(runs.segment))
-        if task >= len(runs.segment):
+        task = claim(tasks, len(strips.segment))
+        if task >= len(strips.segment):
             break
-        s, start, stop = runs.segment[task], runs.start[task], runs.stop[task]
+        s, start, stop = strips.segment[task], strips.start[task], strips.stop[task]
         own, place = keys[task], places[task]
         kept = sorting.select(
             errors[segments.row[s], start:stop],
@@ -156,8 +156,8 @@ def select(
             True,
             own,
         )
-        sorting.renumber(own[:kept], (task - runs.first[task]) * RUN_PIXELS, place)
-        runs.count[task] = kept
+        sorting.renumber(own[:kept], (task - strips.first[task]) * STRIP_PIXELS, place)
+        strips.count[task] = kept
 
 
 @compiled
@@ -175,9 +175,9 @@ def rank(
     """Sorts the keys of each range; writes their gradients, and what each adds to the loss.
 
     Args:
-        counts: the number of keys of each run.
+        counts: the number of keys of each strip.
         own_keys, other_keys: memory for the keys of all ranges, with ``KEY_PADDING`` for each range.
-        g: written: the gradient of each key, ``RUN_PIXELS`` elements for each run.
+        g: written: the gradient of each key, ``STRIP_PIXELS`` elements for each strip.
     """
     while True:
         task = claim(tasks, len(ranges.segment))
@@ -185,14 +185,14 @@ def rank(
             break
         s, low, high = ranges.segment[task], ranges.low[task], ranges.high[task]
         before, foreground_before = 0, 0
-        for run in range(ranges.first_run[task], ranges.stop_run[task]):
-            count, foreground = sorting.count_before(keys[run, : counts[run]], low)
+        for strip in range(ranges.first_strip[task], ranges.stop_strip[task]):
+            count, foreground = sorting.count_before(keys[strip, : counts[strip]], low)
             before, foreground_before = before + count, foreground_before + foreground
         place = ranges.place[task] + before
         own, other = own_keys[place + ranges.padding[task] :], other_keys[place + ranges.padding[task] :]
         kept = 0
-        for run in range(ranges.first_run[task], ranges.stop_run[task]):
-            kept += sorting.select_range(keys[run], counts[run], low, high, own[kept:])
+        for strip in range(ranges.first_strip[task], ranges.stop_strip[task]):
+            kept += sorting.select_range(keys[strip], counts[strip], low, high, own[kept:])
         in_order, _ = sorting.sort(own[:kept], other[:kept])
         sorting.rank(
             in_order,
@@ -203,27 +203,27 @@ def rank(
             segments.foreground_weight[s],
             True,
             losses[place : place + kept],
-            g[ranges.first_run[task] * RUN_PIXELS :],
+            g[ranges.first_strip[task] * STRIP_PIXELS :],
         )
 
 
 @compiled
 def write(
     tasks: Integers,
-    runs: Runs,
+    strips: Strips,
     segments: Segments,
     rules: Rules,
     planes: Planes,
     places: npt.NDArray[np.uint16],
     g: Floats,
 ) -> None:
-    """Writes the gradient of each run's pixels: that of the keys, and 0 elsewhere."""
+    """Writes the gradient of each strip's pixels: that of the keys, and 0 elsewhere."""
     while True:
-        task = claim(tasks, len(runs.segment))
-        if task >= len(runs.segment):
+        task = claim(tasks, len(strips.segment))
+        if task >= len(strips.segment):
             break
-        s, start, stop, count, j = runs.segment[task], runs.start[task], runs.stop[task], runs.count[task], 0
-        place, own = places[task, :count], g[task * RUN_PIXELS : task * RUN_PIXELS + count]
+        s, start, stop, count, j = strips.segment[task], strips.start[task], strips.stop[task], strips.count[task], 0
+        place, own = places[task, :count], g[task * STRIP_PIXELS : task * STRIP_PIXELS + count]
         for plane in range(segments.first_plane[s], segments.stop_plane[s]):
             plane_start, pixels = planes.start[plane], planes.pixels[plane]
             low, high = max(start, plane_start), min(stop, plane_start + pixels)

@@ -60,7 +60,7 @@ def extension(
         weight, foreground_weight: the factors of the gradient of background and foreground.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         keys, other_keys: memory for P keys each, and ``KEY_PADDING``.
-        g: float32, shape (P,); shape (0,) if no gradient is wanted.
+        g: float32, shape (P,), may be the memory of ``errors``; shape (0,) if no gradient is wanted.
     """
     smallest, foreground_count = _smallest(errors, codes, foreground)
     kept = select(errors, codes, foreground, void, ignored, smallest, cut, keys)
@@ -222,10 +222,9 @@ def largest(errors: Floats, codes: Codes, void: int, ignored: int, weight: float
     """Like ``extension``, for a segment without foreground: g is 1 at the first largest error and 0 elsewhere."""
     place, value = -1, np.float32(-1)
     for i in range(len(errors)):
-        if len(g) > 0:
-            g[i] = np.float32(0)
         if codes[i] != void and codes[i] != ignored and errors[i] > value:
             place, value = i, errors[i]
+    g[:] = np.float32(0)  # Only now: ``g`` may be the memory of ``errors``.
     if len(g) > 0 and place >= 0 and not (cut and value == np.float32(0)):
         g[place] = weight
     return float(value) if place >= 0 else 0.0
