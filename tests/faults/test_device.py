@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import grpc
@@ -22,7 +21,6 @@ from support.messages import LOSS, request_of, tensors
 from support.waiting import eventually
 
 from lovasz.core import compute
-from lovasz.server.schedule.contenders import CONTENDED_SECONDS
 from lovasz.v1 import loss_pb2_grpc
 
 STALL = ["--device-stall", "2", "--health-interval", "0.5"]
@@ -44,14 +42,17 @@ def test_batches_for_which_there_is_no_memory_are_split_and_no_thread_has_to_sta
     assert service.Compute(request_of(*tensors(8)), timeout=60).header.loss > 0  # The audit counts its connection.
     audit = Audit(server, MAX_THREADS)
     inputs = [tensors(side) for side in SIDES]
-    time.sleep(CONTENDED_SECONDS + 2)  # Beside another connection, small requests are computed one by one.
-    for _ in range(3):
+
+    def answers_are_right() -> bool:
         calls = [service.Compute.future(request_of(*one), timeout=60) for one in inputs]
         for one, call in zip(inputs, calls, strict=True):
             known = compute(*one, LOSS)
             assert call.result().header.loss == known.loss
             assert call.result().grad == np.asarray(known.grad).tobytes()
-    assert any("computing it in halves" in str(line["event"]) for line in server.log)
+        return any("computing it in halves" in str(line["event"]) for line in server.log)
+
+    # For some seconds, small requests are computed one by one, as the audit's connection has sent some, too.
+    assert eventually(answers_are_right)
     # And threads that the system refuses are not needed.
     limits = resource.prlimit(server.pid, resource.RLIMIT_AS)
     resource.prlimit(server.pid, resource.RLIMIT_AS, (Footprint.of(server.pid).address_bytes, limits[1]))
