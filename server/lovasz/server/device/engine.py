@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_COST_NOW = TURN_ELEMENTS["cpu"]
 """The largest job that the thread that brings it computes, in logits: about a millisecond."""
+_MAX_QUICK_COST = 2 * _MAX_COST_NOW
+"""The largest job that others of its connection wait for, where connections share the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class Engine:
         self._started = True
 
     def is_quick(self, cost: int) -> bool:
-        """Whether a job of this cost may be computed by the thread that brings it."""
-        return self._computes_now and cost <= _MAX_COST_NOW
+        """Whether a job of this cost takes so little of the device's time that the interpreter is the limit."""
+        return self._computes_now and cost <= _MAX_QUICK_COST
 
     def compute_now(self, job: Job) -> bool:
         """Computes a small job in this thread if a CPU is idle and no other job waits for it.
@@ -135,7 +137,7 @@ class Engine:
         Raises:
             StoppingError: the queue is closed.
         """
-        if not self.is_quick(job.cost) or not self._using.acquire(blocking=False):
+        if not self._computes_now or job.cost > _MAX_COST_NOW or not self._using.acquire(blocking=False):
             return False
         try:
             if not self.passed_check or not self._batcher.pass_by(job):

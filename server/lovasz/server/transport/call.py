@@ -63,7 +63,7 @@ class Pipeline:
 
     Attributes:
         compute_now: computes a job in the thread that brings it, if the device is free; False: it has to be queued.
-        is_quick: whether a job of this cost is one that ``compute_now`` may compute.
+        is_quick: whether a job of this cost takes little of the device's time: then its call stays in its lane.
         lanes: which calls go on while several connections send requests.
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
