@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,7 @@ class Traffic:
                     assert end.wait(30)
                     self.working.remove(call)
 
-            self.lanes.begin(place, lambda serve=serve: self._threads.submit(serve))  # type: ignore[misc]
+            self.lanes.begin(place, partial(self._threads.submit, serve))
 
     def end(self, call: str) -> None:
         self._ends[call].set()

@@ -10,7 +10,7 @@ import torch
 from lovasz import wire
 from lovasz.core.batch import Request
 from lovasz.server.memory.pool import StagingPool
-from lovasz.server.memory.staging import typed
+from lovasz.server.memory.staging import room_for_core, typed
 
 
 class RegionStaging:
@@ -43,8 +43,7 @@ class RegionStaging:
 
     def request(self) -> Request:
         """The tensors as the core takes them."""
-        grad = self.grad if self.grad is not None and self.grad.dtype == torch.float32 else None
-        return Request(self._logits, self._labels, self._header.layout, grad)
+        return Request(self._logits, self._labels, self._header.layout, room_for_core(self.grad))
 
     def hand_over(self, stream: torch.cuda.Stream | None) -> None:
         """Nothing to do: a CPU has no streams."""

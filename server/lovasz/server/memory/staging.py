@@ -95,9 +95,7 @@ class Staging:
                 target.view(getattr(torch, one.dtype.name)).view(one.shape)
                 for target, one in zip(self.upload.targets, (header.logits, header.labels), strict=True)
             )
-        # The core computes in float32. A gradient in 16 bits is rounded afterwards, when it is copied to its place.
-        grad = self.grad if self.grad is not None and self.grad.dtype == torch.float32 else None
-        return Request(logits, labels, header.layout, grad)
+        return Request(logits, labels, header.layout, room_for_core(self.grad))
 
     def release(self) -> None:
         """Gives the buffer back. Nothing may use the tensors any more."""
@@ -107,6 +105,14 @@ class Staging:
     def abandon(self) -> None:
         """A device that is stuck may still write to the tensors: the buffer is never used again."""
         self._is_abandoned = True
+
+
+def room_for_core(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """Where the core can write the gradient itself; None: elsewhere.
+
+    It computes in float32. A gradient in 16 bits is rounded afterwards, when it is copied to its place.
+    """
+    return grad if grad is not None and grad.dtype == torch.float32 else None
 
 
 def typed(data: npt.NDArray[np.uint8] | memoryview, place: int, spec: wire.TensorSpec) -> torch.Tensor:
