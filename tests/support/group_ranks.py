@@ -662,7 +662,7 @@ def way(name: str) -> Iterator[None]:
     thresholds = {
         "tables": extension.COUNT_ALL,
         "sorted": extension.SORT_ALL,
-        "mixed": extension.Thresholds(pixels=0, foreground=20, order_error=3e-3, positive=0.6),
+        "mixed": extension.Thresholds(pixels=0, foreground=20, order_error=3e-3, positive=0.6, whole=0),
     }
     with (
         changed(joint, "TABLES_FROM_PIXELS", 0),

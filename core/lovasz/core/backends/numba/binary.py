@@ -13,7 +13,8 @@ import numpy.typing as npt
 from numpy import float32 as f32
 from numpy import int32 as i32
 
-from lovasz.core.backends.numba.elementary import exp, log1p, rounded
+from lovasz.core.backends.numba.elementary import exp, log1p
+from lovasz.core.backends.numba.fixed_point import rounded
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits, inlined, pointer
 from lovasz.core.backends.numba.planes import (
     FLOAT_BYTES,

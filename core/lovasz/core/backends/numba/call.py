@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.numba.outline import Outline
+from lovasz.core.backends.numba.outline import MOST_BYTE, Outline
 from lovasz.core.backends.numba.planes import (
     BFLOAT16,
     FLOAT16,
@@ -46,9 +47,7 @@ _LABEL_KINDS = {
 }
 
 _NOTHING = torch.empty(0)
-_MOST_BYTE = 255
-
-_ROW_PADDING = 1040
+ROW_PADDING = 1040
 """Elements between two rows of scratch. Rows at a distance of a power of two would compete for the same cache lines."""
 
 
@@ -77,7 +76,6 @@ class Call:
         counts: labels, predictions, hits and faults.
         valid, positive: flat (planes x K), for binary losses: the number of pixels that are not void, and of those of
             these whose error is above 0.
-        errors: float32, shape (K, pixels + padding); may be in the memory of ``grads``.
     """
 
     def __init__(
@@ -112,12 +110,13 @@ class Call:
         )
         self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
         self.valid, self.positive = valid, positive
-        self.errors = self._errors()
 
-    def _errors(self) -> npt.NDArray[np.float32]:
-        """Scratch; or the memory of the gradient, where each pixel's error is read before its gradient is written.
+    @cached_property
+    def errors(self) -> npt.NDArray[np.float32]:
+        """Float32, shape (K, pixels + padding): scratch; or the memory of the gradient.
 
-        Not a caller's memory: the caller may change it meanwhile, and it may overlap that of the logits.
+        The latter where each pixel's error is read before its gradient is written. Not a caller's memory: the caller
+        may change it meanwhile, and it may overlap that of the logits.
         """
         plan, is_alone = self.plan, len(self._requests) == 1 and self._requests[0].grad is None and self.ranks is None
         has_same_rows = plan.is_binary and (plan.channels == 1 or len(self.plan_planes) == 1)
@@ -173,12 +172,12 @@ class Call:
 
     def rows(self, name: str, rows: int, dtype: Any) -> npt.NDArray[Any]:
         """Rows of scratch with one element per pixel, and padding, so that the array of all rows stays contiguous."""
-        padded = self.plan.pixels + (_ROW_PADDING if rows > 1 else 0)
+        padded = self.plan.pixels + (ROW_PADDING if rows > 1 else 0)
         return self.scratch.array(name, (rows, padded), dtype)
 
     def codes(self) -> npt.NDArray[Any]:
         """Memory for codes: (1, pixels); for binary losses, one row per label."""
-        wide = self.outline.labelling.void > _MOST_BYTE
+        wide = self.outline.labelling.void > MOST_BYTE
         name, dtype = ("wide codes", np.int32) if wide else ("codes", np.uint8)
         return self.rows(name, self.plan.channels if self.plan.is_binary else 1, dtype)
 

@@ -12,20 +12,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import binary, extension, softmax
+from lovasz.core.backends.numba import binary, extension, softmax, sorting, whole
 from lovasz.core.backends.numba.binary import BinaryCrossEntropies
-from lovasz.core.backends.numba.call import Call, JointCounts
-from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses
-from lovasz.core.backends.numba.elementary import ROUNDED_BITS
+from lovasz.core.backends.numba.call import ROW_PADDING, Call, JointCounts
+from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses, set_all_factors
 from lovasz.core.backends.numba.extension import ErrorScale, Thresholds, score_term
+from lovasz.core.backends.numba.fixed_point import scales, sum_bits
+from lovasz.core.backends.numba.outline import WholeOutline
 from lovasz.core.backends.numba.scratch import SCRATCH
 from lovasz.core.batch import Batch
-from lovasz.core.computed import FIXED_POINT_BITS, PROBABILITY_TOLERANCE, Computed, TermValues, Values
+from lovasz.core.computed import PROBABILITY_TOLERANCE, Computed, TermValues, Values
 from lovasz.core.plan import Plan, Term
 from lovasz.core.ranks import Ranks
 from lovasz.core.scoring import select_segments
 from lovasz.core.stop import Stop
 from lovasz.spec import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
+
+WHOLE_ROUNDS = 4
+"""Joints are computed by one thread each if the largest is at most a thread's share of the pixels, divided by this:
+then no thread is idle for long at the end."""
 
 
 def compute(
@@ -49,9 +54,74 @@ def compute(
     """
     with SCRATCH.borrow() as scratch:
         call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop, ranks=ranks)
-        terms, counts = (_binary if plan.is_binary else _softmax)(call, thresholds or extension.THRESHOLDS)
+        terms, counts = _terms(call, thresholds or extension.THRESHOLDS)
     values = Values(tuple(terms), counts.labels, counts.predictions, counts.hits, counts.faults)
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)
+
+
+def _terms(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
+    if call.plan.is_binary:
+        return _binary(call, thresholds)
+    outline, is_joint = call.outline, call.ranks is not None
+    is_small = outline.largest < thresholds.pixels and outline.largest * call.plan.channels <= thresholds.whole
+    is_even = call.threads == 1 or WHOLE_ROUNDS * call.threads * outline.largest <= call.plan.pixels
+    if is_small and is_even and not is_joint and not call.plan.loss.probabilities and outline.whole is not None:
+        return _whole(call, outline.whole)
+    return _softmax(call, thresholds)
+
+
+def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCounts]:
+    """A softmax loss of joints that are computed by one thread each."""
+    plan, channels, pixels = call.plan, call.plan.channels, call.outline.largest
+    threads, count = min(call.threads, len(plan.sizes)), len(outline.segments.row)
+    entropies = _cross_entropies(call, with_losses=False)
+    scored_planes = np.zeros((len(call.plan_planes), channels), np.bool_)
+    weight, losses = np.zeros((2, count))
+    scored, array = np.zeros(count, np.bool_), call.scratch.array
+    segments = outline.segments._replace(
+        foreground_count=np.empty(count, np.int64), weight=weight, foreground_weight=weight
+    )
+    errors = array("errors", (threads, channels, pixels + ROW_PADDING), np.float32)
+    codes = array("codes", (threads, 1, pixels), np.uint8)
+    probability = array("label probability", (threads, pixels), np.float32)
+    pixel_losses = array("pixel losses", (threads, len(plan.cross_entropies), pixels), np.float32)
+    keys = array("keys", (threads, 2, pixels + sorting.KEY_PADDING), np.uint64)
+    room = array("room", (threads, pixels), np.float32)
+    call.run(
+        whole.compute,
+        threads=threads,
+        joints=outline.joints,
+        terms=outline.terms,
+        segments=segments,
+        want_grad=call.want_grad,
+        blocks=call.outline.blocks,
+        planes=call.planes._replace(start=outline.start),
+        logits_kind=call.logits_kind,
+        labelling=call.outline.labelling,
+        counts=call.counts,
+        entropies=entropies,
+        scored=scored,
+        scored_planes=scored_planes,
+        losses=losses,
+        own=lambda thread: {
+            "errors": errors[thread],
+            "codes": codes[thread],
+            "label_probability": probability[thread],
+            "pixel_losses": pixel_losses[thread],
+            "keys": keys[thread, 0],
+            "other_keys": keys[thread, 1],
+            "room": room[thread],
+        },
+    )
+    of_joints, lovasz, numbers, terms = call.joint_counts(), iter(outline.term_segments), itertools.count(), []
+    for term in plan.terms:
+        if isinstance(term.loss, CrossEntropy):
+            terms.append(_cross_entropy(entropies, next(numbers)))
+        else:
+            own = next(lovasz)
+            columns = [values[own].reshape(-1, channels).T.copy() for values in (losses, scored)]
+            terms.append(TermValues(*columns))
+    return terms, of_joints
 
 
 def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
@@ -74,6 +144,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
     of_joints = call.joint_counts(maxima=[entropies.largest])
     if call.ranks is not None and of_joints.faults.any():
         return [], of_joints
+    _add_cross_entropies(call, entropies, of_joints.labels)
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []
@@ -86,7 +157,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
                 counts[ignored] = 0
             terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
         elif isinstance(term.loss, CrossEntropy):
-            terms.append(_cross_entropy(call, term, next(numbers), entropies, of_joints.labels))
+            terms.append(_cross_entropy(entropies, next(numbers)))
         else:
             raise NotImplementedError(f"{term.loss.kind} as a softmax loss")
     if call.want_grad and plan.loss.probabilities:
@@ -186,41 +257,44 @@ def _score(
     )
 
 
-def _cross_entropies(call: Call) -> CrossEntropies:
-    """The cross-entropy terms of a batch; ``_cross_entropy`` fills in the factors of their gradients."""
+def _cross_entropies(call: Call, *, with_losses: bool = True) -> CrossEntropies:
+    """The cross-entropy terms of a batch, with memory for what is written.
+
+    Args:
+        with_losses: whether there is memory for the losses of all pixels.
+    """
     of_plan = call.outline.cross_entropies
     terms, joints = len(of_plan.smoothing), len(call.plan.sizes)
     if terms == 0:
         return of_plan
-    return of_plan._replace(
-        losses=call.scratch.array("pixel losses", (terms, call.plan.pixels), np.float32),
-        largest=np.zeros(terms * joints, np.int64),
-        pull=np.zeros((terms, joints), np.float32),
-        spread=np.zeros((terms, joints), np.float32),
-    )
+    scale, mean = np.empty((2, terms, joints))
+    pull, spread = np.empty((2, terms, joints), np.float32)
+    largest, sums = np.zeros((2, terms * joints), np.int64)
+    pixels = call.plan.pixels if with_losses else 0
+    losses = call.scratch.array("pixel losses", (terms, pixels), np.float32)
+    return of_plan._replace(losses=losses, largest=largest, scale=scale, sums=sums, mean=mean, pull=pull, spread=spread)
 
 
-def _cross_entropy(
-    call: Call, term: Term, t: int, entropies: CrossEntropies, labels: npt.NDArray[np.int64]
-) -> TermValues:
-    """Computes the loss of a term, the weighted mean over its pixels, and the factors of its gradient.
+def _add_cross_entropies(call: Call, entropies: CrossEntropies, labels: npt.NDArray[np.int64]) -> None:
+    """Adds up the losses of pixels, and writes the factors of the gradients.
 
     Args:
         labels: the pixels of each class in each joint.
     """
-    joints = len(call.plan.sizes)
-    counts = labels * entropies.counted[t, :-1, None]
-    # One joint at a time, since the order in which NumPy sums the rows of a matrix depends on the number of rows.
-    total = np.array([(of_joint * term.class_weights).sum() for of_joint in counts.T])
-    mean = np.divide(1.0, total, out=np.zeros(joints), where=total > 0)
-    scales = _scales(entropies.largest[t * joints : (t + 1) * joints], call.joint_pixels)
-    sums = np.zeros(joints, np.int64)
-    call.run_blocks(add_losses, losses=entropies.losses[t], scales=scales, sums=sums)
+    if len(entropies.smoothing) == 0:
+        return
+    pixels = call.joint_pixels
+    bits = call.outline.sum_bits if call.ranks is None else sum_bits(pixels)
+    set_all_factors(entropies, labels, pixels, bits)
+    call.run_blocks(add_losses, entropies=entropies)
     if call.ranks is not None:
-        call.ranks.add([sums])
-    entropies.pull[t] = term.label_factor * mean
-    entropies.spread[t] = term.spread_factor * mean
-    losses = (sums / scales * mean)[None]
+        call.ranks.add([entropies.sums])
+
+
+def _cross_entropy(entropies: CrossEntropies, t: int) -> TermValues:
+    """The values of a cross-entropy term: the weighted mean over its pixels."""
+    scale = entropies.scale[t : t + 1]
+    losses = entropies.sums.reshape(entropies.scale.shape)[t : t + 1] / scale * entropies.mean[t : t + 1]
     return TermValues(losses, np.ones_like(losses, np.bool_))
 
 
@@ -253,29 +327,12 @@ def _binary_cross_entropy(
     joints = len(call.plan.sizes)
     mean = np.divide(1.0, counted, out=np.zeros(joints), where=counted > 0)
     pixels = call.joint_pixels * call.plan.channels
-    scales = _scales(entropies.largest, pixels, max(1.0, term.pos_weight.max()))
+    largest_weight = max(1.0, float(term.pos_weight.max()))
+    units = scales(entropies.largest, pixels, sum_bits(pixels), largest_weight)
     sums = np.zeros(joints, np.int64)
-    call.run_blocks(binary.add_losses, codes=codes, entropies=entropies, term=t, scales=scales, sums=sums)
+    call.run_blocks(binary.add_losses, codes=codes, entropies=entropies, term=t, scales=units, sums=sums)
     if call.ranks is not None:
         call.ranks.add([sums])
     entropies.factor[t] = term.weight * mean
-    losses = (sums / scales * mean)[None]
+    losses = (sums / units * mean)[None]
     return TermValues(losses, np.ones_like(losses, np.bool_))
-
-
-def _scales(
-    largest: npt.NDArray[np.int64], pixels: npt.NDArray[np.int64], weight: float = 1.0
-) -> npt.NDArray[np.float64]:
-    """The scale of the integers that the losses of each joint's pixels are added as.
-
-    Args:
-        largest: the bits of the largest loss of a pixel.
-        pixels: the number of summands.
-        weight: the largest factor of a pixel's loss.
-    """
-    losses = largest.astype(np.int32).view(np.float32)
-    bounds = np.where(np.isfinite(losses), losses, 0.0).astype(np.float64) * pixels * weight
-    # The sum is below 2^bits. No summand exceeds 2^51, as it is at most a bound's share.
-    bits = np.minimum(FIXED_POINT_BITS, ROUNDED_BITS + np.frexp(pixels)[1] - 1)
-    scales: npt.NDArray[np.float64] = np.ldexp(1.0, np.minimum(bits - np.frexp(bounds)[1], 1000))
-    return scales

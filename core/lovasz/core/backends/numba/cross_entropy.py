@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
 
-from lovasz.core.backends.numba.elementary import log, log1p, rounded
+from lovasz.core.backends.numba.elementary import log, log1p, ordered_sum
+from lovasz.core.backends.numba.fixed_point import rounded, scale
 from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits
 from lovasz.core.backends.numba.planes import Blocks, Codes, Floats, Integers, Planes, claim
 
@@ -24,17 +25,28 @@ class CrossEntropies(NamedTuple):
         weights: float32, (T, codes): the weight of each class; 0 for void.
         counted: float32, (T, codes): 0 for codes that are void for the term, 1 for the others.
         smoothing: float32, (T,): label smoothing.
+        class_weights: float64, (T, K).
+        label_factor, spread_factor: float64, (T,): those of the :class:`~lovasz.core.plan.Term`.
         losses: float32, (T, pixels): written: each pixel's weighted loss.
         largest: int64, (T x joints): written: the bits of the largest loss of a pixel.
-        pull: float32, (T, joints).
-        spread: float32, (T, joints): 0 without label smoothing.
+        scale: float64, (T, joints): written: the losses are added as multiples of 1 / scale.
+        sums: int64, (T x joints): written: the sum of the losses of a joint, as such multiples.
+        mean: float64, (T, joints): written: 1 over the weight of a joint's pixels; 0 if it has none.
+        pull: float32, (T, joints): written.
+        spread: float32, (T, joints): written: 0 without label smoothing.
     """
 
     weights: npt.NDArray[np.float32]
     counted: npt.NDArray[np.float32]
     smoothing: Floats
+    class_weights: npt.NDArray[np.float64]
+    label_factor: npt.NDArray[np.float64]
+    spread_factor: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float32]
     largest: Integers
+    scale: npt.NDArray[np.float64]
+    sums: Integers
+    mean: npt.NDArray[np.float64]
     pull: npt.NDArray[np.float32]
     spread: npt.NDArray[np.float32]
 
@@ -91,25 +103,57 @@ def pixel_losses(
 
 
 @compiled
-def add_losses(
-    tasks: Integers,
-    blocks: Blocks,
-    planes: Planes,
-    losses: Floats,
-    scales: npt.NDArray[np.float64],
-    sums: Integers,
-) -> None:
-    """Adds up each joint's losses as integers: each loss is rounded to a multiple of 1 / scale."""
+def set_factors(entropies: CrossEntropies, joint: int, labels: Integers, pixels: int, bits: int) -> None:
+    """Writes ``scale``, ``mean``, ``pull`` and ``spread`` of a joint, whose losses are known.
+
+    Args:
+        labels: the number of its pixels of each class.
+        pixels: the number of all its pixels.
+        bits: ``sum_bits`` of this number.
+    """
+    joints, weights = entropies.scale.shape[1], np.empty(len(labels))
+    for term in range(len(entropies.smoothing)):
+        for k in range(len(labels)):
+            weights[k] = labels[k] * entropies.counted[term, k] * entropies.class_weights[term, k]
+        total = ordered_sum(weights)
+        mean = 1.0 / total if total > 0.0 else 0.0
+        entropies.scale[term, joint] = scale(entropies.largest[term * joints + joint], pixels, bits, 1.0)
+        entropies.mean[term, joint] = mean
+        entropies.pull[term, joint] = entropies.label_factor[term] * mean
+        entropies.spread[term, joint] = entropies.spread_factor[term] * mean
+
+
+@compiled
+def set_all_factors(entropies: CrossEntropies, labels: Integers, pixels: Integers, bits: Integers) -> None:
+    """``set_factors`` of all joints.
+
+    Args:
+        labels: (K, joints).
+        pixels, bits: (joints,).
+    """
+    of_joint = np.empty(len(labels), np.int64)
+    for joint in range(len(pixels)):
+        for k in range(len(labels)):
+            of_joint[k] = labels[k, joint]
+        set_factors(entropies, joint, of_joint, pixels[joint], bits[joint])
+
+
+@compiled
+def add_losses(tasks: Integers, blocks: Blocks, planes: Planes, entropies: CrossEntropies) -> None:
+    """Adds up the losses of each joint's pixels in ``sums``: each is rounded to a multiple of 1 / scale."""
+    joints = entropies.scale.shape[1]
     while True:
         task = claim(tasks, len(blocks.plane))
         if task >= len(blocks.plane):
             break
         plane = blocks.plane[task]
         start, joint = planes.start[plane], planes.joint[plane]
-        local, scale = np.int64(0), scales[joint]
-        for i in range(start + blocks.first[task], start + blocks.last[task]):
-            local += rounded(np.float64(losses[i]) * scale)
-        atomic_add(sums, joint, local)
+        for term in range(len(entropies.smoothing)):
+            losses = entropies.losses[term, start + blocks.first[task] : start + blocks.last[task]]
+            local, units = np.int64(0), entropies.scale[term, joint]
+            for i in range(len(losses)):
+                local += rounded(np.float64(losses[i]) * units)
+            atomic_add(entropies.sums, term * joints + joint, local)
 
 
 @compiled

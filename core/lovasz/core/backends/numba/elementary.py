@@ -1,4 +1,4 @@
-"""Exponential and logarithm in float32, rounding and sums, made of operations that compilers can vectorize.
+"""Exponential and logarithm in float32, and sums, made of operations that compilers can vectorize.
 
 The polynomials and range reductions are those of Moshier's Cephes library (expf, logf). The relative error is below
 1.3e-7 in the ranges given.
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numpy import float32 as f32
 from numpy import int32 as i32
 
-from lovasz.core.backends.numba.intrinsics import bits_float, double_bits, float_bits, fma, inlined
+from lovasz.core.backends.numba.intrinsics import bits_float, float_bits, fma, inlined
 
 _LOWEST = f32(-87.0)
 _LOG2_E = f32(1.4426950408889634)
@@ -28,18 +28,6 @@ _LN2_LOW = f32(-2.12194440e-4)
 _L0, _L1, _L2 = f32(7.0376836292e-2), f32(-1.1514610310e-1), f32(1.1676998740e-1)
 _L3, _L4, _L5 = f32(-1.2420140846e-1), f32(1.4249322787e-1), f32(-1.6668057665e-1)
 _L6, _L7, _L8 = f32(2.0000714765e-1), f32(-2.4999993993e-1), f32(3.3333331174e-1)
-
-
-ROUNDED_BITS = 51
-"""``rounded`` takes numbers of up to 2^51."""
-_ROUND_DOUBLE = 6755399441055744.0  # 1.5 x 2^52
-_ROUND_DOUBLE_BITS = np.int64(0x4338000000000000)
-
-
-@inlined
-def rounded(x: float) -> np.int64:
-    """The integer nearest to x, |x| <= 2^51; the processor's own conversion does not vectorize."""
-    return double_bits(x + _ROUND_DOUBLE) - _ROUND_DOUBLE_BITS
 
 
 @inlined

@@ -30,12 +30,14 @@ class Thresholds(NamedTuple):
         foreground: a segment with fewer foreground pixels is sorted.
         order_error: a segment of a binary loss is sorted if ``tables.order_error`` of its table exceeds this.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
+        whole: a joint with more logits is computed by all threads, step by step.
     """
 
     pixels: int
     foreground: int
     order_error: float
     positive: float
+    whole: int
 
 
 class ErrorScale(NamedTuple):
@@ -62,6 +64,7 @@ THRESHOLDS = Thresholds(
     order_error=1.8e-5,
     # Selecting takes a third of the time of counting, and sorting a pixel four times that of counting it.
     positive=0.25,
+    whole=1 << 19,
 )
 MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
@@ -70,8 +73,8 @@ MOST_JOINT_TABLES = 24
 MOST_PARTS = 64
 """The most parts of these segments together, unless there are more segments."""
 
-SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf, 0)
-COUNT_ALL = Thresholds(0, 0, math.inf, 0)
+SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf, 0, 0)
+COUNT_ALL = Thresholds(0, 0, math.inf, 0, 0)
 
 
 def score_term(

@@ -12,9 +12,11 @@ import numpy.typing as npt
 from lovasz.core.backends.numba.binary import BinaryCrossEntropies
 from lovasz.core.backends.numba.bins import SOFTMAX_TOP
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies
+from lovasz.core.backends.numba.fixed_point import sum_bits
 from lovasz.core.backends.numba.planes import Blocks, Integers, Labelling
 from lovasz.core.backends.numba.segments import Segments
-from lovasz.core.plan import Plan, Term
+from lovasz.core.backends.numba.whole import Joints, Terms
+from lovasz.core.plan import Groups, Plan, Term
 from lovasz.core.scoring import segment_factors
 
 ONE_THREAD_ELEMENTS = 1 << 15
@@ -28,6 +30,9 @@ BLOCK_MULTIPLE = 64
 
 FUSE_BELOW_PIXELS = 64
 """Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
+
+MOST_BYTE = 255
+"""Codes up to this are bytes."""
 
 KEPT_SEGMENTS = 1 << 12
 """Plans with more segments, those of all terms, keep none: each takes about a hundred bytes."""
@@ -55,6 +60,22 @@ class TermOutline:
     factors: npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, eq=False)
+class WholeOutline:
+    """What is known of joints that one thread computes each: the arguments of ``whole.compute``.
+
+    Attributes:
+        start: the first pixel of each plane, counted from the first pixel of its joint.
+        term_segments: the segments of each term.
+    """
+
+    joints: Joints
+    terms: Terms
+    segments: Segments
+    start: Integers
+    term_segments: list[slice]
+
+
 class Outline:
     """What compiled loops need to know of a batch, apart from its tensors and counts.
 
@@ -65,6 +86,7 @@ class Outline:
             tensors have to be transposed (a list). For float32; ``without_points`` is for 16 bits.
         blocks: the tasks of loops over pixels.
         labelling: how labels become codes.
+        largest: the number of pixels of the largest joint.
         is_small: whether the calling thread computes the batch alone.
     """
 
@@ -80,6 +102,7 @@ class Outline:
         self.blocks = _blocks(self.planes.pixels)
         values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
         self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
+        self.largest = int(self.planes.joints.pixels.max())
         self.is_small = plan.pixels * plan.channels < ONE_THREAD_ELEMENTS
         self._of_terms: dict[Term, TermOutline] = {}
         self._byte_offsets: dict[tuple[int, int], Integers] = {}
@@ -119,12 +142,25 @@ class Outline:
         return known
 
     def _make(self, term: Term) -> TermOutline:
-        groups, channels, is_binary = self.planes.groups(term), self._plan.channels, self._plan.is_binary
-        count = len(groups.pixels)
-        group = np.repeat(np.argsort(-groups.pixels, kind="stable"), channels)
-        row = np.tile(np.arange(channels), count)
+        groups = self.planes.groups(term)
+        order = np.argsort(-groups.pixels, kind="stable")
+        segments = self._segments(groups, order)
+        group, count = np.repeat(order, self._plan.channels), len(order)
+        return TermOutline(
+            segments,
+            places=segments.row * count + group,
+            largest=int(groups.pixels.max()),
+            group_of_planes=np.arange(count) if term.per_image else self.planes.joint,
+            ignored=self.ignored_code(term),
+            factors=segment_factors(term, groups.share, term.class_weights),
+        )
+
+    def _segments(self, groups: Groups, order: Integers) -> Segments:
+        """The segments of groups, in this order; columns that depend on counts are undefined."""
+        channels, is_binary = self._plan.channels, self._plan.is_binary
+        group, row = np.repeat(order, channels), np.tile(np.arange(channels), len(order))
         zeros, weightless = np.zeros_like(row), np.zeros(len(row))
-        segments = Segments(
+        return Segments(
             counted=np.zeros(len(row), np.bool_),
             row=row,
             code_row=row if is_binary else zeros,
@@ -138,13 +174,53 @@ class Outline:
             weight=weightless,
             foreground_weight=weightless,
         )
-        return TermOutline(
-            segments,
-            places=row * count + group,
-            largest=int(groups.pixels.max()),
-            group_of_planes=np.arange(count) if term.per_image else self.planes.joint,
-            ignored=self.ignored_code(term),
-            factors=segment_factors(term, groups.share, term.class_weights),
+
+    @cached_property
+    def whole(self) -> WholeOutline | None:
+        """For softmax losses with Lovász terms; None for others, and with too many classes or segments.
+
+        Codes of many classes do not fit in a byte: loops for them would have to be compiled, too.
+        """
+        plan, joints = self._plan, self.planes.joints
+        groups_of = [self.planes.groups(term) for term in plan.lovasz]
+        counts = [len(groups.pixels) for groups in groups_of]
+        has_bytes = self.labelling.void <= MOST_BYTE
+        if plan.is_binary or not counts or not has_bytes or sum(counts) * plan.channels > KEPT_SEGMENTS:
+            return None
+        first_group = np.cumsum([0, *counts])[:-1]
+        stop_plane = joints.first_plane + joints.planes
+        first_block, stop_block = np.searchsorted(self.blocks.plane, [joints.first_plane, stop_plane])
+        segments, factors = [], []
+        for term, groups in zip(plan.lovasz, groups_of, strict=True):
+            of_groups = self._segments(groups, np.arange(len(groups.pixels)))
+            before = joints.start[self.planes.joint[of_groups.first_plane]]
+            segments.append(of_groups._replace(start=of_groups.start - before, stop=of_groups.stop - before))
+            factors.append(segment_factors(term, groups.share, term.class_weights).T.ravel())
+        listed = [np.zeros(plan.channels) if term.listed is None else term.listed for term in plan.lovasz]
+        return WholeOutline(
+            joints=Joints(
+                order=np.argsort(-joints.pixels, kind="stable"),
+                first_plane=joints.first_plane,
+                stop_plane=stop_plane,
+                first_block=first_block,
+                stop_block=stop_block,
+                pixels=joints.pixels,
+                sum_bits=self.sum_bits,
+            ),
+            terms=Terms(
+                first_group=first_group,
+                per_image=np.array([term.per_image for term in plan.lovasz], np.bool_),
+                ignored=np.array([self.ignored_code(term) for term in plan.lovasz], np.int64),
+                is_listed=np.array([term.listed is not None for term in plan.lovasz], np.bool_),
+                listed=np.array(listed, np.bool_).reshape(len(listed), plan.channels),
+                factors=np.concatenate(factors),
+            ),
+            segments=Segments(*(np.concatenate(columns) for columns in zip(*segments, strict=True))),
+            start=self.planes.start - joints.start[self.planes.joint],
+            term_segments=[
+                slice(first * plan.channels, (first + count) * plan.channels)
+                for first, count in zip(first_group.tolist(), counts, strict=True)
+            ],
         )
 
     @cached_property
@@ -156,9 +232,31 @@ class Outline:
             weights[t, :void] = term.class_weights
             counted[t, :void] = 1.0
             counted[t, self.ignored_code(term)] = 0.0
-        nothing = np.empty((len(terms), 0), np.float32)
-        smoothing = np.array([term.label_smoothing for term in terms], np.float32)
-        return CrossEntropies(weights, counted, smoothing, nothing, np.empty(0, np.int64), nothing, nothing)
+        factors = np.array([(term.label_smoothing, term.label_factor, term.spread_factor) for term in terms])
+        smoothing, label_factor, spread_factor = factors.reshape(-1, 3).T.copy()
+        no_floats, no_doubles, no_integers = (
+            np.empty((len(terms), 0), dtype) for dtype in (np.float32, np.float64, np.int64)
+        )
+        return CrossEntropies(
+            weights=weights,
+            counted=counted,
+            smoothing=smoothing.astype(np.float32),
+            class_weights=np.array([term.class_weights for term in terms]).reshape(len(terms), void),
+            label_factor=label_factor,
+            spread_factor=spread_factor,
+            losses=no_floats,
+            largest=no_integers.ravel(),
+            scale=no_doubles,
+            sums=no_integers.ravel(),
+            mean=no_doubles,
+            pull=no_floats,
+            spread=no_floats,
+        )
+
+    @cached_property
+    def sum_bits(self) -> Integers:
+        """``fixed_point.sum_bits`` of the sum over each joint's pixels: int64, (joints,)."""
+        return sum_bits(self.planes.joints.pixels)
 
     @cached_property
     def binary_cross_entropies(self) -> BinaryCrossEntropies:

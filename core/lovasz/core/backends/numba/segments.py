@@ -88,10 +88,10 @@ def score(
         s = claim(tasks, len(segments.row))
         if s >= len(segments.row):
             break
-        error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
-        code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
         if segments.counted[s]:
             start, stop = segments.start[s], segments.stop[s]
+            error = errors[segments.row[s], start:stop]
+            code = codes[segments.code_row[s], start:stop]
             last = tables.last_distance(error, code, segments.foreground[s], segments.top[s])
             lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last, table)
             is_fine = keeps_order(segments, s, rules, lowest, highest, table)
@@ -102,28 +102,47 @@ def score(
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
-        g = room[: len(error)] if rules.want_grad else room[:0]
-        is_direct = rules.want_grad and not rules.add and segments.stop_plane[s] == segments.first_plane[s] + 1
-        if is_direct:
-            g = _grads(segments, s, planes, segments.first_plane[s])
-        if segments.foreground_count[s] == 0:
-            losses[s] = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
-        else:
-            losses[s] = sorting.extension(
-                error,
-                code,
-                segments.foreground[s],
-                rules.void,
-                rules.ignored,
-                segments.weight[s],
-                segments.foreground_weight[s],
-                rules.cut,
-                keys,
-                other_keys,
-                g,
-            )
-        if rules.want_grad and not is_direct:
-            _hand_out(segments, s, rules, planes, g)
+        losses[s] = sort_segment(segments, s, rules, planes, errors, codes, keys, other_keys, room)
+
+
+@compiled
+def sort_segment(
+    segments: Segments,
+    s: int,
+    rules: Rules,
+    planes: Planes,
+    errors: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    keys: Keys,
+    other_keys: Keys,
+    room: Floats,
+) -> float:
+    """Writes the gradient of a segment that is not counted, and returns its loss. For the arguments see ``score``."""
+    error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
+    code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
+    g = room[: len(error)] if rules.want_grad else room[:0]
+    is_direct = rules.want_grad and not rules.add and segments.stop_plane[s] == segments.first_plane[s] + 1
+    if is_direct:
+        g = _grads(segments, s, planes, segments.first_plane[s])
+    if segments.foreground_count[s] == 0:
+        loss = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
+    else:
+        loss = sorting.extension(
+            error,
+            code,
+            segments.foreground[s],
+            rules.void,
+            rules.ignored,
+            segments.weight[s],
+            segments.foreground_weight[s],
+            rules.cut,
+            keys,
+            other_keys,
+            g,
+        )
+    if rules.want_grad and not is_direct:
+        _hand_out(segments, s, rules, planes, g)
+    return loss
 
 
 @compiled

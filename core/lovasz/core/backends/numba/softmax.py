@@ -349,3 +349,10 @@ def finish(
                     add_spread(entropies, term, joint, code, py, errors, start, grads, first)
             if planes.are_points[plane]:
                 write_points(planes.points[plane], first, grads, n)
+
+
+@compiled
+def clear(planes: Planes, first_plane: int, stop_plane: int, channels: int) -> None:
+    """Sets the gradients of planes to 0."""
+    for plane in range(first_plane, stop_plane):
+        numba.carray(pointer(planes.grads[plane]), (channels * planes.pixels[plane],), np.float32)[:] = f32(0)
