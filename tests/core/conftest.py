@@ -15,7 +15,7 @@ from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, installed
 from lovasz.spec import WeightedSum
 
-collect_ignore = [] if installed("numba") else ["test_numba_kernels.py", "test_process_group.py"]
+collect_ignore = [] if installed("numba") else ["test_numba_kernels.py", "test_process_group.py", "test_whole.py"]
 
 
 def _parameter(way: Way) -> object:

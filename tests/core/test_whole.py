@@ -11,13 +11,11 @@ from support.comparison import bits, normal, random_labels
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszSoftmax
 from lovasz.core.answers import JointFault
+from lovasz.core.backends.numba import extension, whole
+from lovasz.core.backends.numba.call import Call
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import LossLike, Result, weighted_sum
-
-extension = pytest.importorskip("lovasz.core.backends.numba.extension")
-from lovasz.core.backends.numba import compute as numba_compute  # noqa: E402
-from lovasz.core.backends.numba import whole  # noqa: E402
 
 VOID = 255
 STEP_BY_STEP = extension.THRESHOLDS._replace(whole=0)
@@ -64,13 +62,13 @@ def answers(made: list[Request], loss: LossLike, want_grad: bool = True) -> list
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the compiled loops that were run."""
     names: list[str] = []
-    run = numba_compute.Call.run
+    run = Call.run
 
     def noted(call: Any, loop: Any, **arguments: Any) -> None:
         names.append(loop.__name__)
         run(call, loop, **arguments)
 
-    monkeypatch.setattr(numba_compute.Call, "run", noted)
+    monkeypatch.setattr(Call, "run", noted)
     return names
 
 

@@ -73,14 +73,11 @@ def _terms(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointC
 def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCounts]:
     """A softmax loss of joints that are computed by one thread each."""
     plan, channels, pixels = call.plan, call.plan.channels, call.outline.largest
-    threads, count = min(call.threads, len(plan.sizes)), len(outline.segments.row)
+    threads, array = min(call.threads, len(plan.sizes)), call.scratch.array
     entropies = _cross_entropies(call, with_losses=False)
     scored_planes = np.zeros((len(call.plan_planes), channels), np.bool_)
-    weight, losses = np.zeros((2, count))
-    scored, array = np.zeros(count, np.bool_), call.scratch.array
-    segments = outline.segments._replace(
-        foreground_count=np.empty(count, np.int64), weight=weight, foreground_weight=weight
-    )
+    scored = np.zeros_like(outline.tables["factors"], np.bool_)
+    losses = np.zeros_like(outline.tables["factors"])
     errors = array("errors", (threads, channels, pixels + ROW_PADDING), np.float32)
     codes = array("codes", (threads, 1, pixels), np.uint8)
     probability = array("label probability", (threads, pixels), np.float32)
@@ -90,9 +87,7 @@ def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCo
     call.run(
         whole.compute,
         threads=threads,
-        joints=outline.joints,
-        terms=outline.terms,
-        segments=segments,
+        **outline.tables,
         want_grad=call.want_grad,
         blocks=call.outline.blocks,
         planes=call.planes._replace(start=outline.start),
@@ -108,19 +103,17 @@ def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCo
             "codes": codes[thread],
             "label_probability": probability[thread],
             "pixel_losses": pixel_losses[thread],
-            "keys": keys[thread, 0],
-            "other_keys": keys[thread, 1],
+            "keys": keys[thread],
             "room": room[thread],
         },
     )
-    of_joints, lovasz, numbers, terms = call.joint_counts(), iter(outline.term_segments), itertools.count(), []
+    of_joints, lovasz, numbers, terms = call.joint_counts(), iter(outline.groups), itertools.count(), []
     for term in plan.terms:
         if isinstance(term.loss, CrossEntropy):
             terms.append(_cross_entropy(entropies, next(numbers)))
         else:
             own = next(lovasz)
-            columns = [values[own].reshape(-1, channels).T.copy() for values in (losses, scored)]
-            terms.append(TermValues(*columns))
+            terms.append(TermValues(losses[own].T.copy(), scored[own].T.copy()))
     return terms, of_joints
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +17,8 @@ from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.fixed_point import sum_bits
 from lovasz.core.backends.numba.planes import Blocks, Integers, Labelling
 from lovasz.core.backends.numba.segments import Segments
-from lovasz.core.backends.numba.whole import Joints, Terms
-from lovasz.core.plan import Groups, Plan, Term
+from lovasz.core.backends.numba.whole import Groups, Joints, Terms
+from lovasz.core.plan import Plan, Term
 from lovasz.core.scoring import segment_factors
 
 ONE_THREAD_ELEMENTS = 1 << 15
@@ -62,18 +64,17 @@ class TermOutline:
 
 @dataclass(frozen=True, eq=False)
 class WholeOutline:
-    """What is known of joints that one thread computes each: the arguments of ``whole.compute``.
+    """What is known of joints that one thread computes each.
 
     Attributes:
+        tables: arguments of ``whole.compute``.
         start: the first pixel of each plane, counted from the first pixel of its joint.
-        term_segments: the segments of each term.
+        groups: the groups of each Lovász term among those of all.
     """
 
-    joints: Joints
-    terms: Terms
-    segments: Segments
+    tables: dict[str, npt.NDArray[Any]]
     start: Integers
-    term_segments: list[slice]
+    groups: list[slice]
 
 
 class Outline:
@@ -142,25 +143,12 @@ class Outline:
         return known
 
     def _make(self, term: Term) -> TermOutline:
-        groups = self.planes.groups(term)
-        order = np.argsort(-groups.pixels, kind="stable")
-        segments = self._segments(groups, order)
-        group, count = np.repeat(order, self._plan.channels), len(order)
-        return TermOutline(
-            segments,
-            places=segments.row * count + group,
-            largest=int(groups.pixels.max()),
-            group_of_planes=np.arange(count) if term.per_image else self.planes.joint,
-            ignored=self.ignored_code(term),
-            factors=segment_factors(term, groups.share, term.class_weights),
-        )
-
-    def _segments(self, groups: Groups, order: Integers) -> Segments:
-        """The segments of groups, in this order; columns that depend on counts are undefined."""
-        channels, is_binary = self._plan.channels, self._plan.is_binary
-        group, row = np.repeat(order, channels), np.tile(np.arange(channels), len(order))
+        groups, channels, is_binary = self.planes.groups(term), self._plan.channels, self._plan.is_binary
+        count = len(groups.pixels)
+        group = np.repeat(np.argsort(-groups.pixels, kind="stable"), channels)
+        row = np.tile(np.arange(channels), count)
         zeros, weightless = np.zeros_like(row), np.zeros(len(row))
-        return Segments(
+        segments = Segments(
             counted=np.zeros(len(row), np.bool_),
             row=row,
             code_row=row if is_binary else zeros,
@@ -174,6 +162,14 @@ class Outline:
             weight=weightless,
             foreground_weight=weightless,
         )
+        return TermOutline(
+            segments,
+            places=row * count + group,
+            largest=int(groups.pixels.max()),
+            group_of_planes=np.arange(count) if term.per_image else self.planes.joint,
+            ignored=self.ignored_code(term),
+            factors=segment_factors(term, groups.share, term.class_weights),
+        )
 
     @cached_property
     def whole(self) -> WholeOutline | None:
@@ -181,46 +177,41 @@ class Outline:
 
         Codes of many classes do not fit in a byte: loops for them would have to be compiled, too.
         """
-        plan, joints = self._plan, self.planes.joints
-        groups_of = [self.planes.groups(term) for term in plan.lovasz]
-        counts = [len(groups.pixels) for groups in groups_of]
-        has_bytes = self.labelling.void <= MOST_BYTE
-        if plan.is_binary or not counts or not has_bytes or sum(counts) * plan.channels > KEPT_SEGMENTS:
+        plan, joints, lovasz = self._plan, self.planes.joints, self._plan.lovasz
+        groups_of = [self.planes.groups(term) for term in lovasz]
+        ends = np.cumsum([0, *(len(groups.pixels) for groups in groups_of)])
+        if plan.is_binary or self.labelling.void > MOST_BYTE or not 0 < ends[-1] * plan.channels <= KEPT_SEGMENTS:
             return None
-        first_group = np.cumsum([0, *counts])[:-1]
-        stop_plane = joints.first_plane + joints.planes
-        first_block, stop_block = np.searchsorted(self.blocks.plane, [joints.first_plane, stop_plane])
-        segments, factors = [], []
-        for term, groups in zip(plan.lovasz, groups_of, strict=True):
-            of_groups = self._segments(groups, np.arange(len(groups.pixels)))
-            before = joints.start[self.planes.joint[of_groups.first_plane]]
-            segments.append(of_groups._replace(start=of_groups.start - before, stop=of_groups.stop - before))
-            factors.append(segment_factors(term, groups.share, term.class_weights).T.ravel())
-        listed = [np.zeros(plan.channels) if term.listed is None else term.listed for term in plan.lovasz]
+        edges = np.stack([joints.first_plane, joints.first_plane + joints.planes])
+        groups_table = []
+        for groups in groups_of:
+            start = groups.start - joints.start[self.planes.joint[groups.first_plane]]
+            stop_plane = groups.first_plane + groups.planes
+            groups_table.append(Groups(groups.first_plane, stop_plane, start, start + groups.pixels))
+        factors = [
+            segment_factors(term, g.share, term.class_weights).T for term, g in zip(lovasz, groups_of, strict=True)
+        ]
+        order = np.argsort(-joints.pixels, kind="stable")
+        listed = [np.zeros(plan.channels, np.bool_) if term.listed is None else term.listed for term in lovasz]
         return WholeOutline(
-            joints=Joints(
-                order=np.argsort(-joints.pixels, kind="stable"),
-                first_plane=joints.first_plane,
-                stop_plane=stop_plane,
-                first_block=first_block,
-                stop_block=stop_block,
-                pixels=joints.pixels,
-                sum_bits=self.sum_bits,
-            ),
-            terms=Terms(
-                first_group=first_group,
-                per_image=np.array([term.per_image for term in plan.lovasz], np.bool_),
-                ignored=np.array([self.ignored_code(term) for term in plan.lovasz], np.int64),
-                is_listed=np.array([term.listed is not None for term in plan.lovasz], np.bool_),
-                listed=np.array(listed, np.bool_).reshape(len(listed), plan.channels),
-                factors=np.concatenate(factors),
-            ),
-            segments=Segments(*(np.concatenate(columns) for columns in zip(*segments, strict=True))),
+            tables={
+                "joint_table": np.stack(
+                    Joints(order, *edges, *np.searchsorted(self.blocks.plane, edges), joints.pixels, self.sum_bits)
+                ),
+                "term_table": np.stack(
+                    Terms(
+                        first_group=ends[:-1],
+                        per_image=np.array([term.per_image for term in lovasz], np.int64),
+                        ignored=np.array([self.ignored_code(term) for term in lovasz], np.int64),
+                        is_listed=np.array([term.listed is not None for term in lovasz], np.int64),
+                    )
+                ),
+                "group_table": np.concatenate(groups_table, axis=1),
+                "listed": np.array(listed),
+                "factors": np.concatenate(factors),
+            },
             start=self.planes.start - joints.start[self.planes.joint],
-            term_segments=[
-                slice(first * plan.channels, (first + count) * plan.channels)
-                for first, count in zip(first_group.tolist(), counts, strict=True)
-            ],
+            groups=[slice(first, stop) for first, stop in itertools.pairwise(ends.tolist())],
         )
 
     @cached_property

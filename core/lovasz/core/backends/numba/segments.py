@@ -43,6 +43,21 @@ class Segments(NamedTuple):
     foreground_weight: npt.NDArray[np.float64]
 
 
+class Segment(NamedTuple):
+    """One of the ``Segments``, which is not counted."""
+
+    row: int
+    code_row: int
+    foreground: int
+    foreground_count: int
+    first_plane: int
+    stop_plane: int
+    start: int
+    stop: int
+    weight: float
+    foreground_weight: float
+
+
 class Rules(NamedTuple):
     """The settings for all segments of a term.
 
@@ -102,13 +117,24 @@ def score(
             tables.clear(table, lowest, highest)
             if is_fine:
                 continue
-        losses[s] = sort_segment(segments, s, rules, planes, errors, codes, keys, other_keys, room)
+        segment = Segment(
+            row=segments.row[s],
+            code_row=segments.code_row[s],
+            foreground=segments.foreground[s],
+            foreground_count=segments.foreground_count[s],
+            first_plane=segments.first_plane[s],
+            stop_plane=segments.stop_plane[s],
+            start=segments.start[s],
+            stop=segments.stop[s],
+            weight=segments.weight[s],
+            foreground_weight=segments.foreground_weight[s],
+        )
+        losses[s] = sort_segment(segment, rules, planes, errors, codes, keys, other_keys, room)
 
 
 @compiled
 def sort_segment(
-    segments: Segments,
-    s: int,
+    segment: Segment,
     rules: Rules,
     planes: Planes,
     errors: npt.NDArray[np.float32],
@@ -118,30 +144,30 @@ def sort_segment(
     room: Floats,
 ) -> float:
     """Writes the gradient of a segment that is not counted, and returns its loss. For the arguments see ``score``."""
-    error = errors[segments.row[s], segments.start[s] : segments.stop[s]]
-    code = codes[segments.code_row[s], segments.start[s] : segments.stop[s]]
+    error = errors[segment.row, segment.start : segment.stop]
+    code = codes[segment.code_row, segment.start : segment.stop]
     g = room[: len(error)] if rules.want_grad else room[:0]
-    is_direct = rules.want_grad and not rules.add and segments.stop_plane[s] == segments.first_plane[s] + 1
+    is_direct = rules.want_grad and not rules.add and segment.stop_plane == segment.first_plane + 1
     if is_direct:
-        g = _grads(segments, s, planes, segments.first_plane[s])
-    if segments.foreground_count[s] == 0:
-        loss = sorting.largest(error, code, rules.void, rules.ignored, segments.weight[s], rules.cut, g)
+        g = _grads(segment.row, planes, segment.first_plane)
+    if segment.foreground_count == 0:
+        loss = sorting.largest(error, code, rules.void, rules.ignored, segment.weight, rules.cut, g)
     else:
         loss = sorting.extension(
             error,
             code,
-            segments.foreground[s],
+            segment.foreground,
             rules.void,
             rules.ignored,
-            segments.weight[s],
-            segments.foreground_weight[s],
+            segment.weight,
+            segment.foreground_weight,
             rules.cut,
             keys,
             other_keys,
             g,
         )
     if rules.want_grad and not is_direct:
-        _hand_out(segments, s, rules, planes, g)
+        _hand_out(segment, rules, planes, g)
     return loss
 
 
@@ -225,11 +251,11 @@ def look_up_range(
 
 
 @compiled
-def _hand_out(segments: Segments, s: int, rules: Rules, planes: Planes, g: Floats) -> None:
+def _hand_out(segment: Segment, rules: Rules, planes: Planes, g: Floats) -> None:
     """Writes a segment's gradient ``g`` to the gradients of its planes."""
-    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
-        grads = _grads(segments, s, planes, plane)
-        own = g[planes.start[plane] - segments.start[s] :][: len(grads)]
+    for plane in range(segment.first_plane, segment.stop_plane):
+        grads = _grads(segment.row, planes, plane)
+        own = g[planes.start[plane] - segment.start :][: len(grads)]
         if rules.add:
             for i in range(len(grads)):
                 grads[i] += own[i]
@@ -239,10 +265,10 @@ def _hand_out(segments: Segments, s: int, rules: Rules, planes: Planes, g: Float
 
 
 @compiled
-def _grads(segments: Segments, s: int, planes: Planes, plane: int) -> Floats:
-    """The gradient of a segment's row in one of its planes."""
+def _grads(row: int, planes: Planes, plane: int) -> Floats:
+    """The gradient of a row of a plane."""
     pixels = planes.pixels[plane]
-    address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
+    address = planes.grads[plane] + np.uint64(4 * pixels * row)
     grads: Floats = numba.carray(pointer(address), (pixels,), np.float32)
     return grads
 

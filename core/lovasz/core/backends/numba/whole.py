@@ -11,18 +11,17 @@ from lovasz.core.backends.numba import cross_entropy, softmax
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.intrinsics import compiled
 from lovasz.core.backends.numba.planes import Blocks, Floats, Integers, Labelling, Planes, claim
-from lovasz.core.backends.numba.segments import Rules, Segments, sort_segment
+from lovasz.core.backends.numba.segments import Rules, Segment, sort_segment
 from lovasz.core.backends.numba.softmax import Counts
-from lovasz.core.backends.numba.sorting import Keys
 
 Flags = npt.NDArray[np.bool_]
 
 
 class Joints(NamedTuple):
-    """Tasks of the loop: the joints of a batch, int64.
+    """The joints of a batch, int64: each column is a row of an array that ``compute`` gets.
 
     Attributes:
-        order: the joints, those with most pixels first; the other arrays have one element per joint.
+        order: the joints, those with most pixels first; the other columns have one element per joint.
         first_plane, stop_plane: its planes are [first_plane, stop_plane).
         first_block, stop_block: its blocks are [first_block, stop_block).
         pixels: the number of its pixels.
@@ -38,32 +37,44 @@ class Joints(NamedTuple):
     sum_bits: Integers
 
 
-class Terms(NamedTuple):
-    """The L Lovász-Softmax terms of a loss; their segments are in the order of terms, groups and classes.
+class Groups(NamedTuple):
+    """The groups of all Lovász-Softmax terms, int64.
 
     Attributes:
-        first_group: int64, (L,): the first group of the term among the groups of all terms.
-        per_image: bool, (L,): whether its groups are planes; otherwise they are joints.
-        ignored: int64, (L,): ``TermOutline.ignored``.
-        is_listed: bool, (L,): whether ``listed`` says which classes are scored; otherwise those that are present.
-        listed: bool, (L, K).
-        factors: float64, (segments,): ``TermOutline.factors``.
+        first_plane, stop_plane: its planes are [first_plane, stop_plane).
+        start, stop: its pixels, counted from the first pixel of its joint, are [start, stop).
+    """
+
+    first_plane: Integers
+    stop_plane: Integers
+    start: Integers
+    stop: Integers
+
+
+class Terms(NamedTuple):
+    """The L Lovász-Softmax terms of a loss, int64.
+
+    Attributes:
+        first_group: the first of its groups.
+        per_image: 1 if its groups are planes, 0 if they are joints.
+        ignored: ``TermOutline.ignored``.
+        is_listed: 1 if it scores the classes that it lists, 0 if it scores those that are present.
     """
 
     first_group: Integers
-    per_image: Flags
+    per_image: Integers
     ignored: Integers
-    is_listed: Flags
-    listed: Flags
-    factors: npt.NDArray[np.float64]
+    is_listed: Integers
 
 
 @compiled
 def compute(
     tasks: Integers,
-    joints: Joints,
-    terms: Terms,
-    segments: Segments,
+    joint_table: npt.NDArray[np.int64],
+    term_table: npt.NDArray[np.int64],
+    group_table: npt.NDArray[np.int64],
+    listed: Flags,
+    factors: npt.NDArray[np.float64],
     want_grad: bool,
     blocks: Blocks,
     planes: Planes,
@@ -78,22 +89,26 @@ def compute(
     codes: npt.NDArray[np.uint8],
     label_probability: Floats,
     pixel_losses: npt.NDArray[np.float32],
-    keys: Keys,
-    other_keys: Keys,
+    keys: npt.NDArray[np.uint64],
     room: Floats,
 ) -> None:
     """Computes joints of a softmax loss whose segments are all sorted.
 
-    ``planes.start`` and the segments' pixels count from the first pixel of their joint.
-
     Args:
-        segments: of all terms; ``foreground_count``, ``weight`` and ``foreground_weight`` are written.
-        scored: bool, (segments,), written: whether a segment is scored.
+        joint_table, term_table, group_table: the columns of ``Joints``, ``Terms`` and ``Groups``.
+        listed: bool, (L, K): the classes that a term lists.
+        factors: float64, (groups, K): ``TermOutline.factors``.
+        planes: with ``start`` counted from the first pixel of the plane's joint.
+        scored: bool, (groups, K), written: whether a segment is scored.
         scored_planes: bool, (planes, K), false; written: the rows that get a gradient.
-        losses: float64, (segments,), written: the losses of those that are scored.
-        errors, codes, label_probability, pixel_losses, keys, other_keys, room: memory for this thread alone, of the
-            largest joint; see ``softmax.prepare``, ``CrossEntropies.losses`` and ``segments.score``.
+        losses: float64, (groups, K), written: the losses of the segments that are scored.
+        errors, codes, label_probability, pixel_losses, keys, room: memory for this thread alone, of the largest joint;
+            see ``softmax.prepare``, ``CrossEntropies.losses`` and ``segments.score`` (which has two arrays of keys).
     """
+    table = joint_table
+    joints = Joints(table[0], table[1], table[2], table[3], table[4], table[5], table[6])
+    terms = Terms(term_table[0], term_table[1], term_table[2], term_table[3])
+    groups = Groups(group_table[0], group_table[1], group_table[2], group_table[3])
     channels, void = labelling.values, labelling.void
     own_tasks, labels = np.zeros(1, np.int64), np.empty(channels, np.int64)
     entropies = _with_losses(entropies, pixel_losses)
@@ -128,13 +143,29 @@ def compute(
         for term in range(len(terms.ignored)):
             rules = Rules(void, terms.ignored[term], False, want_grad, add, np.inf)
             first_group, stop_group = joint, joint + 1
-            if terms.per_image[term]:
+            if terms.per_image[term] != 0:
                 first_group, stop_group = first_plane, stop_plane
             for group in range(terms.first_group[term] + first_group, terms.first_group[term] + stop_group):
-                _select(segments, terms, term, group * channels, counts, labels, scored, scored_planes)
-                for s in range(group * channels, (group + 1) * channels):
-                    if scored[s]:
-                        losses[s] = sort_segment(segments, s, rules, planes, errors, codes, keys, other_keys, room)
+                first, stop = groups.first_plane[group], groups.stop_plane[group]
+                _add_labels(counts, first, stop, terms.ignored[term], labels)
+                classes = _select(labels, terms.is_listed[term], listed[term], scored[group])
+                for k in range(channels):
+                    if scored[group, k]:
+                        scored_planes[first:stop, k] = True
+                        weight = factors[group, k] / classes
+                        segment = Segment(
+                            row=k,
+                            code_row=0,
+                            foreground=k,
+                            foreground_count=labels[k],
+                            first_plane=first,
+                            stop_plane=stop,
+                            start=groups.start[group],
+                            stop=groups.stop[group],
+                            weight=weight,
+                            foreground_weight=weight,
+                        )
+                        losses[group, k] = sort_segment(segment, rules, planes, errors, codes, keys[0], keys[1], room)
         if want_grad:
             own_tasks[0] = 0
             softmax.finish(
@@ -177,33 +208,15 @@ def _add_labels(counts: Counts, first_plane: int, stop_plane: int, ignored: int,
 
 
 @compiled
-def _select(
-    segments: Segments,
-    terms: Terms,
-    term: int,
-    first: int,
-    counts: Counts,
-    labels: Integers,
-    scored: Flags,
-    scored_planes: Flags,
-) -> None:
-    """Decides which segments of a group a term scores, and their weights, as ``scoring.select_segments`` does.
+def _select(labels: Integers, is_listed: int, listed: Flags, scored: Flags) -> int:
+    """Decides which segments of a group are scored, as ``scoring.select_segments`` does; returns how many.
 
     Args:
-        first: the group's first segment.
-        labels: memory for K counts.
+        labels: the pixels of each class.
+        scored: written.
     """
-    channels, first_plane, stop_plane = len(labels), segments.first_plane[first], segments.stop_plane[first]
-    _add_labels(counts, first_plane, stop_plane, terms.ignored[term], labels)
     has_pixels, classes = labels.sum() > 0, 0
-    for k in range(channels):
-        is_scored = has_pixels and terms.listed[term, k] if terms.is_listed[term] else labels[k] > 0
-        scored[first + k] = is_scored
-        classes += 1 if is_scored else 0
-    for k in range(channels):
-        if scored[first + k]:
-            weight = terms.factors[first + k] / classes
-            segments.foreground_count[first + k] = labels[k]
-            segments.weight[first + k] = segments.foreground_weight[first + k] = weight
-            for plane in range(first_plane, stop_plane):
-                scored_planes[plane, k] = True
+    for k in range(len(labels)):
+        scored[k] = has_pixels and listed[k] if is_listed != 0 else labels[k] > 0
+        classes += 1 if scored[k] else 0
+    return classes
