@@ -32,8 +32,8 @@ from lovasz.core.backends.numba import (
     sorting,
     tables,
 )
+from lovasz.core.backends.numba.parts import Parts
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
-from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.dispatch import Backend
 from lovasz.core.word import MAX_PIXELS, REST_BITS, REST_SUM_BITS

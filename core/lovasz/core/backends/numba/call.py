@@ -11,17 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.numba.outline import MOST_BYTE, Outline
+from lovasz.core.backends.numba.outline import MOST_BYTE, Outline, TypeOutline
 from lovasz.core.backends.numba.planes import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    FLOAT_BYTES,
     INT8,
     INT16,
     INT32,
     INT64,
-    LABEL_BYTES,
     UINT8,
     Planes,
 )
@@ -95,15 +93,16 @@ class Call:
         self._requests = batch.requests
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
         self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
-        of_points = self.outline.with_points if self.logits_kind == FLOAT32 else self.outline.without_points
-        are_points, self._transposed = of_points
-        pairs = list(zip(batch.requests, self._transposed, strict=True))
+        of_types = self.outline.of_types(self.logits_kind, [_LABEL_KINDS[r.labels.dtype] for r in batch.requests])
+        self._transposed = of_types.transposed
+        pairs = list(zip(batch.requests, of_types.transposed, strict=True))
         self._logits = [_contiguous(r.logits, r.layout, transposed) for r, transposed in pairs]
         self._labels = [_contiguous(r.labels, r.layout, transposed and plan.is_binary) for r, transposed in pairs]
         self.grads = [_room(r, transposed, want_grad) for r, transposed in pairs]
         # Loops write the gradients of points to rows of scratch; only the last one writes them in their order.
-        self._g = self._rows_of_points(are_points) if want_grad and are_points.any() else self.grads
-        self.planes = self._planes(are_points)
+        has_points = want_grad and any(of_types.are_points)
+        self._g = self._rows_of_points(of_types.are_points) if has_points else self.grads
+        self.planes = self._planes(of_types)
         self.threads = 1 if self.outline.is_small else thread_count()
         labels, predictions, hits, valid, positive = self._counts = np.zeros(
             (5, len(self.plan_planes) * plan.channels), np.int64
@@ -124,29 +123,27 @@ class Call:
             return self.grads[0].numpy().reshape(plan.channels, -1)
         return self.rows("errors", plan.channels, np.float32)
 
-    def _rows_of_points(self, are_points: npt.NDArray[np.bool_]) -> list[Tensor]:
+    def _rows_of_points(self, are_points: list[bool]) -> list[Tensor]:
         """``grads``, with rows of scratch in place of those of points."""
         sizes = [r.logits.numel() if points else 0 for r, points in zip(self._requests, are_points, strict=True)]
         rows = torch.from_numpy(self.scratch.array("point gradients", (sum(sizes),), np.float32)).split(sizes)
         return [row if points else grad for row, grad, points in zip(rows, self.grads, are_points, strict=True)]
 
-    def _planes(self, are_points: npt.NDArray[np.bool_]) -> Planes:
-        layout, request = self.plan_planes, self.outline.request
-        tensors = self._logits, self._labels, self._g, self.grads
-        firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)[:, request]
-        kinds = [_LABEL_KINDS[labels.dtype] for labels in self._labels]
-        offsets = self.outline.byte_offsets(FLOAT_BYTES[self.logits_kind], [LABEL_BYTES[kind] for kind in kinds])
+    def _planes(self, of_types: TypeOutline) -> Planes:
+        layout, tensors = self.plan_planes, (self._logits, self._labels, self._g, self.grads)
+        firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)
         # In order "C", since loops are compiled for contiguous columns.
-        logits, labels, grads, points = np.add(firsts, offsets, order="C").view(np.uint64)
+        addresses = np.add(firsts[:, self.outline.request], of_types.offsets, order="C").view(np.uint64)
+        logits, labels, grads, points = addresses
         return Planes(
             logits=logits,
             labels=labels,
-            label_kind=np.array(kinds)[request],
+            label_kind=of_types.label_kind,
             grads=grads,
             start=layout.start,
             pixels=layout.pixels,
             joint=layout.joint,
-            are_points=are_points[request],
+            are_points=of_types.plane_points,
             points=points,
         )
 

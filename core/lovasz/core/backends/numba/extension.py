@@ -12,8 +12,9 @@ from lovasz.core.backends.numba import joint_segments, segments, sorting, tables
 from lovasz.core.backends.numba.bins import LOWEST_TOP
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.joint_tables import JointTables
+from lovasz.core.backends.numba.parts import Parts, add_parts, count_parts, look_up_parts, scan_parts
 from lovasz.core.backends.numba.ranges import sort_in_ranges
-from lovasz.core.backends.numba.segments import Parts, Rules, Segments
+from lovasz.core.backends.numba.segments import Rules, Segments
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
 from lovasz.core.word import MAX_PIXELS
@@ -246,8 +247,8 @@ def _score_in_parts(
     parts_of = [slice(firsts[some.start], firsts[some.stop - 1] + per_segment[some.stop - 1]) for some in steps]
     for some, own in zip(steps, parts_of, strict=True):
         own_parts = Parts(*(column[own] for column in parts))
-        call.run(segments.count_parts, parts=own_parts, part_tables=part_tables[own], **of_pixels)
-        call.run(segments.add_parts, firsts=firsts[some], parts=parts, part_tables=part_tables)
+        call.run(count_parts, parts=own_parts, part_tables=part_tables[own], **of_pixels)
+        call.run(add_parts, firsts=firsts[some], parts=parts, part_tables=part_tables)
         if joint:
             joint.survey(some)
     if joint:
@@ -256,11 +257,11 @@ def _score_in_parts(
         if joint:
             joint.receive(some)
         tasks: dict[str, Any] = {"parts": parts, "part_tables": part_tables, "is_fine": is_fine}
-        call.run(segments.scan_parts, firsts=firsts[some], losses=losses, **tasks, **of_segments)
+        call.run(scan_parts, firsts=firsts[some], losses=losses, **tasks, **of_segments)
         if rules.want_grad:
             tasks["parts"] = Parts(*(column[own] for column in parts))
             table_of_part = firsts[segment[own]]
-            call.run(segments.look_up_parts, table_of_part=table_of_part, planes=call.planes, **tasks, **of_pixels)
+            call.run(look_up_parts, table_of_part=table_of_part, planes=call.planes, **tasks, **of_pixels)
         for first in firsts[some]:
             tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
     if not is_fine.all():

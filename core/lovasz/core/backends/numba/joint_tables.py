@@ -15,8 +15,8 @@ import numpy.typing as npt
 from lovasz.core.backends.numba import bins
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.intrinsics import compiled
+from lovasz.core.backends.numba.parts import Parts
 from lovasz.core.backends.numba.planes import Integers, claim
-from lovasz.core.backends.numba.segments import Parts
 from lovasz.core.ranks import Ranks
 from lovasz.core.word import REST_BITS, REST_SUM_BITS
 

@@ -15,7 +15,7 @@ from lovasz.core.backends.numba.binary import BinaryCrossEntropies
 from lovasz.core.backends.numba.bins import SOFTMAX_TOP
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.fixed_point import sum_bits
-from lovasz.core.backends.numba.planes import Blocks, Integers, Labelling
+from lovasz.core.backends.numba.planes import FLOAT32, FLOAT_BYTES, LABEL_BYTES, Blocks, Integers, Labelling
 from lovasz.core.backends.numba.segments import Segments
 from lovasz.core.backends.numba.whole import Groups, Joints, Terms
 from lovasz.core.plan import Plan, Term
@@ -77,14 +77,32 @@ class WholeOutline:
     groups: list[slice]
 
 
+@dataclass(frozen=True, eq=False)
+class TypeOutline:
+    """What is known of a batch with its element types.
+
+    Attributes:
+        are_points: one per request: whether it is a point cloud whose classes stay last. Only float32 is read so.
+        transposed: one per request: whether its tensors have to be transposed.
+        offsets: int64, (4, planes): the offsets in bytes of each plane's logits, labels and gradient in the tensors of
+            its request; the last row, for ``Planes.points``, is 0.
+        label_kind: int64, one per plane: the element type of its labels.
+        plane_points: bool, one per plane: ``are_points`` of its request.
+    """
+
+    are_points: list[bool]
+    transposed: list[bool]
+    offsets: Integers
+    label_kind: Integers
+    plane_points: npt.NDArray[np.bool_]
+
+
 class Outline:
     """What compiled loops need to know of a batch, apart from its tensors and counts.
 
     Attributes:
         planes: the planes; images of few pixels are fused.
         request: the request of each plane, as an index.
-        with_points: one element per request: whether it is a point cloud whose classes stay last (an array), and if its
-            tensors have to be transposed (a list). For float32; ``without_points`` is for 16 bits.
         blocks: the tasks of loops over pixels.
         labelling: how labels become codes.
         largest: the number of pixels of the largest joint.
@@ -96,38 +114,43 @@ class Outline:
         self.planes = plan.planes(FUSE_BELOW_PIXELS)
         is_one_each = len(self.planes) == len(plan.layouts)
         self.request: slice | Integers = slice(None) if is_one_each else self.planes.request
-        fused, has_finish = self.planes.fused, not (plan.is_binary or plan.loss.probabilities)
-        are_points = fused & [layout.pixels == 1 and has_finish for layout in plan.layouts]
-        self.with_points = are_points, (fused & ~are_points).tolist()
-        self.without_points = np.zeros_like(are_points), fused.tolist()
         self.blocks = _blocks(self.planes.pixels)
         values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
         self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
         self.largest = int(self.planes.joints.pixels.max())
         self.is_small = plan.pixels * plan.channels < ONE_THREAD_ELEMENTS
         self._of_terms: dict[Term, TermOutline] = {}
-        self._byte_offsets: dict[tuple[int, int], Integers] = {}
+        self._of_types: dict[tuple[int, int], TypeOutline] = {}
 
-    def byte_offsets(self, logit_bytes: int, label_bytes: Sequence[int]) -> Integers:
-        """The offsets of each plane's logits, labels and gradient in the tensors of its request: int64, (4, planes).
-
-        The last row is for ``Planes.points``.
+    def of_types(self, logits_kind: int, label_kinds: Sequence[int]) -> TypeOutline:
+        """What element types decide.
 
         Args:
-            logit_bytes: the size of a logit.
-            label_bytes: the size of a label, one per request.
+            logits_kind: as in ``planes``.
+            label_kinds: likewise, one per request.
         """
-        first = label_bytes[0]
-        known = self._byte_offsets.get((logit_bytes, first))
-        if known is not None and all(size == first for size in label_bytes):
-            return known
-        of_labels = np.array(label_bytes)[self.request]
-        logits, grad_bytes = self.planes.logits, np.float32().itemsize
-        labels, points = self.planes.labels * of_labels, np.zeros_like(logits)
-        offsets = np.stack([logits * logit_bytes, labels, logits * grad_bytes, points])
-        if (of_labels == first).all():
-            self._byte_offsets[logit_bytes, first] = offsets
-        return offsets
+        first = label_kinds[0]
+        known, is_same = self._of_types.get((logits_kind, first)), label_kinds.count(first) == len(label_kinds)
+        if known is None or not is_same:
+            known = self._make_of_types(logits_kind, np.array(label_kinds))
+            if is_same:
+                self._of_types[logits_kind, first] = known
+        return known
+
+    def _make_of_types(self, logits_kind: int, label_kinds: Integers) -> TypeOutline:
+        plan, planes, fused = self._plan, self.planes, self.planes.fused
+        has_points = logits_kind == FLOAT32 and not (plan.is_binary or plan.loss.probabilities)
+        are_points = fused & [layout.pixels == 1 and has_points for layout in plan.layouts]
+        label_kind, grad_bytes = label_kinds[self.request], np.float32().itemsize
+        labels = planes.labels * np.array(LABEL_BYTES)[label_kind]
+        logits, points = planes.logits * FLOAT_BYTES[logits_kind], np.zeros_like(planes.logits)
+        return TypeOutline(
+            are_points=are_points.tolist(),
+            transposed=(fused & ~are_points).tolist(),
+            offsets=np.stack([logits, labels, planes.logits * grad_bytes, points]),
+            label_kind=label_kind,
+            plane_points=are_points[self.request],
+        )
 
     def ignored_code(self, term: Term) -> int:
         """``TermOutline.ignored`` of a term of any kind."""
