@@ -500,6 +500,19 @@ def test_a_sort_in_ranges_has_the_bits_of_a_sort_as_a_whole(
     assert bits(answers[0]) == bits(answers[1])
 
 
+def test_background_after_the_last_foreground_changes_no_bit_of_a_sort_in_ranges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = random_labels(60, 9, 31, values=2, seed=17)
+    logits = normal(60, 9, 31, seed=18, dtype=torch.float32)
+    logits[labels == 1] -= 2.0  # A fifth of the background comes after all foreground.
+    losses = []
+    for thresholds in (extension.SORT_ALL, SORTED_IN_RANGES):
+        monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
+        losses.append(compute(logits, labels, LovaszHinge(per_image=True), backend=Backend.NUMBA).terms[0])
+    assert losses[0].per_image_loss.tobytes() == losses[1].per_image_loss.tobytes()
+
+
 def test_no_error_above_zero_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "THRESHOLDS", SORTED_IN_RANGES)
     labels = random_labels(1, 200, 200, values=2, seed=16)

@@ -82,7 +82,8 @@ def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], ru
     call.run(rank, ranges=ranges, counts=strips.count, segments=found, losses=losses, g=g, **of_keys)
     if rules.want_grad:
         call.run(write, planes=call.planes, g=g, **of_strips)
-    return np.array([sorting.sum_of_losses(own) for own in np.split(losses, ends[:-1])])
+    # Without the background after the last foreground, whose losses are 0: as many as ``extension`` adds up.
+    return np.array([sorting.sum_of_losses(own[: np.count_nonzero(own)]) for own in np.split(losses, ends[:-1])])
 
 
 def _strips(found: Segments) -> Strips:
