@@ -171,11 +171,16 @@ class Call:
 
         Args:
             receive: lets a staging of this type have the payload.
+
+        Raises:
+            AbandonedError: the caller went away.
         """
         seat: Seat | None = None
         self._pipeline.lanes.see()
         if not self._stays_in_lane(header):
             self._pipeline.lanes.leave()
+        if not self._context.is_active():  # Its rank may have come again with another call meanwhile.
+            raise AbandonedError
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=self._identity.name)
         else:
@@ -189,7 +194,7 @@ class Call:
         try:
             receive(staging)
         except InvalidInput as error:
-            if seat is not None:
+            if seat is not None and self._context.is_active():  # A caller that goes away takes its memory with it.
                 self._abort_step(seat.joint, header.want_grad, error, seat)
             raise
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
