@@ -63,7 +63,8 @@ class Pipeline:
 
     Attributes:
         compute_now: computes a job in the thread that brings it, if the device is free; False: it has to be queued.
-        is_quick: whether a job of this cost takes little of the device's time: then its call stays in its lane.
+        is_quick: whether a job of this cost takes little of the device's time: then its call stays in its lane,
+        has_large_job: unless it may have to wait for one that takes longer.
         lanes: which calls go on while several connections send requests.
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
@@ -76,6 +77,7 @@ class Pipeline:
     batcher: Batcher
     compute_now: Callable[[Job], bool]
     is_quick: Callable[[int], bool]
+    has_large_job: Callable[[], bool]
     joints: JointTable
     staging: StagingPool
     metrics: Metrics
@@ -239,6 +241,8 @@ class Call:
         if not self._context.add_callback(lambda: job.leave(caller)):
             raise AbandonedError
         if not self._pipeline.compute_now(job):
+            if self._pipeline.has_large_job():  # Others of its connection come to the queue meanwhile.
+                self._pipeline.lanes.leave()
             self._pipeline.batcher.put(job)
         try:
             return caller.wait()
