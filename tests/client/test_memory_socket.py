@@ -167,6 +167,21 @@ def test_a_timeout_cancels_the_call_and_its_late_answer_is_nobodys(client: Memor
     assert call(client) == number + 1
 
 
+def test_a_late_reply_about_a_region_is_nobodys_and_calls_go_on(
+    client: MemorySocket, server: Server, threads: ThreadPoolExecutor
+) -> None:
+    future, number = started(threads, client, server)
+    with pytest.raises(TimeoutError):
+        client.ask(pb.SharedMemoryRequest(region=1), (), 0.05)
+    second = threads.submit(client.ask, pb.SharedMemoryRequest(region=2), (), TIMEOUT)
+    assert [server.receive().region for _ in range(2)] == [1, 2]
+    server.reply("no")
+    server.reply()
+    second.result(TIMEOUT)
+    server.answer(number)
+    assert future.result(TIMEOUT) == number
+
+
 def test_when_the_thread_that_reads_gives_up_another_reads(
     client: MemorySocket, server: Server, threads: ThreadPoolExecutor
 ) -> None:
@@ -238,6 +253,11 @@ def test_a_session_that_is_refused(listener: socket.socket, threads: ThreadPoolE
     with pytest.raises(LossError, match="shared memory: 256 processes"):
         made.result(TIMEOUT)
     server.socket.close()
+
+
+def test_no_time_is_left_to_connect(listener: socket.socket) -> None:
+    with pytest.raises(TimeoutError):
+        MemorySocket(listener.getsockname(), -0.001)
 
 
 def test_a_server_that_says_nothing(listener: socket.socket) -> None:

@@ -32,6 +32,7 @@ from lovasz.core.backends.numba import (
     sorting,
     tables,
 )
+from lovasz.core.backends.numba import compute as numba_compute
 from lovasz.core.backends.numba.parts import Parts
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.workers import Workers
@@ -498,6 +499,43 @@ def test_a_sort_in_ranges_has_the_bits_of_a_sort_as_a_whole(
         answers.append(compute(logits, labels, loss, backend=Backend.NUMBA))
         assert compute(logits, labels, loss, want_grad=False, backend=Backend.NUMBA).loss == answers[-1].loss
     assert bits(answers[0]) == bits(answers[1])
+
+
+def test_background_after_the_last_foreground_changes_no_bit_of_a_sort_in_ranges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = random_labels(60, 9, 31, values=2, seed=17)
+    logits = normal(60, 9, 31, seed=18, dtype=torch.float32)
+    logits[labels == 1] -= 2.0  # A fifth of the background comes after all foreground.
+    losses = []
+    for thresholds in (extension.SORT_ALL, SORTED_IN_RANGES):
+        monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
+        losses.append(compute(logits, labels, LovaszHinge(per_image=True), backend=Backend.NUMBA).terms[0])
+    assert losses[0].per_image_loss.tobytes() == losses[1].per_image_loss.tobytes()
+
+
+@pytest.mark.parametrize(("per_image", "most_strips"), [(True, 6), (False, 0)], ids=["segments", "one large segment"])
+def test_few_pixels_are_sorted_in_ranges_at_a_time(
+    per_image: bool, most_strips: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = ScratchPool()
+    monkeypatch.setattr(numba_compute, "SCRATCH", pool)
+    monkeypatch.setattr(ranges, "MOST_PIXELS", 3 * ranges.STRIP_PIXELS)
+    labels = random_labels(9, 2, 100, 100, values=2, seed=19)
+    logits, loss = (
+        normal(*labels.shape, seed=20, dtype=torch.float32),
+        LovaszHinge(multilabel=True, per_image=per_image),
+    )
+    answers = []
+    for thresholds in (extension.SORT_ALL, SORTED_IN_RANGES):
+        monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
+        answers.append(compute(logits, labels, loss, backend=Backend.NUMBA))
+    assert answers[1].loss == pytest.approx(answers[0].loss, rel=1e-6)
+    with pool.borrow() as used:
+        buffers = {name: buffer.nbytes for name, buffer in used._buffers.items()}
+    assert ("keys of strips" in buffers) == per_image
+    assert buffers.get("keys of strips", 0) <= most_strips * 8 * (ranges.STRIP_PIXELS + sorting.KEY_PADDING)
+    assert (bits(answers[0]) == bits(answers[1])) == per_image
 
 
 def test_no_error_above_zero_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ from lovasz.client import (
     cli,
 )
 from lovasz.client import remote as client_remote
+from lovasz.client.options import ClientOptions, Transport
+from lovasz.client.remote import RemoteTarget
 from lovasz.client.shared_memory import Region, Session
 from lovasz.client.torch import RemoteLoss
 from lovasz.core import compute
@@ -323,6 +325,14 @@ def test_a_loss_module_through_shared_memory(sharing: ServerProcess) -> None:
         criterion.close()
         grads.append(logits.grad)
     assert torch.equal(grads[0], grads[1])
+
+
+def test_a_call_without_time_is_said_to_be_late(sharing: ServerProcess) -> None:
+    target = RemoteTarget(sharing.target, ClientOptions(transport=Transport.SHM))
+    call = target.prepare(*tensors(20), weighted_sum(SOFTMAX), want_grad=True, joint=None, offsets=None)
+    with pytest.raises(DeadlineExceededError):
+        call.compute(-0.001)
+    target.close()
 
 
 # --- What can go wrong --------------------------------------------------------------------------------------------

@@ -267,6 +267,7 @@ class Desk:
             batcher=self.batcher,
             compute_now=self.engine.compute_now,
             is_quick=self.engine.is_quick,
+            has_large_job=self.engine.has_large_job,
             joints=self.joints,
             metrics=self.metrics,
             calls=threading.Semaphore(1000),

@@ -98,7 +98,7 @@ class MemorySocket:
         self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._socket.settimeout(timeout)
+            self._socket.settimeout(max(0.0, timeout))
             self._socket.connect(path)
             self._socket.setblocking(False)
             self._readable = select.poll()
@@ -120,17 +120,20 @@ class MemorySocket:
         """Sends a packet about a region, and waits for the reply. If that fails, the connection ends.
 
         Raises:
-            OSError: the connection has ended, or there was no reply in time.
+            TimeoutError: there was no reply in time; the connection goes on if the packet was sent.
+            OSError: the connection has ended.
             LossError: the server refuses it.
         """
-        waiter, deadline = _Waiter(), time.monotonic() + timeout
+        waiter, deadline, is_sent = _Waiter(), time.monotonic() + timeout, False
         try:
             self._send(request.SerializeToString(), deadline, descriptors, waiter)
+            is_sent = True
             self._result(waiter, deadline)
         except LossError:
             raise
-        except BaseException:
-            self.close()  # A late reply would be taken for the reply to the next packet.
+        except BaseException as error:
+            if not (is_sent and isinstance(error, TimeoutError)):
+                self.close()
             raise
 
     def call(self, call: pb.SharedMemoryCall, timeout: float) -> pb.ResponseHeader:
@@ -234,14 +237,15 @@ class MemorySocket:
                         if time.monotonic() >= deadline:
                             raise TimeoutError("timed out") from None
         finally:
-            self._wake_another(waiter)
+            waiter.is_done = True  # A late reply is nobody's.
+            self._wake_another()
 
-    def _wake_another(self, done: _Waiter) -> None:
+    def _wake_another(self) -> None:
         """If nobody reads, another thread that waits has to."""
         with self._lock:
             if not self._reading.locked():
                 waiting = itertools.chain(self._calls.values(), self._plain)
-                another = next((waiter for waiter in waiting if waiter is not done), None)
+                another = next((waiter for waiter in waiting if not waiter.is_done), None)
                 if another is not None:
                     another.wake.put(None)
 

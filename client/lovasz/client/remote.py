@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -279,13 +280,14 @@ class RemoteTarget:
 
     def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
         """The region is reused only after success: after a failure the server may still be writing to it."""
-        shared, devices = self._shared, self._devices
+        shared, devices, deadline = self._shared, self._devices, time.monotonic() + timeout
         assert shared is not None
         assert devices is not None
         try:
             try:
                 response = self._retries.call(lambda left: self._in_shared_memory(call, shared, region, left), timeout)
             except LossError as error:  # The server takes no such memory.
+                timeout = deadline - time.monotonic()
                 if region.kind == IN_DEVICE_MEMORY:
                     devices.pause(error)
                     host = shared.moved(region, call.request)
@@ -296,7 +298,7 @@ class RemoteTarget:
                 else:
                     shared.pause(error)
                     answer = self._over_grpc(call, timeout)
-                region.give_back()
+                region.close()
                 return answer
         except BaseException:
             region.close()

@@ -18,12 +18,13 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import grpc
 import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory import Memory, MemoryPool
-from lovasz.client.memory_socket import MemorySocket, check_same_server
+from lovasz.client.memory_socket import MemorySocket, SocketError, check_same_server
 from lovasz.client.options import IN_SHARED_MEMORY
 from lovasz.client.tensors import Array, Outgoing
 from lovasz.v1 import loss_pb2 as pb
@@ -170,7 +171,7 @@ class Session:
 
         Args:
             path: of the socket on which the server takes regions.
-            timeout: seconds for each packet about a region.
+            timeout: seconds.
 
         Raises:
             ServerUnavailableError: no server takes shared memory there, or somebody else than the server.
@@ -187,21 +188,29 @@ class Session:
         hello = self.socket.hello
         self.name, self.takes_calls, self.devices = hello.session, hello.takes_calls, frozenset(hello.devices)
 
-    def share(self, region: Shared) -> None:
+    def share(self, region: Shared, timeout: float | None = None) -> None:
         """Shares a region, unless the server already has it.
+
+        Args:
+            timeout: seconds; None: as many as to connect.
 
         Raises:
             LossError: the server refuses the region, or is gone.
+            SocketError: it has not answered in time, and may still take the region: then :meth:`release` tells it.
         """
         if region.session is self:
             return
-        number = next(self._numbers)
+        region.session, region.number = self, next(self._numbers)
         try:
-            request = pb.SharedMemoryRequest(region=number, device_memory=region.description())
-            self.socket.ask(request, [region.descriptor], self._timeout)
-        except OSError as error:
+            request = pb.SharedMemoryRequest(region=region.number, device_memory=region.description())
+            self.socket.ask(request, [region.descriptor], self._timeout if timeout is None else timeout)
+        except TimeoutError:
+            raise SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
+        except (OSError, LossError) as error:
+            region.session = None
+            if isinstance(error, LossError):
+                raise
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
-        region.session, region.number = self, number
 
     def takes(self, request: wire.Request, header: pb.RequestHeader) -> bool:
         """Whether a call can be made on the socket: the server takes it, and header and answer fit into a packet."""
@@ -213,6 +222,8 @@ class Session:
         region.session = None
         try:
             self.socket.ask(pb.SharedMemoryRequest(region=region.number, release=True), (), _RELEASE_SECONDS)
+        except TimeoutError:
+            pass  # It will be released, unless the connection has ended.
         except (OSError, LossError):
             self.close()  # Ends the sharing of all regions.
 
@@ -284,6 +295,7 @@ class SharedMemory:
         Raises:
             ServerUnavailableError: no server takes shared memory there, or this was closed.
             LossError: the server refuses the region.
+            SocketError: there was no answer in time.
         """
         session = self._session
         if session is not None and region.session is session and not session.socket.is_closed:
@@ -293,14 +305,14 @@ class SharedMemory:
                 raise ServerUnavailableError(f"{self._path}: closed")
             if self._session is not None:
                 try:
-                    self._session.share(region)
+                    self._session.share(region, timeout)
                     return self._session
                 except ServerUnavailableError:  # That server is gone; another one may have started.
                     self._end(self._session)
             session = self._new_session(timeout)
             try:
-                session.share(region)
-            except LossError:
+                session.share(region, timeout)
+            except (LossError, SocketError):
                 session.close()
                 raise
             if self._closed:

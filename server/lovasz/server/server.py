@@ -155,6 +155,7 @@ class Server:
             batcher=self._batcher,
             compute_now=self._engine.compute_now,
             is_quick=self._engine.is_quick,
+            has_large_job=self._engine.has_large_job,
             joints=self._joints,
             metrics=self._metrics,
             calls=self._grpc.loss_calls,

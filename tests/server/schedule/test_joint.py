@@ -19,6 +19,7 @@ from support.desk import (
     UNAVAILABLE,
     Desk,
     DeskCarrier,
+    Ended,
     Outcome,
     Rank,
     alone,
@@ -29,7 +30,8 @@ from support.desk import (
 from support.waiting import eventually
 
 from lovasz.server.schedule.joint import kept
-from lovasz.spec import LovaszSoftmax
+from lovasz.server.transport.call import Call
+from lovasz.spec import InvalidInput, LovaszSoftmax
 
 # --- Who belongs together -----------------------------------------------------------------------------------------
 
@@ -332,6 +334,39 @@ def test_a_call_that_comes_again_while_it_is_computed_gets_the_same_answer(desk:
         assert outcome.code is OK
         assert outcome.grad == first.grad
         assert outcome.header.loss == first.header.loss
+
+
+def test_a_call_whose_caller_left_before_its_turn_changes_nothing(desk: Desk) -> None:
+    """It waited for its turn, and the attempt after it was faster."""
+    desk.compute()
+    ranks, gone = ranks_of(2), DeskCarrier()
+    gone.cancel()
+    live = desk.ask(ranks[0])
+    assert desk.waits_for(1)
+    assert ended(desk.ask(ranks[0], gone))[0].code is CANCELLED
+    for rank, outcome in enumerate(ended(live, desk.ask(ranks[1]))):
+        assert_right(outcome, rank, ranks)
+    assert desk.joints.kept == 2
+    assert ended(desk.ask(ranks[0].again(), gone))[0].code is CANCELLED
+    assert desk.joints.kept == 2
+
+
+def test_a_rank_whose_caller_leaves_with_its_tensors_aborts_no_step(desk: Desk) -> None:
+    """A client that gives a call up in shared memory takes back the region next."""
+    desk.compute()
+    ranks, caller = ranks_of(2), DeskCarrier()
+    other = desk.ask(ranks[1])
+    assert desk.waits_for(1)
+
+    def receive(_: object) -> None:
+        caller.cancel()
+        raise InvalidInput("shared_tensors.region", "got 7; expected the number of a region that is shared")
+
+    with pytest.raises(Ended), Call(desk.service.pipeline, "SharedMemory", caller) as call:
+        call.compute(call.read_header(ranks[0].request.to_proto()), receive)
+    assert caller.code is CANCELLED
+    for rank, outcome in enumerate(ended(desk.ask(ranks[0].again()), other)):
+        assert_right(outcome, rank, ranks)
 
 
 def test_a_call_that_comes_again_after_its_caller_has_left_gets_the_answer(desk: Desk) -> None:

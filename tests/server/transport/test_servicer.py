@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import grpc
 import pytest
-from support.desk import ABORTED, CANCELLED, RESOURCE_EXHAUSTED, Desk, DeskCarrier, Rank, ended
+from support.desk import ABORTED, CANCELLED, OK, RESOURCE_EXHAUSTED, Desk, DeskCarrier, Outcome, Rank, ended
 from support.waiting import eventually
 
 from lovasz.server.observe.metrics import CLASSES, GAUGES, PHASES, Metrics
+from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.status import CODES
 
 
@@ -67,6 +69,32 @@ def test_the_time_of_a_call_that_was_given_up_while_it_was_computed_counts_as_co
     assert [outcome.code for outcome in ended(call)] == [CANCELLED]
     assert counted(desk) == {"receive": 1, "queue": 1, "compute": 1}
     assert sample(desk, "abandoned_total", reason="cancelled", phase="compute") == 1
+
+
+def _waiting(lanes: Lanes) -> Iterator[Sized]:
+    return (queue for lane in list(lanes._lanes.values()) for queue in lane.waiting)
+
+
+@pytest.mark.parametrize("pixels", [6, 1 << 18], ids=["small", "large"])
+def test_small_calls_of_a_connection_wait_together_for_a_large_job_and_else_one_after_the_other(
+    desk: Desk, pixels: int
+) -> None:
+    lanes = desk.service.pipeline.lanes
+    for connection in ("a", "b"):
+        with lanes.waited(Place(connection)):
+            lanes.see()
+    first = desk.ask(Rank(world_size=0, shape=(1, 3, pixels)))
+    assert eventually(lambda: len(desk.batcher) == 1)
+
+    def ask() -> Outcome:
+        with lanes.waited(Place("a")):
+            return desk._ask(Rank(world_size=0), DeskCarrier())
+
+    calls = [desk._calls.submit(ask) for _ in range(3)]
+    assert eventually(lambda: len(desk.batcher) + sum(map(len, _waiting(lanes))) == 4)
+    assert len(desk.batcher) == (2 if pixels == 6 else 4)
+    desk.compute()
+    assert {outcome.code for outcome in ended(first, *calls)} == {OK}
 
 
 def test_each_phase_of_a_slow_request_is_counted_apart_from_those_of_quick_ones(desk: Desk) -> None:

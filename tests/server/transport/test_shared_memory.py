@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from support.footprint import descriptors_of
 from support.memory_caller import SEALS, TIMEOUT, MemoryCaller, memfd
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
+from lovasz.client.memory_socket import SocketError
 from lovasz.client.shared_memory import Region, Session
 from lovasz.client.shared_memory import SharedMemory as Client
 from lovasz.server.errors import SessionLostError
@@ -154,6 +156,17 @@ def test_a_region_is_shared_once_and_found_until_it_is_taken_back(server: Shared
         assert one.number != number
         assert server.tensors(request(session.name, one.number))
     assert server.nbytes == 0  # Regions that are closed are taken back.
+
+
+def test_a_region_that_is_taken_too_late_is_taken_back_and_others_go_on(server: SharedMemory, session: Session) -> None:
+    with region_of() as other:
+        session.share(other)
+        with region_of(8192) as region:
+            with server._sharing, pytest.raises(SocketError) as late:
+                session.share(region, timeout=0.01)
+            assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert server.nbytes == 4096
+        assert server.tensors(request(session.name, other.number))
 
 
 def test_to_take_back_what_is_not_shared_is_no_error(server: SharedMemory, caller: MemoryCaller) -> None:

@@ -126,6 +126,10 @@ class Engine:
         """Whether a job of this cost takes so little of the device's time that the interpreter is the limit."""
         return self._computes_now and cost <= _MAX_QUICK_COST
 
+    def has_large_job(self) -> bool:
+        """Whether a job that is not quick waits or is being computed: a small one may have to wait for it."""
+        return any(not self.is_quick(job.cost) for job in self._held) or not self.is_quick(self._batcher.largest_cost)
+
     def compute_now(self, job: Job) -> bool:
         """Computes a small job in this thread if a CPU is idle and no other job waits for it.
 

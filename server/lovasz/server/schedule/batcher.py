@@ -50,6 +50,12 @@ class Batcher:
         with self._changed:
             return sum(map(len, self._waiting.values()))
 
+    @property
+    def largest_cost(self) -> int:
+        """Of the jobs that wait, what the largest costs the device, in logits."""
+        with self._changed:
+            return max((job.cost for jobs in self._waiting.values() for job in jobs), default=0)
+
     def put(self, job: Job) -> None:
         """Queues a job.
 

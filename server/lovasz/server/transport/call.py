@@ -63,7 +63,8 @@ class Pipeline:
 
     Attributes:
         compute_now: computes a job in the thread that brings it, if the device is free; False: it has to be queued.
-        is_quick: whether a job of this cost takes little of the device's time: then its call stays in its lane.
+        is_quick: whether a job of this cost takes little of the device's time: then its call stays in its lane,
+        has_large_job: unless it may have to wait for one that takes longer.
         lanes: which calls go on while several connections send requests.
         calls: one permit for each call that may be in the loss service at a time.
         max_segments: the most segments in one request.
@@ -76,6 +77,7 @@ class Pipeline:
     batcher: Batcher
     compute_now: Callable[[Job], bool]
     is_quick: Callable[[int], bool]
+    has_large_job: Callable[[], bool]
     joints: JointTable
     staging: StagingPool
     metrics: Metrics
@@ -171,11 +173,16 @@ class Call:
 
         Args:
             receive: lets a staging of this type have the payload.
+
+        Raises:
+            AbandonedError: the caller went away.
         """
         seat: Seat | None = None
         self._pipeline.lanes.see()
         if not self._stays_in_lane(header):
             self._pipeline.lanes.leave()
+        if not self._context.is_active():  # Its rank may have come again with another call meanwhile.
+            raise AbandonedError
         if header.joint is None:
             self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=self._identity.name)
         else:
@@ -189,7 +196,7 @@ class Call:
         try:
             receive(staging)
         except InvalidInput as error:
-            if seat is not None:
+            if seat is not None and self._context.is_active():  # A caller that goes away takes its memory with it.
                 self._abort_step(seat.joint, header.want_grad, error, seat)
             raise
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
@@ -234,6 +241,8 @@ class Call:
         if not self._context.add_callback(lambda: job.leave(caller)):
             raise AbandonedError
         if not self._pipeline.compute_now(job):
+            if self._pipeline.has_large_job():  # Others of its connection come to the queue meanwhile.
+                self._pipeline.lanes.leave()
             self._pipeline.batcher.put(job)
         try:
             return caller.wait()

@@ -62,7 +62,7 @@ class Lanes:
     """Lets calls go on: at once, or, while several connections send requests, one after the other in each lane.
 
     With one connection there are no lanes, and its calls take no lock here. A call leaves its lane while it waits for
-    anything but the computation of a small request. So calls that wait for each other, as the ranks of a joint step do,
+    anything but the computation of small requests. So calls that wait for each other, as the ranks of a joint step do,
     never hold each other up.
     """
 

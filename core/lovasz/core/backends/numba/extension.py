@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import joint_segments, segments, sorting, tables
+from lovasz.core.backends.numba import joint_segments, ranges, segments, sorting, tables
 from lovasz.core.backends.numba.bins import LOWEST_TOP
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.joint_tables import JointTables
 from lovasz.core.backends.numba.parts import Parts, add_parts, count_parts, look_up_parts, scan_parts
-from lovasz.core.backends.numba.ranges import sort_in_ranges
 from lovasz.core.backends.numba.segments import Rules, Segments
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
@@ -148,6 +147,7 @@ def _score_large(
     enough = (of_all >= thresholds.pixels) & (of_all < MAX_PIXELS)
     counted = enough & (found.foreground_count >= max(thresholds.foreground, 1))
     few = np.zeros_like(counted) if positive is None else counted & (positive <= thresholds.positive * of_all)
+    few &= of_all <= ranges.MOST_PIXELS
     found = found._replace(counted=counted & ~few)
     in_ranges = few & (ranks is None)
     fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
@@ -157,7 +157,7 @@ def _score_large(
         return _score_others(call, ranks, found, codes, rules)
     losses = np.zeros(len(pixels))
     if in_ranges.any():
-        losses[in_ranges] = sort_in_ranges(call, _pick(found, in_ranges), codes, rules)
+        losses[in_ranges] = ranges.sort_in_ranges(call, _pick(found, in_ranges), codes, rules)
     for some in _portions(divided, MOST_TABLES if ranks is None else MOST_JOINT_TABLES):
         losses[some] = _score_in_parts(call, ranks, _pick(found, some), fair, codes, rules)
     if others.any():

@@ -22,6 +22,9 @@ STRIP_PIXELS = 1 << 14
 RANGE_KEYS = 1 << 17
 """About the most keys that are sorted at a time: they, and the memory that they are moved to, take two megabytes."""
 
+MOST_PIXELS = 1 << 23
+"""The most pixels of a segment, and about the most of those that are sorted at a time: each takes up to 24 bytes."""
+
 _SAMPLES = 16
 """The keys of a strip that are looked at to divide the keys of its segment into ranges."""
 _LARGEST_KEY = np.iinfo(np.uint64).max
@@ -69,6 +72,12 @@ def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], ru
 
     Gradients and losses have the bits of ``sorting.extension``.
     """
+    portion = np.cumsum(found.stop - found.start) // MOST_PIXELS
+    portions = [Segments(*(column[portion == number] for column in found)) for number in np.unique(portion)]
+    return np.concatenate([_sort_portion(call, some, codes, rules) for some in portions])
+
+
+def _sort_portion(call: Call, found: Segments, codes: npt.NDArray[np.uint8], rules: Rules) -> npt.NDArray[np.float64]:
     strips = _strips(found)
     keys = call.scratch.array("keys of strips", (len(strips.segment), STRIP_PIXELS + KEY_PADDING), np.uint64)
     places = call.scratch.array("places of keys", (len(strips.segment), STRIP_PIXELS), np.uint16)
@@ -82,7 +91,8 @@ def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], ru
     call.run(rank, ranges=ranges, counts=strips.count, segments=found, losses=losses, g=g, **of_keys)
     if rules.want_grad:
         call.run(write, planes=call.planes, g=g, **of_strips)
-    return np.array([sorting.sum_of_losses(own) for own in np.split(losses, ends[:-1])])
+    # Without the background after the last foreground, whose losses are 0: as many as ``extension`` adds up.
+    return np.array([sorting.sum_of_losses(own[: np.count_nonzero(own)]) for own in np.split(losses, ends[:-1])])
 
 
 def _strips(found: Segments) -> Strips:
