@@ -152,8 +152,8 @@ class Plan:
     @classmethod
     def of(cls, batch: Batch, loss: WeightedSum, device: torch.device) -> Plan:
         """The plan of a batch; reuses an equal plan that is still kept."""
-        layouts = tuple(request.layout for request in batch.requests)
-        is_small = sum(layout.images for layout in layouts) <= KEPT_IMAGES
+        layouts = batch.layouts
+        is_small = sum([layout.images for layout in layouts]) <= KEPT_IMAGES
         is_small = is_small and layouts[0].channels * len(loss.terms) <= KEPT_WEIGHTS
         make = _kept if is_small else cls
         return make(loss, layouts, batch.sizes, device)
