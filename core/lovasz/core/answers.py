@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -159,9 +159,7 @@ def _answers(part: Part) -> list[tuple[int, Answer]]:
         terms = _with_own_images(batch, results)
     # Each request has rows of its own: callers may write to what they get.
     counts = [np.repeat(of_joints.T, batch.sizes, axis=0) for of_joints in (values.hits, union)]
-    answers: list[Answer] = list(
-        map(Result, [totals[j] for j in joint_of], grads or itertools.repeat(None), terms, *counts)
-    )
+    answers: list[Answer] = list(map(Result, [totals[j] for j in joint_of], grads or repeat(None), terms, *counts))
     if values.faults.any():
         _replace_faulty(answers, part)
     return list(zip(part.places, answers, strict=True))
@@ -188,7 +186,7 @@ def _replace_faulty(answers: list[Answer], part: Part) -> None:
             answers[start:stop] = _faults([fault_of(request, loss, values, j) for request in joint])
         elif faults[Fault.NOT_FINITE]:
             grads = part.computed.grads or (None,) * stop
-            answers[start:stop] = map(_not_a_number, itertools.repeat(loss), joint, grads[start:stop])
+            answers[start:stop] = map(_not_a_number, repeat(loss), joint, grads[start:stop])
 
 
 def result_of_rank(plan: Plan, request: Request, grad: Tensor | None, values: Values, first: int) -> Result[Tensor]:
@@ -273,7 +271,7 @@ def _term_results(plan: Plan, values: Values, of_terms: list[list[float]]) -> li
             columns.append([TermResult(kind, loss, nothing, nothing) for loss in losses])
         elif not term.per_image:
             of_classes = np.where(of_term.scored, of_term.losses, np.nan).T.copy()
-            columns.append([TermResult(kind, *own, nothing) for own in zip(losses, of_classes, strict=True)])
+            columns.append(list(map(TermResult, repeat(kind), losses, of_classes, repeat(nothing))))
         else:
             images = _split(_of_groups(term.loss, of_term), plan)
             scored, own = _split(of_term.scored, plan), _split(of_term.losses, plan)

@@ -157,10 +157,8 @@ def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) ->
 
 def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
     """Whether a joint has few enough classes, segments and pixels for the Triton backend."""
-    layouts = [request.layout for request in joint]
-    images = sum([layout.images for layout in layouts])
-    pixels = sum([layout.images * layout.pixels for layout in layouts])
-    channels = layouts[0].channels
+    images, channels = sum([request.layout.images for request in joint]), joint[0].layout.channels
+    pixels = sum([request.layout.images * request.layout.pixels for request in joint])
     of_terms = {term.per_image for _, term in loss.terms if isinstance(term, LovaszLoss)}
     segments = channels * sum(images if per_image else 1 for per_image in of_terms)
     fits = segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS and numbered_pixels(joint, loss) < NUMBERED_PIXELS
