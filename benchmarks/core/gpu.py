@@ -81,12 +81,12 @@ def graph_of_ours(
     total = weighted_sum(loss)
     batch = Batch.of([Request.checked(*pair, total) for pair in pairs])
     program, tensors, grads = triton_compute.prepare(Plan.of(batch, total, device), batch, want_grad=True)
-    addresses = torch.from_numpy(triton_compute.addresses_of(program, tensors, grads)).view(torch.uint8).to(device)
-    program.finish(program.begin(addresses))
+    addresses = triton_compute.addresses_of(program, tensors, grads).to(device)
+    program.finish(program.begin(addresses, torch.cuda.current_stream()))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        workspace = program.begin(addresses)
+        workspace = program.begin(addresses, torch.cuda.current_stream())
         program.finish(workspace)
     kept = batch, tensors, grads, addresses, workspace
 

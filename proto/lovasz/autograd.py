@@ -153,8 +153,9 @@ def operator(
         (grad,) = ctx.saved_tensors
         return (grad * loss_grad.to(grad.dtype)).to(ctx.dtype), None, None, None, None
 
-    # With this tag no two calls become one: each may have an effect, such as a step of a joint run.
-    tags = (torch.Tag.nondeterministic_seeded,)
+    # With the first tag no two calls become one: each may have an effect, such as a step of a joint run.
+    # With the second one the compiler keeps it out of CUDA graphs: it waits for the device, or calls a server.
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
     schema = "(Tensor logits, Tensor labels, str key, SymInt number, bool want_grad) -> (Tensor, Tensor)"
     made = torch.library.custom_op(name, run, mutates_args=(), schema=schema, tags=tags)
     made.register_fake(fake)

@@ -104,3 +104,8 @@ def test_inductor_compiles_model_and_loss(tmp_path: Path) -> None:
         [sys.executable, "-c", INDUCTOR], capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path
     )
     assert done.stdout.strip() == "done", done.stderr
+
+
+def test_operator_is_kept_out_of_cuda_graphs() -> None:
+    """It waits for the device until it knows whether the request has a fault, which a graph that is recorded cannot."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.lovasz.loss.default.tags

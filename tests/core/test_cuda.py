@@ -121,6 +121,23 @@ def test_graphs_are_used_bounded_and_right(
     assert len(graphs) == 2
 
 
+def test_graphs_serve_calls_inside_and_outside_of_inference_mode(cuda: torch.device, graphs: Any) -> None:
+    loss = LovaszSoftmax(ignore_index=VOID)
+    (logits, labels), *_ = batch_of(weighted_sum(loss), cuda)
+    with torch.inference_mode():
+        (expected,) = {bits(compute(logits, labels, loss)) for _ in range(4)}
+    assert len(graphs) == 1
+    assert bits(compute(logits, labels, loss)) == expected
+
+
+def test_default_device_may_be_the_gpu(cuda: torch.device, graphs: Any) -> None:
+    loss = LovaszSoftmax(ignore_index=VOID)
+    (logits, labels), *_ = batch_of(weighted_sum(loss), cuda)
+    expected = bits(compute(logits, labels, loss))
+    with torch.device(cuda):
+        assert {bits(compute(logits, labels, loss)) for _ in range(4)} == {expected}
+
+
 @each_loss
 def test_loss_of_autograd_is_that_of_compute(loss: LossLike, cuda: torch.device) -> None:
     for logits, labels in batch_of(weighted_sum(loss), cuda):

@@ -99,6 +99,15 @@ def test_hinge_takes_bool_labels(device: torch.device) -> None:
     assert bits(compute(logits, labels.bool(), loss)) == bits(compute(logits, labels, loss))
 
 
+def test_labels_of_several_types_in_one_batch(device: torch.device) -> None:
+    loss = weighted_sum(LovaszHinge(multilabel=True))
+    logits, labels = some_input(loss, device)
+    expected = bits(compute(logits, labels, loss))
+    for types in ((torch.bool, torch.uint8), (torch.int16, torch.bool, torch.uint8)):
+        requests = [Request.checked(logits, labels.to(dtype), loss) for dtype in types]
+        assert [bits(answer) for answer in submit(requests, loss, device).collect()] == [expected] * len(types)
+
+
 @each_loss
 def test_odd_strides_do_not_matter(loss: LossLike, device: torch.device) -> None:
     logits, labels = some_input(loss, device)

@@ -202,3 +202,25 @@ def test_the_position_of_a_fault_counts_requests_without_images(device: torch.de
         assert isinstance(answer, JointFault)
         assert answer.place == 3
         assert answer.fault.problem == answers[3].problem
+
+
+def test_callers_may_write_to_what_they_get(device: torch.device) -> None:
+    loss, channels = LOSSES["softmax"]
+    total = weighted_sum(loss)
+    requests = [a_request(loss, 1, channels, (9, 7), seed) for seed in range(3)]
+
+    def asked() -> list[Answer]:
+        return submit(requests, total, device, joined=[2, 1]).collect()
+
+    answers = asked()
+    for answer in answers:
+        assert isinstance(answer, Result)
+        assert answer.grad is not None
+        for own in (answer.grad, answer.intersection, answer.union):
+            own += 1
+    for changed, answer in zip(answers, asked(), strict=True):
+        assert isinstance(changed, Result)
+        assert isinstance(answer, Result)
+        assert torch.equal(changed.grad, answer.grad + 1)
+        assert (changed.intersection == answer.intersection + 1).all()
+        assert (changed.union == answer.union + 1).all()

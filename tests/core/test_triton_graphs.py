@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lovasz.core import LovaszSoftmax
+from lovasz.spec import weighted_sum
+
 pytest.importorskip("triton")
 
 STREAM, OTHER_STREAM = 1, 2
@@ -33,6 +36,7 @@ class FakeRecording:
         if FakeRecording.error is not None:
             raise FakeRecording.error
         self.nbytes, self.done, self.stream, self.waited = program.workspace_bytes, True, STREAM, False
+        self.is_inference = torch.is_inference_mode_enabled()
 
     def is_free(self, stream: int) -> bool:
         return stream == self.stream or self.done
@@ -99,6 +103,47 @@ def test_memory_is_bounded_and_the_oldest_goes_and_waits_before_it_comes_back(gr
     assert [recording.waited for recording in recordings] == [False, True, False]
     assert all(graphs.take(programs[1], STREAM) is None for _ in range(20))
     assert len(graphs) == 3
+
+
+def test_recordings_in_use_count_and_stay(graphs: Any) -> None:
+    programs = [FakeProgram() for _ in range(4)]
+    for program in programs[:3]:
+        recorded(graphs, program)
+    recordings = [graphs.take(program, STREAM) for program in programs[:3]]
+    assert all(graphs.take(programs[3], STREAM) is None for _ in range(5))
+    graphs.clear()
+    assert len(graphs) == 3
+    graphs.put_back(programs[1], recordings[1])
+    assert graphs.take(programs[3], STREAM) is not None
+    assert len(graphs) == 3
+    assert [recording.waited for recording in recordings] == [False, True, False]
+
+
+def test_recordings_serve_calls_outside_of_inference_mode(graphs: Any) -> None:
+    """Such calls may not write to a tensor that was made inside of it."""
+    with torch.inference_mode():
+        assert not recorded(graphs, FakeProgram()).is_inference
+
+
+def test_a_replay_that_fails_gives_the_recording_back(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lovasz.core.backends.triton import compute
+
+    logits, labels, loss = torch.zeros(1, 3, 2), torch.zeros(1, 2, dtype=torch.uint8), weighted_sum(LovaszSoftmax())
+    program = FakeProgram()
+    recording = recorded(graphs, program)
+    monkeypatch.setattr(compute, "GRAPHS", graphs)
+    monkeypatch.setattr(compute, "_replays", {compute._key(logits, labels, loss): program})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: logits.device.index)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: STREAM)
+
+    def full(*shape: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            compute.replay(logits, labels, loss)
+    assert graphs.take(program, STREAM) is recording
 
 
 def test_what_does_not_fit_is_never_recorded(graphs: Any) -> None:

@@ -104,6 +104,14 @@ def test_device_sees_only_these_launches_one_fill_and_one_copy_back(name: str, c
     assert sum(names.values()) - 1 <= MOST_LAUNCHES
 
 
+def test_memory_on_the_host_is_there_whatever_the_default_device() -> None:
+    from lovasz.core.backends.triton.program import host_bytes
+
+    with torch.device("meta"):
+        memory = host_bytes(8, torch.device("cpu"))
+    assert memory.device.type == "cpu"
+
+
 def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels number pixels by 31 bits; a portion has fewer, and each request its own bits all the same."""
     requests, loss = requests_of("multilabel hinge, per image", torch.device("cpu"))

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -149,25 +150,43 @@ class Pending:
 
 
 def _answers(part: Part) -> list[tuple[int, Answer]]:
-    plan, grads_of_all, values = part.plan, part.computed.grads, part.values
+    plan, batch, values, grads = part.plan, part.batch, part.values, part.computed.grads
     union, (totals, of_terms) = _union(plan, values), part.losses
     results = _term_results(plan, values, of_terms)
-    answers: list[Answer] = []
-    for j, (joint, faults) in enumerate(zip(part.batch.joints, values.faults.T.tolist(), strict=True)):
-        grads = [None] * len(joint) if grads_of_all is None else grads_of_all[len(answers) :][: len(joint)]
-        if faults[Fault.BAD_LABEL] or faults[Fault.OUT_OF_RANGE]:
-            answers += _faults([fault_of(request, plan.loss, values, j) for request in joint])
-        elif faults[Fault.NOT_FINITE]:
-            answers += [_not_a_number(plan.loss, request, grad) for request, grad in zip(joint, grads, strict=True)]
-        else:
-            first = 0
-            for request, grad in zip(joint, grads, strict=True):
-                own = slice(first, first + request.layout.scored_images)
-                first = own.stop
-                counts = values.hits[:, j].copy(), union[:, j].copy()
-                terms = tuple(_of_request(result, own) for result in results[j])
-                answers.append(Result(totals[j], grad, terms, *counts))
+    joint_of = [j for j, size in enumerate(batch.sizes) for _ in range(size)]
+    terms = [results[j] for j in joint_of]
+    if plan.loss.scores_images:
+        terms = _with_own_images(batch, results)
+    # Each request has rows of its own: callers may write to what they get.
+    counts = [np.repeat(of_joints.T, batch.sizes, axis=0) for of_joints in (values.hits, union)]
+    answers: list[Answer] = list(map(Result, [totals[j] for j in joint_of], grads or repeat(None), terms, *counts))
+    if values.faults.any():
+        _replace_faulty(answers, part)
     return list(zip(part.places, answers, strict=True))
+
+
+def _with_own_images(batch: Batch, results: list[tuple[TermResult, ...]]) -> list[tuple[TermResult, ...]]:
+    """The results of the terms for each request, from those of its joint."""
+    terms = []
+    for joint, of_joint in zip(batch.joints, results, strict=True):
+        first = 0
+        for request in joint:
+            own = slice(first, first + request.layout.scored_images)
+            first = own.stop
+            terms.append(tuple(_of_request(result, own) for result in of_joint))
+    return terms
+
+
+def _replace_faulty(answers: list[Answer], part: Part) -> None:
+    """Puts errors and NaN in the place of the answers to joints with faults."""
+    loss, values, stop = part.plan.loss, part.values, 0
+    for j, (joint, faults) in enumerate(zip(part.batch.joints, values.faults.T.tolist(), strict=True)):
+        start, stop = stop, stop + len(joint)
+        if faults[Fault.BAD_LABEL] or faults[Fault.OUT_OF_RANGE]:
+            answers[start:stop] = _faults([fault_of(request, loss, values, j) for request in joint])
+        elif faults[Fault.NOT_FINITE]:
+            grads = part.computed.grads or (None,) * stop
+            answers[start:stop] = map(_not_a_number, repeat(loss), joint, grads[start:stop])
 
 
 def result_of_rank(plan: Plan, request: Request, grad: Tensor | None, values: Values, first: int) -> Result[Tensor]:
@@ -245,14 +264,14 @@ def _split(of_groups: npt.NDArray[Any], plan: Plan) -> list[npt.NDArray[Any]]:
 
 def _term_results(plan: Plan, values: Values, of_terms: list[list[float]]) -> list[tuple[TermResult, ...]]:
     """The results of the terms for each joint."""
-    columns = []
+    columns, nothing = [], np.empty(0)
     for term, of_term, losses in zip(plan.terms, values.terms, of_terms, strict=True):
         kind, joints = term.loss.kind, range(len(plan.sizes))
         if not isinstance(term.loss, LovaszLoss):
-            columns.append([TermResult(kind, loss, np.empty(0)) for loss in losses])
+            columns.append([TermResult(kind, loss, nothing, nothing) for loss in losses])
         elif not term.per_image:
             of_classes = np.where(of_term.scored, of_term.losses, np.nan).T.copy()
-            columns.append([TermResult(kind, losses[j], of_classes[j]) for j in joints])
+            columns.append(list(map(TermResult, repeat(kind), losses, of_classes, repeat(nothing))))
         else:
             images = _split(_of_groups(term.loss, of_term), plan)
             scored, own = _split(of_term.scored, plan), _split(of_term.losses, plan)

@@ -103,10 +103,15 @@ class Batch:
 
     def with_images(self) -> Batch:
         """The batch without requests that have no images, and without joints that have none."""
-        if all(request.layout.images for request in self.requests):
+        if all(layout.images for layout in self.layouts):
             return self
         filled = [[request for request in joint if request.layout.images] for joint in self.joints]
         return Batch.of([request for joint in filled for request in joint], [len(joint) for joint in filled if joint])
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layout of each request."""
+        return tuple([request.layout for request in self.requests])
 
     @cached_property
     def joints(self) -> tuple[tuple[Request, ...], ...]:

@@ -97,21 +97,22 @@ def submit(
     whole = Batch.of(requests, joined)
     filled = whole.with_images()
     joints_of = _divide(filled.divided(loss), loss, device, backend)
-    filled_places = (place for place, request in enumerate(whole.requests) if request.layout.images)
-    places = [tuple(itertools.islice(filled_places, size)) for size in filled.sizes]
+    all_places = tuple([place for place, layout in enumerate(whole.layouts) if layout.images])
     parts = []
     for (chosen, _), numbers in joints_of.items():
-        own = filled
+        own, places = filled, all_places
         if len(joints_of) > 1:
             own = Batch.of(
                 [request for j in numbers for request in filled.joints[j]], [filled.sizes[j] for j in numbers]
             )
+            stops = list(itertools.accumulate(filled.sizes))
+            places = tuple([place for j in numbers for place in all_places[stops[j] - filled.sizes[j] : stops[j]]])
         divided = own.divided(loss)
         plan, want_total = Plan.of(divided, loss, device), want_total and divided is own
         computed = compute(chosen, plan, divided, want_grad=want_grad, want_total=want_total, stop=stop)
         if divided is not own and computed.grads is not None:
             computed = replace(computed, grads=own.join(computed.grads))
-        parts.append(Part(tuple(place for j in numbers for place in places[j]), plan, own, computed))
+        parts.append(Part(places, plan, own, computed))
     return Pending(whole, tuple(parts), loss, want_grad)
 
 
@@ -124,6 +125,11 @@ def _divide(
         The positions in ``whole.joints`` of the joints that are computed together, by backend and portion.
     """
     joints_of: dict[tuple[Backend, int], list[int]] = {}
+    if backend is None and whole.joints:
+        # A backend with limits that takes all joints as if they were one takes each of them.
+        chosen = choose(whole.requests, loss, device)
+        if chosen is Backend.NUMBA or (chosen is Backend.TRITON and triton_works(device)):
+            return {(chosen, 0): list(range(len(whole.joints)))}
     portion = numbered = 0
     for number, joint in enumerate(whole.joints):
         chosen = choose(joint, loss, device) if backend is None else checked(backend, joint, loss, device)
@@ -151,9 +157,8 @@ def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) ->
 
 def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
     """Whether a joint has few enough classes, segments and pixels for the Triton backend."""
-    images = sum(request.layout.images for request in joint)
-    pixels = sum(request.layout.images * request.layout.pixels for request in joint)
-    channels = joint[0].layout.channels
+    images, channels = sum([request.layout.images for request in joint]), joint[0].layout.channels
+    pixels = sum([request.layout.images * request.layout.pixels for request in joint])
     of_terms = {term.per_image for _, term in loss.terms if isinstance(term, LovaszLoss)}
     segments = channels * sum(images if per_image else 1 for per_image in of_terms)
     fits = segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS and numbered_pixels(joint, loss) < NUMBERED_PIXELS
@@ -162,8 +167,8 @@ def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
 
 def numbered_pixels(requests: Sequence[Request], loss: WeightedSum) -> int:
     """The number of pixels as Triton's kernels count them: for the hinge, once for each binary label."""
-    layouts = [request.layout for request in requests]
-    return sum(layout.images * layout.pixels * (layout.channels if loss.is_binary else 1) for layout in layouts)
+    pixels = sum([request.layout.images * request.layout.pixels for request in requests])
+    return pixels * requests[0].layout.channels if loss.is_binary else pixels
 
 
 def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Backend:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lovasz.spec import checks
@@ -14,6 +14,8 @@ MAX_CLASSES = 65_536
 """The most classes (or binary labels) in one request: the per-class results must fit in one message."""
 MAX_AXES = 16
 """The most axes of a tensor."""
+KEPT_LAYOUTS = 256
+"""The most layouts of each kind of loss that are kept: trainers send the same few shapes again and again."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Layout:
         return self.images if self.offsets is None else len(self.offsets)
 
 
-def softmax_layout(logits: Sequence[int], labels: Sequence[int], *, may_be_empty: bool = False) -> Layout:
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def softmax_layout(logits: tuple[int, ...], labels: tuple[int, ...], may_be_empty: bool = False) -> Layout:
     """The layout of logits (N, C, *spatial) and labels (N, *spatial) or (N, 1, *spatial).
 
     Args:
@@ -55,7 +58,8 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int], *, may_be_empty
     Raises:
         InvalidInput: a shape is not one of these, or the two do not fit.
     """
-    logits, labels = _checked("logits", logits), _checked("labels", labels)
+    _check_sizes("logits", logits)
+    _check_sizes("labels", labels)
     if len(logits) < 2:
         raise InvalidInput("logits", f"got shape {_text(logits)}; expected (N, C, *spatial)")
     if logits[1] == 0:
@@ -77,8 +81,9 @@ def softmax_layout(logits: Sequence[int], labels: Sequence[int], *, may_be_empty
     return Layout(logits[0], _bounded(logits[1]), math.prod(logits[2:]), label_values=logits[1])
 
 
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def binary_layout(
-    logits: Sequence[int], labels: Sequence[int], multilabel: bool, *, may_be_empty: bool = False
+    logits: tuple[int, ...], labels: tuple[int, ...], multilabel: bool, may_be_empty: bool = False
 ) -> Layout:
     """The layout of logits and labels, each (N, *spatial) or (N, 1, *spatial).
 
@@ -91,7 +96,8 @@ def binary_layout(
     Raises:
         InvalidInput: a shape is not one of these, or the two do not fit.
     """
-    logits, labels = _checked("logits", logits), _checked("labels", labels)
+    _check_sizes("logits", logits)
+    _check_sizes("labels", labels)
     if multilabel:
         if len(logits) < 2:
             raise InvalidInput("logits", f"got shape {_text(logits)}; expected (N, L, *spatial)")
@@ -168,12 +174,11 @@ def _cure_of_labels(logits: tuple[int, ...], labels: tuple[int, ...]) -> str:
     return ""
 
 
-def _checked(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+def _check_sizes(name: str, shape: tuple[int, ...]) -> None:
     if len(shape) > MAX_AXES:
         raise InvalidInput(name, f"got {len(shape)} axes; expected at most {MAX_AXES}")
     if any(size < 0 for size in shape):
         raise InvalidInput(name, f"got shape {_text(shape)}; expected sizes >= 1")
-    return tuple(shape)
 
 
 def _bounded(channels: int) -> int:
@@ -182,8 +187,8 @@ def _bounded(channels: int) -> int:
     return channels
 
 
-def _text(shape: Sequence[int]) -> str:
-    return str(tuple(shape))
+def _text(shape: tuple[int, ...]) -> str:
+    return str(shape)
 
 
 def _check_not_empty(logits: tuple[int, ...], may_be_empty: bool) -> None:

@@ -146,9 +146,9 @@ class WeightedSum:
             InvalidInput: a shape that does not fit the loss, or an option that does not fit the number of classes.
         """
         if self.is_binary:
-            layout = binary_layout(logits, labels, self.multilabel, may_be_empty=may_be_empty)
+            layout = binary_layout(tuple(logits), tuple(labels), self.multilabel, may_be_empty)
         else:
-            layout = softmax_layout(logits, labels, may_be_empty=may_be_empty)
+            layout = softmax_layout(tuple(logits), tuple(labels), may_be_empty)
         for _, loss in self.terms:
             _check_class_options(loss, layout.channels)
         ends = checked_offsets(offsets, layout.images)

@@ -7,6 +7,7 @@ section 11). Logits that are on the device are read in place.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from torch import Tensor
 from lovasz.core.backends.triton.columns import Address, BinaryCounter, Cross, Group, Outcome, Segment, SoftmaxCounter
 from lovasz.core.backends.triton.graphs import GRAPHS
 from lovasz.core.backends.triton.layout import Kind
-from lovasz.core.backends.triton.program import Program, to_device
-from lovasz.core.batch import Batch, Request
+from lovasz.core.backends.triton.program import Program, host_bytes
+from lovasz.core.batch import Batch
 from lovasz.core.computed import Computed, Fault, TermValues, Values
 from lovasz.core.plan import Plan
 from lovasz.core.scoring import State
@@ -53,23 +54,23 @@ def compute(
     with torch.no_grad(), current:  # Triton launches on the current device.
         program, tensors, grads = prepare(plan, batch, want_grad=want_grad)
         total = torch.empty((), dtype=torch.float32, device=device) if want_total else None
-        addresses = torch.from_numpy(addresses_of(program, tensors, grads, total)).view(torch.uint8)
+        addresses = addresses_of(program, tensors, grads, total)
         if device.type != "cuda":
             return _interpreted(program, addresses, grads, total)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch.cuda.current_stream(device)
         recording = GRAPHS.take(program, stream)
         try:
             if recording is None:
-                workspace = program.begin(to_device(addresses, device))
+                workspace = program.begin(addresses.to(device, non_blocking=True), stream)
             else:
-                workspace = recording.begin(addresses.pin_memory(), stream)
-            faults = _to_host(workspace.faults) if total is not None else None
+                workspace = recording.begin(addresses, stream)
+            faults = _to_host(workspace.faults, stream) if total is not None else None
             if recording is None:
                 program.finish(workspace)
             else:
                 recording.finish()
             if total is None:
-                results = _to_host(workspace.results)
+                results = _to_host(workspace.results, stream)
             else:  # Cloned, since another thread may take the recording, and with it the workspace, next.
                 results = _copied_when_asked(workspace.results.clone())
         finally:
@@ -105,13 +106,13 @@ def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, T
         return None
     if logits.device.index != torch.cuda.current_device():
         return None
-    stream = torch.cuda.current_stream().cuda_stream
+    stream = torch.cuda.current_stream()
     recording = GRAPHS.take(program, stream)
     if recording is None:
         return None
-    grad = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    total = torch.empty((), dtype=torch.float32, device=logits.device)
     try:
+        grad = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        total = torch.empty((), dtype=torch.float32, device=logits.device)
         is_good = recording.replay(logits.data_ptr(), labels.data_ptr(), grad.data_ptr(), total.data_ptr(), stream)
     finally:
         GRAPHS.put_back(program, recording)
@@ -119,7 +120,7 @@ def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, T
 
 
 def _interpreted(program: Program, addresses: Tensor, grads: Grads, total: Tensor | None) -> Computed:
-    workspace = program.begin(addresses)
+    workspace = program.begin(addresses, None)
     program.finish(workspace)
     results, is_faulty = workspace.results.numpy(), bool(workspace.faults.any())
     return Computed(
@@ -133,12 +134,12 @@ def _copied_when_asked(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
     return lambda: values.cpu().numpy()
 
 
-def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
-    """Queues a copy to the host; returns a function that waits for it."""
-    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+def _to_host(values: Tensor, stream: torch.cuda.Stream) -> Callable[[], npt.NDArray[np.uint8]]:
+    """Queues a copy to the host on the current stream; returns a function that waits for it."""
+    on_host = host_bytes(len(values), values.device)
     on_host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(stream)
 
     def wait() -> npt.NDArray[np.uint8]:
         copied.synchronize()
@@ -149,14 +150,26 @@ def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
 
 def prepare(plan: Plan, batch: Batch, *, want_grad: bool) -> tuple[Program, Tensors, Grads]:
     """The program of a batch, its tensors on the device, and memory for its gradients, if they are wanted."""
-    tensors = [_on_device(request, plan.device) for request in batch.requests]
-    if len({labels.dtype for _, labels in tensors}) > 1:
-        tensors = [(logits, labels.to(torch.int64)) for logits, labels in tensors]
-    grads = None
-    if want_grad:
-        grads = tuple(torch.empty(logits.shape, dtype=torch.float32, device=plan.device) for logits, _ in tensors)
+    device = plan.device
+    tensors = [(_on_device(request.logits, device), _on_device(request.labels, device)) for request in batch.requests]
+    label_types = {labels.dtype for _, labels in tensors}
+    if torch.bool in label_types or len(label_types) > 1:
+        tensors = [(logits, _as_integers(labels, label_types)) for logits, labels in tensors]
+    grads = _memory_for_grads(tensors, device) if want_grad else None
     (logits, labels), *_ = tensors
     return program_of(Kind(plan, logits.dtype, labels.dtype, want_grad)), tensors, grads
+
+
+def _memory_for_grads(tensors: Tensors, device: torch.device) -> tuple[Tensor, ...]:
+    """Memory for the gradients. Requests of one shape share a piece: each piece takes the host some microseconds."""
+    grads: list[Tensor] = []
+    for shape, own in itertools.groupby(logits.shape for logits, _ in tensors):
+        count = sum(1 for _ in own)
+        if count == 1:
+            grads.append(torch.empty(shape, dtype=torch.float32, device=device))
+        else:
+            grads += torch.empty((count, *shape), dtype=torch.float32, device=device).unbind()
+    return tuple(grads)
 
 
 def program_of(kind: Kind) -> Program:
@@ -182,30 +195,33 @@ def forget() -> None:
         _programs.clear()
 
 
-def _on_device(request: Request, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits and labels on the device, contiguous; copied only if they are not yet."""
-    logits = request.logits.detach().to(device, non_blocking=True).contiguous()
-    labels = request.labels.to(device, non_blocking=True).contiguous()
-    return logits, labels.view(torch.uint8) if labels.dtype == torch.bool else labels
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, contiguous; copied only if it is not yet."""
+    if tensor.device == device and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to(device, non_blocking=True).contiguous()
 
 
-def addresses_of(
-    program: Program, tensors: Tensors, grads: Grads, total: Tensor | None = None
-) -> npt.NDArray[np.int64]:
-    """The addresses for a batch: one row of ``columns.Address`` per plane, flat, then the address of the loss, or 0."""
-    (logits, labels), *_ = tensors
-    origin = program.layout.origin
-    firsts = np.array([(logits.data_ptr(), labels.data_ptr(), 0) for logits, labels in tensors], np.int64)
+def _as_integers(labels: Tensor, types: set[torch.dtype]) -> Tensor:
+    """Labels as integers, of the same type for all requests of a batch, whose labels have these types."""
+    if types <= {torch.bool, torch.uint8}:
+        return labels.view(torch.uint8)
+    return labels.to(torch.int64)
+
+
+def addresses_of(program: Program, tensors: Tensors, grads: Grads, total: Tensor | None = None) -> Tensor:
+    """The addresses for a batch, as ``Program.begin`` takes them, but on the host; for a GPU in pinned memory."""
+    firsts = np.zeros((len(tensors), len(Address)), np.int64)
+    firsts[:, Address.LOGITS] = [logits.data_ptr() for logits, _ in tensors]
+    firsts[:, Address.LABELS] = [labels.data_ptr() for _, labels in tensors]
     if grads is not None:
         firsts[:, Address.GRAD] = [grad.data_ptr() for grad in grads]
-    everything = np.zeros(program.address_bytes // 8, np.int64)
-    addresses = everything[:-1].reshape(-1, len(Address))
-    addresses[:] = firsts[origin.request]
-    addresses[:, Address.LOGITS] += origin.logits * logits.element_size()
-    addresses[:, Address.LABELS] += origin.labels * labels.element_size()
-    addresses[:, Address.GRAD] += origin.logits * torch.float32.itemsize
-    everything[-1] = 0 if total is None else total.data_ptr()
-    return everything
+    origin = program.layout.origin
+    on_host = host_bytes(program.address_bytes, program.device)
+    addresses = on_host.numpy().view(np.int64)
+    np.add(firsts[origin.request], origin.offsets, out=addresses[:-1].reshape(origin.offsets.shape))
+    addresses[-1] = 0 if total is None else total.data_ptr()
+    return on_host
 
 
 def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
@@ -216,10 +232,12 @@ def read(program: Program, results: npt.NDArray[np.uint8]) -> Values:
     sums = program.result("cross_sums", results, len(layout.entropies), joints, len(Cross))
     losses = np.ldexp(segments[..., Segment.LOSS].astype(np.float64), segments[..., Segment.UNIT])
     states = segments[..., Segment.STATE]
-    largest = (segments[..., Segment.LARGEST] >> 32).astype(np.int32).view(np.float32)
-    has_table = layout.groups[:, Group.BINS] > 0
-    losses = np.where((states == State.ABSENT) & has_table[:, None], largest, losses)
-    scored = states != State.PASSED_OVER
+    # NumPy takes long to compare with a member of an enumeration.
+    scored = states != State.PASSED_OVER.value
+    if layout.any_table:
+        largest = (segments[..., Segment.LARGEST] >> 32).astype(np.int32).view(np.float32)
+        has_table = layout.groups[:, Group.BINS] > 0
+        losses = np.where((states == State.ABSENT.value) & has_table[:, None], largest, losses)
     terms: list[TermValues] = []
     rows = iter(zip(layout.first_rows, [*layout.first_rows[1:], len(layout.groups)], strict=True))
     entropies = iter(sums)

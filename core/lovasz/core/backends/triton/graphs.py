@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lovasz.core.backends.triton.program import Program, Workspace
+from lovasz.core.backends.triton.program import Program, Workspace, host_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,16 @@ PAUSE = 32
 """The further uses that a program needs after its recording was dropped: recording costs more than a few launches."""
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all programs of a device are recorded.
+
+    One for all: torch has 32, which it hands out again and again. What another thread queues on the stream of a
+    recording becomes a part of it.
+    """
+    return torch.cuda.Stream(device)
+
+
 class Recording:
     """A program's launches as two graphs: those after which the faults of a batch are known, and the remaining ones."""
 
@@ -36,19 +47,19 @@ class Recording:
         self.nbytes = program.workspace_bytes
         self._addresses = torch.empty(program.address_bytes, dtype=torch.uint8, device=device)
         # Only for ``replay``: it waits for the device before it returns, so the memory can be reused.
-        self._pinned = torch.empty(program.address_bytes, dtype=torch.uint8, pin_memory=True)
+        self._pinned = host_bytes(program.address_bytes, device)
         self._host_addresses = self._pinned.numpy().view(np.int64)
         self._known = torch.cuda.Event()
         self._done = torch.cuda.Event()
-        self._stream: int | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._begin, self._finish = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
+        stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # "thread_local" lets other threads use the device in the meantime.
             self._begin.capture_begin(capture_error_mode="thread_local")
             try:
-                self.workspace = program.begin(self._addresses)
+                self.workspace = program.begin(self._addresses, stream)
             finally:
                 self._begin.capture_end()
             self._finish.capture_begin(pool=self._begin.pool(), capture_error_mode="thread_local")
@@ -57,18 +68,19 @@ class Recording:
             finally:
                 self._finish.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._host_faults = torch.empty(self.workspace.faults.shape, dtype=torch.uint8, pin_memory=True)
+        self._host_faults = host_bytes(len(self.workspace.faults), device)
         self._faults = self._host_faults.numpy()
 
-    def is_free(self, stream: int) -> bool:
+    def is_free(self, stream: torch.cuda.Stream) -> bool:
         """Whether no work on the workspace is pending, except on this stream."""
         return self._stream in (None, stream) or self._done.query()
 
-    def begin(self, addresses: Tensor, stream: int) -> Workspace:
+    def begin(self, addresses: Tensor, stream: torch.cuda.Stream) -> Workspace:
         """Queues the launches after which a batch's faults are known; the caller may copy these, then calls ``finish``.
 
         Args:
             addresses: the addresses of the batch as bytes, in pinned memory.
+            stream: the current stream.
         """
         self._stream = stream
         self._addresses.copy_(addresses, non_blocking=True)
@@ -79,11 +91,12 @@ class Recording:
         """Queues the remaining launches."""
         self._finish.replay()
 
-    def replay(self, logits: int, labels: int, grad: int, total: int, stream: int) -> bool:
+    def replay(self, logits: int, labels: int, grad: int, total: int, stream: torch.cuda.Stream) -> bool:
         """Queues all launches for a request of one plane, and waits until it is known whether the request has a fault.
 
         Args:
             logits, labels, grad, total: addresses on the device.
+            stream: the current stream.
 
         Returns:
             True if it has no fault. If false, the results are undefined.
@@ -91,14 +104,14 @@ class Recording:
         self._host_addresses[:] = logits, labels, grad, total
         self.begin(self._pinned, stream)
         self._host_faults.copy_(self.workspace.faults, non_blocking=True)
-        self._known.record()
+        self._known.record(stream)
         self.finish()
         self._known.synchronize()
-        return not self._faults.any()
+        return not any(self._faults.tobytes())
 
     def used(self) -> None:
         """Marks the point in the stream after which the workspace is no longer read."""
-        self._done.record()
+        self._done.record(self._stream)
 
     def wait(self) -> None:
         """Waits until the point that ``used`` has marked."""
@@ -114,8 +127,11 @@ class Graphs:
         self._taken: set[Program] = set()
         self._works = True
 
-    def take(self, program: Program, stream: int) -> Recording | None:
+    def take(self, program: Program, stream: torch.cuda.Stream) -> Recording | None:
         """Lends the recording of a program to the caller, until ``put_back``; records it first if it is time.
+
+        Args:
+            stream: the current stream.
 
         Returns:
             None if there is no recording, or if another thread or stream still uses it.
@@ -131,9 +147,10 @@ class Graphs:
                 recording = self._record(program)
                 if recording is None:
                     return None
+                self._recordings[program] = recording
             elif not recording.is_free(stream):
                 return None
-            self._recordings.pop(program, None)
+            self._recordings.move_to_end(program)
             self._taken.add(program)
             return recording
 
@@ -142,21 +159,21 @@ class Graphs:
         recording.used()
         with self._lock:
             self._taken.discard(program)
-            self._recordings[program] = recording
 
     def _record(self, program: Program) -> Recording | None:
         room = KEPT_SHARE * torch.cuda.get_device_properties(program.device).total_memory
         if program.workspace_bytes > room:
             return None
-        while self._recordings and (
-            len(self._recordings) >= KEPT_GRAPHS
-            or sum(known.nbytes for known in self._recordings.values()) + program.workspace_bytes > room
-        ):
-            evicted, recording = self._recordings.popitem(last=False)
-            recording.wait()
+        while len(self._recordings) >= KEPT_GRAPHS or self.nbytes + program.workspace_bytes > room:
+            evicted = next((known for known in self._recordings if known not in self._taken), None)
+            if evicted is None:
+                return None
+            self._recordings.pop(evicted).wait()
             evicted.times_seen = -PAUSE
         try:
-            return Recording(program)
+            # Calls outside of inference mode may not write to a tensor that was made inside of it.
+            with torch.inference_mode(False):
+                return Recording(program)
         except torch.OutOfMemoryError:
             program.times_seen = -PAUSE
         except Exception:
@@ -165,12 +182,16 @@ class Graphs:
         return None
 
     def clear(self) -> None:
-        """Drops all recordings and frees their memory."""
+        """Drops all recordings that no caller has taken, and frees their memory."""
         with self._lock:
-            for program, recording in self._recordings.items():
-                recording.wait()
+            for program in [known for known in self._recordings if known not in self._taken]:
+                self._recordings.pop(program).wait()
                 program.times_seen = 0
-            self._recordings.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """The device memory of all recordings."""
+        return sum(recording.nbytes for recording in self._recordings.values())
 
     def __len__(self) -> int:
         return len(self._recordings)

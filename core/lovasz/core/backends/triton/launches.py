@@ -30,7 +30,7 @@ class Launch:
         if registers is not None:
             self.options["maxnreg"] = registers
         self.constants = constants
-        self._compiled: Any = None
+        self._run: Any = None
         self._arguments: list[Any] = []
         self._places: list[tuple[int, str, int]] = []
 
@@ -46,11 +46,11 @@ class Launch:
         if compiled is not None:  # It is None under the interpreter.
             self._arguments = [self.constants.get(name, numbers.get(name)) for name in names]
             self._places = [(i, rooms[n].buffer, rooms[n].offset) for i, n in enumerate(names) if n in rooms]
-            self._compiled = compiled
+            self._run = compiled[self.grid]
 
     @property
     def is_compiled(self) -> bool:
-        return self._compiled is not None
+        return self._run is not None
 
     def __call__(self, bases: dict[str, int], stream: int) -> None:
         """Launches the compiled kernel on a stream.
@@ -61,7 +61,7 @@ class Launch:
         arguments = self._arguments.copy()
         for place, buffer, offset in self._places:
             arguments[place] = bases[buffer] + offset
-        self._compiled[self.grid](*arguments, stream=stream)
+        self._run(*arguments, stream=stream)
 
 
 def _view(room: Room, buffers: dict[str, Tensor]) -> Tensor:

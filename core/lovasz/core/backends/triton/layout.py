@@ -104,13 +104,12 @@ class Origin:
 
     Attributes:
         request: the plane's request.
-        logits: the offset of its first logit from the first logit of the request, in elements.
-        labels: the offset of its first label from the first label of the request, in elements.
+        offsets: in bytes, one column for each of ``columns.Address``: where the plane's first element is, counted from
+            the first element of the request.
     """
 
     request: Integers
-    logits: Integers
-    labels: Integers
+    offsets: Integers
 
 
 class Layout:
@@ -151,7 +150,11 @@ class Layout:
         pixels = planes.pixels[plane]
         first_logits = planes.logits[plane] + channel * planes.image_pixels[plane]
         first_labels = first_logits if self.plan.is_binary else planes.labels[plane]
-        self.origin = Origin(planes.request[plane], first_logits, first_labels)
+        offsets = np.zeros((len(plane), len(Address)), np.int64)
+        offsets[:, Address.LOGITS] = first_logits * self.kind.logits.itemsize
+        offsets[:, Address.LABELS] = first_labels * self.kind.labels.itemsize
+        offsets[:, Address.GRAD] = first_logits * torch.float32.itemsize
+        self.origin = Origin(planes.request[plane], offsets)
         self.pixels = int(pixels.sum())
         self.elements = self.pixels * (1 if self.plan.is_binary else self.channels)
         self.block = BLOCK_PIXELS["binary" if self.plan.is_binary else "softmax"]

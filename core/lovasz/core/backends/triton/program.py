@@ -60,6 +60,7 @@ _TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
+_HOST = torch.device("cpu")
 _TORCH_TYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float64: torch.float64}
 _NUMPY_TYPES = {torch.int64: np.int64, torch.int32: np.int32}
 
@@ -68,10 +69,12 @@ class Workspace(NamedTuple):
     """The buffers of a batch.
 
     Attributes:
+        stream: the stream of its launches; None under the interpreter.
         results: the bytes of all results.
         faults: the bytes of the faults, a part of the results.
     """
 
+    stream: torch.cuda.Stream | None
     buffers: dict[str, Tensor]
     results: Tensor
     faults: Tensor
@@ -234,27 +237,28 @@ class Program:
 
     # --- Running --------------------------------------------------------------------------------------------------
 
-    def begin(self, addresses: Tensor) -> Workspace:
-        """Queues the launches after which a batch's faults are known, on the current stream.
+    def begin(self, addresses: Tensor, stream: torch.cuda.Stream | None) -> Workspace:
+        """Queues the launches after which a batch's faults are known.
 
         Args:
             addresses: int64 as bytes, on the device: one row of ``columns.Address`` per plane, then the address of the
                 loss, or 0.
+            stream: the current stream; None under the interpreter.
         """
         zeroed = torch.zeros(self.layout.zeroed.nbytes, dtype=torch.uint8, device=self.device)
         buffers = {
-            "static": self._uploaded(),
+            "static": self._uploaded(stream),
             "addresses": addresses,
             "zeroed": zeroed,
             "scratch": torch.empty(self.layout.scratch.nbytes, dtype=torch.uint8, device=self.device),
         }
-        self._launch(self.launches[:_LAUNCHES_FOR_FAULTS], buffers)
+        self._launch(self.launches[:_LAUNCHES_FOR_FAULTS], buffers, stream)
         faults = self.rooms["faults"]
-        return Workspace(buffers, zeroed[: self.layout.results_bytes], zeroed[faults.offset : faults.stop])
+        return Workspace(stream, buffers, zeroed[: self.layout.results_bytes], zeroed[faults.offset : faults.stop])
 
     def finish(self, workspace: Workspace) -> None:
         """Queues the remaining launches."""
-        self._launch(self.launches[_LAUNCHES_FOR_FAULTS:], workspace.buffers)
+        self._launch(self.launches[_LAUNCHES_FOR_FAULTS:], workspace.buffers, workspace.stream)
 
     @property
     def is_ready(self) -> bool:
@@ -263,15 +267,13 @@ class Program:
             is_there = self._static_bytes is not None and (self._upload is None or self._upload.query())
         return is_there and all(launch.is_compiled for launch in self.launches)
 
-    def _uploaded(self) -> Tensor:
-        """The static arrays, for the current stream. The first call queues their copy; other streams wait for it."""
-        device = self.device
-        if device.type != "cuda":
+    def _uploaded(self, stream: torch.cuda.Stream | None) -> Tensor:
+        """The static arrays, for a stream. The first call queues their copy; other streams wait for it."""
+        if stream is None:
             return self._host
-        stream = torch.cuda.current_stream(device)
         with self._lock:
             if self._static_bytes is None:
-                static = to_device(self._host, device)
+                static = self._host.pin_memory().to(self.device, non_blocking=True)
                 self._upload, self._upload_stream = torch.cuda.Event(), stream
                 self._upload.record(stream)
                 self._static_bytes = static
@@ -283,12 +285,12 @@ class Program:
                 self._static_bytes.record_stream(stream)
         return self._static_bytes
 
-    def _launch(self, launches: list[Launch], buffers: dict[str, Tensor]) -> None:
-        if all(launch.is_compiled for launch in launches):
+    def _launch(self, launches: list[Launch], buffers: dict[str, Tensor], stream: torch.cuda.Stream | None) -> None:
+        if stream is not None and all(launch.is_compiled for launch in launches):
             bases = {name: buffer.data_ptr() for name, buffer in buffers.items()}
-            stream = torch.cuda.current_stream(self.device).cuda_stream
+            handle = stream.cuda_stream
             for launch in launches:
-                launch(bases, stream)
+                launch(bases, handle)
         else:
             for launch in launches:
                 launch.compile(self.rooms, self.numbers, buffers)
@@ -309,6 +311,7 @@ def _packed(arrays: dict[str, npt.NDArray[Any]], rooms: Rooms) -> Tensor:
     return torch.from_numpy(host)
 
 
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor to the device; to a GPU from pinned memory, since the host would wait for any other copy."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def host_bytes(count: int, device: torch.device) -> Tensor:
+    """Memory on the host; for a GPU it is pinned, since the host would wait for copies from or to any other memory."""
+    # Its device is named, as the caller of the loss may have set another one as torch's default.
+    return torch.empty(count, dtype=torch.uint8, device=_HOST, pin_memory=device.type == "cuda")
