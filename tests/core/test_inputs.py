@@ -593,6 +593,13 @@ def test_options_may_be_tensors(device: torch.device) -> None:
     assert LovaszSoftmaxLoss(**options)(logits, labels) == plain
 
 
+def test_want_grad_is_a_flag(device: torch.device) -> None:
+    logits, labels = some_input(LovaszSoftmax(), device)
+    assert compute(logits, labels, LovaszSoftmax(), want_grad=np.bool_(False)).grad is None
+    with pytest.raises(InvalidInput, match=r"^want_grad: got 1; expected True or False"):
+        compute(logits, labels, LovaszSoftmax(), want_grad=1)
+
+
 def test_arguments_in_the_order_of_other_implementations_are_refused(device: torch.device) -> None:
     """The authors' function has (probas, labels, classes, per_image, ignore)."""
     logits, labels = some_input(LovaszSoftmax(), device)

@@ -14,12 +14,13 @@ from typing import Any
 from lovasz import spec, wire
 from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.errors import CallCancelledError, invalid_input_translated
-from lovasz.client.joint import Joint
+from lovasz.client.joint import Joint, checked_joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
 from lovasz.client.submission import CallThreads
 from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, checked_target
 from lovasz.client.tensors import AnyArray, with_mask
+from lovasz.spec.checks import flag
 
 _SUBMIT_THREADS = 16
 _ABORT_SECONDS = 2.0
@@ -200,7 +201,7 @@ class LossClient:
             InvalidInputError: ``joint`` is invalid.
         """
         self._check_open()
-        return self._abort(joint.at(joint.step), reason, want_grad)
+        return self._abort(checked_joint(joint).at(joint.step), reason, want_grad)
 
     def leave(self, joint: Joint, evaluation_step: int, *, timeout: float | None = None) -> None:
         """This rank takes no part in further steps of a run: the others go on without it.
@@ -216,7 +217,9 @@ class LossClient:
         """
         self._check_open()
         with invalid_input_translated():
-            self._target.leave_run(wire.Leave(joint.at(joint.step), evaluation_step), self._seconds(timeout))
+            self._target.leave_run(
+                wire.Leave(checked_joint(joint).at(joint.step), evaluation_step), self._seconds(timeout)
+            )
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server is, and its limits.
@@ -282,9 +285,10 @@ class LossClient:
     ) -> tuple[PreparedCall, float]:
         """The call, prepared, and its deadline."""
         self._check_open()
-        place = None if joint is None else joint.at(joint.step, blocking=blocking)
+        place = None if joint is None else checked_joint(joint).at(joint.step, blocking=blocking)
         with self._aborted_if_refused(place, want_grad), invalid_input_translated():
             deadline = time.monotonic() + self._seconds(timeout)
+            want_grad = flag("want_grad", want_grad)
             total = spec.weighted_sum(loss)
             if valid is not None:
                 labels, total = with_mask(logits, labels, valid, total)

@@ -27,6 +27,7 @@ from lovasz.spec import (
     weighted_sum,
 )
 from lovasz.spec.arrays import check_dense
+from lovasz.spec.checks import flag
 from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
 from lovasz.spec.checks import reduction as checked_reduction
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
@@ -70,6 +71,7 @@ def compute(
             on every rank, also if the ranks differ in loss, element type, number of classes or ``want_grad``.
         RuntimeError: with ``group``: another rank failed for another reason.
     """
+    want_grad = flag("want_grad", want_grad)
     if group is not None:
         if backend is not None:
             raise InvalidInput("backend", f"got {backend} with group; expected None")
