@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import socket
@@ -312,6 +313,16 @@ def test_threads_share_a_client(client: LossClient) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(run, range(8))) == [True] * 8
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, lambda client: pickle.loads(pickle.dumps(client))])
+def test_a_copy_opens_its_own_connection(server: ServerProcess, copying: Callable[[LossClient], LossClient]) -> None:
+    with LossClient(server.target, timeout=30, run="copied") as first:
+        expected = bits(first.compute(*SMALL.input(), LovaszSoftmax()))
+        again = copying(first)
+    with again:
+        assert (again.target, again.options) == (first.target, first.options)
+        assert bits(again.compute(*SMALL.input(), LovaszSoftmax())) == expected
 
 
 # --- What is refused here, without a server -----------------------------------------------------------------------

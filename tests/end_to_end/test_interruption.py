@@ -137,6 +137,18 @@ def test_what_raises_and_what_is_cancelled() -> None:
         threads.submit(lambda: 1)
 
 
+def test_a_callback_may_close_them() -> None:
+    threads, go_on, closed = CallThreads(1), threading.Event(), threading.Event()
+
+    def close(_: object) -> None:
+        threads.close()
+        closed.set()
+
+    threads.submit(go_on.wait).add_done_callback(close)
+    go_on.set()
+    assert closed.wait(timeout=10)
+
+
 def test_a_forked_process_has_threads_of_its_own() -> None:
     code = (
         "import os, warnings; warnings.simplefilter('ignore')  # Python warns of forks of processes with threads.\n"

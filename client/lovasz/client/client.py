@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -30,7 +30,10 @@ _CANCELLED_SECONDS = 0.5
 
 
 class LossClient:
-    """Computes losses on a server. Threads can share a client; call ``close``, or use it in a ``with`` block."""
+    """Computes losses on a server. Threads can share a client; call ``close``, or use it in a ``with`` block.
+
+    A pickled or copied client opens its own connection.
+    """
 
     def __init__(
         self,
@@ -105,6 +108,9 @@ class LossClient:
         client = cls.__new__(cls)
         client._open(target, options)
         return client
+
+    def __reduce__(self) -> tuple[Callable[..., LossClient], tuple[str, ClientOptions]]:
+        return type(self).with_options, (self.target, self.options)
 
     def _open(self, target: str, options: ClientOptions) -> None:
         self.target = checked_target(target)

@@ -57,12 +57,17 @@ class CallThreads:
         return future
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Takes no more work, and waits until all of it is done, or until the time is up."""
+        """Takes no more work, and waits until all of it is done, or until the time is up.
+
+        Called by a future's callback, it does not wait for the thread that it is called in.
+        """
         with self._lock:
             self._closed = True
             self._queue.put(None)
         until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         for thread in self._threads:
+            if thread is threading.current_thread():
+                continue
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
 
