@@ -117,6 +117,15 @@ def test_odd_strides_do_not_matter(loss: LossLike, device: torch.device) -> None
 
 
 @each_loss
+def test_the_default_device_does_not_matter(loss: LossLike, device: torch.device) -> None:
+    logits, labels = some_input(loss, device)
+    expected = bits(compute(logits, labels, loss))
+    with torch.device("meta"):
+        answers = [compute(logits, labels, loss) for _ in range(3)]  # A GPU may replay what came before.
+    assert [bits(answer) for answer in answers] == [expected] * 3
+
+
+@each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_sign_that_torch_has_put_off_counts(
     loss: LossLike, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch

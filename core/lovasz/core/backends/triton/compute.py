@@ -135,7 +135,7 @@ def _copied_when_asked(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
 
 def _to_host(values: Tensor) -> Callable[[], npt.NDArray[np.uint8]]:
     """Queues a copy to the host; returns a function that waits for it."""
-    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     on_host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()

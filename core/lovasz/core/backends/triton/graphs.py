@@ -36,7 +36,7 @@ class Recording:
         self.nbytes = program.workspace_bytes
         self._addresses = torch.empty(program.address_bytes, dtype=torch.uint8, device=device)
         # Only for ``replay``: it waits for the device before it returns, so the memory can be reused.
-        self._pinned = torch.empty(program.address_bytes, dtype=torch.uint8, pin_memory=True)
+        self._pinned = torch.empty(program.address_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._host_addresses = self._pinned.numpy().view(np.int64)
         self._known = torch.cuda.Event()
         self._done = torch.cuda.Event()
@@ -57,7 +57,7 @@ class Recording:
             finally:
                 self._finish.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._host_faults = torch.empty(self.workspace.faults.shape, dtype=torch.uint8, pin_memory=True)
+        self._host_faults = torch.empty(self.workspace.faults.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._faults = self._host_faults.numpy()
 
     def is_free(self, stream: int) -> bool:
