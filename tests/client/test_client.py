@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import socket
@@ -314,6 +315,16 @@ def test_threads_share_a_client(client: LossClient) -> None:
         assert list(threads.map(run, range(8))) == [True] * 8
 
 
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, lambda client: pickle.loads(pickle.dumps(client))])
+def test_a_copy_opens_its_own_connection(server: ServerProcess, copying: Callable[[LossClient], LossClient]) -> None:
+    with LossClient(server.target, timeout=30, run="copied") as first:
+        expected = bits(first.compute(*SMALL.input(), LovaszSoftmax()))
+        again = copying(first)
+    with again:
+        assert (again.target, again.options) == (first.target, first.options)
+        assert bits(again.compute(*SMALL.input(), LovaszSoftmax())) == expected
+
+
 # --- What is refused here, without a server -----------------------------------------------------------------------
 
 
@@ -363,6 +374,18 @@ def test_bad_requests_are_refused_before_they_are_sent(
                 call(logits, labels, loss)
             assert refused.value.field == field
             assert str(refused.value).startswith(text)
+
+
+def test_an_argument_of_another_type_is_named() -> None:
+    with LossClient("localhost:1") as client:
+        for call in (client.compute, client.submit):
+            with pytest.raises(InvalidInputError, match=r"^joint: got 'run-7'; expected a lovasz.client.Joint"):
+                call(*SMALL.input(), LovaszSoftmax(), joint="run-7")
+            with pytest.raises(InvalidInputError, match=r"^want_grad: got 'no'; expected True or False"):
+                call(*SMALL.input(), LovaszSoftmax(), want_grad="no")
+        for tell in (lambda: client.abort("run-7", "why"), lambda: client.leave("run-7", 0)):  # type: ignore[arg-type]
+            with pytest.raises(InvalidInputError, match=r"^joint: got 'run-7'; expected a lovasz.client.Joint"):
+                tell()
 
 
 def test_a_closed_client_says_so() -> None:

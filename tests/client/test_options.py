@@ -40,6 +40,10 @@ def test_transports_keep_their_names(name: str) -> None:
         ({"transport": None}, "transport: got None; expected one of auto, grpc, shm"),
         ({"wire_dtype": "int64"}, "wire_dtype: got 'int64'; expected None or one of float32, float16, bfloat16"),
         ({"load_balancing": ""}, "load_balancing: got ''; expected None or one of round_robin, ring_hash"),
+        ({"timeout": None}, "timeout: got None; expected seconds > 0"),
+        ({"timeout": "60"}, "timeout: got '60'; expected seconds > 0"),
+        ({"run": 3}, "run: got 3; expected a text"),
+        ({"run": 0}, "run: got 0; expected a text"),
         ({"run": "x" * 201}, "run: got 201 characters; expected at most 200"),
     ],
 )

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.comparison import norm_error, normal, random_labels, reference_answer
@@ -390,6 +391,10 @@ def test_what_cannot_be_is_refused_when_it_is_built() -> None:
         RemoteLoss("localhost:1", [(1.0, LovaszHinge()), (1.0, CrossEntropy())])
     with pytest.raises(ValueError, match="load_balancing: got 'random'; expected None or one of round_robin, ring_"):
         RemoteLoss("localhost:1", LovaszSoftmax(), load_balancing="random")
+    with pytest.raises(InvalidInputError, match=r"^joint: got 7; expected a lovasz.client.Joint"):
+        RemoteLoss("localhost:1", LovaszSoftmax(), joint=7)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^target: got None; expected HOST:PORT"):
+        RemoteLoss(None, LovaszSoftmax())  # type: ignore[arg-type]
 
 
 def test_the_server_is_needed_at_the_first_call_and_not_before() -> None:
@@ -485,6 +490,16 @@ def test_a_rank_without_a_world_size_is_refused() -> None:
         Joint("run", 0)
     with pytest.raises(InvalidInputError, match=r"joint.rank: got rank None and world_size 2; expected both, or none"):
         Joint("run", world_size=2)
+
+
+def test_numbers_of_a_place_may_be_those_of_arrays() -> None:
+    place = Joint("run", np.int64(1), torch.tensor(2), step=np.array(7), round=np.uint8(3))
+    assert place == Joint("run", 1, 2, step=7, round=3)
+    assert all(type(value) is int for value in (place.rank, place.world_size, place.step, place.round))
+    with pytest.raises(InvalidInputError, match=r"joint.step: got 1.5; expected an integer"):
+        Joint("run", 1, 2, step=1.5)
+    with pytest.raises(InvalidInputError, match=r"joint.secret: got int; expected bytes or a text"):
+        Joint("run", 1, 2, secret=12345678)
 
 
 def test_a_process_is_named_anew_after_a_fork() -> None:

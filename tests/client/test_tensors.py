@@ -247,9 +247,11 @@ def test_labels_that_are_no_integers_are_refused(labels: Any, name: str) -> None
         encode_labels(labels)
 
 
-def test_a_sparse_tensor_is_refused() -> None:
+def test_tensors_without_values_in_memory_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"logits: got a tensor of layout torch\.sparse_coo; expected a dense one"):
         encode_logits(torch.eye(2).to_sparse())
+    with pytest.raises(InvalidInput, match="labels: got a tensor on the device meta, which has no values"):
+        encode_labels(torch.zeros(1, 2, device="meta"))
 
 
 def test_tensors_are_told_from_arrays() -> None:

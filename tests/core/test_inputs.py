@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ from lovasz.core import (
 )
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
+from lovasz.core.functional import differentiable
 from lovasz.spec import Loss, LossLike, weighted_sum
+from lovasz.spec.probabilities import LOOKS, LOOKS_OF_PROCESS
 
 VOID = 255
 LOSSES: list[LossLike] = [
@@ -120,6 +123,30 @@ def test_odd_strides_do_not_matter(loss: LossLike, device: torch.device) -> None
         assert bits(result) == expected
         assert result.grad is not None
         assert result.grad.is_contiguous()
+
+
+@each_loss
+def test_the_default_device_does_not_matter(loss: LossLike, device: torch.device) -> None:
+    logits, labels = some_input(loss, device)
+    expected = bits(compute(logits, labels, loss))
+    with torch.device("meta"):
+        answers = [compute(logits, labels, loss) for _ in range(3)]  # A GPU may replay what came before.
+    assert [bits(answer) for answer in answers] == [expected] * 3
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sign_that_torch_has_put_off_counts(
+    loss: LossLike, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOOKS_OF_PROCESS, "left", LOOKS)  # The first calls look at logits before they are computed.
+    logits, labels = some_input(loss, device, dtype)
+    expected = bits(compute(logits, labels, loss))
+    imaginary = torch.complex(torch.zeros_like(logits), -logits).conj().imag
+    for same in (imaginary, torch._neg_view(-logits)):
+        assert same.is_neg()
+        assert torch.equal(same, logits)
+        assert bits(compute(same, labels, loss)) == expected
 
 
 @each_loss
@@ -536,7 +563,29 @@ def test_what_does_not_fit_is_refused(logits: Tensor, labels: Tensor, loss: Loss
 
 def test_labels_on_another_device_are_refused() -> None:
     labels = torch.zeros(2, 4, dtype=torch.int64, device="meta")
-    assert refusal(zeros(2, 3, 4), labels, LovaszSoftmax()) == "labels: got device meta; expected cpu, like the logits"
+    with pytest.raises(InvalidInput, match="labels: got device meta; expected cpu, like the logits"):
+        Request.checked(zeros(2, 3, 4), labels, weighted_sum(LovaszSoftmax()))
+
+
+UNREADABLE = [
+    (lambda dense: dense.to_sparse(), "got a tensor of layout torch.sparse_coo; expected a dense one"),
+    (lambda dense: torch.nested.nested_tensor(list(dense)), "got a nested tensor; expected a dense one"),
+    (lambda dense: dense.to("meta"), "got a tensor on the device meta, which has no values; expected one with values"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), UNREADABLE, ids=["sparse", "nested", "meta"])
+@pytest.mark.parametrize("field", ["logits", "labels", "valid"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_hold_no_values_in_memory_are_refused(
+    field: str, change: Callable[[Tensor], Tensor], text: str
+) -> None:
+    tensors = {"logits": normal(2, 3, 4, seed=1), "labels": zeros(2, 4, dtype=INTEGERS), "valid": torch.ones(2, 4) > 0}
+    tensors[field] = change(tensors[field])
+    for function in (compute, differentiable):
+        with pytest.raises(InvalidInput) as caught:
+            function(loss=LovaszSoftmax(), **tensors)
+        assert str(caught.value) == f"{field}: {text}"
 
 
 def test_empty_sum_is_refused() -> None:
@@ -560,6 +609,13 @@ def test_options_may_be_tensors(device: torch.device) -> None:
     assert lovasz_softmax(logits, labels, classes, weights, torch.tensor(True), index) == plain
     options = {"classes": classes, "class_weights": weights, "per_image": np.bool_(True), "ignore_index": index}
     assert LovaszSoftmaxLoss(**options)(logits, labels) == plain
+
+
+def test_want_grad_is_a_flag(device: torch.device) -> None:
+    logits, labels = some_input(LovaszSoftmax(), device)
+    assert compute(logits, labels, LovaszSoftmax(), want_grad=np.bool_(False)).grad is None
+    with pytest.raises(InvalidInput, match=r"^want_grad: got 1; expected True or False"):
+        compute(logits, labels, LovaszSoftmax(), want_grad=1)
 
 
 def test_arguments_in_the_order_of_other_implementations_are_refused(device: torch.device) -> None:

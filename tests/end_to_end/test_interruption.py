@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.fork_server import ForkedServer
 from support.messages import tensors
-from support.processes import hearing_ctrl_c
+from support.processes import hearing_ctrl_c, run_python
 from support.scrape import metric
 from support.waiting import eventually
 
@@ -135,6 +135,31 @@ def test_what_raises_and_what_is_cancelled() -> None:
     assert isinstance(failed.exception(), ZeroDivisionError)
     with pytest.raises(RuntimeError):
         threads.submit(lambda: 1)
+
+
+def test_a_callback_may_close_them() -> None:
+    threads, go_on, closed = CallThreads(1), threading.Event(), threading.Event()
+
+    def close(_: object) -> None:
+        threads.close()
+        closed.set()
+
+    threads.submit(go_on.wait).add_done_callback(close)
+    go_on.set()
+    assert closed.wait(timeout=10)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    code = (
+        "import os, warnings; warnings.simplefilter('ignore')  # Python warns of forks of processes with threads.\n"
+        "from lovasz.client.submission import CallThreads\n"
+        "threads = CallThreads(1)\n"
+        "answer = lambda: threads.submit(os.getpid).result(timeout=10) == os.getpid()\n"
+        "before, child = answer(), os.fork()\n"
+        "if child == 0: os._exit(0 if answer() else 1)\n"
+        "print(before, os.waitpid(child, 0)[1], answer())"
+    )
+    assert run_python(code) == "True 0 True"
 
 
 def test_a_start_that_is_interrupted_leaves_no_process() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,12 +14,13 @@ from typing import Any
 from lovasz import spec, wire
 from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.errors import CallCancelledError, invalid_input_translated
-from lovasz.client.joint import Joint
+from lovasz.client.joint import Joint, checked_joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
 from lovasz.client.submission import CallThreads
 from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, checked_target
 from lovasz.client.tensors import AnyArray, with_mask
+from lovasz.spec.checks import flag
 
 _SUBMIT_THREADS = 16
 _ABORT_SECONDS = 2.0
@@ -29,7 +30,10 @@ _CANCELLED_SECONDS = 0.5
 
 
 class LossClient:
-    """Computes losses on a server. Threads can share a client; call ``close``, or use it in a ``with`` block."""
+    """Computes losses on a server. Threads can share a client; call ``close``, or use it in a ``with`` block.
+
+    A pickled or copied client opens its own connection.
+    """
 
     def __init__(
         self,
@@ -104,6 +108,9 @@ class LossClient:
         client = cls.__new__(cls)
         client._open(target, options)
         return client
+
+    def __reduce__(self) -> tuple[Callable[..., LossClient], tuple[str, ClientOptions]]:
+        return type(self).with_options, (self.target, self.options)
 
     def _open(self, target: str, options: ClientOptions) -> None:
         self.target = checked_target(target)
@@ -200,7 +207,7 @@ class LossClient:
             InvalidInputError: ``joint`` is invalid.
         """
         self._check_open()
-        return self._abort(joint.at(joint.step), reason, want_grad)
+        return self._abort(checked_joint(joint).at(joint.step), reason, want_grad)
 
     def leave(self, joint: Joint, evaluation_step: int, *, timeout: float | None = None) -> None:
         """This rank takes no part in further steps of a run: the others go on without it.
@@ -216,7 +223,9 @@ class LossClient:
         """
         self._check_open()
         with invalid_input_translated():
-            self._target.leave_run(wire.Leave(joint.at(joint.step), evaluation_step), self._seconds(timeout))
+            self._target.leave_run(
+                wire.Leave(checked_joint(joint).at(joint.step), evaluation_step), self._seconds(timeout)
+            )
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server is, and its limits.
@@ -282,9 +291,10 @@ class LossClient:
     ) -> tuple[PreparedCall, float]:
         """The call, prepared, and its deadline."""
         self._check_open()
-        place = None if joint is None else joint.at(joint.step, blocking=blocking)
+        place = None if joint is None else checked_joint(joint).at(joint.step, blocking=blocking)
         with self._aborted_if_refused(place, want_grad), invalid_input_translated():
             deadline = time.monotonic() + self._seconds(timeout)
+            want_grad = flag("want_grad", want_grad)
             total = spec.weighted_sum(loss)
             if valid is not None:
                 labels, total = with_mask(logits, labels, valid, total)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lovasz import wire
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
+from lovasz.spec.checks import integer
 
 _PROCESS = os.urandom(8)
 _SECRET_BYTES = 16
@@ -55,6 +56,13 @@ class Joint:
         if (self.rank is None) != (self.world_size is None):
             text = f"got rank {self.rank} and world_size {self.world_size}; expected both, or none of them"
             raise InvalidInputError("joint.world_size" if self.world_size is None else "joint.rank", text)
+        for name in ("rank", "world_size", "step", "round"):
+            value = getattr(self, name)
+            if value is not None:
+                with invalid_input_translated():
+                    object.__setattr__(self, name, integer(f"joint.{name}", value))
+        if not isinstance(self.secret, str | bytes | None):
+            raise InvalidInputError("joint.secret", f"got {type(self.secret).__name__}; expected bytes or a text")
         rank, world_size = (0, 1) if self.rank is None or self.world_size is None else (self.rank, self.world_size)
         self._place(0 if self.step is None else self.step, rank, world_size)
 
@@ -109,6 +117,17 @@ class Joint:
         secret = self.secret.encode() if isinstance(self.secret, str) else self.secret or b""
         with invalid_input_translated():
             return wire.Joint(self.run, step, rank, world_size, call, self.round, blocking, process, secret)
+
+
+def checked_joint(value: object) -> Joint:
+    """The value, if it is a place.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    if isinstance(value, Joint):
+        return value
+    raise InvalidInputError("joint", f"got {value!r}; expected a lovasz.client.Joint")
 
 
 def _place_in_default_group() -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Real
 
 from lovasz import wire
 from lovasz.client.access import Access
@@ -64,6 +65,8 @@ class ClientOptions:
         object.__setattr__(self, "timeout", checked_timeout(self.timeout))
         if self.wire_dtype is not None and not self.wire_dtype.is_float:
             raise ValueError(_wire_dtype_problem(self.wire_dtype.name))
+        if not isinstance(self.run, str):
+            raise ValueError(f"run: got {self.run!r}; expected a text")
         if len(self.run) > wire.MAX_RUN_CHARACTERS:
             raise ValueError(f"run: got {len(self.run)} characters; expected at most {wire.MAX_RUN_CHARACTERS}")
 
@@ -97,7 +100,7 @@ class ClientOptions:
             transport=Transport(transport),
             wire_dtype=None if wire_dtype is None else wire.dtype_named(wire_dtype),
             load_balancing=None if load_balancing is None else LoadBalancing(load_balancing),
-            run=run or "",
+            run="" if run is None else run,
             http_proxy=bool(http_proxy),
             access=access or Access(),
         )
@@ -107,10 +110,10 @@ def checked_timeout(timeout: float) -> float:
     """The timeout of a call, in seconds.
 
     Raises:
-        ValueError: it is not above 0.
+        ValueError: it is not a number above 0.
     """
-    if not timeout > 0:
-        raise ValueError(f"timeout: got {timeout}; expected seconds > 0")
+    if not isinstance(timeout, Real) or not timeout > 0:
+        raise ValueError(f"timeout: got {timeout!r}; expected seconds > 0")
     return min(timeout, _MAX_TIMEOUT_SECONDS)
 
 

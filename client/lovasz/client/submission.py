@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -24,11 +25,16 @@ class CallThreads:
 
     def __init__(self, max_threads: int) -> None:
         self._max_threads = max_threads
+        self._closed = False
+        self._begin()
+        _ALL.add(self)
+
+    def _begin(self) -> None:
+        """Begins without threads: also in a forked process, in which those of its parent do not exist."""
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._idle = threading.Semaphore(0)
-        self._closed = False
         # Ends the threads of a client that was dropped and not closed.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
@@ -51,13 +57,29 @@ class CallThreads:
         return future
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Takes no more work, and waits until all of it is done, or until the time is up."""
+        """Takes no more work, and waits until all of it is done, or until the time is up.
+
+        Called by a future's callback, it does not wait for the thread that it is called in.
+        """
         with self._lock:
             self._closed = True
             self._queue.put(None)
         until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         for thread in self._threads:
+            if thread is threading.current_thread():
+                continue
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+
+_ALL: weakref.WeakSet[CallThreads] = weakref.WeakSet()
+
+
+def _begin_all() -> None:
+    for threads in list(_ALL):
+        threads._begin()
+
+
+os.register_at_fork(after_in_child=_begin_all)
 
 
 def _run(queue: SimpleQueue[_Work | None], idle: threading.Semaphore) -> None:

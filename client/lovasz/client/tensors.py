@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.spec import InvalidInput, WeightedSum
-from lovasz.spec.arrays import numpy_array
+from lovasz.spec.arrays import check_dense, numpy_array
 from lovasz.spec.labels import FLOAT_TYPES, too_large, whole_numbers, wrong_type
 from lovasz.spec.validity import masked
 
@@ -163,8 +163,7 @@ def with_mask(logits: AnyArray, labels: AnyArray, valid: AnyArray, loss: Weighte
 def _detached(field: str, value: AnyArray) -> tuple[Array, str]:
     """The elements (numpy's bfloat16 as 16-bit words), and the name of their dtype."""
     if type(value) is not np.ndarray and is_torch(value):
-        if value.layout != sys.modules["torch"].strided:
-            raise InvalidInput(field, f"got a tensor of layout {value.layout}; expected a dense one")
+        check_dense(field, value)
         return value.detach().resolve_conj().resolve_neg(), str(value.dtype).removeprefix("torch.")
     array = numpy_array(field, value)
     name = array.dtype.name  # "bfloat16" comes from the package ml_dtypes.

@@ -19,7 +19,7 @@ from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untra
 from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError, invalid_input_translated
-from lovasz.client.joint import Joint
+from lovasz.client.joint import Joint, checked_joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
 from lovasz.client.target import checked_target
 from lovasz.client.tensors import AnyArray
@@ -112,7 +112,9 @@ class RemoteLoss(torch.nn.Module):
                 "reduction: got 'none' with joint; expected 'mean', or no joint: "
                 "it does not change the loss of an image"
             )
-        self.joint = Joint(joint) if isinstance(joint, str) else joint
+        if isinstance(joint, str):
+            joint = Joint(joint)
+        self.joint = None if joint is None else checked_joint(joint)
         self.gradient_reduction = checked_gradient_reduction(gradient_reduction)
         self._first_step = 0 if self.joint is None or self.joint.step is None else self.joint.step
         self._calls = {True: 0, False: 0}
@@ -123,9 +125,9 @@ class RemoteLoss(torch.nn.Module):
             self.loss.check_per_image()
         self.result: Result[Any] | None = None
         self._key = _register(self)
-        self._own = isinstance(target, str)
-        self._client = None if isinstance(target, str) else target
-        self._target = checked_target(target) if isinstance(target, str) else target.target
+        self._client = target if isinstance(target, LossClient) else None
+        self._own = self._client is None
+        self._target = target.target if isinstance(target, LossClient) else checked_target(target)
         self._options = (
             ClientOptions.parsed(
                 timeout=timeout,
@@ -136,8 +138,8 @@ class RemoteLoss(torch.nn.Module):
                 http_proxy=http_proxy,
                 access=Access.parsed(tls, token, token_file, allow_token_without_tls),
             )
-            if isinstance(target, str)
-            else target.options
+            if self._client is None
+            else self._client.options
         )
 
     @property

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from lovasz.spec import InvalidInput
-from lovasz.spec.arrays import numpy_array
+from lovasz.spec.arrays import check_dense, numpy_array
 
 
 def as_tensor(field: str, value: Any) -> Tensor:
     """A tensor as it is; an array of NumPy, JAX, TensorFlow and others as a tensor, without a copy if possible.
 
     Raises:
-        InvalidInput: the value is not an array, or has an element type that torch cannot take.
+        InvalidInput: the value is not an array, has an element type that torch cannot take, or is a tensor without
+            values in memory (``check_dense``).
     """
     if isinstance(value, Tensor):
+        check_dense(field, value)
         return value
     if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
         try:

@@ -59,6 +59,8 @@ class Request:
             raise InvalidInput("labels", f"got device {labels.device}; expected {logits.device}, like the logits")
         if labels.dtype not in INTEGER_TYPES:
             labels = _integers(labels)
+        if logits.is_neg():  # As the imaginary part of a conjugate: memory has the negated values.
+            logits = logits.detach().resolve_neg()
         return cls(logits, labels, loss.layout(logits.shape, labels.shape, offsets, may_be_empty=may_be_empty))
 
     def images(self) -> tuple[Request, ...]:

@@ -26,6 +26,8 @@ from lovasz.spec import (
     WeightedSum,
     weighted_sum,
 )
+from lovasz.spec.arrays import check_dense
+from lovasz.spec.checks import flag
 from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
 from lovasz.spec.checks import reduction as checked_reduction
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
@@ -69,6 +71,7 @@ def compute(
             on every rank, also if the ranks differ in loss, element type, number of classes or ``want_grad``.
         RuntimeError: with ``group``: another rank failed for another reason.
     """
+    want_grad = flag("want_grad", want_grad)
     if group is not None:
         if backend is not None:
             raise InvalidInput("backend", f"got {backend} with group; expected None")
@@ -111,7 +114,7 @@ def differentiable(
     request = Request.checked(logits, labels, parsed, offsets)
     if not is_mean:
         parsed.check_losses_of_images(request.layout.scored_images)
-    _look_at(logits, parsed)
+    _look_at(request.logits, parsed)
     pending = submit([request], parsed, logits.device, want_grad=want_grad, want_total=want_grad and is_mean)
     if is_mean:
         return with_gradient(logits, *pending.differentiable())
@@ -166,6 +169,7 @@ def check_mean(reduction: Reduction) -> None:
 def _check_is_tensor(logits: Any) -> None:
     if not isinstance(logits, Tensor):
         raise InvalidInput("logits", no_tensor(logits, "lovasz.core.compute"))
+    check_dense("logits", logits)
 
 
 def _prepared(
@@ -174,7 +178,7 @@ def _prepared(
     """A request, and the loss that ignores what ``valid`` leaves out."""
     targets, parsed = _masked(logits, _labels(labels, logits), valid, weighted_sum(loss))
     request = Request.checked(logits, targets, parsed, offsets, may_be_empty=may_be_empty)
-    _look_at(logits, parsed)
+    _look_at(request.logits, parsed)
     return request, parsed
 
 
@@ -193,7 +197,8 @@ def _look_at(logits: Tensor, loss: WeightedSum) -> None:
 
 def _labels(labels: Any, logits: Tensor) -> Tensor:
     """Labels as a tensor; those that were none on the device of the logits."""
-    return labels if isinstance(labels, Tensor) else as_tensor("labels", labels).to(logits.device)
+    tensor = as_tensor("labels", labels)
+    return tensor if tensor is labels else tensor.to(logits.device)
 
 
 def lovasz_softmax(

@@ -1,4 +1,4 @@
-"""Arrays of other frameworks, such as JAX and TensorFlow, as arrays of NumPy."""
+"""Arrays of other frameworks, such as JAX and TensorFlow, as arrays of NumPy; which tensors of torch can be read."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
         f"got {type(value).__name__}{problem}; expected a numpy array, a torch tensor, or an array with __array__ or "
         f"__dlpack__{cure}",
     )
+
+
+def check_dense(field: str, tensor: Any) -> None:
+    """Refuses a tensor of torch whose values are not in memory, or not one for each place of its shape.
+
+    Raises:
+        InvalidInput: it is sparse, nested, or on the device ``meta``.
+    """
+    if tensor.is_meta:
+        raise InvalidInput(field, "got a tensor on the device meta, which has no values; expected one with values")
+    if tensor.is_nested:
+        raise InvalidInput(field, "got a nested tensor; expected a dense one")
+    layout = str(tensor.layout)
+    if layout != "torch.strided":
+        raise InvalidInput(field, f"got a tensor of layout {layout}; expected a dense one")

@@ -96,4 +96,4 @@ def gather(group: Group, own: Request, labels: Tensor, loss: WeightedSum, sizes:
 def pass_on(group: Group, sizes: Mapping[int, Sizes]) -> None:
     """Takes part in ``gather`` as a rank that has left."""
     if len(sizes) > 1:
-        group.bytes(torch.zeros(max(map(nbytes, sizes.values())), dtype=torch.uint8))
+        group.bytes(torch.zeros(max(map(nbytes, sizes.values())), dtype=torch.uint8, device="cpu"))

@@ -44,7 +44,7 @@ _LABEL_KINDS = {
     torch.int64: INT64,
 }
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 ROW_PADDING = 1040
 """Elements between two rows of scratch. Rows at a distance of a power of two would compete for the same cache lines."""
 

@@ -102,7 +102,7 @@ def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, T
         (loss, gradient); None if there is no recording that can be used, or if the request has a fault.
     """
     program = _replays.get(_key(logits, labels, loss))
-    if program is None or not (logits.is_contiguous() and labels.is_contiguous()):
+    if program is None or not (logits.is_contiguous() and labels.is_contiguous()) or logits.is_neg():
         return None
     if logits.device.index != torch.cuda.current_device():
         return None
