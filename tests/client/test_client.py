@@ -377,13 +377,14 @@ def test_bad_requests_are_refused_before_they_are_sent(
 
 
 def test_an_argument_of_another_type_is_named() -> None:
+    run: Any = "run-7"
     with LossClient("localhost:1") as client:
         for call in (client.compute, client.submit):
             with pytest.raises(InvalidInputError, match=r"^joint: got 'run-7'; expected a lovasz.client.Joint"):
-                call(*SMALL.input(), LovaszSoftmax(), joint="run-7")
+                call(*SMALL.input(), LovaszSoftmax(), joint=run)
             with pytest.raises(InvalidInputError, match=r"^want_grad: got 'no'; expected True or False"):
                 call(*SMALL.input(), LovaszSoftmax(), want_grad="no")
-        for tell in (lambda: client.abort("run-7", "why"), lambda: client.leave("run-7", 0)):  # type: ignore[arg-type]
+        for tell in (lambda: client.abort(run, "why"), lambda: client.leave(run, 0)):
             with pytest.raises(InvalidInputError, match=r"^joint: got 'run-7'; expected a lovasz.client.Joint"):
                 tell()
 

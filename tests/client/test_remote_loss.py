@@ -391,10 +391,12 @@ def test_what_cannot_be_is_refused_when_it_is_built() -> None:
         RemoteLoss("localhost:1", [(1.0, LovaszHinge()), (1.0, CrossEntropy())])
     with pytest.raises(ValueError, match="load_balancing: got 'random'; expected None or one of round_robin, ring_"):
         RemoteLoss("localhost:1", LovaszSoftmax(), load_balancing="random")
+    number: Any = 7
+    nothing: Any = None
     with pytest.raises(InvalidInputError, match=r"^joint: got 7; expected a lovasz.client.Joint"):
-        RemoteLoss("localhost:1", LovaszSoftmax(), joint=7)  # type: ignore[arg-type]
+        RemoteLoss("localhost:1", LovaszSoftmax(), joint=number)
     with pytest.raises(ValueError, match=r"^target: got None; expected HOST:PORT"):
-        RemoteLoss(None, LovaszSoftmax())  # type: ignore[arg-type]
+        RemoteLoss(nothing, LovaszSoftmax())
 
 
 def test_the_server_is_needed_at_the_first_call_and_not_before() -> None:

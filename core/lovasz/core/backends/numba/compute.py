@@ -1,7 +1,8 @@
 """The Numba backend's entry point: runs compiled loops on the requests' tensors in place.
 
 Four steps, each in parallel: errors and counts from logits and labels; the sums of cross-entropy; the segments of each
-Lovász term (docs/mathematics.md, sections 7 and 11); the backward pass through softmax, in place.
+Lovász term (docs/mathematics.md, sections 7 and 11); the backward pass through softmax, in place. If a batch has many
+small joints, each thread does all four for one joint at a time (``whole``).
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ def compute(
 def _terms(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
     if call.plan.is_binary:
         return _binary(call, thresholds)
-    outline, is_joint = call.outline, call.ranks is not None
+    outline, is_alone = call.outline, call.ranks is None
     is_small = outline.largest < thresholds.pixels and outline.largest * call.plan.channels <= thresholds.whole
     is_even = call.threads == 1 or WHOLE_ROUNDS * call.threads * outline.largest <= call.plan.pixels
-    if is_small and is_even and not is_joint and not call.plan.loss.probabilities and outline.whole is not None:
+    if is_small and is_even and is_alone and not call.plan.loss.probabilities and outline.whole is not None:
         return _whole(call, outline.whole)
     return _softmax(call, thresholds)
 
@@ -111,9 +112,11 @@ def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCo
     for term in plan.terms:
         if isinstance(term.loss, CrossEntropy):
             terms.append(_cross_entropy(entropies, next(numbers)))
-        else:
+        elif isinstance(term.loss, LovaszSoftmax):
             own = next(lovasz)
             terms.append(TermValues(losses[own].T.copy(), scored[own].T.copy()))
+        else:
+            raise NotImplementedError(f"{term.loss.kind} as a softmax loss")
     return terms, of_joints
 
 
