@@ -1,4 +1,4 @@
-"""The first start on a host: the server compiles for up to a minute, says so at once, and can be stopped meanwhile."""
+"""The first start on a host: the server compiles for a minute or two, says so at once, and can be stopped meanwhile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lovasz.client.retry import FIRST_ATTEMPTS
 
 pytest.importorskip("numba", reason="without Numba, nothing is compiled")
 
-STARTING = "starting: it compiles, up to a minute the first time"
+STARTING = "starting: it compiles, a minute or two the first time"
 
 
 class Starting:
@@ -74,7 +74,7 @@ def starting(tmp_path: Path) -> Iterator[Starting]:
 def test_a_first_start_says_what_it_does_and_ends_at_once(
     starting: Starting, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert eventually(lambda: starting.logged("compiling: up to a minute the first time"))
+    assert eventually(lambda: starting.logged("compiling: a minute or two the first time"))
     assert [line["event"] for line in starting.log[:1]] == ["starting"]
     with grpc.insecure_channel(starting.target) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
@@ -83,7 +83,7 @@ def test_a_first_start_says_what_it_does_and_ends_at_once(
         (device,) = client.server_info().devices
         assert (device.starting, device.healthy) == (True, False)
         # Longer than the attempts to reach an address that may be wrong.
-        with pytest.raises(ServerUnavailableError, match="the server is starting: it compiles, up to a minute"):
+        with pytest.raises(ServerUnavailableError, match="the server is starting: it compiles, a minute or two"):
             client.compute(*tensors(8), LovaszSoftmax(), timeout=1.5 * FIRST_ATTEMPTS)
     assert cli.main(["ping", starting.target, "--count", "1", "--timeout", "20"]) == 1
     assert STARTING in capsys.readouterr().out

@@ -134,7 +134,7 @@ def _first_answer(client: LossClient, until: float) -> ServerInfo:
 
 def _state(device: Device) -> str:
     if device.starting:
-        return "starting: it compiles, up to a minute the first time"
+        return "starting: it compiles, a minute or two the first time"
     return "healthy" if device.healthy else "NOT HEALTHY"
 
 

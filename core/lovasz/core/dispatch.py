@@ -300,7 +300,7 @@ _DIVIDED = 1 << 20
 
 
 def warm_up(device: torch.device) -> None:
-    """Compiles what most requests on this device need. Takes seconds, and up to a minute the first time."""
+    """Compiles what most requests on this device need. Takes seconds, and a minute or two the first time."""
     compiled = Backend.TORCH
     if device.type == "cpu" and installed("numba"):
         compiled = Backend.NUMBA

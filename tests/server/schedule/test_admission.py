@@ -108,7 +108,7 @@ def test_the_most_bytes_at_a_time_are_known() -> None:
 def test_nothing_is_admitted_before_the_device_is_ready() -> None:
     admission = Admission(100, 2)
     admission.starting = True
-    with pytest.raises(StartingError, match=r"is starting: it compiles, up to a minute") as refused:
+    with pytest.raises(StartingError, match=r"is starting: it compiles, a minute or two") as refused:
         admission.reserve(10)
     assert refused.value.retry_after_seconds == 1.0
     admission.starting = False

@@ -109,7 +109,7 @@ class Engine:
         if hint is not None:
             _log.warning(hint)
         device = {"device": str(self.device)}
-        _log.info("compiling: up to a minute the first time, seconds later on", extra=device)
+        _log.info("compiling: a minute or two the first time, seconds later on", extra=device)
         since = time.monotonic()
         try:
             warm_up(self.device)
