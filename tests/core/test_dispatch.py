@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from support.comparison import bits, normal, random_labels
 from support.imports import REPOSITORY
 from support.ways import SORTED_BELOW_PIXELS
 
-from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, dispatch
+from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend, choose, compute, submit
 from lovasz.core.plan import Plan
@@ -159,45 +161,12 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
         assert bits(answer) == bits(expected)
 
 
-def test_warm_up_compiles_everything_that_a_request_needs(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_compiles_everything_that_a_request_needs() -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")
-    from lovasz.core.backends.numba import binary, cross_entropy, extension, ranges, segments, softmax
-
-    loops = [
-        softmax.prepare,
-        softmax.prepare_probabilities,
-        softmax.finish,
-        cross_entropy.add_losses,
-        binary.prepare,
-        binary.add_losses,
-        binary.finish,
-        segments.score,
-        ranges.select,
-        ranges.rank,
-        ranges.write,
-    ]
-    dispatch.warm_up(CPU)
-    before = [len(loop.signatures) for loop in loops]  # type: ignore[attr-defined]
-    assert all(before)
-    for loss in (
-        LovaszSoftmax(per_image=True, ignore_index=255, class_weights=[1.0, 2.0]),
-        [(1.0, CrossEntropy(ignore_index=1)), (0.5, LovaszSoftmax(classes="all"))],
-        LovaszSoftmax(input="probabilities"),
-        LovaszHinge(multilabel=True),
-        [(1.0, BinaryCrossEntropy([1, 2], multilabel=True)), (1.0, LovaszSigmoid(multilabel=True, per_image=True))],
-    ):
-        total = weighted_sum(loss)
-        for dtype in (torch.float32, torch.float16):
-            for label_dtype in (torch.uint8, torch.int64, torch.bool):
-                logits = normal(2, 2, 5, 6, seed=1, dtype=dtype).abs().clamp(max=1)
-                shape = logits.shape if total.is_binary else (2, 5, 6)
-                labels = random_labels(*shape, values=2, seed=2).to(label_dtype)
-                for thresholds in (extension.SORT_ALL, extension.COUNT_ALL, extension.COUNT_ALL._replace(positive=1.0)):
-                    monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
-                    (answer,) = submit([Request.checked(logits, labels, total)], total, CPU).collect()
-                    assert isinstance(answer, Result)
-    assert [len(loop.signatures) for loop in loops] == before  # type: ignore[attr-defined]
+    command = [sys.executable, "-W", "error", "-m", "support.late_compilation"]
+    ran = subprocess.run(command, cwd=REPOSITORY / "tests", capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "ended\n"), ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -501,8 +501,8 @@ def many_at_once(target: str, round_number: int, rng: random.Random) -> tuple[li
 
 def test_of_many_runs_with_many_ranks_a_third_is_killed_and_each_survivor_learns_what_became_of_its_step() -> None:
     expected, rng = [expected_of(run) for run in range(RUNS)], random.Random(7)
-    # One process of callers may be ahead of all others.
-    arguments = ["--device", "cpu", "--joint-timeout", "5", "--max-requests", "2000", "--joint-share", "0.99"]
+    # One process of callers may be ahead of all others; and a slow machine takes seconds for as many calls.
+    arguments = ["--device", "cpu", "--joint-timeout", "15", "--max-requests", "2000", "--joint-share", "0.99"]
     with ServerProcess(arguments) as server:
 
         def all_ended() -> bool:
@@ -523,7 +523,7 @@ def test_of_many_runs_with_many_ranks_a_third_is_killed_and_each_survivor_learns
                     continue
                 assert run not in SAFE, text
                 assert code == "ABORTED", text
-                assert f" of {WORLD} did not arrive at step 0 of run '{round_number}-{run}' within 5 s" in text
+                assert f" of {WORLD} did not arrive at step 0 of run '{round_number}-{run}' within 15 s" in text
                 missing = text.removeprefix("ranks ").removeprefix("rank ").partition(" of ")[0]
                 named = {int(number) for number in missing.partition(" and ")[0].split(", ")}
                 assert named <= {other for other_run, other in killed if other_run == run}

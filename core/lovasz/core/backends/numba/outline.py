@@ -212,7 +212,7 @@ class Outline:
             stop_plane = groups.first_plane + groups.planes
             groups_table.append(Groups(groups.first_plane, stop_plane, start, start + groups.pixels))
         factors = [
-            segment_factors(term, g.share, term.class_weights).T for term, g in zip(lovasz, groups_of, strict=True)
+            segment_factors(term, g.share, term.class_weights) for term, g in zip(lovasz, groups_of, strict=True)
         ]
         order = np.argsort(-joints.pixels, kind="stable")
         listed = [np.zeros(plan.channels, np.bool_) if term.listed is None else term.listed for term in lovasz]
@@ -231,7 +231,8 @@ class Outline:
                 ),
                 "group_table": np.concatenate(groups_table, axis=1),
                 "listed": np.array(listed),
-                "factors": np.concatenate(factors),
+                # In order "C", since loops are compiled for contiguous rows; so are arrays that are made like it.
+                "factors": np.ascontiguousarray(np.concatenate(factors, axis=1).T),
             },
             start=self.planes.start - joints.start[self.planes.joint],
             groups=[slice(first, stop) for first, stop in itertools.pairwise(ends.tolist())],
