@@ -137,16 +137,21 @@ def test_what_raises_and_what_is_cancelled() -> None:
         threads.submit(lambda: 1)
 
 
-def test_a_callback_may_close_them() -> None:
-    threads, go_on, closed = CallThreads(1), threading.Event(), threading.Event()
+@pytest.mark.parametrize("count", [1, 3])
+def test_callbacks_may_close_them(count: int) -> None:
+    """Also all at once: none waits for another one that closes them."""
+    threads, go_on, closed = CallThreads(count), threading.Event(), threading.Semaphore(0)
+    together = threading.Barrier(count)
 
     def close(_: object) -> None:
+        together.wait(timeout=10)
         threads.close()
-        closed.set()
+        closed.release()
 
-    threads.submit(go_on.wait).add_done_callback(close)
+    for _ in range(count):
+        threads.submit(go_on.wait).add_done_callback(close)
     go_on.set()
-    assert closed.wait(timeout=10)
+    assert all(closed.acquire(timeout=10) for _ in range(count))
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:

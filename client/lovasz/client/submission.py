@@ -33,6 +33,7 @@ class CallThreads:
         """Begins without threads: also in a forked process, in which those of its parent do not exist."""
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._closing: set[threading.Thread] = set()
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._idle = threading.Semaphore(0)
         # Ends the threads of a client that was dropped and not closed.
@@ -59,16 +60,16 @@ class CallThreads:
     def close(self, timeout_seconds: float | None = None) -> None:
         """Takes no more work, and waits until all of it is done, or until the time is up.
 
-        Called by a future's callback, it does not wait for the thread that it is called in.
+        Called by a future's callback, it does not wait for threads that are in such a call already, its own included.
         """
         with self._lock:
             self._closed = True
+            self._closing.add(threading.current_thread())
             self._queue.put(None)
         until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         for thread in self._threads:
-            if thread is threading.current_thread():
-                continue
-            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+            if thread not in self._closing:
+                thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
 
 _ALL: weakref.WeakSet[CallThreads] = weakref.WeakSet()
