@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from support.foreign import FOREIGN
 
 from lovasz import spec, wire
-from lovasz.client.tensors import Outgoing, decode_grad, encode_labels, encode_logits, is_torch
+from lovasz.client.tensors import Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
+from lovasz.spec.arrays import is_torch
 
 Numpy = npt.NDArray[Any]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.comparison import bits, norm_error, normal, random_labels
+from support.foreign import FOREIGN, WithArray
 from support.ways import Way
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from lovasz.core import (
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
 from lovasz.spec import LossLike, Result, weighted_sum
+from lovasz.spec.validity import masked
 
 VOID = 255
 PER_IMAGE: list[tuple[LossLike, tuple[int, ...]]] = [
@@ -265,14 +267,32 @@ def test_pixels_outside_the_mask_are_void(
     assert not grad[outside].any()
 
 
+class Detachable(WithArray):
+    """An array of another framework whose arrays have some methods of torch's, as those of PaddlePaddle."""
+
+    def detach(self) -> Detachable:
+        return self
+
+
+@pytest.mark.parametrize("foreign", [*FOREIGN, Detachable])
+@pytest.mark.parametrize("make", [np.asarray, torch.as_tensor])
+def test_masks_of_other_frameworks(foreign: Any, make: Any) -> None:
+    labels, valid = np.array([[0, 1, 0]]), np.array([[True, False, True]])
+    marked, loss = masked((1, 2, 3), make(labels), foreign(valid), weighted_sum(LovaszSoftmax(ignore_index=7)))
+    assert np.asarray(marked).tolist() == [[0, 7, 0]]
+    assert loss.void_label == 7
+    with pytest.raises(InvalidInput, match=r"^valid: got element type int64; expected bool"):
+        masked((1, 2, 3), make(labels), foreign(labels), loss)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float32], ids=str)
 def test_masks_of_labels_of_any_type(dtype: torch.dtype, device: torch.device) -> None:
     logits = normal(2, 2, 9, seed=1, dtype=torch.float32).to(device)
     labels = random_labels(2, 9, values=2, seed=2).to(device, dtype)
     valid = torch.arange(9, device=device)[None] < 6
     expected = compute(logits[..., :6], labels[..., :6], [(1, CrossEntropy()), (1, LovaszSoftmax())])
-    masked = compute(logits, labels, [(1, CrossEntropy()), (1, LovaszSoftmax())], valid=valid)
-    assert masked.loss == pytest.approx(expected.loss, rel=1e-6)
+    result = compute(logits, labels, [(1, CrossEntropy()), (1, LovaszSoftmax())], valid=valid)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert compute(logits, labels, LovaszSoftmax(), valid=valid.cpu().numpy()).loss == pytest.approx(
         expected.terms[1].loss, rel=1e-6
     )

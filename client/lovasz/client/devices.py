@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from lovasz.client.errors import LossError
 from lovasz.client.shared_memory import SharedMemory
-from lovasz.client.tensors import AnyArray, is_torch
+from lovasz.client.tensors import AnyArray
 from lovasz.device_memory.driver import DriverError
+from lovasz.spec.arrays import is_torch
 
 if TYPE_CHECKING:
     from lovasz.client.device_memory import DeviceMemory, DeviceRegion

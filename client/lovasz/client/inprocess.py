@@ -10,11 +10,12 @@ import torch
 
 from lovasz import core, spec, wire
 from lovasz.client.target import Device, ServerInfo
-from lovasz.client.tensors import AnyArray, encode_labels, is_torch
+from lovasz.client.tensors import AnyArray, encode_labels
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
 from lovasz.spec import InvalidInput
+from lovasz.spec.arrays import is_torch
 from lovasz.version import VERSION
 
 

@@ -33,8 +33,9 @@ from lovasz.client.options import (
 )
 from lovasz.client.shared_memory import Shared, SharedMemory
 from lovasz.client.target import Device, ServerInfo
-from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits, is_torch
+from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
+from lovasz.spec.arrays import is_torch
 from lovasz.spec.probabilities import LOOKS_OF_PROCESS
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import framing

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.spec import InvalidInput, WeightedSum
-from lovasz.spec.arrays import check_dense, numpy_array
+from lovasz.spec.arrays import check_dense, is_torch, numpy_array
 from lovasz.spec.labels import FLOAT_TYPES, too_large, whole_numbers, wrong_type
 from lovasz.spec.validity import masked
 
@@ -29,12 +29,6 @@ _LIMITS = {dtype.name: np.iinfo(dtype.name) for dtype in wire.DTYPES if not dtyp
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 AnyArray: TypeAlias = Any
 """What callers pass: an ``Array``, or an array of another framework, read by ``__array__`` or DLPack."""
-
-
-def is_torch(value: object) -> TypeGuard[torch.Tensor]:
-    """Whether the value is a torch tensor. Does not import torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def on_device(array: npt.NDArray[Any], device: str) -> torch.Tensor:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from lovasz.spec.errors import InvalidInput
+
+
+def is_torch(value: object) -> TypeGuard[Any]:
+    """Whether the value is a torch tensor. Does not import torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lovasz.spec.arrays import check_dense, numpy_array
+from lovasz.spec.arrays import check_dense, is_torch, numpy_array
 from lovasz.spec.errors import InvalidInput
 from lovasz.spec.terms import WeightedSum
 
@@ -48,13 +48,14 @@ def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) ->
 
 def _mask_like(labels: Any, valid: Any) -> Any:
     """The mask as the labels are: an array, or a tensor on their device."""
-    if hasattr(valid, "detach"):
+    is_tensor = is_torch(valid)
+    if is_tensor:
         check_dense("valid", valid)
     if isinstance(labels, np.ndarray):
-        valid = valid.detach().cpu() if hasattr(valid, "detach") else valid
-        mask: Any = numpy_array("valid", valid)
+        valid = numpy_array("valid", valid.detach().cpu() if is_tensor else valid)
+        mask: Any = valid
         is_bool = mask.dtype == np.bool_
-    elif hasattr(valid, "detach"):
+    elif is_tensor:
         mask = valid.detach().to(labels.device)
         is_bool = str(mask.dtype) == "torch.bool"
     else:
