@@ -492,9 +492,12 @@ def test_a_server_that_does_not_answer_in_time(size: Size) -> None:
         return good_answer(header)
 
     with serving(hang) as server, LossClient(server.target) as client:
-        with pytest.raises(DeadlineExceededError, match=server.target):
+        late = rf"^{server.target}: no answer arrived within the timeout of the call: .*\(DEADLINE_EXCEEDED\)"
+        with pytest.raises(DeadlineExceededError, match=late + "$"):
             client.compute(*size.input(), LovaszSoftmax(), timeout=0.3)
         assert server.methods == [size.method]
+        with pytest.raises(DeadlineExceededError, match=late + "; .* it must be longer than --joint-timeout$"):
+            client.compute(*size.input(), LovaszSoftmax(), timeout=0.3, joint=Joint("r", 0, 2, step=0))
         with pytest.raises(TimeoutError):
             client.submit(*size.input(), LovaszSoftmax(), timeout=0.3).result()
 

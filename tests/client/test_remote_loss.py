@@ -213,6 +213,13 @@ def test_double_backward_is_refused(shared: LossClient) -> None:
         torch.autograd.grad(grad.sum(), logits)
 
 
+def test_torch_func_is_refused(shared: LossClient) -> None:
+    logits, labels = some_input()
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    with pytest.raises(InvalidInputError, match=r"^logits: got a tensor without memory, as inside torch\.func\.grad"):
+        torch.func.grad(lambda logits: criterion(logits, labels))(logits)
+
+
 # --- When a gradient is asked for ---------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -586,6 +587,20 @@ def test_tensors_that_hold_no_values_in_memory_are_refused(
         with pytest.raises(InvalidInput) as caught:
             function(loss=LovaszSoftmax(), **tensors)
         assert str(caught.value) == f"{field}: {text}"
+
+
+@pytest.mark.parametrize("field", ["logits", "labels"])
+def test_tensors_of_torch_func_are_refused(field: str) -> None:
+    tensors = {"logits": normal(2, 3, 4, seed=1), "labels": zeros(2, 4, dtype=INTEGERS)}
+    for function in (compute, differentiable):
+
+        def called(tensor: Tensor, function: Callable[..., Any] = function) -> Any:
+            return function(loss=LovaszSoftmax(), **{**tensors, field: tensor})
+
+        with pytest.raises(InvalidInput, match=rf"^{field}: got a tensor without memory, as inside torch\.func\.grad"):
+            torch.vmap(called)(tensors[field][None])
+    with pytest.raises(InvalidInput, match="which this loss does not support"):
+        torch.func.grad(lambda logits: differentiable(logits, tensors["labels"], LovaszSoftmax()))(tensors["logits"])
 
 
 def test_empty_sum_is_refused() -> None:

@@ -152,6 +152,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, remark: str = "") -> LossE
         details = f"no server answers there; is it running (lovasz-server --listen {target})? {details}"
     if code is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _NOT_RESOLVED):
         details = f"the host name could not be resolved (DNS); is it spelt correctly? {details}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = f"no answer arrived within the timeout of the call: {details}"
     kind = ServerUnavailableError if was_reset(error) else _BY_CODE.get(code, ServerFaultError)
     return kind(f"{target}: {details or code.name} ({code.name}){remark}")
 

@@ -127,7 +127,9 @@ def checked_joint(value: object) -> Joint:
     """
     if isinstance(value, Joint):
         return value
-    raise InvalidInputError("joint", f"got {value!r}; expected a lovasz.client.Joint")
+    raise InvalidInputError(
+        "joint", f"got {value!r}; expected a lovasz.client.Joint (or, for RemoteLoss, the run's name)"
+    )
 
 
 def _place_in_default_group() -> tuple[int, int] | None:

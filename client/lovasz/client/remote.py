@@ -18,6 +18,7 @@ from lovasz import spec, wire
 from lovasz.client.connection import Connection
 from lovasz.client.devices import Devices
 from lovasz.client.errors import (
+    DeadlineExceededError,
     IncompatibleServerError,
     LossError,
     ServerUnavailableError,
@@ -172,11 +173,17 @@ class RemoteTarget:
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         self._connection.check_open()
-        with self._grpc_errors_translated():
-            if call.region is not None:
-                response, grad = self._through_region(call, call.region, timeout)
-            else:
-                response, grad = self._in_messages(call, timeout)
+        try:
+            with self._grpc_errors_translated():
+                if call.region is not None:
+                    response, grad = self._through_region(call, call.region, timeout)
+                else:
+                    response, grad = self._in_messages(call, timeout)
+        except DeadlineExceededError as error:
+            if call.request.joint is None:
+                raise
+            text = f"{error}; for a rank to learn which others are missing, it must be longer than --joint-timeout"
+            raise DeadlineExceededError(text) from None
         if response.warning and response.warning not in self._warned and len(self._warned) < _MOST_WARNINGS:
             self._warned.add(response.warning)
             _log.warning("%s: %s", self._name, "".join(c if c.isprintable() else " " for c in response.warning))

@@ -58,7 +58,7 @@ def check_dense(field: str, tensor: Any) -> None:
     """Refuses a tensor of torch whose values are not in memory, or not one for each place of its shape.
 
     Raises:
-        InvalidInput: it is sparse, nested, or on the device ``meta``.
+        InvalidInput: it is sparse, nested, on the device ``meta``, or inside ``torch.func`` or ``torch.vmap``.
     """
     if tensor.is_meta:
         raise InvalidInput(field, "got a tensor on the device meta, which has no values; expected one with values")
@@ -67,3 +67,11 @@ def check_dense(field: str, tensor: Any) -> None:
     layout = str(tensor.layout)
     if layout != "torch.strided":
         raise InvalidInput(field, f"got a tensor of layout {layout}; expected a dense one")
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        raise InvalidInput(
+            field,
+            "got a tensor without memory, as inside torch.func.grad, jvp or vmap, which this loss does not support; "
+            "expected a plain tensor (for gradients use loss.backward() or torch.autograd.grad)",
+        ) from None

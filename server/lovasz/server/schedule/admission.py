@@ -223,7 +223,10 @@ class Admission:
         if not self._open and requests:
             return StoppingError()
         if self.starting:
-            return StartingError("the server is starting: it compiles, a minute or two the first time")
+            return StartingError(
+                "the server is starting: it compiles, a minute or two the first time "
+                "(lovasz ping HOST:PORT --wait 300 waits for it)"
+            )
         if self.failing and requests:
             return DeviceError("the server's device does not answer; try another server")
         if self._requests + requests > self.max_requests:
