@@ -286,6 +286,13 @@ def test_memory_that_cannot_be_written(server: SharedMemory, caller: MemoryCalle
     refused(server, caller, error, "Operation not permitted")
 
 
+def test_memory_of_huge_pages(server: SharedMemory, caller: MemoryCaller) -> None:
+    """Its owner can free a page during a call. If the system has no other, the server would end by SIGBUS."""
+    with memfd(16 * MIB, sparse=True, flags=os.MFD_HUGETLB) as descriptor:
+        error = caller.share(1, descriptor)
+    refused(server, caller, error, "region: got a memfd of pages of")
+
+
 def test_memory_of_no_bytes(server: SharedMemory, caller: MemoryCaller) -> None:
     with memfd(0) as descriptor:
         error = caller.share(1, descriptor)

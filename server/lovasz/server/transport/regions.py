@@ -2,7 +2,8 @@
 
 A region is a memfd: it has no name that could be left behind. It must be sealed against shrinking, as a read beyond
 the end of a mapped file would kill the server. All its pages must be allocated, as a page that the server touches first
-would count as the server's own memory; sealed against growing, its blocks say so.
+would count as the server's own memory; sealed against growing, its blocks say so. It must be of ordinary pages: a huge
+page that its owner frees during a call cannot be replaced if the system has no other, which would kill the server, too.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Region:
         if seals & _SEALS != _SEALS:
             raise InvalidInput(
                 "region", "got a memfd that can change its size; expected one sealed with F_SEAL_SHRINK and F_SEAL_GROW"
+            )
+        page_bytes = os.fstatvfs(descriptor).f_bsize
+        if page_bytes != mmap.PAGESIZE:
+            raise InvalidInput(
+                "region", f"got a memfd of pages of {page_bytes} bytes; expected {mmap.PAGESIZE} (no MFD_HUGETLB)"
             )
         self.nbytes = os.fstat(descriptor).st_size
         if not self.nbytes:
