@@ -6,6 +6,7 @@ still uses: these live until that request is done. If a process is killed, the k
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import mmap
@@ -77,6 +78,8 @@ class SharedMemory:
         self._lock = threading.Lock()
         self._sessions: dict[bytes, MemorySession] = {}
         self._mapped: WeakKeyDictionary[mmap.mmap | DeviceMapping, int] = WeakKeyDictionary()
+        self._strangers = itertools.count(1)
+        """Numbers for the connections of processes that have none here."""
         self._call_threads: SocketThreads | None = None
         self._due = math.inf
         """When a call's deadline passes, or before (``time.monotonic``)."""
@@ -239,7 +242,9 @@ class SharedMemory:
         process, user = wire.peer_of(connection)
         session = MemorySession(connection, secrets.token_bytes(_SESSION_BYTES), user, self._packets)
         if self._call_threads is not None:
-            session.calls = SessionCalls(self._call_threads, f"{wire.UNIX}uid={user},pid={process}", session.send)
+            # A process of another PID namespace is number 0, as are all others there.
+            who = f"pid={process}" if process else f"connection={next(self._strangers)}"
+            session.calls = SessionCalls(self._call_threads, f"{wire.UNIX}uid={user},{who}", session.send)
         every = self._every()
         of_user = sum(other.user == session.user for other in every)
         for count, most, of_whom in (
