@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import socket
 import struct
 import threading
@@ -176,6 +177,21 @@ def test_silent_connections_end_and_make_room(sharing: ServerProcess, audit: Aud
         assert time.monotonic() - since < 3 * FIRST_REGION_SECONDS
         with LossClient(sharing.targets[1], transport="shm") as client:
             assert np.isfinite(client.compute(*tensors(16), LovaszSoftmax()).loss)
+
+
+def test_a_server_that_had_no_descriptors_left_takes_sessions_again(sharing: ServerProcess, audit: Audit) -> None:
+    """As after a flood of connections over TCP. No session ends that could make room."""
+    limits = resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            caller = thread.submit(MemoryCaller, memory_path(sharing))
+            assert eventually(lambda: any(line["event"] == "a process cannot share memory" for line in sharing.log))
+            resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE, limits)
+            assert caller.result().hello is not None
+            caller.result().close()
+    finally:
+        resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE, limits)
 
 
 # --- Calls on the socket ------------------------------------------------------------------------------------------
