@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import socket
 import struct
 import threading
@@ -143,7 +144,8 @@ def test_no_region_is_larger_than_the_budget_nor_all_together_than_they_may(
         region.close()
 
 
-def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, caller: MemoryCaller) -> None:
+@pytest.mark.parametrize("others", [0, 252], ids=["alone", "as the last that fits beside a packet"])
+def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, caller: MemoryCaller, others: int) -> None:
     """To close the last descriptor of this socket takes a minute: its last bytes are sent first, and nobody reads."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         foreign = socket.create_connection(listener.getsockname())
@@ -155,11 +157,15 @@ def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, calle
         foreign.setblocking(True)
         foreign.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
         packet = pb.SharedMemoryRequest(region=1).SerializeToString()
-        socket.send_fds(caller.socket, [packet], [foreign.fileno()])
-        os.close(foreign.detach())
+        os.kill(sharing.pid, signal.SIGSTOP)  # It shall receive the last descriptor.
+        try:
+            socket.send_fds(caller.socket, [packet], [*[deaf.fileno()] * others, foreign.fileno()])
+            os.close(foreign.detach())
+        finally:
+            os.kill(sharing.pid, signal.SIGCONT)
         reply = caller.reply()
         assert reply is not None
-        assert "expected a memfd" in reply.error
+        assert ("expected 1" if others else "expected a memfd") in reply.error
         with contextlib.closing(Session(memory_path(sharing), PATIENCE_SECONDS)) as other:
             region = Region(4096)
             other.share(region)
