@@ -350,14 +350,33 @@ def test_shared_memory_needs_a_unix_socket_and_a_server_that_takes_it(
 
 def test_a_restart_of_the_server_is_ridden_out(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--listen", f"unix:{tmp_path}/s", "--shared-memory"]
-    with LossClient(f"unix:{tmp_path}/s", transport="shm") as client:
+    with LossClient(f"unix:{tmp_path}/s", transport="shm", timeout=20) as client:
         with ForkedServer(arguments) as first:
-            before = client.compute(*tensors(80), SOFTMAX)
+            before = client.compute(*tensors(80), SOFTMAX).grad.clone()  # The next call has the same memory.
             first.kill()
         with ForkedServer(arguments) as second:
             again = client.compute(*tensors(80), SOFTMAX)
             assert metric(second, "lovasz_shared_memory_sessions") == 1
-    assert torch.equal(before.grad, again.grad)
+    assert torch.equal(before, again.grad)
+
+
+def test_a_call_that_a_server_refuses_as_it_stops_leaves_the_clients_other_calls_alone(tmp_path: Path) -> None:
+    """One waits for the other rank of its step, which the server still accepts: it finishes what it has begun."""
+    listen = ["--listen", f"unix:{tmp_path}/s,127.0.0.1:0"]
+    with ExitStack() as stack:
+        server = stack.enter_context(ForkedServer(["--device", "cpu", *listen, "--shared-memory"]))
+        client, other = (stack.enter_context(LossClient(target)) for target in server.targets)
+        assert other.compute(*tensors(9), SOFTMAX).loss > 0
+        first = client.submit(*tensors(9), SOFTMAX, joint=Joint("stop", 0, 2, step=0))
+        assert eventually(lambda: metric(server, "lovasz_joint_ranks_waiting") == 1)
+        stopped = stack.enter_context(ThreadPoolExecutor()).submit(server.stop)
+        assert eventually(lambda: any(line["event"] == "draining" for line in server.log))
+        with pytest.raises(ServerUnavailableError, match="stop"):
+            client.compute(*tensors(9), SOFTMAX, timeout=0.3)
+        second = other.compute(*tensors(9), SOFTMAX, joint=Joint("stop", 1, 2, step=0))
+        assert first.result().loss == second.loss
+        assert first.result().timing.transport == "shm"
+        assert stopped.result() == 0
 
 
 def test_a_second_server_does_not_take_the_place_of_one_that_lives(sharing: ServerProcess) -> None:

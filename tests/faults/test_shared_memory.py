@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
+import signal
 import socket
 import struct
 import threading
@@ -142,7 +144,8 @@ def test_no_region_is_larger_than_the_budget_nor_all_together_than_they_may(
         region.close()
 
 
-def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, caller: MemoryCaller) -> None:
+@pytest.mark.parametrize("others", [0, 252], ids=["alone", "as the last that fits beside a packet"])
+def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, caller: MemoryCaller, others: int) -> None:
     """To close the last descriptor of this socket takes a minute: its last bytes are sent first, and nobody reads."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         foreign = socket.create_connection(listener.getsockname())
@@ -154,11 +157,15 @@ def test_a_descriptor_that_lingers_holds_up_nobody(sharing: ServerProcess, calle
         foreign.setblocking(True)
         foreign.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
         packet = pb.SharedMemoryRequest(region=1).SerializeToString()
-        socket.send_fds(caller.socket, [packet], [foreign.fileno()])
-        os.close(foreign.detach())
+        os.kill(sharing.pid, signal.SIGSTOP)  # It shall receive the last descriptor.
+        try:
+            socket.send_fds(caller.socket, [packet], [*[deaf.fileno()] * others, foreign.fileno()])
+            os.close(foreign.detach())
+        finally:
+            os.kill(sharing.pid, signal.SIGCONT)
         reply = caller.reply()
         assert reply is not None
-        assert "expected a memfd" in reply.error
+        assert ("expected 1" if others else "expected a memfd") in reply.error
         with contextlib.closing(Session(memory_path(sharing), PATIENCE_SECONDS)) as other:
             region = Region(4096)
             other.share(region)
@@ -176,6 +183,21 @@ def test_silent_connections_end_and_make_room(sharing: ServerProcess, audit: Aud
         assert time.monotonic() - since < 3 * FIRST_REGION_SECONDS
         with LossClient(sharing.targets[1], transport="shm") as client:
             assert np.isfinite(client.compute(*tensors(16), LovaszSoftmax()).loss)
+
+
+def test_a_server_that_had_no_descriptors_left_takes_sessions_again(sharing: ServerProcess, audit: Audit) -> None:
+    """As after a flood of connections over TCP. No session ends that could make room."""
+    limits = resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            caller = thread.submit(MemoryCaller, memory_path(sharing))
+            assert eventually(lambda: any(line["event"] == "a process cannot share memory" for line in sharing.log))
+            resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE, limits)
+            assert caller.result().hello is not None
+            caller.result().close()
+    finally:
+        resource.prlimit(sharing.pid, resource.RLIMIT_NOFILE, limits)
 
 
 # --- Calls on the socket ------------------------------------------------------------------------------------------

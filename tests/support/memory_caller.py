@@ -83,9 +83,11 @@ class MemoryCaller:
 
 
 @contextlib.contextmanager
-def memfd(nbytes: int = 4096, seals: int = SEALS, *, name: str = "lovasz-test", sparse: bool = False) -> Iterator[int]:
-    """A descriptor of memory that a region may be made of, if it is not sparse."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def memfd(
+    nbytes: int = 4096, seals: int = SEALS, *, name: str = "lovasz-test", sparse: bool = False, flags: int = 0
+) -> Iterator[int]:
+    """A descriptor of memory that a region may be made of, if it is not sparse, and has no other flags."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         if sparse:
             os.ftruncate(descriptor, nbytes)

@@ -140,7 +140,7 @@ class MemorySocket:
         """Makes a call, whose number and timeout are set here, and waits for its answer.
 
         Raises:
-            SocketError: it failed, or there was no answer in time.
+            SocketError: it failed, or there was no answer in time, or the connection has ended.
         """
         number = call.number = next(self._numbers)
         call.timeout_seconds = timeout
@@ -154,6 +154,7 @@ class MemorySocket:
             self._cancel(number)
             raise SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
         except OSError as error:
+            self.close()
             raise _lost(error.strerror or str(error)) from None
         except BaseException:
             self._cancel(number)

@@ -327,18 +327,18 @@ class RemoteTarget:
             raise
         at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
         header = call.request.to_proto(at)
-        try:
-            if session.takes(call.request, header):
-                message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
-                answer, transport = session.socket.call(message, timeout), region.kind
-            else:
-                request = framing.UnaryRequest(header, b"", b"")
+        if session.takes(call.request, header):
+            message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
+            answer, transport = session.socket.call(message, timeout), region.kind
+        else:
+            request = framing.UnaryRequest(header, b"", b"")
+            try:
                 answer = self._channels.shared(request, timeout=timeout, metadata=self._metadata(call)).header
-                transport = region.kind + ASKED_OVER_GRPC
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
-                shared.forget(session)
-            raise
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
+                    shared.forget(session)
+                raise
+            transport = region.kind + ASKED_OVER_GRPC
         with _misfit_is_wrong_answer():
             return wire.Response.from_proto(answer, call.request, transport)
 

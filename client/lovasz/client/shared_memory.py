@@ -198,7 +198,7 @@ class Session:
             LossError: the server refuses the region, or is gone.
             SocketError: it has not answered in time, and may still take the region: then :meth:`release` tells it.
         """
-        if region.session is self:
+        if region.session is self and not self.socket.is_closed:
             return
         region.session, region.number = self, next(self._numbers)
         try:

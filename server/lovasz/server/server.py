@@ -359,8 +359,6 @@ class Server:
         for shared_memory in self._shared_memory:
             shared_memory.stop()
         self._web.stop()
-        if self._self_check is not None:
-            self._self_check.stop()
         self._grpc.end_threads(wait=False)
 
     def _take_peak_bytes(self) -> int:
@@ -379,6 +377,8 @@ class Server:
         # gRPC goes on accepting calls: admission refuses them with a reason on which clients try again.
         left = self._admission.wait_until_empty(self._config.drain_seconds)
         self._joints.stop()
+        if self._self_check is not None:
+            self._self_check.stop()
         self._grpc.stop()
         finished = self._engine.stop(_ENGINE_STOP_SECONDS) and left == 0
         self._web.stop()
@@ -386,8 +386,6 @@ class Server:
             shared_memory.stop()
         for housekeeper in self._housekeepers:
             housekeeper.stop()
-        if self._self_check is not None:
-            self._self_check.stop()
         self._grpc.end_threads(wait=finished)
         if self._socket_threads is not None:
             self._socket_threads.stop(wait=finished)

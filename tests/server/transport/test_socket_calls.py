@@ -106,6 +106,22 @@ def test_what_the_carrier_tells_of_a_call(caller: MemoryCaller, service: Service
     assert service.held[1].time_remaining() is None
 
 
+def test_processes_of_another_pid_namespace_are_told_apart(
+    server: SharedMemory, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel calls all of them process 0."""
+    monkeypatch.setattr(wire, "peer_of", lambda _: (0, 1000))
+    callers = [MemoryCaller(server.path) for _ in range(2)]
+    for count, (caller, number) in enumerate([(callers[0], 1), (callers[0], 2), (callers[1], 1)], start=1):
+        caller.ask(number, header(run="held"))
+        assert held(service, count)
+    one, two = (f"unix:uid=1000,connection={number}" for number in (1, 2))
+    assert [carrier.peer() for carrier in service.held] == [one, one, two]
+    service.go_on.set()
+    for caller in callers:
+        caller.close()
+
+
 def test_an_error_has_its_code_its_text_and_its_delay(caller: MemoryCaller) -> None:
     caller.ask(1, header(run="refused"))
     error = caller.answer().error

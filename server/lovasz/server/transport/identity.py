@@ -28,7 +28,8 @@ class Identity:
         name: that of the caller's token; empty where the server asks for none.
         address: the other end of the connection, as gRPC writes it: ``ipv4:10.0.0.7:41234``. On a Unix socket, where
             gRPC does not tell callers apart, what the client calls itself: ``unix:client=3f9a...``, or ``unix:`` if it
-            does not; ``unix:uid=1000,pid=4711`` on the shared-memory socket.
+            does not; ``unix:uid=1000,pid=4711`` on the shared-memory socket, or ``unix:uid=1000,connection=3`` for a
+            process of another PID namespace.
     """
 
     name: str

@@ -18,8 +18,8 @@ from lovasz.server.transport.regions import Region
 from lovasz.server.transport.socket_calls import SessionCalls
 from lovasz.v1 import loss_pb2 as pb
 
-_MOST_DESCRIPTORS = 8
-"""That are received with a packet."""
+_MOST_DESCRIPTORS = 253
+"""All that may come with a packet (SCM_MAX_FD): what is left out, the kernel closes here, and that may take minutes."""
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_TRUNC)

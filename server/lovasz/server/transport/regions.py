@@ -2,17 +2,18 @@
 
 A region is a memfd: it has no name that could be left behind. It must be sealed against shrinking, as a read beyond
 the end of a mapped file would kill the server. All its pages must be allocated, as a page that the server touches first
-would count as the server's own memory; sealed against growing, its blocks say so.
+would count as the server's own memory; sealed against growing, its blocks say so. It must be of ordinary pages: a huge
+page that its owner frees during a call cannot be replaced if the system has no other, which would kill the server, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import queue
 import socket
-import stat
 import struct
 import threading
 import weakref
@@ -48,6 +49,11 @@ class Region:
         if seals & _SEALS != _SEALS:
             raise InvalidInput(
                 "region", "got a memfd that can change its size; expected one sealed with F_SEAL_SHRINK and F_SEAL_GROW"
+            )
+        page_bytes = os.fstatvfs(descriptor).f_bsize
+        if page_bytes != mmap.PAGESIZE:
+            raise InvalidInput(
+                "region", f"got a memfd of pages of {page_bytes} bytes; expected {mmap.PAGESIZE} (no MFD_HUGETLB)"
             )
         self.nbytes = os.fstat(descriptor).st_size
         if not self.nbytes:
@@ -98,13 +104,16 @@ class Closer:
         self._thread: threading.Thread | None = None
 
     def close(self, descriptor: int) -> None:
-        """Closes a descriptor, at once or soon."""
+        """Closes a descriptor, at once or soon. Asks no file system about it, as that may not answer."""
         if _seals(descriptor) is not None:
             os.close(descriptor)
             return
-        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):  # Its SO_LINGER could make the thread wait for minutes.
-            with socket.socket(fileno=os.dup(descriptor)) as copy:
+        with contextlib.suppress(OSError):  # It is no socket.
+            copy = socket.socket(fileno=descriptor)
+            try:  # Its SO_LINGER could make the thread wait for minutes.
                 copy.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+            finally:
+                copy.detach()
         self._foreign.put(descriptor)
         with self._lock:
             if self._thread is None:
@@ -113,7 +122,8 @@ class Closer:
 
     def _run(self) -> None:
         while True:
-            os.close(self._foreign.get())
+            with contextlib.suppress(OSError):  # Of a file whose system fails. It is closed all the same.
+                os.close(self._foreign.get())
 
 
 def _seals(descriptor: int) -> int | None:

@@ -6,6 +6,7 @@ still uses: these live until that request is done. If a process is killed, the k
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import mmap
@@ -52,7 +53,7 @@ _UNREAD_BYTES = 1 << 20
 _BACKLOG = 64
 _LOOK_SECONDS = 0.005
 _CHECK_SECONDS = 1.0
-"""How often it is looked whether the socket's file is still there, and who is silent."""
+"""How often it is looked whether the socket's file is still there, who is silent, and whether it can accept again."""
 
 
 class SharedMemory:
@@ -77,6 +78,8 @@ class SharedMemory:
         self._lock = threading.Lock()
         self._sessions: dict[bytes, MemorySession] = {}
         self._mapped: WeakKeyDictionary[mmap.mmap | DeviceMapping, int] = WeakKeyDictionary()
+        self._strangers = itertools.count(1)
+        """Numbers for the connections of processes that have none here."""
         self._call_threads: SocketThreads | None = None
         self._due = math.inf
         """When a call's deadline passes, or before (``time.monotonic``)."""
@@ -197,6 +200,13 @@ class SharedMemory:
         old_file.remove()
         _log.warning("a socket's file was removed; created it again", extra={"path": self.path})
 
+    def _listen_again(self) -> None:
+        """Tries again to accept, if there were no file descriptors left."""
+        with self._lock:
+            if not self._listening:
+                self._listening = True
+                self._packets.again(self._listener.fileno())
+
     def _serve(self) -> None:
         """Does what is due at a time; packets wake other threads."""
         checked = time.monotonic()
@@ -207,6 +217,7 @@ class SharedMemory:
             if now >= checked + _CHECK_SECONDS:
                 checked = now
                 self._check_file()
+                self._listen_again()
                 self._end_silent()
             with self._changed:
                 self._wakes = min(now + _CHECK_SECONDS, self._due)
@@ -220,7 +231,7 @@ class SharedMemory:
             except (BlockingIOError, ConnectionError):
                 connection = None
             except OSError as error:
-                if not self._stopping:  # No file descriptors are left. Accepts again once a session has ended.
+                if not self._stopping:  # No file descriptors are left.
                     _log.warning("a process cannot share memory", extra={"reason": str(error)})
                     self._listening = False
                 return
@@ -239,7 +250,9 @@ class SharedMemory:
         process, user = wire.peer_of(connection)
         session = MemorySession(connection, secrets.token_bytes(_SESSION_BYTES), user, self._packets)
         if self._call_threads is not None:
-            session.calls = SessionCalls(self._call_threads, f"{wire.UNIX}uid={user},pid={process}", session.send)
+            # A process of another PID namespace is number 0, as are all others there.
+            who = f"pid={process}" if process else f"connection={next(self._strangers)}"
+            session.calls = SessionCalls(self._call_threads, f"{wire.UNIX}uid={user},{who}", session.send)
         every = self._every()
         of_user = sum(other.user == session.user for other in every)
         for count, most, of_whom in (
@@ -365,9 +378,6 @@ class SharedMemory:
         session.close()
         with self._lock:
             self._sessions.pop(session.name, None)
-            if not self._listening and not self._stopping:
-                self._packets.again(self._listener.fileno())
-                self._listening = True
         if session.calls is not None:
             session.calls.cancel_all()
         session.regions.clear()
