@@ -28,6 +28,7 @@ from lovasz.core.backends.numba import (
     joint_tables,
     planes,
     ranges,
+    scanning,
     scratch,
     sorting,
     tables,
@@ -273,7 +274,7 @@ def count(
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
-    return tables.scan(table, lowest, highest, foreground, bins.SOFTMAX_TOP, 0.7, -0.3)
+    return scanning.scan(table, lowest, highest, foreground, bins.SOFTMAX_TOP, 0.7, -0.3)
 
 
 @each_kind

@@ -10,6 +10,7 @@ counted), ``ranges`` (large segments that all threads sort, with its loops), ``j
 (segments whose pixels other processes hold, too: sorted, counted), ``workers``, ``scratch``.
 
 Compiled: ``planes`` (reads logits and labels), ``softmax`` and ``binary`` (errors and counts, and the way back),
-``cross_entropy``, ``segments`` (the segments of a term, one after another), ``sorting`` (a segment sorted), ``tables``
-and ``bins`` (a segment counted), ``elementary`` (exp and log), ``intrinsics``. ``disk_cache`` keeps what was compiled.
+``cross_entropy``, ``segments`` (the segments of a term, one after another), ``sorting`` (a segment sorted), ``tables``,
+``scanning`` and ``bins`` (a segment counted), ``elementary`` (exp and log), ``intrinsics``. ``disk_cache`` keeps what
+was compiled.
 """

@@ -28,7 +28,7 @@ class Thresholds(NamedTuple):
     Attributes:
         pixels: a segment with fewer pixels is sorted.
         foreground: a segment with fewer foreground pixels is sorted.
-        order_error: a segment of a binary loss is sorted if ``tables.order_error`` of its table exceeds this.
+        order_error: a segment of a binary loss is sorted if ``scanning.order_error`` of its table exceeds this.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
         whole: a joint with more logits is computed by all threads, step by step.
     """

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import sorting, tables
+from lovasz.core.backends.numba import scanning, sorting, tables
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.sorting import Keys
@@ -67,7 +67,7 @@ class Rules(NamedTuple):
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         want_grad: whether gradients are wanted.
         add: whether gradients are added to the memory's contents; otherwise they overwrite them.
-        most_order_error: a counted segment is sorted instead if ``tables.order_error`` of its table exceeds this.
+        most_order_error: a counted segment is sorted instead if ``scanning.order_error`` of its table exceeds this.
     """
 
     void: int
@@ -199,13 +199,13 @@ def keeps_order(segments: Segments, s: int, rules: Rules, lowest: int, highest: 
     """Whether a segment's table, after counting, leaves little enough uncertainty about the order of its pixels."""
     if rules.most_order_error == np.inf:
         return True
-    return tables.order_error(table, lowest, highest, segments.foreground_count[s]) <= rules.most_order_error
+    return scanning.order_error(table, lowest, highest, segments.foreground_count[s]) <= rules.most_order_error
 
 
 @compiled
 def scan(segments: Segments, s: int, lowest: int, highest: int, table: Integers) -> float:
     """Scans a segment's table, which writes its entries; returns the loss."""
-    return tables.scan(
+    return scanning.scan(
         table,
         lowest,
         highest,

@@ -1,6 +1,6 @@
 """The Lovász extension by counting: errors are counted in bins, and each pixel's gradient is looked up in its bin.
 
-``bins`` defines the bins; docs/mathematics.md, section 11, derives the entries that the scan writes.
+``bins`` defines the bins; between the two, ``scanning`` turns the counts into what is looked up.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from numpy import float32 as f32
 from numpy import int32 as i32
 
 from lovasz.core.backends.numba import bins
-from lovasz.core.backends.numba.elementary import ordered_sum
-from lovasz.core.backends.numba.intrinsics import bits_double, compiled, float_bits, fma, inlined, pointer
+from lovasz.core.backends.numba.intrinsics import compiled, float_bits, fma, inlined, pointer
 from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
 from lovasz.core.word import REST_BITS, REST_SUM_BITS
 
@@ -24,17 +23,15 @@ WORDS = _UNCOUNTED + _UNCOUNTED_WORDS
 """The words of a table: one per bin for background, then for foreground, then some that pixels without a bin share. One
 word for all of them would be slow: each addition to it would wait for the one before."""
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
-_OCTAVES, _REST_BITS, _REST_SUM_BITS = bins.OCTAVES, REST_BITS, REST_SUM_BITS
+_OCTAVES, _REST_BITS = bins.OCTAVES, REST_BITS
 assert _PER_BIT == 3, "_coarser divides by 3"
 assert _MAX_BITS + REST_BITS >= 23, "_rest shifts to the left"
 _ONE = np.int64(1 << REST_SUM_BITS)
-_FIRST_BINS = bins.FIRST_BINS
 
 _BLOCK_PIXELS, _PART_PIXELS = 1024, 128
 _DENSE_PIXELS = 8 * _BLOCK_PIXELS
 """Pixels are processed in blocks. Of a block most of whose parts have nothing to count, only the other parts are
 processed. After a dense block, the next one that is looked at for this begins at a multiple of ``_DENSE_PIXELS``."""
-_BLOCK_BINS = 256
 
 
 # Each result is cast to 32 bits, of which a vector holds twice as many; Numba's integers have 64 bits otherwise.
@@ -172,163 +169,11 @@ def count(
     return lowest, highest
 
 
-@inlined
-def _double(integer: np.int64) -> float:
-    """An integer in [0, 2^52) as float64; the processor's own conversion does not vectorize."""
-    return bits_double(integer | np.int64(0x4330000000000000)) - 4503599627370496.0
-
-
-@compiled
-def order_error(table: Integers, lowest: int, highest: int, foreground_count: int) -> float:
-    """Estimates the error of the gradient, relative to its norm, that the unknown order inside bins causes.
-
-    The table has been counted, but not scanned. Pixels of a bin are taken to be in random order: if k of them are
-    background, the number of background pixels before another pixel of the bin is uncertain by sqrt(k / 6). The same
-    holds for foreground.
-    """
-    left, union = np.float64(foreground_count), np.float64(foreground_count)
-    over_union = 1.0 / union
-    error, norm = 0.0, 0.0
-    for i in range(lowest, min(highest + 1, BINS - 1)):
-        background, foreground = table[i], table[BINS + i]
-        if background == 0 and foreground == 0:
-            continue
-        k = _double(np.int64(np.uint64(background) >> np.uint64(_REST_SUM_BITS)))
-        j = _double(np.int64(np.uint64(foreground) >> np.uint64(_REST_SUM_BITS)))
-        union += k
-        x, y = over_union, 1.0 / union
-        mean_left = left - 0.5 * j
-        steep = k * mean_left * x
-        error += (x * x) * (x * x) * (j * k + 2.0 * (steep * steep))
-        norm += x * y * (j + steep * mean_left * y)
-        left -= j
-        over_union = y
-        if left <= 0.0:
-            break
-    return np.sqrt(error / (3.0 * norm)) if norm > 0.0 else 0.0
-
-
-@compiled
-def scan(
-    table: Integers, lowest: int, highest: int, foreground_count: int, top: int, weight: float, foreground_weight: float
-) -> float:
-    """Overwrites each word with an entry, two float32 (a, s), from which a pixel's gradient is a - s x rest.
-
-    Args:
-        foreground_count: G.
-        weight, foreground_weight: the factors of the gradient of background and foreground.
-
-    Returns:
-        The loss of the segment: the sum over bins of mean g x sum of errors.
-    """
-    loss = 0.0
-    walked, room = np.empty((2, _BLOCK_BINS + 1), np.int64), np.empty((2, _BLOCK_BINS + 1))
-    # G - n and G + b at the upper end of the next bin.
-    left, union = np.int64(foreground_count), np.int64(foreground_count)
-    for octave in range(bins.SPANS):
-        largest, width, lost = _scale(octave, top)
-        start, stop = _FIRST_BINS[octave], min(highest + 1, _FIRST_BINS[octave + 1])
-        # Blocks always begin at the same bins, so that the sum does not depend on which bins are in use.
-        skipped = max(lowest - start, 0) // _BLOCK_BINS * _BLOCK_BINS
-        for first in range(start + skipped, stop, _BLOCK_BINS):
-            if left == 0:  # After the last foreground pixel g is 0.
-                table[first : highest + 1] = 0
-                return loss
-            last = min(first + _BLOCK_BINS, _FIRST_BINS[octave + 1])
-            upper = largest - (first - start) * width - lost
-            background, foreground = table[first:last], table[BINS + first : BINS + last]
-            _walk(background, foreground, left, union, walked)
-            left, union = walked[0, last - first], walked[1, last - first]
-            loss += _fill_in(background, foreground, upper, width, weight, foreground_weight, walked, room)
-    return loss
-
-
-@compiled
-def _walk(background: Integers, foreground: Integers, left: int, union: int, walked: npt.NDArray[np.int64]) -> None:
-    """Writes G - n and G + b at the upper end of each bin, and at the lower end of the last bin."""
-    lefts, unions = walked[0], walked[1]
-    for i in range(len(background)):
-        lefts[i], unions[i] = left, union
-        left -= np.int64(np.uint64(foreground[i]) >> np.uint64(_REST_SUM_BITS))
-        union += np.int64(np.uint64(background[i]) >> np.uint64(_REST_SUM_BITS))
-    lefts[len(background)], unions[len(background)] = left, union
-
-
-@compiled
-def _fill_in(
-    background: Integers,
-    foreground: Integers,
-    upper: float,
-    width: float,
-    weight: float,
-    foreground_weight: float,
-    walked: npt.NDArray[np.int64],
-    room: npt.NDArray[np.float64],
-) -> float:
-    """Writes the entries of some bins of one octave; returns their part of the loss.
-
-    Args:
-        upper: the error at rest 0 in the first of these bins.
-        width: the width of a bin.
-        walked: the result of ``_walk``.
-        room: memory, float64, two rows of at least one element more than bins.
-    """
-    n = len(background)
-    lefts, unions, losses, over_union = walked[0], walked[1], room[0], room[1]
-    unit, to_slope = width / (1 << _REST_BITS), 1.0 / (1 << _REST_BITS)
-    for i in range(n + 1):
-        over_union[i] = 1.0 / _double(unions[i])
-    for i in range(n):
-        x, y = over_union[i], over_union[i + 1]
-        left, left_behind = _double(lefts[i]), _double(lefts[i + 1])
-        k, rest = _unpack(background[i])
-        mean = 0.5 * (left + left_behind) * x * y
-        slope = min(left * x * x - left_behind * y * y, 2.0 * mean) * to_slope
-        losses[i] = mean * (k * (upper - i * width) - rest * unit)
-        mean_rest = np.float64(f32(rest) / f32(max(k, 1.0)))
-        background[i] = _pack(weight * (mean + slope * mean_rest), weight * slope)
-    for i in range(n):
-        if foreground[i] != 0:  # Rare in most tables.
-            x, y = over_union[i], over_union[i + 1]
-            j, rest = _unpack(foreground[i])
-            mean, slope = 0.5 * (x + y), (x - y) * to_slope
-            losses[i] += mean * (j * (upper - i * width) - rest * unit)
-            foreground[i] = _pack(foreground_weight * (mean + slope * (rest / j)), foreground_weight * slope)
-    return ordered_sum(losses[:n])
-
-
-@inlined
-def _unpack(word: int) -> tuple[float, float]:
-    """The two parts of a word: (pixels, sum of their rests)."""
-    return _double(np.int64(np.uint64(word) >> np.uint64(_REST_SUM_BITS))), _double(word & (_ONE - 1))
-
-
-@inlined
-def _pack(a: float, s: float) -> int:
-    """An entry: both numbers as float32 in 64 bits."""
-    low = np.int64(float_bits(f32(a))) & np.int64(0xFFFFFFFF)
-    return low | (np.int64(float_bits(f32(s))) << np.int64(32))
-
-
-@inlined
-def _scale(octave: int, top: int) -> tuple[float, float, float]:
-    """(largest float of the octave, width of its bins, mean distance by which rests are rounded down)."""
-    if octave == _OCTAVES:
-        return 0.0, 0.0, 0.0
-    bits = max(_MIN_BITS, _MAX_BITS - octave // _PER_BIT)
-    lower = 2.0 ** (top - octave)
-    ulp = lower / (1 << 23)
-    coarser = 23 - bits - _REST_BITS
-    lost = 0.5 * ((1 << coarser) - 1) * ulp if coarser > 0 else 0.0
-    return 2.0 * lower - ulp, lower / (1 << bits), lost
-
-
 @compiled
 def clear(table: Integers, lowest: int, highest: int) -> None:
-    """Sets the words that ``count`` and ``scan`` have used back to 0; ``scan`` writes whole blocks of bins."""
-    first, last = max(lowest - _BLOCK_BINS, 0), min(highest + _BLOCK_BINS, BINS)
-    table[first:last] = 0
-    table[BINS + first : BINS + last] = 0
+    """Sets the words of the bins [lowest, highest], and those that pixels without a bin share, back to 0."""
+    table[lowest : highest + 1] = 0
+    table[BINS + lowest : BINS + highest + 1] = 0
     table[_UNCOUNTED:] = 0
 
 
