@@ -26,6 +26,8 @@ BACKOFF_MULTIPLIER = 3.0
 MAX_BACKOFF_SECONDS = 5.0
 JITTER = 0.2
 """Each backoff is changed by a random share of at most this, up or down."""
+TELLING_SECONDS = 1.0
+"""An attempt that ends by the timeout after less than this tells nothing: the reason is that of the attempt before."""
 RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
 """CANCELLED: gRPC's server cancels calls that arrive while it closes."""
 
@@ -60,14 +62,17 @@ class Retries:
             timeout: seconds for all attempts.
 
         Raises:
-            grpc.RpcError: the last attempt's error.
+            grpc.RpcError: the last attempt's error, or that of the attempt before if the last one had little time.
         """
-        deadline, number = time.monotonic() + timeout, 1
+        deadline, number, before = time.monotonic() + timeout, 1, None
         while True:
+            left = deadline - time.monotonic()
             try:
-                answer = attempt(deadline - time.monotonic())
+                answer = attempt(left)
             except grpc.RpcError as error:
-                delay = self._delay(error, number)
+                if before is not None and left < TELLING_SECONDS and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise before from None
+                before, delay = error, self._delay(error, number)
                 if delay is None or time.monotonic() + delay >= deadline or self._closed.wait(delay):
                     raise
             else:
