@@ -66,6 +66,7 @@ def loss_server(target: str | None, metrics_url: str | None) -> Iterator[Server]
     if target is not None:
         yield Server(target, metrics_url)
         return
+    print("starting a server: the first time it compiles, for a minute or two", flush=True)
     with ServerProcess(["--device", "auto"]) as own:
         yield Server(own.target, own.metrics_url)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError, ServerUnavailableError
+from lovasz.server import launch
 from lovasz.server.launch import ServerProcess
 from lovasz.spec import LOSS_KINDS
 from lovasz.v1 import loss_pb2 as pb
@@ -110,6 +112,15 @@ def test_health_says_serving(server: ServerProcess, service: str) -> None:
         with pytest.raises(grpc.RpcError) as unknown:
             stub.Check(health_pb2.HealthCheckRequest(service="other"))
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "START_SECONDS", 0.25)
+    server = ServerProcess(["--device", "cpu"])
+    with pytest.raises(RuntimeError, match=r"^the server was not ready within 0\.25 s: .* --device cpu"):
+        server.__enter__()
+    with pytest.raises(ProcessLookupError):
+        os.kill(server.pid, 0)
 
 
 def test_a_port_that_is_taken_ends_the_start_with_a_reason() -> None:

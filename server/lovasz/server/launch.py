@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import ClassVar
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
+"""A first start compiles, for minutes on a slow or busy machine. A server that fails ends, and is not waited for."""
 STOP_SECONDS = 60.0
 
 
@@ -56,14 +57,15 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read, name="server-log", daemon=True)
         self._reader.start()
         try:
-            self._ready.wait(START_SECONDS)
+            in_time = self._ready.wait(START_SECONDS)
         except BaseException:  # Ctrl-C, for one: nobody else would end the process.
             self.kill()
             raise
         if not self.target:
             self.stop()
+            problem = "did not start" if in_time else f"was not ready within {START_SECONDS:g} s"
             said = "\n".join(str(line.get("exception") or line.get("event")) for line in self.log[-20:])
-            raise RuntimeError(f"the server did not start: {' '.join(self._command)}\n{said}")
+            raise RuntimeError(f"the server {problem}: {' '.join(self._command)}\n{said}")
         return self
 
     def __exit__(
