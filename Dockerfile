@@ -90,6 +90,6 @@ USER 10001:10001
 EXPOSE 50051 9095
 STOPSIGNAL SIGTERM
 # The port is that of LOVASZ_LISTEN. Exit 1 also when the server answers but its device does not compute.
-HEALTHCHECK --interval=10s --timeout=10s --start-period=300s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 \
     CMD ["lovasz", "ping", "127.0.0.1:50051", "--count", "1", "--timeout", "3"]
 ENTRYPOINT ["lovasz-server"]
