@@ -29,6 +29,7 @@ from lovasz.server.schedule.job import Job
 from lovasz.server.schedule.joint.group import SeatState
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.call import Pipeline
+from lovasz.server.transport.call_limit import CallLimit
 from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.receiving import Patience
 from lovasz.server.transport.sending import SendWatch
@@ -270,7 +271,7 @@ class Desk:
             has_large_job=self.engine.has_large_job,
             joints=self.joints,
             metrics=self.metrics,
-            calls=threading.Semaphore(1000),
+            calls=CallLimit(1000),
             max_segments=10**9,
             lanes=Lanes(),
         )

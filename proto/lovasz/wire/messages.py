@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +50,7 @@ class TensorSpec:
         return message.data_type == self.dtype.number and tuple(message.shape) == self.shape
 
 
-@dataclass(frozen=True)
-class SharedTensors:
+class SharedTensors(NamedTuple):
     """Where the tensors of a request are in shared memory.
 
     Attributes:
@@ -95,6 +94,11 @@ class Request:
         shared: where its tensors are in shared memory; None if they travel.
         joint: its rank's place in a joint step; None if it is computed alone.
         run: the training's name in the server's metrics; empty: none, or the run of ``joint``.
+        payload_bytes: of logits and labels.
+        grad_bytes: of the gradient; 0 if none is wanted.
+        tensor_bytes: of all its tensors: what a server has to hold for it.
+        max_answer_bytes: the most that the header of its answer has.
+        segments: of all its Lovász terms.
     """
 
     loss: spec.WeightedSum
@@ -105,6 +109,11 @@ class Request:
     shared: SharedTensors | None = None
     joint: Joint | None = None
     run: str = ""
+    payload_bytes: int = field(init=False, repr=False, compare=False)
+    grad_bytes: int = field(init=False, repr=False, compare=False)
+    tensor_bytes: int = field(init=False, repr=False, compare=False)
+    max_answer_bytes: int = field(init=False, repr=False, compare=False)
+    segments: int = field(init=False, repr=False, compare=False)
 
     @classmethod
     def checked(
@@ -137,24 +146,14 @@ class Request:
         layout = loss.layout(logits.shape, labels.shape, offsets, may_be_empty=may_be_empty or joint is not None)
         return cls(loss, logits, labels, want_grad, layout, shared, joint, run)
 
-    @property
-    def grad_bytes(self) -> int:
-        """Bytes of the gradient; 0 if none is wanted."""
-        return self.logits.nbytes if self.want_grad else 0
+    def __post_init__(self) -> None:
+        logits_bytes, labels_bytes = self.logits.nbytes, self.labels.nbytes
+        sizes = {"payload_bytes": logits_bytes + labels_bytes, "grad_bytes": logits_bytes if self.want_grad else 0}
+        sizes["tensor_bytes"] = sizes["payload_bytes"] + sizes["grad_bytes"]
+        sizes["max_answer_bytes"] = self._max_answer_bytes()
+        self.__dict__.update(sizes, segments=self.loss.segments(self.layout))
 
-    @property
-    def tensor_bytes(self) -> int:
-        """The bytes of all its tensors: what a server has to hold for it."""
-        return self.payload_bytes + self.grad_bytes
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of logits and labels."""
-        return self.logits.nbytes + self.labels.nbytes
-
-    @property
-    def max_answer_bytes(self) -> int:
-        """The most bytes that the header of its answer has."""
+    def _max_answer_bytes(self) -> int:
         channels, images = self.layout.channels, min(self.layout.scored_images, spec.MAX_IMAGE_LOSSES)
         per_image = sum(isinstance(loss, spec.LovaszLoss) and loss.per_image for _, loss in self.loss.terms)
         losses = len(self.loss.terms) * (channels + 2) + per_image * images
@@ -189,18 +188,25 @@ class Request:
         if header.offsets or header.ByteSize() > _KEPT_HEADER_BYTES:
             request = _request(header, may_be_empty=joint)
         else:
-            parts = (part.SerializeToString() for part in (header.loss, header.logits, header.labels))
-            request = _kept_request(*parts, header.want_grad, header.run, joint)
-        return cls(
-            request.loss,
-            request.logits,
-            request.labels,
-            request.want_grad,
-            request.layout,
+            request = _kept_request(
+                header.loss.SerializeToString(),
+                header.logits.SerializeToString(),
+                header.labels.SerializeToString(),
+                header.want_grad,
+                header.run,
+                joint,
+            )
+        return request.placed(
             SharedTensors.from_proto(header.shared_tensors) if header.HasField("shared_tensors") else None,
             Joint.from_proto(header.joint) if joint else None,
-            request.run,
         )
+
+    def placed(self, shared: SharedTensors | None, joint: Joint | None) -> Request:
+        """This request at its places in shared memory and in a joint step; what is kept of its sizes goes along."""
+        request = object.__new__(type(self))
+        # Not by ``dataclasses.replace``, which would work the sizes out again, for each call.
+        request.__dict__.update(self.__dict__, shared=shared, joint=joint)
+        return request
 
 
 def _request(header: pb.RequestHeader, *, may_be_empty: bool) -> Request:
@@ -275,8 +281,7 @@ def _term_result(loss: spec.Loss, message: pb.TermResult, channels: int, images:
     return spec.TermResult(loss.kind, message.loss, _array(per_class, np.float64), _array(per_image, np.float64))
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """A response without the gradient's bytes.
 
     Attributes:

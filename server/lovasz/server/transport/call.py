@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -38,6 +37,7 @@ from lovasz.server.schedule.job import Answer, Caller, Job, cost
 from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
+from lovasz.server.transport.call_limit import CallLimit
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.clock import CallClock
 from lovasz.server.transport.identity import Identity
@@ -66,7 +66,7 @@ class Pipeline:
         is_quick: whether a job of this cost takes little of the device's time: then its call stays in its lane,
         has_large_job: unless it may have to wait for one that takes longer.
         lanes: which calls go on while several connections send requests.
-        calls: one permit for each call that may be in the loss service at a time.
+        calls: how many may be in the loss service at a time.
         max_segments: the most segments in one request.
         run_key: for ``Identity.sealed``.
         spans: where spans of calls go; None: nowhere.
@@ -81,7 +81,7 @@ class Pipeline:
     joints: JointTable
     staging: StagingPool
     metrics: Metrics
-    calls: threading.Semaphore
+    calls: CallLimit
     max_segments: int
     lanes: Lanes
     run_key: bytes = field(default_factory=lambda: os.urandom(32))
@@ -118,12 +118,12 @@ class Call:
         return self
 
     def enter(self) -> None:
-        """Takes one of the permits for calls.
+        """Goes on if not too many calls do.
 
         Raises:
             OverloadedError: too many calls are open; some may not have reached admission yet.
         """
-        self._inside = self._pipeline.calls.acquire(blocking=False)
+        self._inside = self._pipeline.calls.take()
         if not self._inside:
             raise NoRequestsLeftError(TOO_MANY_CALLS_TEXT, _RETRY_SECONDS)
 
@@ -144,7 +144,7 @@ class Call:
                     self._abort_step(joint, message.want_grad, error)
             raise
         if header.joint is not None:
-            header = replace(header, joint=self.sealed(header.joint))
+            header = header.placed(header.shared, self.sealed(header.joint))
         self._loss = header.loss.kind
         self._run = header.run or ("" if header.joint is None else header.joint.run)
         return header
@@ -159,11 +159,11 @@ class Call:
         return self._identity.connection
 
     def _check_segments(self, header: wire.Request) -> None:
-        segments, most = header.loss.segments(header.layout), self._pipeline.max_segments
-        if segments > most:
+        most = self._pipeline.max_segments
+        if header.segments > most:
             raise TooLargeError(
-                f"the request has {segments} segments (classes x groups, over all Lovász terms); the server computes "
-                f"{most} at most (--max-segments)"
+                f"the request has {header.segments} segments (classes x groups, over all Lovász terms); the server "
+                f"computes {most} at most (--max-segments)"
             )
 
     def compute(
@@ -320,7 +320,7 @@ class Call:
         if self._permit is not None:
             self._permit.release()
         if self._inside:
-            self._pipeline.calls.release()
+            self._pipeline.calls.give_back()
 
     def _gone(self) -> ServerError:
         if self._deadline is not None and time.monotonic() >= self._deadline:

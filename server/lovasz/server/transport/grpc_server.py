@@ -14,6 +14,7 @@ from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.access.certificates import Certificates
 from lovasz.server.access.watched_files import WatchedFiles
+from lovasz.server.transport.call_limit import CallLimit
 from lovasz.server.transport.credentials import server_credentials
 from lovasz.server.transport.gate import Gate
 from lovasz.server.transport.health import HealthMonitor
@@ -61,8 +62,7 @@ class GrpcServer:
 
     Attributes:
         readers: threads that read the streams of calls.
-        loss_calls: one permit for each call that the loss service may have at a time, so that threads are left for
-            health.
+        loss_calls: how many the loss service may have at a time, so that threads are left for health.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class GrpcServer:
             self._options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1000)))
         self._calls = CallThreads(self._max_calls, lanes)
         self.readers = ThreadPoolExecutor(self._max_calls, thread_name_prefix="reader")
-        self.loss_calls = threading.BoundedSemaphore(self._max_calls - _OTHER_CALLS)
+        self.loss_calls = CallLimit(self._max_calls - _OTHER_CALLS)
         self._lock = threading.Lock()
         self._stopped = False
         self._servers: list[grpc.Server] = []

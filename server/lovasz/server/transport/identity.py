@@ -6,7 +6,8 @@ import hmac
 import re
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from lovasz import wire
 from lovasz.server.schedule.job import CONNECTION, RUN, TOKEN, Tenant
@@ -20,8 +21,7 @@ CALLER_NAME: ContextVar[str] = ContextVar("caller_name", default="")
 _CLIENT = re.compile(r"[0-9a-f]{8,32}")
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """Who made a call, as far as the server knows.
 
     Attributes:

@@ -36,6 +36,8 @@ class UnaryPayload:
     ) -> None:
         self._header, self._message, self._shared_memory, self._pool = header, message, shared_memory, pool
         self._tensors: TensorBytes | None = None
+        self._written: torch.Tensor | None = None
+        """The gradient that is written to its place in shared memory itself; None: it has to be copied."""
 
     @property
     def staging(self) -> type[AnyStaging]:
@@ -45,9 +47,9 @@ class UnaryPayload:
             return Staging
         if any(memory.is_on_device(self._header) for memory in self._shared_memory):
             return DeviceStaging
-        offsets = (shared.logits_offset, shared.labels_offset, shared.grad_offset)
-        are_aligned = not any(offset % wire.ALIGNMENT for offset in offsets)
-        return RegionStaging if are_aligned and self._pool.device.type == "cpu" else Staging
+        offsets = shared.logits_offset | shared.labels_offset | shared.grad_offset
+        is_aligned = offsets % wire.ALIGNMENT == 0  # All three are, as it is a power of 2.
+        return RegionStaging if is_aligned and self._pool.device.type == "cpu" else Staging
 
     def receive(self, staging: AnyStaging) -> None:
         """Lets a staging have the tensors.
@@ -67,6 +69,7 @@ class UnaryPayload:
                     raise InvalidInput(name, f"got {len(data)} bytes beside shared_tensors; expected none")
             self._tensors = self._found()
             _receive_shared(staging, self._tensors)
+            self._written = staging.grad if isinstance(staging, RegionStaging) else None
             return
         assert isinstance(staging, Staging)
         for name, data, expected in fields:
@@ -82,7 +85,8 @@ class UnaryPayload:
         """
         if self._header.shared is None:
             return grad_bytes(answer)
-        _write((self._tensors or self._found()).grad, answer, self._pool)
+        if answer.result.grad is not self._written or self._written is None:
+            _write((self._tensors or self._found()).grad, answer, self._pool)
         return memoryview(b"")
 
     def _found(self) -> TensorBytes:
@@ -121,17 +125,10 @@ def _grad_array(answer: Answer) -> npt.NDArray[np.uint8]:
     return grad.cpu().numpy().reshape(-1).view(np.uint8)
 
 
-def _address(array: npt.NDArray[np.uint8]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
 def _write(place: memoryview | DeviceBytes, answer: Answer, pool: StagingPool) -> None:
-    """Copies the gradient to its place in shared memory, unless it is there."""
+    """Copies the gradient to its place in shared memory."""
     if isinstance(place, memoryview):
-        target, grad = np.frombuffer(place, np.uint8), _grad_array(answer)
-        if _address(target) != _address(grad):
-            np.copyto(target, grad)
+        np.copyto(np.frombuffer(place, np.uint8), _grad_array(answer))
     elif answer.result.grad is not None:
         # A rank that asks again for an answer may have asked by another way before: then it is on the host.
         place.write(answer.result.grad.to(pool.device), pool.copy_stream)

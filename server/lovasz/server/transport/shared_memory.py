@@ -151,7 +151,7 @@ class SharedMemory:
 
     def is_on_device(self, request: wire.Request) -> bool:
         """Whether the tensors of a request are in device memory; False if there is no such region."""
-        return isinstance(self._found(request)[1], DeviceRegion)
+        return self._devices is not None and isinstance(self._found(request)[1], DeviceRegion)
 
     def tensors(self, request: wire.Request) -> TensorBytes:
         """Where the tensors of a request are.

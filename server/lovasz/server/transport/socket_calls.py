@@ -12,6 +12,7 @@ from typing import NoReturn
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
+from lovasz.server.transport.call_limit import CallLimit
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.packet_threads import PacketThreads
@@ -46,6 +47,8 @@ class SocketCall:
 
     def __init__(self, calls: SessionCalls, message: pb.SharedMemoryCall) -> None:
         self._calls, self._message = calls, message
+        metadata = message.metadata
+        self._metadata = [(key, metadata[key]) for key in metadata]
         self.due: float | None = None
         if message.HasField("timeout_seconds"):
             seconds = message.timeout_seconds
@@ -76,7 +79,7 @@ class SocketCall:
         return self._calls.peer
 
     def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
-        return self._message.metadata.items()
+        return self._metadata
 
     def time_remaining(self) -> float | None:
         return None if self.due is None else self.due - time.monotonic()
@@ -141,7 +144,7 @@ class SessionCalls:
             if number in self._open:
                 text = f"call.number: got {number}, which is in flight; expected another number"
                 refusal = pb.CallError(code=grpc.StatusCode.INVALID_ARGUMENT.name, text=text)
-            elif len(self._open) >= self._threads.most or not self._threads.take():
+            elif not self._threads.limit.take():
                 self._threads.log.warning(TOO_MANY_CALLS, peer=self.peer)
                 refusal = pb.CallError(
                     code=grpc.StatusCode.RESOURCE_EXHAUSTED.name,
@@ -196,18 +199,16 @@ class SocketThreads:
     A thread that reads a call serves it. There is one more than there may be calls, so that one always reads.
 
     Attributes:
-        most: the most calls at a time, of one connection or of all.
+        limit: of calls at a time, of one connection or of all.
         log: for refusals.
         packets: what the threads wait for.
     """
 
     def __init__(self, most: int, compute: Compute, lanes: Lanes) -> None:
-        self.most = most
         self.log = Sparingly(_log)
         self.packets = PacketThreads(most + 1, "socket-call")
+        self.limit = CallLimit(most)
         self._compute, self._lanes = compute, lanes
-        self._lock = threading.Lock()
-        self._busy = 0
 
     def start_all(self) -> None:
         """Starts all threads.
@@ -217,19 +218,11 @@ class SocketThreads:
         """
         self.packets.start_all()
 
-    def take(self) -> bool:
-        """Lets this thread serve a call; False if as many do as may."""
-        with self._lock:
-            is_free = self._busy < self.most
-            self._busy += is_free
-        return is_free
-
     def serve(self, call: SocketCall) -> None:
-        """Serves a call in this thread, which was taken for it."""
+        """Serves a call in this thread; the limit has let it go on."""
         with self._lanes.waited(Place(call.peer())):
             answer = call.serve(self._compute)
-        with self._lock:
-            self._busy -= 1  # Before its caller has the answer, and may ask again.
+        self.limit.give_back()  # Before its caller has the answer, and may ask again.
         answer()
 
     def stop(self, *, wait: bool) -> None:

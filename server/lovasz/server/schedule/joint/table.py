@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import replace
 
 from lovasz import wire
 from lovasz.server.errors import (
@@ -120,7 +119,7 @@ class JointTable:
         """
         joint = request.joint
         assert joint is not None
-        call = replace(request, shared=None) if joint.call else None
+        call = request.placed(None, request.joint) if joint.call else None
         with self._changed:
             if call is not None:
                 self._end_earlier(call)
