@@ -291,12 +291,11 @@ class Engine:
         # On a GPU a batch may have started before the one before it ended.
         busy_seconds = now - max(running.started, self._busy_until)
         self._busy_until = now
-        self._metrics.device_busy_seconds.inc(busy_seconds)
         cost = sum(job.cost for job in running.jobs)
         for job in running.jobs:
             self._metrics.shares.add(job.tenant.label, busy_seconds * job.cost / cost if cost else 0.0)
         requests = len(running.callers)
-        self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
+        self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs), busy_seconds)
         remaining = iter(placed)
         for job in running.jobs:
             for caller in job.callers:

@@ -329,7 +329,7 @@ class Call:
 
     def _observe_answer(self, header: wire.Request, answer: Answer) -> None:
         metrics = self._pipeline.metrics
-        metrics.request_bytes.observe(header.payload_bytes)
+        metrics.observe_answer(header.payload_bytes)
         if self._run and answer.is_first:
             result = answer.result
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)
