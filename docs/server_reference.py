@@ -21,7 +21,7 @@ def metrics_page() -> str:
     metrics.describe(version="", device="", hardware="")
     metrics.registry.register(WaitingSteps(lambda: [WaitingStep("", 0, 0.0, 1, "", 1, 0)], 1))
     # Where a metric begins with its first event, this is it: labels are read from samples.
-    metrics.requests.labels("", "", "")
+    metrics.requests.series("", "", "")
     metrics.count_caller("", "")
     metrics.runs.observe("", want_grad=True, loss=0.0, intersection=np.ones(1, np.int64), union=np.ones(1, np.int64))
     rows = sorted(map(_metric_row, metrics.registry.collect()))

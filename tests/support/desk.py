@@ -25,7 +25,7 @@ from lovasz.server.memory.pool import StagingPool
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.schedule.admission import Admission
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Job
+from lovasz.server.schedule.job import Caller, Job
 from lovasz.server.schedule.joint.group import SeatState
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.call import Pipeline
@@ -91,13 +91,13 @@ class SlowEngine(Engine):
     memory_elements = 10**9
     fault: Exception | None = None
 
-    def _start(self, jobs: Sequence[Job], stream: torch.cuda.Stream | None) -> Pending:
+    def _start(self, jobs: Sequence[Job], callers: Sequence[Caller], stream: torch.cuda.Stream | None) -> Pending:
         if sum(job.elements for job in jobs) > self.memory_elements:
             raise torch.OutOfMemoryError("no memory left")
         if self.fault is not None:
             raise self.fault
         threading.Event().wait(random.random() * self.slowness)
-        return super()._start(jobs, stream)
+        return super()._start(jobs, callers, stream)
 
 
 class Ended(Exception):

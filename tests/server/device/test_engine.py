@@ -18,7 +18,7 @@ from lovasz.server.device.engine import Engine
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Answer, Caller, Job
+from lovasz.server.schedule.job import Answer, Caller, Job, cost_of
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
 
 SOFTMAX = weighted_sum(LovaszSoftmax())
@@ -30,7 +30,8 @@ def job(pixels: int, *, label: int = 1, dtype: torch.dtype = torch.float32) -> J
     logits = torch.randn(1, 3, pixels, generator=generator).to(dtype)
     labels = torch.randint(0, 3, (1, pixels), generator=generator)
     labels[0, 0] = label
-    return Job((Caller(Request.checked(logits, labels, SOFTMAX)),), SOFTMAX, want_grad=True)
+    request = Request.checked(logits, labels, SOFTMAX)
+    return Job((Caller(request, cost_of(SOFTMAX, request.layout)),), SOFTMAX, want_grad=True)
 
 
 def request_of(job: Job) -> Request:
@@ -47,12 +48,12 @@ class WeakEngine(Engine):
     memory_elements = 10**9
     poison_pixels = -1
 
-    def _start(self, jobs: Sequence[Job], stream: torch.cuda.Stream | None) -> Pending:
+    def _start(self, jobs: Sequence[Job], callers: Sequence[Caller], stream: torch.cuda.Stream | None) -> Pending:
         if sum(job.elements for job in jobs) > self.memory_elements:
             raise torch.OutOfMemoryError("no memory left")
         if any(request_of(job).layout.pixels == self.poison_pixels for job in jobs):
             raise RuntimeError("a kernel failed")
-        return super()._start(jobs, stream)
+        return super()._start(jobs, callers, stream)
 
 
 @pytest.fixture
@@ -121,10 +122,10 @@ class LeavingEngine(WeakEngine):
     leaving: tuple[Job, ...] = ()
     early = False
 
-    def _start(self, jobs: Sequence[Job], stream: torch.cuda.Stream | None) -> Pending:
+    def _start(self, jobs: Sequence[Job], callers: Sequence[Caller], stream: torch.cuda.Stream | None) -> Pending:
         if self.early:
             self.leave()
-        return super()._start(jobs, stream)
+        return super()._start(jobs, callers, stream)
 
     def leave(self) -> None:
         for one in self.leaving:

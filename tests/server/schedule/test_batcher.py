@@ -11,7 +11,7 @@ import torch
 from lovasz.core.batch import Request
 from lovasz.server.errors import ExpiredError, StoppingError
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Caller, Job
+from lovasz.server.schedule.job import Caller, Job, cost_of
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, weighted_sum
 
 SOFTMAX = LovaszSoftmax()
@@ -30,7 +30,7 @@ def job(
     shape = (1, side, side) if parsed.is_binary else (1, classes, side, side)
     labels = torch.zeros(1, side, side, dtype=torch.uint8)
     request = Request.checked(torch.zeros(shape, dtype=dtype), labels, parsed)
-    return Job((Caller(request, deadline),), parsed, want_grad)
+    return Job((Caller(request, cost_of(parsed, request.layout), deadline),), parsed, want_grad)
 
 
 def job_at(seconds: float, side: int = 1, *, classes: int = 3) -> Job:

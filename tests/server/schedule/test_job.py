@@ -6,19 +6,22 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Caller, Job
-from lovasz.spec import LovaszSoftmax, weighted_sum
+from lovasz.server.schedule.job import Answer, Caller, Job, cost_of
+from lovasz.spec import LovaszSoftmax, Result, weighted_sum
 
 SOFTMAX = weighted_sum(LovaszSoftmax())
 ELEMENTS = 3 * 6
 """Logits of each request."""
+NONE = np.zeros(0, np.int64)
 PAST, FUTURE = -1.0, 3600.0
 
 
@@ -26,9 +29,9 @@ def job(callers: int = 1, deadlines: Sequence[float | None] = ()) -> Job:
     """A job of several callers, whose deadlines are so many seconds from now."""
     now = time.monotonic()
     request = Request.checked(torch.zeros(1, 3, 6), torch.zeros(1, 6, dtype=torch.uint8), SOFTMAX)
-    given = deadlines or [None] * callers
+    cost, given = cost_of(SOFTMAX, request.layout), deadlines or [None] * callers
     return Job(
-        tuple(Caller(request, None if seconds is None else now + seconds) for seconds in given),
+        tuple(Caller(request, cost, None if seconds is None else now + seconds) for seconds in given),
         SOFTMAX,
         want_grad=True,
     )
@@ -42,7 +45,7 @@ def assert_cancelled(caller: Caller) -> None:
 def test_a_caller_that_goes_while_its_request_is_computed_tells_whom_it_concerns() -> None:
     one, told = job(), list[bool]()
     (caller,) = one.callers
-    one.when_left = lambda: told.append(caller.left.is_set())
+    one.when_left = lambda: told.append(caller.departure.happened)
     assert one.claim()
     one.leave(caller)
     assert told == [True]
@@ -53,7 +56,7 @@ def test_a_caller_that_goes_before_anybody_wants_to_be_told_is_remembered() -> N
     one = job()
     assert one.claim()
     one.leave(one.callers[0])
-    assert one.callers[0].left.is_set()
+    assert one.callers[0].departure.happened
 
 
 def test_a_caller_that_goes_while_its_request_waits_cancels_it() -> None:
@@ -78,7 +81,7 @@ def test_a_job_is_computed_until_its_last_caller_leaves() -> None:
         one.leave(caller)
         assert not caller.answered
     assert one.claim()
-    one.when_left = lambda: told.append([caller.left.is_set() for caller in one.callers])
+    one.when_left = lambda: told.append([caller.departure.happened for caller in one.callers])
     one.leave(one.callers[2])
     assert told == [[True, True, True]]
 
@@ -131,6 +134,44 @@ def test_a_caller_is_answered_once() -> None:
     caller.refuse(AbandonedError("second"))
     with pytest.raises(AbandonedError, match="first"):
         caller.wait(timeout_seconds=0)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_caller_waits_until_it_hears(is_answered: bool) -> None:
+    one = job()
+    (caller,) = one.callers
+    with pytest.raises(TimeoutError):
+        caller.wait(timeout_seconds=0)
+    given = Answer(Result(0.5, None, (), NONE, NONE), 1.0, 0.0, compute_seconds=1.0, copy_seconds=0.0, batch_requests=1)
+    tell = partial(caller.answer, given) if is_answered else partial(one.leave, caller)
+    timer = threading.Timer(0.05, tell)
+    timer.start()
+    if is_answered:
+        assert caller.wait(timeout_seconds=30) is given
+        assert caller.wait() is given
+    else:
+        with pytest.raises(CancelledError):
+            caller.wait(timeout_seconds=30)
+    timer.join()
+
+
+def test_callers_hear_whether_they_wait_before_or_after() -> None:
+    for _ in range(300):
+        one, start, heard = job(), threading.Barrier(2), list[Exception]()
+        (caller,) = one.callers
+
+        def wait(caller: Caller = caller, start: threading.Barrier = start, heard: list[Exception] = heard) -> None:
+            start.wait()
+            with pytest.raises(AbandonedError) as caught:
+                caller.wait(timeout_seconds=30)
+            heard.append(caught.value)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        start.wait()
+        caller.refuse(AbandonedError())
+        waiting.join()
+        assert len(heard) == 1
 
 
 def test_each_caller_raises_an_error_of_its_own() -> None:

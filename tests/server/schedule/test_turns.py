@@ -10,7 +10,7 @@ import torch
 from lovasz.core.batch import Request
 from lovasz.server.schedule import contenders
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Caller, Job, Tenant
+from lovasz.server.schedule.job import Caller, Job, Tenant, cost_of
 from lovasz.spec import LovaszSoftmax, weighted_sum
 
 LOSS = weighted_sum(LovaszSoftmax())
@@ -22,7 +22,7 @@ SMALL, LARGE = 10, 500
 def job(tenant: Tenant, side: int = LARGE, classes: int = 3) -> Job:
     logits, labels = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.uint8)
     request = Request.checked(logits.expand(1, classes, side, side), labels.expand(1, side, side), LOSS)
-    return Job((Caller(request, tenant=tenant),), LOSS, True)
+    return Job((Caller(request, cost_of(LOSS, request.layout), tenant=tenant),), LOSS, True)
 
 
 def queue() -> Batcher:

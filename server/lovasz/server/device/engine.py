@@ -8,7 +8,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -33,6 +33,8 @@ _MAX_COST_NOW = TURN_ELEMENTS["cpu"]
 """The largest job that the thread that brings it computes, in logits: about a millisecond."""
 _MAX_QUICK_COST = 2 * _MAX_COST_NOW
 """The largest job that others of its connection wait for, where connections share the interpreter."""
+_HERE = nullcontext()
+"""Where work on a CPU goes."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,10 @@ class _Running:
     """A batch that was started on the device."""
 
     jobs: list[Job]
+    callers: list[Caller]
     pending: Pending
     started: float
     stream: torch.cuda.Stream | None
-
-    @property
-    def callers(self) -> list[Caller]:
-        return _callers(self.jobs)
 
 
 class Engine:
@@ -239,11 +238,11 @@ class Engine:
         return following
 
     def _begin(self, jobs: Sequence[Job]) -> _Running:
-        started, stream = time.monotonic(), next(self._streams)
-        for caller in _callers(jobs):
+        started, stream, callers = time.monotonic(), next(self._streams), _callers(jobs)
+        for caller in callers:
             caller.started = started
         with on(stream):
-            return _Running(list(jobs), self._start(jobs, stream), started, stream)
+            return _Running(list(jobs), callers, self._start(jobs, callers, stream), started, stream)
 
     def _begin_or_split(self, jobs: list[Job]) -> _Running | None:
         try:
@@ -252,14 +251,16 @@ class Engine:
             self._split(jobs, error)
             return None
 
-    def _start(self, jobs: Sequence[Job], stream: torch.cuda.Stream | None) -> Pending:
-        first, stop, callers = jobs[0], Stop(), _callers(jobs)
+    def _start(self, jobs: Sequence[Job], callers: Sequence[Caller], stream: torch.cuda.Stream | None) -> Pending:
+        first, stop = jobs[0], Stop()
         # Holds no job, as jobs hold it: a reference cycle would keep the tensors alive.
-        departures = [caller.left for caller in callers]
+        departures = [caller.departure for caller in callers]
 
         def stop_if_all_left() -> None:
-            if all(left.is_set() for left in departures):
-                stop.ask()
+            for departure in departures:
+                if not departure.happened:
+                    return
+            stop.ask()
 
         for job in jobs:
             job.when_left = stop_if_all_left
@@ -274,10 +275,10 @@ class Engine:
         """Waits for a batch and delivers its answers."""
         try:
             with on(running.stream):
-                answers = iter(running.pending.collect())
+                answers = running.pending.collect()
                 computed = time.monotonic()
                 mark = None if running.stream is None else _mark(running.stream)
-                placed = list(_to_callers(answers, running.jobs))
+                placed = _to_callers(answers, running.jobs)
                 copy_seconds = time.monotonic() - computed
                 if running.stream is not None and mark is not None:
                     copied = _mark(running.stream)
@@ -291,12 +292,14 @@ class Engine:
         # On a GPU a batch may have started before the one before it ended.
         busy_seconds = now - max(running.started, self._busy_until)
         self._busy_until = now
-        self._metrics.device_busy_seconds.inc(busy_seconds)
-        cost = sum(job.cost for job in running.jobs)
+        cost = elements = 0
+        for job in running.jobs:
+            cost += job.cost
+            elements += job.elements
         for job in running.jobs:
             self._metrics.shares.add(job.tenant.label, busy_seconds * job.cost / cost if cost else 0.0)
         requests = len(running.callers)
-        self._metrics.observe_batch(requests, sum(job.elements for job in running.jobs))
+        self._metrics.observe_batch(requests, elements, busy_seconds)
         remaining = iter(placed)
         for job in running.jobs:
             for caller in job.callers:
@@ -365,9 +368,11 @@ def _refuse(jobs: Sequence[Job], error: Exception) -> None:
         job.refuse(error)
 
 
-def _to_callers(answers: Iterator[CoreAnswer], jobs: Sequence[Job]) -> Iterator[tuple[CoreAnswer, float]]:
+def _to_callers(answers: Sequence[CoreAnswer], jobs: Sequence[Job]) -> list[tuple[CoreAnswer, float]]:
+    placed: list[tuple[CoreAnswer, float]] = []
     for job in jobs:
-        yield from to_callers(list(itertools.islice(answers, len(job.callers))), job.callers)
+        placed += to_callers(answers[len(placed) : len(placed) + len(job.callers)], job.callers)
+    return placed
 
 
 def _what(job: Job) -> str:
@@ -379,7 +384,7 @@ def _what(job: Job) -> str:
 
 def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     """Work inside goes to this stream; None on a CPU, which has none."""
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+    return _HERE if stream is None else torch.cuda.stream(stream)
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

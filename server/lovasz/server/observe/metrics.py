@@ -8,24 +8,20 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Container, Mapping
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Info,
-    ProcessCollector,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCollector
 
 from lovasz.server.config import DEFAULT_MAX_RUNS
 from lovasz.server.observe.runs import Runs
 from lovasz.server.observe.shares import Shares
+from lovasz.server.observe.tallies import Count, Tallies
 
 _log = logging.getLogger(__name__)
 
 
 class Phase(enum.Enum):
     """What a request goes through, in this order."""
+
+    __hash__ = object.__hash__  # Enum's own is a function of Python, and each request counts its phases in tables.
 
     RECEIVE = "receive"
     """Header and payload."""
@@ -126,58 +122,48 @@ class Metrics:
         self.shares = Shares(max_runs)
         registry.register(self.runs)
         registry.register(self.shares)
-        self.requests = Counter(
+        tallies = Tallies(registry)
+        self._lock = tallies.lock
+        self.requests = tallies.counter(
             "lovasz_requests",
             "Requests answered, by method, kind of loss and gRPC status code.",
             ["method", "loss", "code"],
-            registry=registry,
         )
-        self._request_counters: dict[tuple[str, str, str], Counter] = {}
-        """Finding a counter by its labels takes longer than counting."""
-        self._caller_requests = Counter(
+        self._caller_requests = tallies.counter(
             "lovasz_caller_requests",
             "Requests answered, by the name of the caller's token (`alice`) and gRPC status code; with --tokens only.",
             ["caller", "code"],
-            registry=registry,
         )
-        self._callers: set[tuple[str, str]] = set()
-        self._phase_seconds = Histogram(
+        phase_seconds = tallies.histogram(
             "lovasz_phase_seconds",
             "Time that each admitted request spent in each phase, including the phase in which it failed.",
             ["phase"],
             buckets=_SECONDS,
-            registry=registry,
         )
-        self._request_seconds = Histogram(
+        request_seconds = tallies.histogram(
             "lovasz_request_seconds",
             "Time of each admitted request, from its header to the end of its answer, or to its failure; the outcome "
             "is answered or failed.",
             ["outcome"],
             buckets=_SECONDS,
-            registry=registry,
         )
-        self._class_seconds = Counter(
+        class_seconds = tallies.counter(
             "lovasz_class_phase_seconds",
             "Time spent in each phase by the requests of a class. A class has the requests that took more than `over` "
             "seconds in total, up to the limit of the next class.",
             ["over", "phase"],
-            registry=registry,
         )
-        self._class_requests = Counter(
-            "lovasz_class_requests",
-            "Requests in each class of lovasz_class_phase_seconds_total.",
-            ["over"],
-            registry=registry,
+        class_requests = tallies.counter(
+            "lovasz_class_requests", "Requests in each class of lovasz_class_phase_seconds_total.", ["over"]
         )
         self.faults = Counter(
             "lovasz_faults", "Requests that failed because of a fault in the server.", registry=registry
         )
-        self.request_bytes = Histogram(
+        self._request_bytes = tallies.histogram(
             "lovasz_request_bytes",
             "Tensor bytes of the requests that were computed, without their gradients.",
             buckets=_BYTES,
-            registry=registry,
-        )
+        ).series()
         self.rejections = Counter(
             "lovasz_rejections",
             "Requests refused, by reason: no_bytes and no_requests mean that there was no room; name_limit means that "
@@ -208,29 +194,29 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
-        self.device_busy_seconds = Counter(
-            "lovasz_device_busy_seconds", "Time during which the device had a batch to compute.", registry=registry
-        )
-        self.elements = Counter("lovasz_elements", "Logits computed.", registry=registry)
+        self._device_busy_seconds = tallies.counter(
+            "lovasz_device_busy_seconds", "Time during which the device had a batch to compute."
+        ).series()
+        self._elements = tallies.counter("lovasz_elements", "Logits computed.").series()
         self.nonfinite_results = Counter(
             "lovasz_nonfinite_results", "Answers that were NaN because the logits were not finite.", registry=registry
         )
-        self._batch_requests = Histogram(
-            "lovasz_batch_requests", "Requests computed in one batch.", buckets=_REQUESTS, registry=registry
-        )
-        self._batch_elements = Histogram(
-            "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS, registry=registry
-        )
+        self._batch_requests = tallies.histogram(
+            "lovasz_batch_requests", "Requests computed in one batch.", buckets=_REQUESTS
+        ).series()
+        self._batch_elements = tallies.histogram(
+            "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS
+        ).series()
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         self._phases = {
             phase: (
-                self._phase_seconds.labels(phase.value),
-                [self._class_seconds.labels(over, phase.value) for over in CLASSES],
+                phase_seconds.series(phase.value),
+                [class_seconds.series(over, phase.value) for over in CLASSES],
             )
             for phase in Phase
         }
-        self._classes = [self._class_requests.labels(over) for over in CLASSES]
-        self._outcomes = {answered: self._request_seconds.labels(name) for answered, name in _OUTCOMES.items()}
+        self._classes = [class_requests.series(over) for over in CLASSES]
+        self._outcomes = {answered: request_seconds.series(name) for answered, name in _OUTCOMES.items()}
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first event.
         for outcome in JointOutcome:
             self.joint_groups.labels(outcome.value)
@@ -244,22 +230,24 @@ class Metrics:
 
     def count_request(self, method: str, loss: str, code: str) -> None:
         """Counts a request that ended."""
-        key = method, loss, code
-        counter = self._request_counters.get(key)
-        if counter is None:
-            counter = self._request_counters[key] = self.requests.labels(*key)
-        counter.inc()
+        self._count(self.requests.series(method, loss, code))
 
     def count_caller(self, name: str, code: str) -> None:
         """Counts a request of the caller whose token has this name."""
-        self._callers.add((name, code))
-        self._caller_requests.labels(name, code).inc()
+        self._count(self._caller_requests.series(name, code))
+
+    def _count(self, counter: Count) -> None:
+        with self._lock:
+            counter.value += 1
 
     def keep_callers(self, names: Container[str]) -> None:
         """Forgets callers of other names."""
-        for caller in [caller for caller in self._callers if caller[0] not in names]:
-            self._callers.discard(caller)
-            self._caller_requests.remove(*caller)
+        self._caller_requests.keep(lambda name, code: name in names)
+
+    def observe_answer(self, payload_bytes: int) -> None:
+        """Records a request that was computed."""
+        with self._lock:
+            self._request_bytes.add(payload_bytes)
 
     def observe_request(
         self, phases: Mapping[Phase, float], seconds: float, answered: bool, trace: dict[str, str] | None
@@ -272,19 +260,26 @@ class Metrics:
             answered: whether it was answered, and did not fail.
             trace: from ``tracing.exemplar``.
         """
-        self._outcomes[answered].observe(seconds, trace)
         place = max(0, bisect_left(_CLASS_STARTS, seconds) - 1)
-        self._classes[place].inc()
-        for phase, spent in phases.items():
-            histogram, classes = self._phases[phase]
-            histogram.observe(spent, trace)
-            classes[place].inc(spent)
+        with self._lock:
+            self._outcomes[answered].add(seconds, trace)
+            self._classes[place].value += 1
+            for phase, spent in phases.items():
+                distribution, classes = self._phases[phase]
+                distribution.add(spent, trace)
+                classes[place].value += spent
 
-    def observe_batch(self, requests: int, elements: int) -> None:
-        """Records a batch that was computed."""
-        self._batch_requests.observe(requests)
-        self._batch_elements.observe(elements)
-        self.elements.inc(elements)
+    def observe_batch(self, requests: int, elements: int, busy_seconds: float) -> None:
+        """Records a batch that was computed.
+
+        Args:
+            busy_seconds: how long the device had this batch, and no earlier one, to compute.
+        """
+        with self._lock:
+            self._batch_requests.add(requests)
+            self._batch_elements.add(elements)
+            self._elements.value += elements
+            self._device_busy_seconds.value += busy_seconds
 
     def describe(self, **build: str) -> None:
         """Sets the labels of ``lovasz_build_info``."""

@@ -106,7 +106,10 @@ class Admission:
         self._bytes_of: Counter[str] = Counter()
         self._requests_of: Counter[str] = Counter()
         self.max_requests = max_requests
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._empty = threading.Condition(self._lock)
+        self._is_awaited = False
+        """Whether somebody waits until it is empty."""
         self._bytes = 0
         self._requests = 0
         self._open = True
@@ -128,7 +131,7 @@ class Admission:
 
     def take_peak_bytes(self) -> int:
         """The most bytes that were in flight at a time since the last call."""
-        with self._changed:
+        with self._lock:
             peak, self._peak_bytes = self._peak_bytes, self._bytes
             return peak
 
@@ -163,42 +166,47 @@ class Admission:
         Raises:
             TooLargeError: it does not.
         """
+        # A share is at most the whole.
+        if nbytes > self.most_bytes(name) or requests > self.most_requests(name):
+            raise self._too_large(nbytes, requests, name)
+
+    def _too_large(self, nbytes: int, requests: int, name: str) -> TooLargeError:
         subject = "the request" if requests == 1 else f"the {requests} requests"
         if nbytes > self.budget_bytes:
-            raise TooLargeError(
+            return TooLargeError(
                 f"the tensors of {subject} take {format_bytes(nbytes)} with their gradient; the server's whole budget "
                 f"is {format_bytes(self.budget_bytes)} (--memory-budget)"
             )
         if requests > self.max_requests:
-            raise TooLargeError(
+            return TooLargeError(
                 f"{requests} requests are needed together; the server holds {self.max_requests} at most "
                 "(--max-requests)"
             )
         if nbytes > self.most_bytes(name):
-            raise TooLargeError(
+            return TooLargeError(
                 f"the tensors of {subject} take {format_bytes(nbytes)} with their gradient; the requests of {name} may "
                 f"hold {format_bytes(self.most_bytes(name))} at a time ({self._limit(name)} of --memory-budget)"
             )
-        if requests > self.most_requests(name):
-            raise TooLargeError(
-                f"{requests} requests are needed together; {name} may have {self.most_requests(name)} at a time "
-                f"({self._limit(name)} of --max-requests)"
-            )
+        return TooLargeError(
+            f"{requests} requests are needed together; {name} may have {self.most_requests(name)} at a time "
+            f"({self._limit(name)} of --max-requests)"
+        )
 
     def close(self) -> None:
         """Admits nothing from now on."""
-        with self._changed:
+        with self._lock:
             self._open = False
 
     def wait_until_empty(self, timeout_seconds: float) -> int:
         """Waits until all requests have given their room back; returns how many have not in time."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._requests == 0, timeout_seconds)
+        with self._lock:
+            self._is_awaited = True
+            self._empty.wait_for(lambda: self._requests == 0, timeout_seconds)
             return self._requests
 
     def _take(self, nbytes: int, requests: int, name: str) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 refusal = self._refusal(nbytes, requests, name)
                 if refusal is None:
                     self._count(nbytes, requests, name)
@@ -271,8 +279,9 @@ class Admission:
         return min(max(delay, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
 
     def _give_back(self, nbytes: int, requests: int, name: str, held_seconds: float) -> None:
-        with self._changed:
+        with self._lock:
             self._count(-nbytes, -requests, name)
-            self._changed.notify_all()
+            if self._is_awaited and self._requests == 0:
+                self._empty.notify_all()
             if requests:
                 self._mean_held_seconds += 0.1 * (held_seconds - self._mean_held_seconds)

@@ -42,18 +42,19 @@ class Batcher:
         """Jobs with equal keys, in the order in which they are due."""
         self.weight_of = weight_of
         self._turns = Turns(turn_elements, weight_of)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
 
     def __len__(self) -> int:
         """Jobs that wait."""
-        with self._changed:
+        with self._lock:
             return sum(map(len, self._waiting.values()))
 
     @property
     def largest_cost(self) -> int:
         """Of the jobs that wait, what the largest costs the device, in logits."""
-        with self._changed:
+        with self._lock:
             return max((job.cost for jobs in self._waiting.values() for job in jobs), default=0)
 
     def put(self, job: Job) -> None:
@@ -62,7 +63,7 @@ class Batcher:
         Raises:
             StoppingError: the queue is closed.
         """
-        with self._changed:
+        with self._lock:
             self._see(job)
             insort(self._waiting.setdefault(job.key, []), job, key=lambda j: j.due)
             self._changed.notify()
@@ -73,7 +74,7 @@ class Batcher:
         Raises:
             StoppingError: the queue is closed.
         """
-        with self._changed:
+        with self._lock:
             self._see(job)
             return not self._waiting
 
@@ -84,7 +85,7 @@ class Batcher:
 
     def discard(self, job: Job) -> None:
         """Takes a cancelled job, and the tensors that it holds, out of the queue if it is still there."""
-        with self._changed:
+        with self._lock:
             jobs = self._waiting.get(job.key)
             if jobs is not None and job in jobs:
                 jobs.remove(job)
@@ -92,7 +93,7 @@ class Batcher:
 
     def take_all(self) -> list[Job]:
         """Takes out all jobs that wait, unclaimed."""
-        with self._changed:
+        with self._lock:
             jobs = [job for waiting in self._waiting.values() for job in waiting]
             self._waiting.clear()
             self._turns.forget()
@@ -100,19 +101,19 @@ class Batcher:
 
     def close(self) -> None:
         """Takes no more jobs; those that wait can still be taken."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
     @property
     def finished(self) -> bool:
         """Closed and empty."""
-        with self._changed:
+        with self._lock:
             return self._closed and not self._waiting
 
     def wait(self, timeout_seconds: float) -> None:
         """Waits until a job waits, or the queue is closed."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._waiting or self._closed, timeout_seconds)
 
     def take(self, *, idle: bool) -> list[Job]:
@@ -127,7 +128,7 @@ class Batcher:
         Returns:
             Claimed jobs; an empty list if there is no batch.
         """
-        with self._changed:
+        with self._lock:
             if not self._waiting:
                 return []
             jobs = self._next_jobs()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -76,66 +76,91 @@ class Answer:
     is_first: bool = True
 
 
+class Departure:
+    """Whether a caller has gone away. Apart from the caller, so that whoever asks does not keep its tensors alive."""
+
+    happened = False
+
+
 @dataclass(eq=False)
 class Caller:
     """One call that waits for the answer to its request.
 
     Attributes:
+        cost: what the request costs the device, in logits.
         deadline: when the caller stops waiting (``time.monotonic``); None: never.
         staging: where the tensors are, and where the gradient goes; None: anywhere.
         started: when the batch with the request was started (``time.monotonic``); None before.
         rank: of a joint step; 0 without one.
         tenant: whom the request belongs to.
-        left: set once the caller has gone away.
     """
 
     request: Request
+    cost: int
     deadline: float | None = None
     staging: AnyStaging | None = None
     started: float | None = None
     rank: int = 0
     tenant: Tenant = NOBODY
-    left: threading.Event = field(default_factory=threading.Event)
-    _future: Future[Answer] = field(default_factory=Future)
+    departure: Departure = field(default_factory=Departure)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _is_claimed: bool = False
+    _outcome: Answer | Exception | None = None
+    _ended: threading.Event | None = None
+    """Set with the outcome. There is none before somebody has to wait: often the answer is here by then."""
 
     @property
     def answered(self) -> bool:
         """Whether there is an answer or an error, or the request was cancelled."""
-        return self._future.done()
+        return self._outcome is not None
 
     def answer(self, answer: Answer) -> None:
         """Answers, unless the caller was refused before."""
-        with suppress(InvalidStateError):
-            self._future.set_result(answer)
+        self._end(answer)
 
     def refuse(self, error: Exception) -> None:
         """Answers with an error, unless the caller was answered before."""
-        with suppress(InvalidStateError):
-            self._future.set_exception(error)
+        self._end(error)
 
     def claim(self) -> bool:
         """From now on the request cannot be cancelled; False if it has been."""
-        return self._future.set_running_or_notify_cancel()
+        with self._lock:
+            self._is_claimed = self._outcome is None
+            return self._is_claimed
 
     def cancel(self) -> None:
         """Ends the wait with CancelledError, unless the request was claimed or answered before."""
-        self._future.cancel()
+        self._end(CancelledError(), also_if_claimed=False)
+
+    def _end(self, outcome: Answer | Exception, *, also_if_claimed: bool = True) -> None:
+        with self._lock:
+            if self._outcome is not None or (self._is_claimed and not also_if_claimed):
+                return
+            self._outcome = outcome
+        if self._ended is not None:
+            self._ended.set()
 
     def wait(self, timeout_seconds: float | None = None) -> Answer:
         """Waits for the answer.
 
         Raises:
-            concurrent.futures.TimeoutError: there was no answer in time.
+            TimeoutError: there was no answer in time.
             CancelledError: the job was cancelled.
             Exception: what the caller was refused with; a copy, so that only this thread adds to its trace.
         """
-        error = self._future.exception(timeout_seconds)
-        if error is not None:
-            raise fresh(error)
-        return self._future.result()
+        with self._lock:
+            if self._outcome is None and self._ended is None:
+                self._ended = threading.Event()
+        if self._ended is not None and not self._ended.wait(timeout_seconds):
+            raise TimeoutError
+        outcome = self._outcome
+        assert outcome is not None
+        if isinstance(outcome, Exception):
+            raise fresh(outcome)
+        return outcome
 
 
-def cost(loss: WeightedSum, layout: Layout) -> int:
+def cost_of(loss: WeightedSum, layout: Layout) -> int:
     """What a request costs the device, in logits."""
     return layout.elements + _ELEMENTS_PER_SEGMENT * loss.segments(layout)
 
@@ -148,6 +173,10 @@ class Job:
         callers: who wait for it, one for each request.
         queued: since when it waits for the device (``time.monotonic``).
         when_left: called each time that a caller leaves. Set by the engine when it starts the job.
+        tenant: whom it belongs to: for a joint step, the tenant of its first rank.
+        elements: logits of all requests.
+        cost: what it costs the device, in logits.
+        deadline: when the last caller stops waiting (``time.monotonic``).
     """
 
     callers: tuple[Caller, ...]
@@ -156,15 +185,14 @@ class Job:
     queued: float = field(default_factory=time.monotonic)
     when_left: Callable[[], None] | None = None
 
-    @cached_property
-    def elements(self) -> int:
-        """Logits of all requests."""
-        return sum(caller.request.layout.elements for caller in self.callers)
-
-    @cached_property
-    def cost(self) -> int:
-        """What it costs the device, in logits."""
-        return sum(cost(self.loss, caller.request.layout) for caller in self.callers)
+    def __post_init__(self) -> None:
+        self.tenant = self.callers[0].tenant
+        self.elements = self.cost = 0
+        self.deadline = -math.inf
+        for caller in self.callers:
+            self.elements += caller.request.layout.elements
+            self.cost += caller.cost
+            self.deadline = max(self.deadline, math.inf if caller.deadline is None else caller.deadline)
 
     @property
     def due(self) -> float:
@@ -175,11 +203,6 @@ class Job:
         """
         return self.queued + _SECONDS_PER_ELEMENT * self.cost
 
-    @property
-    def tenant(self) -> Tenant:
-        """Whom it belongs to: for a joint step, the tenant of its first rank."""
-        return self.callers[0].tenant
-
     @cached_property
     def key(self) -> Key:
         """Jobs with equal keys can share a batch."""
@@ -189,8 +212,8 @@ class Job:
     def leave(self, caller: Caller) -> None:
         """A caller has gone away. Once all have, the job is cancelled, or ends early if it is being computed and
         nobody waits for the rest of its batch."""
-        caller.left.set()
-        if all(other.left.is_set() for other in self.callers):
+        caller.departure.happened = True
+        if all(other.departure.happened for other in self.callers):
             for other in self.callers:
                 other.cancel()
         when_left = self.when_left
@@ -207,8 +230,7 @@ class Job:
             for caller in claimed:  # All callers are leaving at this moment.
                 caller.refuse(AbandonedError())
             return False
-        now = time.monotonic()
-        if all(caller.deadline is not None and now > caller.deadline for caller in self.callers):
+        if time.monotonic() > self.deadline:
             self.refuse(ExpiredError("the deadline passed while the request was waiting for the device"))
             return False
         return True

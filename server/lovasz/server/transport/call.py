@@ -33,7 +33,7 @@ from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.observe.tracing import EndedCall, SpanRecorder, exemplar
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.batcher import Batcher
-from lovasz.server.schedule.job import Answer, Caller, Job, cost
+from lovasz.server.schedule.job import Answer, Caller, Job, cost_of
 from lovasz.server.schedule.joint.group import Seat
 from lovasz.server.schedule.joint.kept import Kept
 from lovasz.server.schedule.joint.table import JointTable
@@ -178,8 +178,9 @@ class Call:
             AbandonedError: the caller went away.
         """
         seat: Seat | None = None
+        cost = cost_of(header.loss, header.layout)
         self._pipeline.lanes.see()
-        if not self._stays_in_lane(header):
+        if not self._stays_in_lane(header, cost):
             self._pipeline.lanes.leave()
         if not self._context.is_active():  # Its rank may have come again with another call meanwhile.
             raise AbandonedError
@@ -201,7 +202,7 @@ class Call:
             raise
         self._clock.enter(Phase.QUEUE if seat is None else Phase.JOINT)
         rank, tenant = 0 if seat is None else seat.joint.rank, self._identity.tenant(header)
-        caller = Caller(staging.request(), self._deadline, staging, rank=rank, tenant=tenant)
+        caller = Caller(staging.request(), cost, self._deadline, staging, rank=rank, tenant=tenant)
         try:
             answer = self._alone(caller, header) if seat is None else self._joined(seat, caller, staging)
         except Exception:
@@ -214,9 +215,9 @@ class Call:
         self._observe_answer(header, answer)
         return answer
 
-    def _stays_in_lane(self, header: wire.Request) -> bool:
+    def _stays_in_lane(self, header: wire.Request, cost: int) -> bool:
         """Whether the interpreter is what its callers share, and not other ranks, the device, or it by weights."""
-        if header.joint is not None or not self._pipeline.is_quick(cost(header.loss, header.layout)):
+        if header.joint is not None or not self._pipeline.is_quick(cost):
             return False
         return not self._identity.name or self._pipeline.batcher.weight_of(self._identity.tenant(header)) <= 1
 
@@ -329,7 +330,7 @@ class Call:
 
     def _observe_answer(self, header: wire.Request, answer: Answer) -> None:
         metrics = self._pipeline.metrics
-        metrics.request_bytes.observe(header.payload_bytes)
+        metrics.observe_answer(header.payload_bytes)
         if self._run and answer.is_first:
             result = answer.result
             metrics.runs.observe(self._run, header.want_grad, result.loss, result.intersection, result.union)

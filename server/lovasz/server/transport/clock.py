@@ -31,15 +31,15 @@ class CallClock:
         Args:
             at: when that was (``time.monotonic``); None: now.
         """
-        at = max(self._since, time.monotonic() if at is None else at)
+        at = time.monotonic() if at is None else max(self._since, at)
         self.seconds[self.phase] = at - self._since
-        self.phase, self._since = phase, at
-        self.began.setdefault(phase, at)
+        self.phase = phase
+        self._since = self.began[phase] = at
 
     def skip_to(self, phase: Phase) -> None:
         """Begins another phase; the time of the current one does not count."""
-        self.phase, self._since = phase, time.monotonic()
-        self.began[phase] = self._since
+        self.phase = phase
+        self._since = self.began[phase] = time.monotonic()
 
     def failed(self, batch_started: float | None) -> None:
         """Waiting for the device, or its computation, failed.
@@ -59,8 +59,9 @@ class CallClock:
 
     def stop(self) -> float:
         """Ends the last phase; returns the seconds that the call took."""
-        self.enter(self.phase)
-        return self._since - self.started
+        now = time.monotonic()
+        self.seconds[self.phase] = now - self._since
+        return now - self.started
 
     def timing(self, answer: Answer) -> Timing:
         """What the caller is told."""

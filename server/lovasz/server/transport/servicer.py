@@ -61,7 +61,7 @@ class LossServicer:
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
         kinds = [*itertools.product(("Compute", "ComputeStream", SHARED_MEMORY), _LOSSES), *_WITHOUT_LOSS]
         for (method, loss), code in itertools.product(kinds, CODES):
-            self.pipeline.metrics.requests.labels(method, loss, code.name)
+            self.pipeline.metrics.requests.series(method, loss, code.name)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The methods, with messages read and written without protobuf's copies (``lovasz.wire.framing``)."""

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 
 from lovasz import wire
@@ -348,7 +347,7 @@ class JointTable:
     def _answer(self, seat: Seat) -> Answer:
         group, caller = seat.group, seat.caller
         assert caller is not None
-        with suppress(FutureTimeoutError):
+        with suppress(TimeoutError):
             return caller.wait(max(0.0, group.deadline - time.monotonic()))
         with self._changed:
             if group.state is GroupState.WAITING and seat.state is SeatState.ARRIVED:
