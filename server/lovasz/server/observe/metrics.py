@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCo
 from lovasz.server.config import DEFAULT_MAX_RUNS
 from lovasz.server.observe.runs import Runs
 from lovasz.server.observe.shares import Shares
-from lovasz.server.observe.tallies import Count, Tallies
+from lovasz.server.observe.tallies import Tallies
 
 _log = logging.getLogger(__name__)
 
@@ -230,13 +230,13 @@ class Metrics:
 
     def count_request(self, method: str, loss: str, code: str) -> None:
         """Counts a request that ended."""
-        self._count(self.requests.series(method, loss, code))
+        counter = self.requests.series(method, loss, code)
+        with self._lock:
+            counter.value += 1
 
     def count_caller(self, name: str, code: str) -> None:
         """Counts a request of the caller whose token has this name."""
-        self._count(self._caller_requests.series(name, code))
-
-    def _count(self, counter: Count) -> None:
+        counter = self._caller_requests.series(name, code)
         with self._lock:
             counter.value += 1
 

@@ -78,7 +78,13 @@ class Tally(Collector, Generic[SeriesT]):
     """A metric with one series for each combination of label values that somebody asked for."""
 
     def __init__(
-        self, name: str, text: str, kind: str, labels: Sequence[str], begin: Callable[[], SeriesT], lock: threading.Lock
+        self,
+        name: str,
+        text: str,
+        kind: str,
+        labels: Sequence[str],
+        begin: Callable[[], SeriesT],
+        lock: threading.RLock,
     ) -> None:
         self._name, self._text, self._kind, self._labels = name, text, kind, labels
         self._begin: Callable[[], SeriesT] = begin
@@ -105,11 +111,14 @@ class Tally(Collector, Generic[SeriesT]):
     def collect(self) -> Iterator[Metric]:
         (metric,) = self.describe()
         with self._lock:
-            for values, series in self._series.items():
-                labels = dict(zip(self._labels, values, strict=True))
-                for sample in series.samples():
-                    name = self._name + sample.name
-                    metric.add_sample(name, {**labels, **sample.labels}, sample.value, None, sample.exemplar)
+            shown = list(self._series.items())
+        for values, series in shown:
+            with self._lock:  # For each one alone: there are hundreds, and requests wait meanwhile.
+                samples = list(series.samples())
+            labels = dict(zip(self._labels, values, strict=True))
+            for sample in samples:
+                name = self._name + sample.name
+                metric.add_sample(name, {**labels, **sample.labels}, sample.value, None, sample.exemplar)
         yield metric
 
 
@@ -126,7 +135,8 @@ class Tallies:
         Args:
             registry: shows them.
         """
-        self.lock = threading.Lock()
+        # The garbage collector may end a call, which is counted, in a thread that holds it.
+        self.lock = threading.RLock()
         self._registry = registry
 
     def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Tally[Count]:

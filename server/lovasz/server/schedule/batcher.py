@@ -151,9 +151,9 @@ class Batcher:
         return sum(job.cost for job in jobs) >= self._max_elements
 
     def _cut(self, jobs: Sequence[Job]) -> list[Job]:
-        batch, cost, taken = list[Job](), 0, list[Job]()
+        batch, cost, requests, taken = list[Job](), 0, 0, list[Job]()
         for job in jobs:
-            if batch and _requests([*batch, job]) > self._max_requests:
+            if batch and requests + len(job.callers) > self._max_requests:
                 break
             if batch and cost + job.cost > self._max_elements:
                 break
@@ -161,6 +161,7 @@ class Batcher:
             if job.claim():
                 batch.append(job)
                 cost += job.cost
+                requests += len(job.callers)
         key = jobs[0].key
         waiting = self._waiting[key]
         if taken == waiting[: len(taken)]:

@@ -106,8 +106,8 @@ class Caller:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_claimed: bool = False
     _outcome: Answer | Exception | None = None
-    _ended: threading.Event | None = None
-    """Set with the outcome. There is none before somebody has to wait: often the answer is here by then."""
+    _gate: threading.Lock | None = None
+    """Held until the outcome is here. There is none before the caller has to wait: often the answer is here by then."""
 
     @property
     def answered(self) -> bool:
@@ -137,11 +137,11 @@ class Caller:
             if self._outcome is not None or (self._is_claimed and not also_if_claimed):
                 return
             self._outcome = outcome
-        if self._ended is not None:
-            self._ended.set()
+        if self._gate is not None:
+            self._gate.release()
 
     def wait(self, timeout_seconds: float | None = None) -> Answer:
-        """Waits for the answer.
+        """Waits for the answer, in one thread at a time.
 
         Raises:
             TimeoutError: there was no answer in time.
@@ -149,10 +149,13 @@ class Caller:
             Exception: what the caller was refused with; a copy, so that only this thread adds to its trace.
         """
         with self._lock:
-            if self._outcome is None and self._ended is None:
-                self._ended = threading.Event()
-        if self._ended is not None and not self._ended.wait(timeout_seconds):
-            raise TimeoutError
+            if self._gate is None and self._outcome is None:
+                self._gate = threading.Lock()
+                self._gate.acquire()
+        if self._outcome is None:
+            assert self._gate is not None
+            if not self._gate.acquire(timeout=-1 if timeout_seconds is None else timeout_seconds):
+                raise TimeoutError
         outcome = self._outcome
         assert outcome is not None
         if isinstance(outcome, Exception):
