@@ -10,7 +10,7 @@ import enum
 import inspect
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,13 +119,12 @@ class _Page:
         if issubclass(cls, enum.Enum):
             docs = _assignments(ast.parse(inspect.getsource(cls)).body[0])
             yield "\n".join(f"- `{name}.{member.name}`: {inline(docs[member.name].doc, link)}" for member in cls)
-        properties = [(key, value) for key, value in vars(cls).items() if isinstance(value, property)]
+        properties = _properties(cls)
         if properties:
             yield "**Properties:**"
             yield "\n".join(
-                f"- `{key}` (`{_type(inspect.signature(value.fget).return_annotation)}`): "  # type: ignore[arg-type]
-                f"{inline(value.__doc__ or '', link)}"
-                for key, value in properties
+                f"- `{key}` (`{_type(inspect.signature(get).return_annotation)}`): {inline(get.__doc__ or '', link)}"
+                for key, get in properties.items()
             )
         for method, function in _methods(cls).items():
             yield f"#### `{name}.{method}`"
@@ -157,6 +156,15 @@ def _methods(thing: Any) -> dict[str, Any]:
     return found
 
 
+def _properties(cls: type[Any]) -> dict[str, Any]:
+    """The functions of its public properties, also of those that are computed once."""
+    found = {}
+    for name, value in vars(cls).items():
+        if isinstance(value, property | cached_property) and not name.startswith("_"):
+            found[name] = value.fget if isinstance(value, property) else value.func
+    return found
+
+
 def _parameters(thing: Any) -> list[inspect.Parameter]:
     return [one for one in inspect.signature(thing).parameters.values() if one.name not in ("self", "cls")]
 
@@ -180,7 +188,8 @@ def _quoted(value: object) -> str:
 
 def _type(annotation: Any) -> str:
     """A type as source; names of types that are not public are replaced by what they stand for."""
-    text = str(annotation).replace("spec.", "")
+    # Of a NamedTuple they are references in place of texts.
+    text = str(getattr(annotation, "__forward_arg__", annotation)).replace("spec.", "")
     public, constants = import_module("lovasz.spec").__all__, _constants()
     return re.sub(
         r"(?<![\w.])[A-Z]\w+(?![\w.])",

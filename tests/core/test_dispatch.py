@@ -204,7 +204,7 @@ def test_joints_that_fall_back_to_torch_are_not_divided_as_triton_would(monkeypa
     monkeypatch.setattr(dispatch, "NUMBERED_PIXELS", 100)
     requests = [a_request(LovaszSoftmax(), 1, 8) for _ in range(3)]
     divided = dispatch._divide(Batch.of(requests), weighted_sum(LovaszSoftmax()), CUDA, None)
-    assert divided == {(Backend.TORCH, 0): [0, 1, 2]}
+    assert divided == [(Backend.TORCH, [0, 1, 2])]
 
 
 def test_a_device_that_is_full_says_nothing_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:

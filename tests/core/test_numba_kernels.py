@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -34,10 +35,13 @@ from lovasz.core.backends.numba import (
     tables,
 )
 from lovasz.core.backends.numba import compute as numba_compute
+from lovasz.core.backends.numba.outline import KEPT_TYPES, Outline
 from lovasz.core.backends.numba.parts import Parts
 from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
 from lovasz.core.backends.numba.workers import Workers
+from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend
+from lovasz.core.plan import Plan
 from lovasz.core.word import MAX_PIXELS, REST_BITS, REST_SUM_BITS
 from lovasz.spec import LossLike, weighted_sum
 
@@ -427,10 +431,11 @@ def test_tables_of_parts_in_scratch_are_all_zero_between_calls(want_grad: bool, 
 
 def assert_tables_are_zero() -> int:
     """Returns how many tables there are."""
-    with SCRATCH.borrow() as borrowed:
-        buffer = borrowed._buffers["tables"]
-        assert not buffer.any()
-        return buffer.nbytes // new_table().nbytes
+    borrowed = SCRATCH.take()
+    buffer = borrowed._buffers["tables"]
+    SCRATCH.give_back(borrowed)
+    assert not buffer.any()
+    return buffer.nbytes // new_table().nbytes
 
 
 # --- Sorting ------------------------------------------------------------------------------------------------------
@@ -532,8 +537,7 @@ def test_few_pixels_are_sorted_in_ranges_at_a_time(
         monkeypatch.setattr(extension, "THRESHOLDS", thresholds)
         answers.append(compute(logits, labels, loss, backend=Backend.NUMBA))
     assert answers[1].loss == pytest.approx(answers[0].loss, rel=1e-6)
-    with pool.borrow() as used:
-        buffers = {name: buffer.nbytes for name, buffer in used._buffers.items()}
+    buffers = {name: buffer.nbytes for name, buffer in pool.take()._buffers.items()}
     assert ("keys of strips" in buffers) == per_image
     assert buffers.get("keys of strips", 0) <= most_strips * 8 * (ranges.STRIP_PIXELS + sorting.KEY_PADDING)
     assert (bits(answers[0]) == bits(answers[1])) == per_image
@@ -553,41 +557,95 @@ def test_no_error_above_zero_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_scratch_is_kept_for_the_next_call() -> None:
     pool = ScratchPool()
-    with pool.borrow() as first:
-        array = first.array("rows", (3, 5), np.float32)
-        array[:] = 7
-    with pool.borrow() as second:
-        assert second is first
-        assert (second.array("rows", (2, 5), np.float32) == 7).all()
-        assert second.array("rows", (30, 5), np.float32).shape == (30, 5)
-        assert not second.array("tables", (100,), np.int64, zero=True).any()
-        assert second.nbytes == 30 * 5 * 4 + 100 * 8
+    first = pool.take()
+    array = first.array("rows", (3, 5), np.float32)
+    array[:] = 7
+    pool.give_back(first)
+    second = pool.take()
+    assert second is first
+    assert (second.array("rows", (2, 5), np.float32) == 7).all()
+    assert second.array("rows", (30, 5), np.float32).shape == (30, 5)
+    assert not second.array("tables", (100,), np.int64, zero=True).any()
+    assert second.nbytes == 30 * 5 * 4 + 100 * 8
 
 
 def test_scratch_of_calls_at_the_same_time_is_apart() -> None:
     pool = ScratchPool()
-    with pool.borrow() as one, pool.borrow() as other:
-        assert one is not other
+    one, other = pool.take(), pool.take()
+    assert one is not other
+    for used in (one, other):
+        pool.give_back(used)
+    assert pool.take() is other
+    assert pool.take() is not one
 
 
-def test_scratch_is_not_kept_after_an_error() -> None:
-    pool = ScratchPool()
-    with pytest.raises(ZeroDivisionError), pool.borrow() as broken:
+def test_scratch_is_not_kept_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
         raise ZeroDivisionError
-    with pool.borrow() as next_one:
-        assert next_one is not broken
+
+    pool = ScratchPool()
+    kept = pool.take()
+    pool.give_back(kept)
+    monkeypatch.setattr(numba_compute, "SCRATCH", pool)
+    with monkeypatch.context() as broken:
+        broken.setattr(numba_compute, "_terms", fail)
+        with pytest.raises(ZeroDivisionError):
+            call(CALLS[0])
+    call(CALLS[0])
+    assert pool.take() is not kept
+
+
+def test_views_are_kept_for_one_key_until_a_buffer_is_replaced() -> None:
+    used = ScratchPool().take()
+
+    def views(key: object, elements: int = 5) -> npt.NDArray[np.float32]:
+        return used.kept("views", (key, elements), lambda: used.array("rows", (elements,), np.float32)[1:])
+
+    first = views("a")
+    assert views("a") is first
+    assert views("b") is not first
+    again = views("a")
+    used.array("other rows", (7,), np.float32)  # A new buffer.
+    assert views("a") is not again
+    large = views("a", 50)
+    large[:] = 3.0
+    assert (views("a") == 3.0).all()
+
+
+def test_what_is_kept_for_calls_of_one_kind_does_not_change_calls_of_another(threads: None) -> None:
+    """The calls in turn, in one scratch: each is of another kind than the one before."""
+    torch.set_num_threads(1)
+    expected = [call(loss) for loss in CALLS]
+    for loss, alone in zip(CALLS, expected, strict=True):
+        assert [call(loss), call(loss)] == [alone, alone]
+    for loss, alone in zip(reversed(CALLS), reversed(expected), strict=True):
+        assert call(loss) == alone
+
+
+def test_few_combinations_of_element_types_are_kept_with_a_plan() -> None:
+    loss = weighted_sum(LovaszSoftmax())
+    requests = [Request.checked(torch.zeros(2, 3, 100), torch.zeros(2, 100, dtype=torch.uint8), loss)] * 3
+    outline = Outline(Plan.of(Batch.of(requests), loss, torch.device("cpu")))
+    combinations = list(itertools.product(range(3), range(5), range(5), range(5)))[: KEPT_TYPES + 5]
+    for kinds in combinations:
+        made = outline.of_types(kinds)
+        assert made.label_kind.tolist() == [kinds[1], kinds[1], kinds[2], kinds[2], kinds[3], kinds[3]]
+    assert len(outline._of_types) == KEPT_TYPES
+    assert outline.of_types(combinations[0]) is outline.of_types(combinations[0])
+    assert outline.of_types(combinations[-1]) is not made
 
 
 def test_large_scratch_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "KEPT_BYTES", 1000)
     pool = ScratchPool()
-    with pool.borrow() as large:
-        large.array("rows", (1001,), np.uint8)
-    with pool.borrow() as next_one:
-        assert next_one is not large
-        next_one.array("rows", (1000,), np.uint8)
-    with pool.borrow() as another:
-        assert another is next_one
+    large = pool.take()
+    large.array("rows", (1001,), np.uint8)
+    pool.give_back(large)
+    next_one = pool.take()
+    assert next_one is not large
+    next_one.array("rows", (1000,), np.uint8)
+    pool.give_back(next_one)
+    assert pool.take() is next_one
 
 
 # --- Threads ------------------------------------------------------------------------------------------------------

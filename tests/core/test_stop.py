@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +11,7 @@ import pytest
 import torch
 from support.ways import rank_on_cpu
 
+from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
 from lovasz.core.stop import Stop, Stopped
@@ -72,37 +71,34 @@ class StopAt(Stop):
         self._loop = loop
         self.loops = 0
 
-    @contextmanager
-    def watching(self, tasks: npt.NDArray[np.int64]) -> Iterator[None]:
-        with super().watching(tasks):
-            self.loops += 1
-            if self.loops == self._loop:
-                self.ask()
-            yield
+    def watch(self, tasks: npt.NDArray[np.int64]) -> None:
+        super().watch(tasks)
+        self.loops += 1
+        if self.loops == self._loop:
+            self.begin(tasks)
+
+    def begin(self, tasks: npt.NDArray[np.int64]) -> None:
+        self.ask()
 
 
 class StopInTheMiddle(StopAt):
     """Is asked by another thread when tasks of the given loop have been claimed."""
 
-    @contextmanager
-    def watching(self, tasks: npt.NDArray[np.int64]) -> Iterator[None]:
+    _thread: threading.Thread | None = None
+
+    def begin(self, tasks: npt.NDArray[np.int64]) -> None:
         def ask() -> None:
             while tasks[0] < 2:
                 time.sleep(0)
             self.ask()
 
-        with Stop.watching(self, tasks):
-            self.loops += 1
-            if self.loops != self._loop:
-                yield
-                return
-            thread = threading.Thread(target=ask)
-            thread.start()
-            try:
-                yield
-            finally:
-                tasks[0] += 2  # So that the thread ends, whatever became of the loop.
-                thread.join()
+        self._thread = threading.Thread(target=ask, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        if self._thread is not None:
+            self._thread.join(60)
+        super().check()
 
 
 @pytest.mark.usefixtures("ranks")
@@ -173,8 +169,27 @@ def test_one_batch_ends_and_another_beside_it_goes_on() -> None:
 
 
 def test_an_error_in_a_loop_is_not_taken_for_a_stop() -> None:
-    stop, tasks = Stop(), np.zeros(1, np.int64)
-    with pytest.raises(ZeroDivisionError), stop.watching(tasks):
+    def loop(tasks: npt.NDArray[np.int64]) -> None:
         raise ZeroDivisionError
+
+    stop = Stop()
+    with pytest.raises(ZeroDivisionError):
+        Workers().run(loop, 1, stop=stop)
     stop.ask()
-    assert tasks[0] == 0  # It is not watched any more.
+    with pytest.raises(Stopped):
+        Workers().run(loop, 1, stop=stop)
+
+
+def test_whoever_asks_while_a_loop_begins_ends_it_or_keeps_it_from_beginning() -> None:
+    for _ in range(200):
+        stop, tasks = Stop(), np.zeros(1, np.int64)
+        thread, begins = threading.Thread(target=stop.ask), True
+        thread.start()
+        try:
+            stop.watch(tasks)
+        except Stopped:
+            begins = False
+        thread.join()
+        assert not begins or tasks[0] > 1 << 60
+        with pytest.raises(Stopped):
+            stop.check()

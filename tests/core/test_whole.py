@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from support.comparison import bits, normal, random_labels
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszSoftmax
 from lovasz.core.answers import JointFault
+from lovasz.core.backends.numba import compute as numba_compute
 from lovasz.core.backends.numba import extension, whole
 from lovasz.core.backends.numba.call import Call
+from lovasz.core.backends.numba.scratch import ScratchPool
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import LossLike, Result, weighted_sum
@@ -56,6 +59,18 @@ def answers(made: list[Request], loss: LossLike, want_grad: bool = True) -> list
     joined = SIZES if len(made) == sum(SIZES) else None
     options: dict[str, Any] = {"joined": joined, "want_grad": want_grad, "backend": Backend.NUMBA}
     return submit(made, weighted_sum(loss), torch.device("cpu"), **options).collect()
+
+
+@each_loss
+def test_what_a_call_leaves_in_memory_changes_no_bit(loss: LossLike, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_compute, "SCRATCH", ScratchPool())
+    made = requests(loss, torch.float32, torch.uint8)
+    expected = [bits(answer) for answer in answers(made, loss)]
+    assert [bits(answer) for answer in answers(made, loss)] == expected
+    answers([replace(one, logits=torch.full_like(one.logits, math.nan)) for one in made], loss)
+    assert [bits(answer) for answer in answers(made, loss)] == expected
+    answers(made[:3], loss, want_grad=False)
+    assert [bits(answer) for answer in answers(made, loss)] == expected
 
 
 @pytest.fixture

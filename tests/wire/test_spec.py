@@ -232,6 +232,7 @@ def test_losses_are_equal_and_hash_alike_if_they_say_the_same() -> None:
         assert hash(again) == hash(total)
         assert weighted_sum(loss) == total
         assert pickle.loads(pickle.dumps(total)) == total
+        assert pickle.dumps(total) == pickle.dumps(again)  # Without the hash, which differs in another process.
     assert LovaszSoftmax([0, 1]) == LovaszSoftmax((0, 1))
     assert hash(LovaszSoftmax(class_weights=[1])) == hash(LovaszSoftmax(class_weights=(1.0,)))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import repeat
 from typing import Any
 
@@ -63,16 +61,14 @@ class Part:
     batch: Batch
     computed: Computed
 
-    @cached_property
-    def values(self) -> Values:
-        """What was computed, except the gradients; waits for the device. Joints with faults score no segment."""
-        values = self.computed.values()
-        return _without_faults(self.plan, values) if values.faults.any() else values
+    def values(self) -> tuple[Values, bool]:
+        """What was computed, except the gradients, and whether a joint has a fault; waits for the device.
 
-    @cached_property
-    def losses(self) -> tuple[list[float], list[list[float]]]:
-        """The loss of each joint, and the losses of the terms."""
-        return _losses(self.plan, self.values)
+        Joints with faults score no segment.
+        """
+        values = self.computed.values()
+        is_faulty = bool(values.faults.any())
+        return _without_faults(self.plan, values) if is_faulty else values, is_faulty
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,9 @@ class Pending:
         The answer to a request with a fault is the error that says why. The answer to the other requests of its joint
         is a ``JointFault``. Other joints are not affected. A request without images gets the answer of its joint.
         """
-        answers = {place: answer for part in self.parts for place, answer in _answers(part)}
+        answers: dict[int, Answer] = {}
+        for part in self.parts:
+            answers.update(zip(part.places, _answers(part), strict=True))
         if len(answers) < len(self.whole.requests):
             self._add_empty(answers)
         return [answers[place] for place in range(len(self.whole.requests))]
@@ -140,8 +138,9 @@ class Pending:
         grad = None if part.computed.grads is None else part.computed.grads[0]
         if total is not None:
             return total, grad
-        if not part.values.faults.any():
-            (loss,), _ = part.losses
+        values, is_faulty = part.values()
+        if not is_faulty:
+            (loss,), _ = _losses(part.plan, values)
             return loss, grad
         (answer,) = self.collect()
         if not isinstance(answer, Result):
@@ -149,37 +148,42 @@ class Pending:
         return answer.loss, answer.grad
 
 
-def _answers(part: Part) -> list[tuple[int, Answer]]:
-    plan, batch, values, grads = part.plan, part.batch, part.values, part.computed.grads
-    union, (totals, of_terms) = _union(plan, values), part.losses
-    results = _term_results(plan, values, of_terms)
-    joint_of = [j for j, size in enumerate(batch.sizes) for _ in range(size)]
-    terms = [results[j] for j in joint_of]
+def _answers(part: Part) -> list[Answer]:
+    plan, batch, grads, (values, is_faulty) = part.plan, part.batch, part.computed.grads, part.values()
+    totals, of_terms = _losses(plan, values)
+    terms = _term_results(plan, values, of_terms)
+    if len(batch.sizes) < len(batch.requests):
+        joint_of = [j for j, size in enumerate(batch.sizes) for _ in range(size)]
+        totals, terms = [totals[j] for j in joint_of], [terms[j] for j in joint_of]
     if plan.loss.scores_images:
-        terms = _with_own_images(batch, results)
+        terms = _with_own_images(batch, terms)
     # Each request has rows of its own: callers may write to what they get.
-    counts = [np.repeat(of_joints.T, batch.sizes, axis=0) for of_joints in (values.hits, union)]
-    answers: list[Answer] = list(map(Result, [totals[j] for j in joint_of], grads or repeat(None), terms, *counts))
-    if values.faults.any():
-        _replace_faulty(answers, part)
-    return list(zip(part.places, answers, strict=True))
+    hits, union = values.hits.T.repeat(batch.sizes, axis=0), _union(plan, values).T.repeat(batch.sizes, axis=0)
+    answers: list[Answer] = list(map(Result, totals, grads or repeat(None), terms, hits, union))
+    if is_faulty:
+        _replace_faulty(answers, part, values)
+    return answers
 
 
-def _with_own_images(batch: Batch, results: list[tuple[TermResult, ...]]) -> list[tuple[TermResult, ...]]:
-    """The results of the terms for each request, from those of its joint."""
-    terms = []
-    for joint, of_joint in zip(batch.joints, results, strict=True):
+def _with_own_images(batch: Batch, terms: list[tuple[TermResult, ...]]) -> list[tuple[TermResult, ...]]:
+    """The results of the terms for each request, with the losses of its own images alone.
+
+    Args:
+        terms: of each request, with the losses of all images of its joint.
+    """
+    own_terms, of_joints = [], iter(terms)
+    for joint in batch.joints:
         first = 0
         for request in joint:
             own = slice(first, first + request.layout.scored_images)
             first = own.stop
-            terms.append(tuple(_of_request(result, own) for result in of_joint))
-    return terms
+            own_terms.append(tuple([_of_request(result, own) for result in next(of_joints)]))
+    return own_terms
 
 
-def _replace_faulty(answers: list[Answer], part: Part) -> None:
+def _replace_faulty(answers: list[Answer], part: Part, values: Values) -> None:
     """Puts errors and NaN in the place of the answers to joints with faults."""
-    loss, values, stop = part.plan.loss, part.values, 0
+    loss, stop = part.plan.loss, 0
     for j, (joint, faults) in enumerate(zip(part.batch.joints, values.faults.T.tolist(), strict=True)):
         start, stop = stop, stop + len(joint)
         if faults[Fault.BAD_LABEL] or faults[Fault.OUT_OF_RANGE]:
@@ -209,7 +213,7 @@ def result_of_rank(plan: Plan, request: Request, grad: Tensor | None, values: Va
 def _union(plan: Plan, values: Values) -> npt.NDArray[np.int64]:
     """``Values.union``, 0 for a class that every term ignores."""
     union = values.union
-    union[_void_segments(plan.loss, len(union))] = 0
+    union[plan.void_segments] = 0
     return union
 
 
@@ -226,22 +230,22 @@ def _without_faults(plan: Plan, values: Values) -> Values:
     terms = []
     for term, of_term in zip(plan.terms, values.terms, strict=True):
         of_groups = np.repeat(healthy, plan.images) if term.per_image else healthy
-        terms.append(replace(of_term, scored=of_term.scored & of_groups))
+        terms.append(TermValues(of_term.losses, of_term.scored & of_groups))
     return replace(values, terms=tuple(terms))
 
 
 def _losses(plan: Plan, values: Values) -> tuple[list[float], list[list[float]]]:
     """The loss of each joint, and of each term its loss for each joint; undefined for joints with faults."""
-    of_terms = []
+    totals, of_terms = [0.0] * len(plan.sizes), []
     for term, of_term in zip(plan.terms, values.terms, strict=True):
         losses = of_term.losses[0]
         if isinstance(term.loss, LovaszLoss):
             losses = _of_groups(term.loss, of_term)
         if term.per_image:
             losses = np.array([images.mean() for images in _split(losses, plan)])
-        of_terms.append(losses.tolist())
-    weights = [term.weight for term in plan.terms]
-    totals = [sum(map(operator.mul, weights, of_joint)) for of_joint in zip(*of_terms, strict=True)]
+        of_term_losses: list[float] = losses.tolist()
+        totals = [total + term.weight * loss for total, loss in zip(totals, of_term_losses, strict=True)]
+        of_terms.append(of_term_losses)
     return totals, of_terms
 
 
@@ -292,14 +296,6 @@ def _of_request(result: TermResult, images: slice) -> TermResult:
         return result
     losses = result.per_image_loss[images if images.stop - images.start <= MAX_IMAGE_LOSSES else slice(0)]
     return replace(result, per_image_loss=losses.copy())
-
-
-def _void_segments(loss: WeightedSum, segments: int) -> slice:
-    """The rows of counts whose class (binary losses: foreground) every term ignores: they have no IoU."""
-    void = loss.void_label
-    if loss.is_binary:
-        return slice(segments if void == 1 else 0)
-    return slice(0) if void is None or not 0 <= void < segments else slice(void, void + 1)
 
 
 def _nothing(loss: WeightedSum, channels: int) -> Result[Tensor]:

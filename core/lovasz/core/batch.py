@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -69,12 +69,12 @@ class Request:
         return tuple(self._image(start, end) for start, end in zip((0, *ends), ends, strict=False))
 
     def _image(self, start: int, end: int) -> Request:
-        layout = replace(self.layout, images=end - start, offsets=None)
+        layout = self.layout._replace(images=end - start, offsets=None)
         logits = classes_first(self.logits[start:end], layout).unsqueeze(0)
         labels = self.labels[start:end]
         has_channels = labels.numel() == logits.numel()
         labels = classes_first(labels, layout).unsqueeze(0) if has_channels else labels.reshape(1, -1)
-        return Request(logits, labels, replace(layout, images=1, pixels=logits.shape[2]))
+        return Request(logits, labels, layout._replace(images=1, pixels=logits.shape[2]))
 
     def join(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradient of the logits, from those of ``images``."""
@@ -82,7 +82,8 @@ class Request:
         parts = []
         for start, end, grad in zip((0, *ends), ends, grads, strict=False):
             logits = self.logits[start:end]
-            parts.append(images_first(grad[0], Request(logits, self.labels, replace(self.layout, images=end - start))))
+            own = Request(logits, self.labels, self.layout._replace(images=end - start))
+            parts.append(images_first(grad[0], own))
         return torch.cat(parts)
 
 
@@ -91,29 +92,25 @@ class Batch:
     """Requests that are computed together; they have the same element type and number of channels.
 
     Attributes:
+        layouts: the layout of each request.
         sizes: the number of consecutive requests in each *joint*. A joint is scored like one request that holds all its
             images in order. Most joints are a single request.
     """
 
     requests: tuple[Request, ...]
+    layouts: tuple[Layout, ...]
     sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, requests: Sequence[Request], sizes: Sequence[int] | None = None) -> Batch:
         """Makes a batch; without ``sizes``, each request is a joint of its own."""
-        return cls(tuple(requests), (1,) * len(requests) if sizes is None else tuple(sizes))
+        layouts = tuple([request.layout for request in requests])
+        return cls(tuple(requests), layouts, (1,) * len(requests) if sizes is None else tuple(sizes))
 
     def with_images(self) -> Batch:
         """The batch without requests that have no images, and without joints that have none."""
-        if all(layout.images for layout in self.layouts):
-            return self
         filled = [[request for request in joint if request.layout.images] for joint in self.joints]
         return Batch.of([request for joint in filled for request in joint], [len(joint) for joint in filled if joint])
-
-    @cached_property
-    def layouts(self) -> tuple[Layout, ...]:
-        """The layout of each request."""
-        return tuple([request.layout for request in self.requests])
 
     @cached_property
     def joints(self) -> tuple[tuple[Request, ...], ...]:
@@ -128,11 +125,11 @@ class Batch:
 
         Backends know no offsets: their images are the items of the first axis.
         """
-        if not loss.scores_images or all(request.layout.offsets is None for request in self.requests):
+        if not loss.scores_images or all(layout.offsets is None for layout in self.layouts):
             return self
         sizes = [sum(_parts(request) for request in joint) for joint in self.joints]
         requests = [part for r in self.requests for part in (r.images() if r.layout.offsets else (r,))]
-        return Batch(tuple(requests), tuple(sizes))
+        return Batch.of(requests, sizes)
 
     def join(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradient of each request, from those of ``divided``."""

@@ -95,20 +95,23 @@ def submit(
         Stopped: the computation was asked to end early.
     """
     whole = Batch.of(requests, joined)
-    filled = whole.with_images()
-    joints_of = _divide(filled.divided(loss), loss, device, backend)
-    all_places = tuple([place for place, layout in enumerate(whole.layouts) if layout.images])
+    plan_of_whole = Plan.of(whole, loss, device)
+    all_places = plan_of_whole.places
+    filled = whole if len(all_places) == len(requests) else whole.with_images()
+    all_divided = filled.divided(loss)
+    portions = _divide(all_divided, loss, device, backend)
     parts = []
-    for (chosen, _), numbers in joints_of.items():
-        own, places = filled, all_places
-        if len(joints_of) > 1:
+    for chosen, numbers in portions:
+        own, divided, places = filled, all_divided, all_places
+        if len(portions) > 1:
             own = Batch.of(
                 [request for j in numbers for request in filled.joints[j]], [filled.sizes[j] for j in numbers]
             )
+            divided = own.divided(loss)
             stops = list(itertools.accumulate(filled.sizes))
             places = tuple([place for j in numbers for place in all_places[stops[j] - filled.sizes[j] : stops[j]]])
-        divided = own.divided(loss)
-        plan, want_total = Plan.of(divided, loss, device), want_total and divided is own
+        plan = plan_of_whole if divided is whole else Plan.of(divided, loss, device)
+        want_total = want_total and divided is own
         computed = compute(chosen, plan, divided, want_grad=want_grad, want_total=want_total, stop=stop)
         if divided is not own and computed.grads is not None:
             computed = replace(computed, grads=own.join(computed.grads))
@@ -118,18 +121,18 @@ def submit(
 
 def _divide(
     whole: Batch, loss: WeightedSum, device: torch.device, backend: Backend | None
-) -> dict[tuple[Backend, int], list[int]]:
+) -> list[tuple[Backend, Sequence[int]]]:
     """Divides the joints among backends, and those of Triton into portions with few enough pixels.
 
     Returns:
-        The positions in ``whole.joints`` of the joints that are computed together, by backend and portion.
+        For each portion its backend, and the positions of its joints in ``whole.joints``.
     """
-    joints_of: dict[tuple[Backend, int], list[int]] = {}
-    if backend is None and whole.joints:
+    if backend is None and whole.requests:
         # A backend with limits that takes all joints as if they were one takes each of them.
         chosen = choose(whole.requests, loss, device)
         if chosen is Backend.NUMBA or (chosen is Backend.TRITON and triton_works(device)):
-            return {(chosen, 0): list(range(len(whole.joints)))}
+            return [(chosen, range(len(whole.sizes)))]
+    joints_of: dict[tuple[Backend, int], list[int]] = {}
     portion = numbered = 0
     for number, joint in enumerate(whole.joints):
         chosen = choose(joint, loss, device) if backend is None else checked(backend, joint, loss, device)
@@ -141,7 +144,7 @@ def _divide(
                 portion, numbered = portion + 1, 0
             numbered += pixels
         joints_of.setdefault((chosen, portion if chosen is Backend.TRITON else 0), []).append(number)
-    return joints_of
+    return [(chosen, numbers) for (chosen, _), numbers in joints_of.items()]
 
 
 def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Backend:
@@ -243,15 +246,27 @@ def compute(
     Raises:
         Stopped: the computation was asked to end early, and the backend reacts to it.
     """
-    module: ModuleType
-    if backend is Backend.TORCH:
-        module = torch_compute
-    elif backend is Backend.NUMBA:
-        from lovasz.core.backends.numba import compute as module
-    else:
-        from lovasz.core.backends.triton import compute as module
+    module = torch_compute
+    if backend is not Backend.TORCH:
+        module = _numba() if backend is Backend.NUMBA else _triton()
     computed: Computed = module.compute(plan, batch, want_grad=want_grad, want_total=want_total, stop=stop)
     return computed
+
+
+@cache
+def _numba() -> ModuleType:
+    """The Numba backend; imported where it is first used, as that takes a second."""
+    from lovasz.core.backends.numba import compute as module
+
+    return module
+
+
+@cache
+def _triton() -> ModuleType:
+    """The Triton backend, likewise."""
+    from lovasz.core.backends.triton import compute as module
+
+    return module
 
 
 def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, Tensor] | None:

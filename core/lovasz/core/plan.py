@@ -166,11 +166,16 @@ class Plan:
         """Computed once: it takes a third of a microsecond per request, and a plan is looked up for each batch."""
         return self._hash
 
-    @property
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """The positions of the requests that have images."""
+        return tuple(place for place, layout in enumerate(self.layouts) if layout.images)
+
+    @cached_property
     def is_binary(self) -> bool:
         return self.loss.is_binary
 
-    @property
+    @cached_property
     def is_sigmoid(self) -> bool:
         return self.loss.is_sigmoid
 
@@ -183,6 +188,14 @@ class Plan:
     def label_values(self) -> int:
         """The end of the label range: labels that no rule ignores have to be in [0, label_values)."""
         return self.layouts[0].label_values
+
+    @cached_property
+    def void_segments(self) -> slice:
+        """The classes (binary losses: all labels, whose foreground has the label 1) that every term ignores."""
+        void = self.loss.void_label
+        if self.is_binary:
+            return slice(self.channels if void == 1 else 0)
+        return slice(0) if void is None or not 0 <= void < self.channels else slice(void, void + 1)
 
     @cached_property
     def pixels(self) -> int:

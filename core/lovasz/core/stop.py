@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import numpy.typing as npt
 
@@ -17,35 +13,40 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Asks a computation to end; compiled loops on the CPU notice it when they claim their next task."""
+    """Asks a computation to end; compiled loops on the CPU notice it when they claim their next task.
+
+    It needs no lock: ``ask`` writes ``asked`` and then reads which tasks are watched, and ``watch`` does the opposite.
+    So at least one of the two sees the other.
+
+    Attributes:
+        asked: whether the computation has been asked to end.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asked = False
-        self._running: npt.NDArray[np.int64] | None = None
+        self.asked = False
+        self._watched: npt.NDArray[np.int64] | None = None
 
     def ask(self) -> None:
         """Ends the running loop after its current tasks, and keeps further ones from starting."""
-        with self._lock:
-            self._asked = True
-            if self._running is not None:
-                self._running[0] = _NO_TASK_IS_LEFT
+        self.asked = True
+        watched = self._watched
+        if watched is not None:  # If its loop has ended, nobody reads it any more.
+            watched[0] = _NO_TASK_IS_LEFT
 
-    @contextmanager
-    def watching(self, tasks: npt.NDArray[np.int64]) -> Iterator[None]:
-        """Lets ``ask`` end a loop that claims its tasks from this counter, for the length of a ``with`` block.
+    def watch(self, tasks: npt.NDArray[np.int64]) -> None:
+        """Lets ``ask`` end the next loop, which claims its tasks from this counter; the counter is for it alone.
 
         Raises:
             Stopped: the computation has been asked to end.
         """
-        with self._lock:
-            if self._asked:
-                raise Stopped
-            self._running = tasks
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running = None
-        if self._asked:
+        self._watched = tasks
+        self.check()
+
+    def check(self) -> None:
+        """Called after a loop, whose results are undefined if it was ended.
+
+        Raises:
+            Stopped: the computation has been asked to end.
+        """
+        if self.asked:
             raise Stopped

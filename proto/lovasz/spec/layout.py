@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from lovasz.spec import checks
 from lovasz.spec.errors import InvalidInput
@@ -18,9 +17,10 @@ KEPT_LAYOUTS = 256
 """The most layouts of each kind of loss that are kept: trainers send the same few shapes again and again."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A request's sizes, for any number of axes: it has ``images`` x ``channels`` x ``pixels`` logits.
+
+    A tuple, which is hashed without Python code: plans are looked up by the layouts of all requests of a batch.
 
     Attributes:
         images: N, the size of the first axis; 0 only for a rank of a joint step.

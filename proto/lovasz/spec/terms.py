@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -81,25 +82,44 @@ class WeightedSum:
         object.__setattr__(self, "multilabel", bool(binary) and binary[0].multilabel)
         object.__setattr__(self, "probabilities", inputs == {"probabilities"})
 
-    @property
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        """Computed once: each call looks something up by its loss."""
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[WeightedSum], tuple[tuple[tuple[float, Loss], ...]]]:
+        """Made again by pickle and copy: the hash of another process differs."""
+        return type(self), (self.terms,)
+
+    @cached_property
     def kind(self) -> str:
         """The kinds of its terms, each once, sorted: few distinct values, so it can label a metric."""
         return "+".join(sorted({loss.kind for _, loss in self.terms}))
 
-    @property
+    @cached_property
     def void_label(self) -> int | None:
         """The label that every term ignores, so that its pixels count for none; None if there is no such label."""
         ignored = {loss.ignore_index for _, loss in self.terms}
         return ignored.pop() if len(ignored) == 1 else None
 
-    @property
+    @cached_property
     def scores_images(self) -> bool:
         """Whether a term has ``per_image``."""
         return any(isinstance(loss, LovaszLoss) and loss.per_image for _, loss in self.terms)
 
     def segments(self, layout: Layout) -> int:
         """How many segments a request has: for each Lovász term, its classes times its groups."""
-        return sum(_segments(loss, layout) for _, loss in self.terms if isinstance(loss, LovaszLoss))
+        total = 0
+        for _, loss in self.terms:
+            if isinstance(loss, LovaszLoss):
+                classes = layout.channels
+                if isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str):
+                    classes = len(loss.classes)
+                total += classes * (layout.scored_images if loss.per_image else 1)
+        return total
 
     def per_image_losses(self, results: Sequence[TermResult]) -> npt.NDArray[np.float64]:
         """The loss of each image, from the results of the terms: float64, shape (images,)."""
@@ -149,21 +169,26 @@ class WeightedSum:
             layout = binary_layout(tuple(logits), tuple(labels), self.multilabel, may_be_empty)
         else:
             layout = softmax_layout(tuple(logits), tuple(labels), may_be_empty)
-        for _, loss in self.terms:
+        for loss in self._with_class_options:
             _check_class_options(loss, layout.channels)
+        if offsets is None:
+            return layout
         ends = checked_offsets(offsets, layout.images)
-        if ends is not None and not self.scores_images:
+        if not self.scores_images:
             raise InvalidInput(
                 "offsets", "got them for a loss that scores all images together; expected per_image=True"
             )
-        return layout if ends is None else replace(layout, offsets=ends)
+        return layout._replace(offsets=ends)
+
+    @cached_property
+    def _with_class_options(self) -> tuple[Loss, ...]:
+        """The losses with an option that has to fit the number of classes."""
+        return tuple(loss for _, loss in self.terms if _has_class_options(loss))
 
 
-def _segments(loss: LovaszLoss, layout: Layout) -> int:
-    classes = layout.channels
-    if isinstance(loss, LovaszSoftmax) and not isinstance(loss.classes, str):
-        classes = len(loss.classes)
-    return classes * (layout.scored_images if loss.per_image else 1)
+def _has_class_options(loss: Loss) -> bool:
+    names = ("pos_weight", "class_weights", "classes")
+    return any(isinstance(getattr(loss, name, None), tuple) for name in names)
 
 
 def _check_class_options(loss: Loss, classes: int) -> None:

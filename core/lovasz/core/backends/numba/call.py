@@ -63,6 +63,50 @@ class JointCounts(NamedTuple):
     faults: npt.NDArray[np.int64]
 
 
+class Arrays:
+    """Small arrays in scratch, the same ones for all calls with the same outline and element types.
+
+    Attributes:
+        planes: the planes, with the addresses of the tensors of one call.
+        of_planes: int64, (5, planes, K): labels, predictions, hits, ``Call.valid`` and ``Call.positive``.
+        faults: int64, (3, joints).
+        counts: the first three of these five, and the faults; flat.
+    """
+
+    def __init__(self, plan: Plan, outline: Outline, types: TypeOutline, scratch: Scratch) -> None:
+        layout, joints = outline.planes, len(plan.sizes)
+        self._request, self._offsets = outline.request, types.offsets
+        self._addresses = scratch.array("addresses", (4, len(layout)), np.int64)
+        logits, labels, grads, points = self._addresses.view(np.uint64)
+        self.planes = Planes(
+            logits=logits,
+            labels=labels,
+            label_kind=types.label_kind,
+            grads=grads,
+            start=layout.start,
+            pixels=layout.pixels,
+            joint=layout.joint,
+            are_points=types.plane_points,
+            points=points,
+        )
+        of_planes = 5 * len(layout) * plan.channels
+        self._numbers = scratch.array("counts", (of_planes + len(Fault) * joints,), np.int64)
+        self.of_planes = self._numbers[:of_planes].reshape(5, -1, plan.channels)
+        self.faults = self._numbers[of_planes:].reshape(-1, joints)
+        labels, predictions, hits, self.valid, self.positive = self._numbers[:of_planes].reshape(5, -1)
+        self.counts = Counts(labels, predictions, hits, self._numbers[of_planes:])
+
+    def begin(self, *tensors: Sequence[Tensor]) -> None:
+        """Writes the addresses, and clears the counts.
+
+        Args:
+            tensors: logits, labels, gradients and gradients of points: one of each per request.
+        """
+        firsts = np.array([list(map(Tensor.data_ptr, some)) for some in tensors], np.int64)
+        np.add(firsts[:, self._request], self._offsets, out=self._addresses)
+        self._numbers.fill(0)
+
+
 class Call:
     """The computation of one batch.
 
@@ -71,6 +115,7 @@ class Call:
         grads: one per request, float32: of the shape of its logits, or flat, K rows, where these had to be transposed;
             empty if no gradient is wanted.
         outline: what the plan alone decides.
+        planes: the planes, with addresses.
         counts: labels, predictions, hits and faults.
         valid, positive: flat (planes x K), for binary losses: the number of pixels that are not void, and of those of
             these whose error is above 0.
@@ -90,25 +135,28 @@ class Call:
         self.plan, self.scratch, self.want_grad, self._stop = plan, scratch, want_grad, stop
         self.outline: Outline = plan.kept(Outline)
         self.plan_planes = self.outline.planes
-        self._requests = batch.requests
+        requests = self._requests = batch.requests
+        self.logits_kind = _FLOAT_KINDS[requests[0].logits.dtype]
+        types = self.outline.of_types((self.logits_kind, *[_LABEL_KINDS[r.labels.dtype] for r in requests]))
+        self._transposed = types.transposed
         # Referenced until the computation ends, since compiled code holds nothing but addresses.
-        self.logits_kind = _FLOAT_KINDS[batch.requests[0].logits.dtype]
-        of_types = self.outline.of_types(self.logits_kind, [_LABEL_KINDS[r.labels.dtype] for r in batch.requests])
-        self._transposed = of_types.transposed
-        pairs = list(zip(batch.requests, of_types.transposed, strict=True))
-        self._logits = [_contiguous(r.logits, r.layout, transposed) for r, transposed in pairs]
-        self._labels = [_contiguous(r.labels, r.layout, transposed and plan.is_binary) for r, transposed in pairs]
-        self.grads = [_room(r, transposed, want_grad) for r, transposed in pairs]
+        self._logits = [
+            r.logits if r.logits.is_contiguous() and not transposed else _copied(r.logits, r.layout, transposed)
+            for r, transposed in zip(requests, types.transposed, strict=True)
+        ]
+        self._labels = [
+            r.labels if r.labels.is_contiguous() and not transposed else _copied(r.labels, r.layout, transposed)
+            for r, transposed in zip(requests, types.transposed_labels, strict=True)
+        ]
+        self.grads = list(map(_room, requests, types.transposed)) if want_grad else [_NOTHING] * len(requests)
         # Loops write the gradients of points to rows of scratch; only the last one writes them in their order.
-        has_points = want_grad and any(of_types.are_points)
-        self._g = self._rows_of_points(of_types.are_points) if has_points else self.grads
-        self.planes = self._planes(of_types)
+        has_points = want_grad and any(types.are_points)
+        g = self._g = self._rows_of_points(types.are_points) if has_points else self.grads
+        arrays = scratch.kept("call", (types,), lambda: Arrays(plan, self.outline, types, scratch))
+        arrays.begin(self._logits, self._labels, g, self.grads)
+        self.arrays, self.planes, self.counts = arrays, arrays.planes, arrays.counts
+        self.valid, self.positive = arrays.valid, arrays.positive
         self.threads = 1 if self.outline.is_small else thread_count()
-        labels, predictions, hits, valid, positive = self._counts = np.zeros(
-            (5, len(self.plan_planes) * plan.channels), np.int64
-        )
-        self.counts = Counts(labels, predictions, hits, np.zeros(len(Fault) * len(plan.sizes), np.int64))
-        self.valid, self.positive = valid, positive
 
     @cached_property
     def errors(self) -> npt.NDArray[np.float32]:
@@ -129,26 +177,10 @@ class Call:
         rows = torch.from_numpy(self.scratch.array("point gradients", (sum(sizes),), np.float32)).split(sizes)
         return [row if points else grad for row, grad, points in zip(rows, self.grads, are_points, strict=True)]
 
-    def _planes(self, of_types: TypeOutline) -> Planes:
-        layout, tensors = self.plan_planes, (self._logits, self._labels, self._g, self.grads)
-        firsts = np.array([[tensor.data_ptr() for tensor in some] for some in tensors], np.int64)
-        # In order "C", since loops are compiled for contiguous columns.
-        addresses = np.add(firsts[:, self.outline.request], of_types.offsets, order="C").view(np.uint64)
-        logits, labels, grads, points = addresses
-        return Planes(
-            logits=logits,
-            labels=labels,
-            label_kind=of_types.label_kind,
-            grads=grads,
-            start=layout.start,
-            pixels=layout.pixels,
-            joint=layout.joint,
-            are_points=of_types.plane_points,
-            points=points,
-        )
-
     def grads_of_requests(self) -> tuple[Tensor, ...]:
         """The gradients in the shapes of the requests' logits."""
+        if not any(self._transposed):
+            return tuple(self.grads)
         return tuple(
             images_first(grad, request) if transposed else grad
             for grad, request, transposed in zip(self.grads, self._requests, self._transposed, strict=True)
@@ -198,9 +230,9 @@ class Call:
         Args:
             maxima: written: if there are other ranks, the maximum over all of them.
         """
-        of_planes = self._counts.reshape(len(self._counts), -1, self.plan.channels)
-        of_joints = np.add.reduceat(of_planes, self.plan_planes.joints.first_plane, axis=1).swapaxes(1, 2).copy()
-        faults = self.counts.faults.reshape(-1, len(self.plan.sizes))
+        first_planes = self.plan_planes.joints.first_plane
+        of_joints = np.add.reduceat(self.arrays.of_planes, first_planes, axis=1).swapaxes(1, 2).copy()
+        faults = self.arrays.faults.copy()
         if self.ranks is not None:
             self.ranks.reduce([of_joints, faults], maxima)
         return JointCounts(*of_joints, faults)
@@ -222,16 +254,12 @@ class Call:
         return of_all
 
 
-def _contiguous(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
-    if not transpose and tensor.is_contiguous():
-        return tensor
+def _copied(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
     tensor = tensor.detach()
     return (classes_first(tensor, layout) if transpose else tensor).contiguous()
 
 
-def _room(request: Request, transposed: bool, want_grad: bool) -> Tensor:
-    if not want_grad:
-        return _NOTHING
+def _room(request: Request, transposed: bool) -> Tensor:
     shape = request.logits.shape
     if request.grad is not None and not transposed:
         return request.grad.view(shape)

@@ -8,7 +8,7 @@ small joints, each thread does all four for one joint at a time (``whole``).
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,9 +53,10 @@ def compute(
     Raises:
         Stopped: the computation was asked to end early.
     """
-    with SCRATCH.borrow() as scratch:
-        call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop, ranks=ranks)
-        terms, counts = _terms(call, thresholds or extension.THRESHOLDS)
+    scratch = SCRATCH.take()
+    call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop, ranks=ranks)
+    terms, counts = _terms(call, thresholds or extension.THRESHOLDS)
+    SCRATCH.give_back(scratch)
     values = Values(tuple(terms), counts.labels, counts.predictions, counts.hits, counts.faults)
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)
 
@@ -71,45 +72,79 @@ def _terms(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointC
     return _softmax(call, thresholds)
 
 
+class WholeArrays(NamedTuple):
+    """What ``_whole`` gives to the compiled loop: the same in all calls with the same ``Call.arrays`` and threads.
+
+    Attributes:
+        arguments: of all threads.
+        own: of each thread.
+        entropies, scored, losses: of these, what the loop writes.
+        cleared: arrays that have to be 0 at the start.
+    """
+
+    arguments: dict[str, Any]
+    own: list[dict[str, Any]]
+    entropies: CrossEntropies
+    scored: npt.NDArray[np.bool_]
+    losses: npt.NDArray[np.float64]
+    cleared: list[npt.NDArray[Any]]
+
+    @classmethod
+    def of(cls, call: Call, outline: WholeOutline, threads: int) -> WholeArrays:
+        plan, channels, pixels, array = call.plan, call.plan.channels, call.outline.largest, call.scratch.array
+        entropies = _cross_entropies(call, with_losses=False)
+        scored_planes = array("scored planes", (len(call.plan_planes), channels), np.bool_)
+        losses = np.empty_like(outline.tables["factors"])
+        scored = np.empty_like(losses, np.bool_)
+        errors = array("errors", (threads, channels, pixels + ROW_PADDING), np.float32)
+        codes = array("codes", (threads, 1, pixels), np.uint8)
+        probability = array("label probability", (threads, pixels), np.float32)
+        pixel_losses = array("pixel losses", (threads, len(plan.cross_entropies), pixels), np.float32)
+        keys = array("keys", (threads, 2, pixels + sorting.KEY_PADDING), np.uint64)
+        room = array("room", (threads, pixels), np.float32)
+        arguments = {
+            **outline.tables,
+            "blocks": call.outline.blocks,
+            "planes": call.planes._replace(start=outline.start),
+            "labelling": call.outline.labelling,
+            "counts": call.counts,
+            "entropies": entropies,
+            "scored": scored,
+            "scored_planes": scored_planes,
+            "losses": losses,
+        }
+        own = [
+            {
+                "errors": errors[thread],
+                "codes": codes[thread],
+                "label_probability": probability[thread],
+                "pixel_losses": pixel_losses[thread],
+                "keys": keys[thread],
+                "room": room[thread],
+            }
+            for thread in range(threads)
+        ]
+        cleared = [scored_planes, losses, entropies.largest, entropies.sums]
+        return cls(arguments, own, entropies, scored, losses, cleared)
+
+
 def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCounts]:
     """A softmax loss of joints that are computed by one thread each."""
-    plan, channels, pixels = call.plan, call.plan.channels, call.outline.largest
-    threads, array = min(call.threads, len(plan.sizes)), call.scratch.array
-    entropies = _cross_entropies(call, with_losses=False)
-    scored_planes = np.zeros((len(call.plan_planes), channels), np.bool_)
-    scored = np.zeros_like(outline.tables["factors"], np.bool_)
-    losses = np.zeros_like(outline.tables["factors"])
-    errors = array("errors", (threads, channels, pixels + ROW_PADDING), np.float32)
-    codes = array("codes", (threads, 1, pixels), np.uint8)
-    probability = array("label probability", (threads, pixels), np.float32)
-    pixel_losses = array("pixel losses", (threads, len(plan.cross_entropies), pixels), np.float32)
-    keys = array("keys", (threads, 2, pixels + sorting.KEY_PADDING), np.uint64)
-    room = array("room", (threads, pixels), np.float32)
+    threads = min(call.threads, len(call.plan.sizes))
+    arrays = call.scratch.kept("whole", (call.arrays, threads), lambda: WholeArrays.of(call, outline, threads))
+    for array in arrays.cleared:
+        array.fill(0)
     call.run(
         whole.compute,
         threads=threads,
-        **outline.tables,
         want_grad=call.want_grad,
-        blocks=call.outline.blocks,
-        planes=call.planes._replace(start=outline.start),
         logits_kind=call.logits_kind,
-        labelling=call.outline.labelling,
-        counts=call.counts,
-        entropies=entropies,
-        scored=scored,
-        scored_planes=scored_planes,
-        losses=losses,
-        own=lambda thread: {
-            "errors": errors[thread],
-            "codes": codes[thread],
-            "label_probability": probability[thread],
-            "pixel_losses": pixel_losses[thread],
-            "keys": keys[thread],
-            "room": room[thread],
-        },
+        own=arrays.own.__getitem__,
+        **arrays.arguments,
     )
     of_joints, lovasz, numbers, terms = call.joint_counts(), iter(outline.groups), itertools.count(), []
-    for term in plan.terms:
+    entropies, losses, scored = arrays.entropies, arrays.losses, arrays.scored
+    for term in call.plan.terms:
         if isinstance(term.loss, CrossEntropy):
             terms.append(_cross_entropy(entropies, next(numbers)))
         elif isinstance(term.loss, LovaszSoftmax):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +34,9 @@ FUSE_BELOW_PIXELS = 64
 
 MOST_BYTE = 255
 """Codes up to this are bytes."""
+
+KEPT_TYPES = 16
+"""The most combinations of element types that are kept with a plan: all, if the requests have the same."""
 
 KEPT_SEGMENTS = 1 << 12
 """Plans with more segments, those of all terms, keep none: each takes about a hundred bytes."""
@@ -83,7 +85,8 @@ class TypeOutline:
 
     Attributes:
         are_points: one per request: whether it is a point cloud whose classes stay last. Only float32 is read so.
-        transposed: one per request: whether its tensors have to be transposed.
+        transposed: one per request: whether its logits have to be transposed.
+        transposed_labels: likewise its labels.
         offsets: int64, (4, planes): the offsets in bytes of each plane's logits, labels and gradient in the tensors of
             its request; the last row, for ``Planes.points``, is 0.
         label_kind: int64, one per plane: the element type of its labels.
@@ -92,6 +95,7 @@ class TypeOutline:
 
     are_points: list[bool]
     transposed: list[bool]
+    transposed_labels: list[bool]
     offsets: Integers
     label_kind: Integers
     plane_points: npt.NDArray[np.bool_]
@@ -120,21 +124,19 @@ class Outline:
         self.largest = int(self.planes.joints.pixels.max())
         self.is_small = plan.pixels * plan.channels < ONE_THREAD_ELEMENTS
         self._of_terms: dict[Term, TermOutline] = {}
-        self._of_types: dict[tuple[int, int], TypeOutline] = {}
+        self._of_types: dict[tuple[int, ...], TypeOutline] = {}
 
-    def of_types(self, logits_kind: int, label_kinds: Sequence[int]) -> TypeOutline:
+    def of_types(self, kinds: tuple[int, ...]) -> TypeOutline:
         """What element types decide.
 
         Args:
-            logits_kind: as in ``planes``.
-            label_kinds: likewise, one per request.
+            kinds: that of all logits and those of each request's labels, as in ``planes``.
         """
-        first = label_kinds[0]
-        known, is_same = self._of_types.get((logits_kind, first)), label_kinds.count(first) == len(label_kinds)
-        if known is None or not is_same:
-            known = self._make_of_types(logits_kind, np.array(label_kinds))
-            if is_same:
-                self._of_types[logits_kind, first] = known
+        known = self._of_types.get(kinds)
+        if known is None:
+            known = self._make_of_types(kinds[0], np.array(kinds[1:]))
+            if len(self._of_types) < KEPT_TYPES:
+                self._of_types[kinds] = known
         return known
 
     def _make_of_types(self, logits_kind: int, label_kinds: Integers) -> TypeOutline:
@@ -147,6 +149,7 @@ class Outline:
         return TypeOutline(
             are_points=are_points.tolist(),
             transposed=(fused & ~are_points).tolist(),
+            transposed_labels=(fused & plan.is_binary).tolist(),
             offsets=np.stack([logits, labels, planes.logits * grad_bytes, points]),
             label_kind=label_kind,
             plane_points=are_points[self.request],

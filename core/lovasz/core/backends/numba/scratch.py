@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +17,21 @@ KEPT_BYTES = 512 << 20
 """The most scratch that is kept after a call; if it is larger, all of it is freed."""
 
 
+MadeT = TypeVar("MadeT")
+
+
 class Scratch:
-    """Named buffers of one call. Their contents are undefined, except tables, which are all 0 between calls."""
+    """Named buffers of one call. Their contents are undefined, except tables, which are all 0 between calls.
+
+    Attributes:
+        nbytes: the size of all buffers.
+    """
 
     def __init__(self) -> None:
+        self.nbytes = 0
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
         self._last: dict[str, tuple[tuple[int, ...], npt.NDArray[Any]]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> npt.NDArray[Any]:
         """An array in the buffer of this name; the buffer is made or replaced if it is too small.
@@ -43,28 +46,46 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < size:
             self._last.pop(name, None)
+            self._made.clear()  # It may have views of the old buffer.
+            self.nbytes -= 0 if buffer is None else buffer.nbytes
             self._buffers.pop(name, None)
             buffer = self._buffers[name] = (np.zeros if zero else np.empty)(size, np.uint8)
+            self.nbytes += size
         array = buffer[:size].view(dtype).reshape(shape)
         self._last[name] = shape, array
         return array
+
+    def kept(self, name: str, key: tuple[object, ...], make: Callable[[], MadeT]) -> MadeT:
+        """What ``make`` returned for this key, if that was the last key of this name: views of buffers, made once.
+
+        Args:
+            key: what the views depend on. Objects without equality of their own are the same if they are identical.
+        """
+        last = self._made.get(name)
+        if last is not None and last[0] == key:
+            known: MadeT = last[1]
+            return known
+        made = make()
+        self._made[name] = key, made
+        return made
 
 
 class ScratchPool:
     """Keeps the scratch of one call for the next; each of several concurrent calls has its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: Scratch | None = None
+        self._idle: deque[Scratch] = deque(maxlen=1)  # Its operations are atomic.
 
-    @contextmanager
-    def borrow(self) -> Iterator[Scratch]:
-        with self._lock:
-            scratch, self._idle = self._idle or Scratch(), None
-        yield scratch  # It is not kept after an error, since its tables may not be all 0.
+    def take(self) -> Scratch:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Scratch()
+
+    def give_back(self, scratch: Scratch) -> None:
+        """Called if there was no error: after one, its tables may not be all 0."""
         if scratch.nbytes <= KEPT_BYTES:
-            with self._lock:
-                self._idle = scratch
+            self._idle.append(scratch)
 
 
 SCRATCH = ScratchPool()

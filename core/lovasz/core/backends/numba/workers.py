@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,19 +42,20 @@ class Workers:
             Stopped: the loop was asked to end early.
         """
         tasks = np.zeros(1, np.int64)
-        with nullcontext() if stop is None else stop.watching(tasks):
-            if threads == 1:
-                loop(tasks=tasks, **arguments, **own(0))
-                return
-            helpers = range(1, threads)
+        if stop is not None:
+            stop.watch(tasks)
+        futures = []
+        if threads > 1:
             pool = self._helpers(threads - 1)
-            futures = [pool.submit(loop, tasks=tasks, **arguments, **own(thread)) for thread in helpers]
-            try:
-                loop(tasks=tasks, **arguments, **own(0))
-            finally:
-                for future in futures:
-                    if not future.cancel():  # A thread that has not started would find no task left.
-                        future.result()
+            futures = [pool.submit(loop, tasks=tasks, **arguments, **own(thread)) for thread in range(1, threads)]
+        try:
+            loop(tasks=tasks, **arguments, **own(0))
+        finally:
+            for future in futures:
+                if not future.cancel():  # A thread that has not started would find no task left.
+                    future.result()
+        if stop is not None:
+            stop.check()
 
     def _helpers(self, size: int) -> ThreadPoolExecutor:
         with self._lock:
