@@ -31,7 +31,9 @@ def job(pixels: int, *, label: int = 1, dtype: torch.dtype = torch.float32) -> J
     labels = torch.randint(0, 3, (1, pixels), generator=generator)
     labels[0, 0] = label
     request = Request.checked(logits, labels, SOFTMAX)
-    return Job((Caller(request, cost_of(SOFTMAX, request.layout)),), SOFTMAX, want_grad=True)
+    return Job(
+        (Caller(request, cost_of(request.layout.elements, SOFTMAX.segments(request.layout))),), SOFTMAX, want_grad=True
+    )
 
 
 def request_of(job: Job) -> Request:

@@ -30,7 +30,11 @@ def job(
     shape = (1, side, side) if parsed.is_binary else (1, classes, side, side)
     labels = torch.zeros(1, side, side, dtype=torch.uint8)
     request = Request.checked(torch.zeros(shape, dtype=dtype), labels, parsed)
-    return Job((Caller(request, cost_of(parsed, request.layout), deadline),), parsed, want_grad)
+    return Job(
+        (Caller(request, cost_of(request.layout.elements, parsed.segments(request.layout)), deadline),),
+        parsed,
+        want_grad,
+    )
 
 
 def job_at(seconds: float, side: int = 1, *, classes: int = 3) -> Job:

@@ -29,7 +29,7 @@ def job(callers: int = 1, deadlines: Sequence[float | None] = ()) -> Job:
     """A job of several callers, whose deadlines are so many seconds from now."""
     now = time.monotonic()
     request = Request.checked(torch.zeros(1, 3, 6), torch.zeros(1, 6, dtype=torch.uint8), SOFTMAX)
-    cost, given = cost_of(SOFTMAX, request.layout), deadlines or [None] * callers
+    cost, given = cost_of(request.layout.elements, SOFTMAX.segments(request.layout)), deadlines or [None] * callers
     return Job(
         tuple(Caller(request, cost, None if seconds is None else now + seconds) for seconds in given),
         SOFTMAX,

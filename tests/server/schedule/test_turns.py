@@ -22,7 +22,9 @@ SMALL, LARGE = 10, 500
 def job(tenant: Tenant, side: int = LARGE, classes: int = 3) -> Job:
     logits, labels = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.uint8)
     request = Request.checked(logits.expand(1, classes, side, side), labels.expand(1, side, side), LOSS)
-    return Job((Caller(request, cost_of(LOSS, request.layout), tenant=tenant),), LOSS, True)
+    return Job(
+        (Caller(request, cost_of(request.layout.elements, LOSS.segments(request.layout)), tenant=tenant),), LOSS, True
+    )
 
 
 def queue() -> Batcher:

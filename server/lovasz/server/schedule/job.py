@@ -16,7 +16,7 @@ import torch
 from lovasz.core.batch import Request
 from lovasz.server.errors import AbandonedError, ExpiredError, fresh
 from lovasz.server.memory.any_staging import AnyStaging
-from lovasz.spec import Layout, Result, WeightedSum
+from lovasz.spec import Result, WeightedSum
 
 _SECONDS_PER_ELEMENT = 5e-9
 """About what a CPU takes for one logit. Only the order of the queue depends on it."""
@@ -163,9 +163,9 @@ class Caller:
         return outcome
 
 
-def cost_of(loss: WeightedSum, layout: Layout) -> int:
-    """What a request costs the device, in logits."""
-    return layout.elements + _ELEMENTS_PER_SEGMENT * loss.segments(layout)
+def cost_of(elements: int, segments: int) -> int:
+    """What a request of this many logits and segments costs the device, in logits."""
+    return elements + _ELEMENTS_PER_SEGMENT * segments
 
 
 @dataclass(eq=False)

@@ -178,7 +178,7 @@ class Call:
             AbandonedError: the caller went away.
         """
         seat: Seat | None = None
-        cost = cost_of(header.loss, header.layout)
+        cost = cost_of(header.layout.elements, header.segments)
         self._pipeline.lanes.see()
         if not self._stays_in_lane(header, cost):
             self._pipeline.lanes.leave()
