@@ -58,7 +58,7 @@ def encoded(workload: Workload, regime: Regime) -> bytes:
     target = remote.RemoteTarget("127.0.0.1:1", ClientOptions(transport=Transport.GRPC))  # Never connects.
     try:
         call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None, offsets=None)
-        return UnaryRequest(call.request.to_proto(), call.logits, call.labels).encode()
+        return UnaryRequest(call.request.to_proto(), *call.payload).encode()
     finally:
         target.close()
 
@@ -67,7 +67,7 @@ def packet_bytes(workload: Workload, regime: Regime) -> int:
     """The size of a call's packet on the shared-memory socket."""
     ((logits, labels),) = workload.inputs(regime)
     specs = encode_logits(logits).spec, encode_labels(labels).spec
-    request = wire.Request.checked(weighted_sum(LovaszSoftmax()), *specs, want_grad=True)
-    header = request.to_proto(wire.SharedTensors(bytes(16), 1, 0, specs[0].nbytes, specs[0].nbytes + specs[1].nbytes))
-    call = pb.SharedMemoryCall(number=1, header=header, timeout_seconds=60.0)
+    shared = wire.SharedTensors(bytes(16), 1, 0, specs[0].nbytes, specs[0].nbytes + specs[1].nbytes)
+    request = wire.Request.checked(weighted_sum(LovaszSoftmax()), *specs, want_grad=True, shared=shared)
+    call = pb.SharedMemoryCall(number=1, header=request.to_proto(), timeout_seconds=60.0)
     return pb.SharedMemoryRequest(call=call).ByteSize()

@@ -13,11 +13,11 @@ import pytest
 import torch
 from support.footprint import descriptors_of
 
-from lovasz.client.memory import KEPT, Memory, MemoryPool
+from lovasz.client.memory import KEPT, SMALL_BYTES, Memory, MemoryPool
 from lovasz.client.shared_memory import Region
 
 FLOAT32 = np.dtype(np.float32)
-SIDE = 100
+SIDE = 200
 """Of arrays of 40,000 bytes."""
 
 
@@ -151,6 +151,15 @@ def test_memory_comes_back_when_the_last_view_is_gone(
     del view
     gc.collect()
     assert address(pool.new((SIDE, SIDE), FLOAT32)) == place
+
+
+def test_a_small_array_needs_no_block(pool: MemoryPool[Piece]) -> None:
+    array = pool.new((SMALL_BYTES // 4,), FLOAT32)
+    del array
+    assert not pool._idle
+    array = pool.new((SMALL_BYTES // 4 + 1,), FLOAT32)
+    del array
+    assert len(pool._idle) == 1
 
 
 def test_an_array_is_writable_and_as_it_was_asked_for(pool: MemoryPool[Piece]) -> None:

@@ -90,8 +90,12 @@ def server(ends: tuple[MemorySocket, Server]) -> Server:
     return ends[1]
 
 
+def packet(run: str = "") -> pb.SharedMemoryRequest:
+    return pb.SharedMemoryRequest(call=pb.SharedMemoryCall(header=pb.RequestHeader(run=run)))
+
+
 def call(client: MemorySocket, timeout: float = TIMEOUT, run: str = "") -> float:
-    return client.call(pb.SharedMemoryCall(header=pb.RequestHeader(run=run)), timeout).loss
+    return client.call(packet(run), timeout).loss
 
 
 def started(threads: ThreadPoolExecutor, client: MemorySocket, server: Server) -> tuple[Future[float], int]:
@@ -135,7 +139,8 @@ def test_packets_about_regions_are_replied_to_beside_calls(
 def test_a_call_says_how_long_it_waits_and_its_metadata(
     client: MemorySocket, server: Server, threads: ThreadPoolExecutor
 ) -> None:
-    message = pb.SharedMemoryCall(header=pb.RequestHeader(run="r"), metadata={"a": "b"})
+    message = packet("r")
+    message.call.metadata["a"] = "b"
     future = threads.submit(client.call, message, 12.5)
     came = server.receive().call
     assert (came.timeout_seconds, came.header.run, dict(came.metadata)) == (12.5, "r", {"a": "b"})

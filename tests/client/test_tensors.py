@@ -183,6 +183,15 @@ def test_bfloat16_labels_are_read_by_their_values() -> None:
     assert on_the_wire(encode_labels(labels)).tolist() == [[0, 1, 255, -100]]
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int16", "uint32", ">i4"])
+@pytest.mark.parametrize("as_torch", [False, True], ids=["numpy", "torch"])
+def test_many_labels_keep_their_values(dtype: str, as_torch: bool) -> None:
+    labels: Any = (np.arange(2 * 40_000).reshape(2, 40_000) % 200).astype(dtype)[:, ::-1]
+    host = encode_labels(torch.from_numpy(labels.astype(labels.dtype.newbyteorder("="))) if as_torch else labels)
+    assert host.spec.dtype.name == "uint8"
+    np.testing.assert_array_equal(on_the_wire(host), labels)
+
+
 @pytest.mark.parametrize("framework", FOREIGN)
 def test_arrays_of_other_frameworks_keep_their_values(framework: type) -> None:
     logits, labels = normal(), (normal() > 0).astype(np.int32)

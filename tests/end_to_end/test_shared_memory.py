@@ -411,7 +411,7 @@ class Raw:
             wire.TensorSpec(wire.dtype_named("uint8"), tuple(labels.shape)),
         )
         self.request = wire.Request.checked(weighted_sum(loss), *specs, want_grad=True)
-        first, second, third, size = (place + shift for place in wire.places(self.request))
+        first, second, third, size = (place + shift for place in self.request.places)
         self.session = Session(server.targets[0].removeprefix("unix:") + wire.MEMORY_SUFFIX, 10)
         self.region = Region(size)
         self.region.array(first, specs[0].shape, specs[0].dtype.numpy)[...] = logits.numpy()
@@ -426,11 +426,11 @@ class Raw:
         )
 
     def ask(self, logits: bytes = b"", **changes: object) -> pb.ResponseHeader:
-        shared = replace(self.shared, **changes)  # type: ignore[arg-type]
+        shared = self.shared._replace(**changes)  # type: ignore[arg-type]
         header = replace(self.request, shared=shared).to_proto()
         try:
             if self._on_socket:
-                return self.session.socket.call(pb.SharedMemoryCall(header=header), 30)
+                return self.session.socket.call(pb.SharedMemoryRequest(call=pb.SharedMemoryCall(header=header)), 30)
             return self.call(framing.UnaryRequest(header, logits, b""), timeout=30).header
         except grpc.RpcError as error:
             raise Refused(error.code().name, error.details()) from None
@@ -484,13 +484,13 @@ def test_what_cannot_be_asked_on_the_socket_is_refused_by_name(raw: Raw) -> None
     header = replace(raw.request, shared=raw.shared).to_proto()
     header.ClearField("shared_tensors")
     with pytest.raises(grpc.RpcError) as refused:
-        raw.session.socket.call(pb.SharedMemoryCall(header=header), 30)
+        raw.session.socket.call(pb.SharedMemoryRequest(call=pb.SharedMemoryCall(header=header)), 30)
     assert refused.value.details().startswith("shared_tensors: got none; expected where the tensors are")
     header = replace(raw.request, shared=raw.shared).to_proto()
     for tensor, shape in ((header.logits, [1, 4000, 1]), (header.labels, [1, 1])):
         tensor.shape[:] = shape
     with pytest.raises(grpc.RpcError) as refused:
-        raw.session.socket.call(pb.SharedMemoryCall(header=header), 30)
+        raw.session.socket.call(pb.SharedMemoryRequest(call=pb.SharedMemoryCall(header=header)), 30)
     assert "expected at most 65536 on the shared-memory socket: make this call with Compute" in refused.value.details()
 
 

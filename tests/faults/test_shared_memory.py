@@ -100,7 +100,7 @@ def shared(session: Session, *, joint: wire.Joint | None = None) -> tuple[Region
     """A region with tensors, and the header of a request for them."""
     logits, labels = tensors(300)
     header = header_of(logits, labels, joint=joint)
-    place = wire.places(wire.Request.from_proto(header))
+    place = wire.Request.from_proto(header).places
     region = Region(place.nbytes)
     session.share(region)
     at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
@@ -119,7 +119,9 @@ def asking(server: ServerProcess, session: Session, carrier: str) -> Iterator[Ca
         def ask(header: pb.RequestHeader) -> str:
             try:
                 if carrier == "socket":
-                    session.socket.call(pb.SharedMemoryCall(header=header), PATIENCE_SECONDS)
+                    session.socket.call(
+                        pb.SharedMemoryRequest(call=pb.SharedMemoryCall(header=header)), PATIENCE_SECONDS
+                    )
                 else:
                     compute(pb.ComputeRequest(header=header), timeout=PATIENCE_SECONDS)
             except grpc.RpcError as error:
@@ -258,5 +260,7 @@ def test_answers_that_nobody_reads_end_their_session_alone(
             deaf.ask(number, header)
     deaf.close()
     assert eventually(lambda: metric(sharing, "lovasz_shared_memory_sessions") == 1)
-    assert session.socket.call(pb.SharedMemoryCall(header=header), PATIENCE_SECONDS).loss > 0
+    assert (
+        session.socket.call(pb.SharedMemoryRequest(call=pb.SharedMemoryCall(header=header)), PATIENCE_SECONDS).loss > 0
+    )
     region.close()

@@ -16,7 +16,7 @@ def test_tensors_have_places_of_their_own_in_a_block(want_grad: bool) -> None:
         wire.TensorSpec(wire.dtype_named("int64"), (1, 11)),
         want_grad,
     )
-    logits, labels, grad, nbytes = wire.places(request)
+    logits, labels, grad, nbytes = request.places
     assert (logits % 64, labels % 64, grad % 64) == (0, 0, 0)
     assert logits + request.logits.nbytes <= labels
     assert labels + request.labels.nbytes <= grad

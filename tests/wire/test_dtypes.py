@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -29,6 +32,12 @@ def test_elements_are_little_endian_and_found_by_name(dtype: wire.DType) -> None
     assert dtype.numpy == dtype.numpy.newbyteorder("<")
     if dtype.name != "bfloat16":  # which numpy does not know
         assert dtype.numpy == np.dtype(dtype.name)
+
+
+@pytest.mark.parametrize("dtype", wire.DTYPES, ids=lambda dtype: dtype.name)
+def test_there_is_one_object_of_each(dtype: wire.DType) -> None:
+    assert pickle.loads(pickle.dumps(dtype)) is dtype
+    assert copy.deepcopy(dtype) is dtype
 
 
 def test_float64_is_no_element_type_of_the_wire() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from lovasz import spec, wire
 from lovasz.client.access import TLS, Access, FilePath
-from lovasz.client.errors import CallCancelledError, invalid_input_translated
+from lovasz.client.errors import CallCancelledError, from_invalid_input
 from lovasz.client.joint import Joint, checked_joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
@@ -222,10 +222,11 @@ class LossClient:
             LossError: one of its subclasses.
         """
         self._check_open()
-        with invalid_input_translated():
-            self._target.leave_run(
-                wire.Leave(checked_joint(joint).at(joint.step), evaluation_step), self._seconds(timeout)
-            )
+        try:
+            leave = wire.Leave(checked_joint(joint).at(joint.step), evaluation_step)
+        except spec.InvalidInput as error:
+            raise from_invalid_input(error) from None
+        self._target.leave_run(leave, self._seconds(timeout))
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server is, and its limits.
@@ -292,22 +293,18 @@ class LossClient:
         """The call, prepared, and its deadline."""
         self._check_open()
         place = None if joint is None else checked_joint(joint).at(joint.step, blocking=blocking)
-        with self._aborted_if_refused(place, want_grad), invalid_input_translated():
+        try:
             deadline = time.monotonic() + self._seconds(timeout)
             want_grad = flag("want_grad", want_grad)
             total = spec.weighted_sum(loss)
             if valid is not None:
                 labels, total = with_mask(logits, labels, valid, total)
             return self._target.prepare(logits, labels, total, want_grad, place, offsets), deadline
-
-    @contextmanager
-    def _aborted_if_refused(self, place: wire.Joint | None, want_grad: bool) -> Iterator[None]:
-        """Ends the joint step for the other ranks if an error is raised inside."""
-        try:
-            yield
         except Exception as error:
             if place is not None:
                 self._abort(place, str(error) or type(error).__name__, want_grad)
+            if isinstance(error, spec.InvalidInput):
+                raise from_invalid_input(error) from None
             raise
 
     def _abort(self, place: wire.Joint, reason: str, want_grad: bool) -> bool:
@@ -319,8 +316,10 @@ class LossClient:
         return False
 
     def _finish(self, call: PreparedCall, deadline: float) -> spec.Result[Any]:
-        with invalid_input_translated():
+        try:
             return call.compute(deadline - time.monotonic())
+        except spec.InvalidInput as error:
+            raise from_invalid_input(error) from None
 
     def _seconds(self, timeout: float | None) -> float:
         return self.options.timeout if timeout is None else checked_timeout(timeout)

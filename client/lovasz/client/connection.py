@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from urllib.parse import quote
 
 import grpc
@@ -81,19 +79,19 @@ class Connection:
         if self._closed:
             raise CallCancelledError(f"{self._target}: the client was closed")
 
-    @contextmanager
-    def errors_translated(self) -> Iterator[None]:
-        """Turns what gRPC raises inside into the client's errors."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            self.check_open()
-            raise self._translated(error) from None
-        except ValueError:
-            self.check_open()  # gRPC raises it for a channel that was closed meanwhile.
-            raise
+    def translated(self, error: Exception) -> Exception:
+        """The client's error for one that a call has raised.
 
-    def _translated(self, error: grpc.RpcError) -> Exception:
+        Args:
+            error: one of gRPC; or a ValueError, which gRPC raises for a channel that was closed meanwhile.
+
+        Returns:
+            The error itself if it is another ValueError.
+        """
+        if self._closed:
+            return CallCancelledError(f"{self._target}: the client was closed")
+        if not isinstance(error, grpc.RpcError):
+            return error
         if self._load_balancing is LoadBalancing.RING_HASH and cannot_hash(error):
             return InvalidInputError("load_balancing", HASH_PROBLEM)
         problem = self._tls_problem(error)

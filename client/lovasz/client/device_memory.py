@@ -55,15 +55,15 @@ class DeviceRegion(Shared):
         self._stream: torch.cuda.Stream | None = None
         self._written: torch.cuda.Event | None = None
 
-    def write(self, offset: int, tensor: Outgoing) -> memoryview:
-        """Queues a copy on this thread's stream."""
+    def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
+        """Queues copies on this thread's stream."""
         stream = torch.cuda.current_stream(self._mapping.device) if torch.cuda.is_initialized() else None
         if stream is not None and self._stream not in (None, stream):
             stream.wait_stream(self._stream)  # The last gradient may still be read there.
-        tensor.write_tensor(self._part(offset, tensor.spec, self))
+        logits.write_tensor(self._part(places.logits, logits.spec, self))
+        labels.write_tensor(self._part(places.labels, labels.spec, self))
         if stream is not None:
             self._stream, self._written = stream, stream.record_event()
-        return memoryview(b"")
 
     def complete(self) -> None:
         if self._written is not None:

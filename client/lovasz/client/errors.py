@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 import grpc
@@ -169,10 +167,6 @@ def was_reset(error: grpc.RpcError) -> bool:
     return error.code() is grpc.StatusCode.INTERNAL and _RESET in (error.details() or "")
 
 
-@contextmanager
-def invalid_input_translated() -> Iterator[None]:
-    """Turns an InvalidInput that is raised inside into an InvalidInputError."""
-    try:
-        yield
-    except InvalidInput as error:
-        raise InvalidInputError(error.field, error.problem) from None
+def from_invalid_input(error: InvalidInput) -> InvalidInputError:
+    """The client's error for one of ``lovasz.spec``."""
+    return InvalidInputError(error.field, error.problem)

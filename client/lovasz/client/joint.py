@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lovasz import wire
-from lovasz.client.errors import InvalidInputError, invalid_input_translated
+from lovasz.client.errors import InvalidInputError, from_invalid_input
+from lovasz.spec import InvalidInput
 from lovasz.spec.checks import integer
 
 _PROCESS = os.urandom(8)
@@ -59,8 +60,10 @@ class Joint:
         for name in ("rank", "world_size", "step", "round"):
             value = getattr(self, name)
             if value is not None:
-                with invalid_input_translated():
+                try:
                     object.__setattr__(self, name, integer(f"joint.{name}", value))
+                except InvalidInput as error:
+                    raise from_invalid_input(error) from None
         if not isinstance(self.secret, str | bytes | None):
             raise InvalidInputError("joint.secret", f"got {type(self.secret).__name__}; expected bytes or a text")
         rank, world_size = (0, 1) if self.rank is None or self.world_size is None else (self.rank, self.world_size)
@@ -115,8 +118,10 @@ class Joint:
         # A forked process has the same random bytes.
         process = _PROCESS + os.getpid().to_bytes(8, "little")
         secret = self.secret.encode() if isinstance(self.secret, str) else self.secret or b""
-        with invalid_input_translated():
+        try:
             return wire.Joint(self.run, step, rank, world_size, call, self.round, blocking, process, secret)
+        except InvalidInput as error:
+            raise from_invalid_input(error) from None
 
 
 def checked_joint(value: object) -> Joint:

@@ -8,6 +8,7 @@ import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -20,10 +21,17 @@ KEPT = 4
 """Idle blocks that are kept. A step needs up to three: logits and gradient in 16 bits, and the gradient in 32."""
 _MAX_RATIO = 2
 """An idle block is not used for a request that is smaller by more than this factor."""
+SMALL_BYTES = 64 << 10
+"""Arrays of at most this size need no pool: the C library keeps memory for them."""
+_SIZE = attrgetter("nbytes")
 
 
 class Memory:
-    """A block of memory of this process."""
+    """A block of memory of this process.
+
+    Attributes:
+        nbytes: its size.
+    """
 
     def __init__(self, nbytes: int) -> None:
         """Allocates the block.
@@ -31,21 +39,19 @@ class Memory:
         Raises:
             OSError: there is no memory left.
         """
+        self.nbytes = nbytes
         self.map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.map.madvise(mmap.MADV_HUGEPAGE)
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.map)
-
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A part of the block as an array. The caller must know that nothing else uses that part."""
-        return np.frombuffer(self.map, dtype, math.prod(shape), offset).reshape(shape)
+        array: npt.NDArray[Any] = np.ndarray(shape, dtype, self.map, offset)
+        return array
 
     def write(self, offset: int, tensor: Outgoing) -> memoryview:
         """Copies a tensor to its place; returns its bytes there."""
-        array = self.array(offset, tensor.spec.shape, tensor.spec.dtype.numpy)
+        array = self.array(offset, tensor.source.shape, tensor.dtype.numpy)
         tensor.write(array)
         return wire.as_bytes(array)
 
@@ -89,13 +95,15 @@ class Pool(Generic[BlockT]):
                 idle.append(self._idle.popleft())
             except IndexError:  # Another thread took the last one.
                 break
-        idle.sort(key=lambda memory: memory.nbytes)
-        fitting = next((m for m in idle if nbytes <= m.nbytes <= _MAX_RATIO * nbytes), None)
-        kept = [memory for memory in idle if memory is not fitting]
-        dropped = max(0, len(kept) - KEPT)
-        for memory in kept[:dropped]:
-            memory.close()
-        self._idle.extend(kept[dropped:])
+        idle.sort(key=_SIZE)
+        fitting = None
+        for i, block in enumerate(idle):
+            if nbytes <= block.nbytes <= _MAX_RATIO * nbytes:
+                fitting = idle.pop(i)
+                break
+        for block in idle[:-KEPT]:
+            block.close()
+        self._idle.extend(idle[-KEPT:])
         return self._make(nbytes) if fitting is None else fitting
 
     def give(self, memory: BlockT) -> None:
@@ -120,7 +128,8 @@ class MemoryPool(Pool[MemoryT]):
         return array.reshape(shape)
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array with a block of its own, which returns to the pool when the array's last view is gone."""
-        if 0 in shape:
+        """An array; a large one with a block of its own, which returns to the pool when its last view is gone."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes <= SMALL_BYTES:
             return np.empty(shape, dtype)
-        return self.lend(self.take(math.prod(shape) * dtype.itemsize), 0, shape, dtype)
+        return self.lend(self.take(nbytes), 0, shape, dtype)

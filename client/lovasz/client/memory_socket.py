@@ -126,7 +126,7 @@ class MemorySocket:
         """
         waiter, deadline, is_sent = _Waiter(), time.monotonic() + timeout, False
         try:
-            self._send(request.SerializeToString(), deadline, descriptors, waiter)
+            self._send(request.SerializeToString(), deadline, waiter, descriptors=descriptors)
             is_sent = True
             self._result(waiter, deadline)
         except LossError:
@@ -136,19 +136,17 @@ class MemorySocket:
                 self.close()
             raise
 
-    def call(self, call: pb.SharedMemoryCall, timeout: float) -> pb.ResponseHeader:
-        """Makes a call, whose number and timeout are set here, and waits for its answer.
+    def call(self, packet: pb.SharedMemoryRequest, timeout: float) -> pb.ResponseHeader:
+        """Sends a packet with a call, whose number and timeout are set here, and waits for its answer.
 
         Raises:
             SocketError: it failed, or there was no answer in time, or the connection has ended.
         """
-        number = call.number = next(self._numbers)
-        call.timeout_seconds = timeout
+        number = packet.call.number = next(self._numbers)
+        packet.call.timeout_seconds = timeout
         waiter, deadline = _Waiter(), time.monotonic() + timeout
-        with self._lock:
-            self._calls[number] = waiter
         try:
-            self._send(pb.SharedMemoryRequest(call=call).SerializeToString(), deadline)
+            self._send(packet.SerializeToString(), deadline, waiter, number)
             self._wait(waiter, deadline)
         except TimeoutError:
             self._cancel(number)
@@ -159,8 +157,6 @@ class MemorySocket:
         except BaseException:
             self._cancel(number)
             raise
-        finally:
-            self._forget(number)
         if waiter.reply is None:
             raise _lost("the server ended the session")
         answer = waiter.reply.answer
@@ -187,9 +183,22 @@ class MemorySocket:
         self._socket.close()
 
     def _send(
-        self, packet: bytes, deadline: float, descriptors: Sequence[int] = (), waiter: _Waiter | None = None
+        self,
+        packet: bytes,
+        deadline: float,
+        waiter: _Waiter | None = None,
+        number: int | None = None,
+        descriptors: Sequence[int] = (),
     ) -> None:
-        """Sends a packet; ``waiter`` waits for the plain reply to it."""
+        """Sends a packet.
+
+        Args:
+            packet: with a call, or about a region.
+            deadline: until when it waits for a server that does not read.
+            waiter: who waits for the reply; None: nobody.
+            number: that of the call; None: the packet is about a region.
+            descriptors: go along with it.
+        """
         while True:
             with self._lock:
                 if self.is_closed:
@@ -202,7 +211,9 @@ class MemorySocket:
                 except BlockingIOError:  # The server does not read as fast as packets come.
                     pass
                 else:
-                    if waiter is not None:
+                    if waiter is not None and number is not None:
+                        self._calls[number] = waiter
+                    elif waiter is not None:
                         self._plain.append(waiter)
                     return
             writable = select.poll()
@@ -210,6 +221,8 @@ class MemorySocket:
             writable.poll(_milliseconds(deadline))
 
     def _cancel(self, number: int) -> None:
+        with self._lock:
+            self._calls.pop(number, None)
         with suppress(OSError):
             self._send(pb.SharedMemoryRequest(cancel=number).SerializeToString(), deadline=0.0)
 
@@ -242,7 +255,12 @@ class MemorySocket:
             self._wake_another()
 
     def _wake_another(self) -> None:
-        """If nobody reads, another thread that waits has to."""
+        """If nobody reads, another thread that waits has to.
+
+        A thread that waits is in a table before it sees that somebody reads: the tables can be looked at unlocked.
+        """
+        if not self._calls and not self._plain:
+            return
         with self._lock:
             if not self._reading.locked():
                 waiting = itertools.chain(self._calls.values(), self._plain)
@@ -286,10 +304,6 @@ class MemorySocket:
             self._plain.clear()
         for waiter in waiters:
             waiter.end(None)
-
-    def _forget(self, number: int) -> None:
-        with self._lock:
-            self._calls.pop(number, None)
 
 
 def check_same_server(memory: tuple[int, int], path: str, timeout: float) -> None:

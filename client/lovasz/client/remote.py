@@ -6,8 +6,8 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,13 +17,8 @@ import numpy.typing as npt
 from lovasz import spec, wire
 from lovasz.client.connection import Connection
 from lovasz.client.devices import Devices
-from lovasz.client.errors import (
-    DeadlineExceededError,
-    IncompatibleServerError,
-    LossError,
-    ServerUnavailableError,
-)
-from lovasz.client.memory import Memory, MemoryPool
+from lovasz.client.errors import DeadlineExceededError, IncompatibleServerError, LossError, ServerUnavailableError
+from lovasz.client.memory import SMALL_BYTES, Memory, MemoryPool
 from lovasz.client.options import (
     ASKED_OVER_GRPC,
     IN_DEVICE_MEMORY,
@@ -32,6 +27,7 @@ from lovasz.client.options import (
     ClientOptions,
     Transport,
 )
+from lovasz.client.requests import checked_request
 from lovasz.client.shared_memory import Shared, SharedMemory
 from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
@@ -59,21 +55,21 @@ class Call:
 
     Attributes:
         target: the server.
-        request: all of the request but its payload.
-        logits: the bytes that are sent, unless ``region`` has them on a device.
-        labels: likewise.
-        memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
-        region: the shared memory that the tensors are in; None if the call does not use any.
+        request: all of the request but its payload and its places.
+        joint: its rank's place in a joint step; None if it is computed alone.
         original: the logits as an array or a tensor.
+        region: the shared memory that the tensors are in; None if the call does not use any.
+        payload: the bytes of logits and labels, where they are not in a region.
+        memory: the pooled memory that these bytes are in, where they are not in the caller's own arrays.
     """
 
     target: RemoteTarget
     request: wire.Request
-    logits: memoryview
-    labels: memoryview
-    memory: tuple[Memory, ...]
-    region: Shared | None
+    joint: wire.Joint | None
     original: Array
+    region: Shared | None
+    payload: tuple[memoryview, ...] = ()
+    memory: tuple[Memory, ...] = ()
 
     def compute(self, timeout: float) -> spec.Result[Any]:
         """Computes it on the server within ``timeout`` seconds, retries included."""
@@ -124,93 +120,101 @@ class RemoteTarget:
         offsets: AnyArray | None,
     ) -> Call:
         scores = encode_logits(logits, self._wire_dtype)
-
-        def checked(targets: Outgoing) -> wire.Request:
-            request = wire.Request.checked(
-                loss, scores.spec, targets.spec, want_grad, joint=joint, run=self._run, offsets=offsets
-            )
-            if scores.dtype != "bfloat16" or is_torch(scores.source):
-                LOOKS_OF_PROCESS.warn_of_probabilities(scores.source, loss)
-            return request
-
-        if self._is_offered() and self._devices is not None and self._devices.may_take(logits):
+        shared, devices = self._offered(), self._devices
+        if shared is not None and devices is not None and devices.may_take(scores.original):
             targets = encode_labels(labels, narrow=False)
-            request = checked(targets)
-            region = self._devices.region(logits, wire.places(request).nbytes)
+            request = self._checked(loss, scores, targets, want_grad, joint, offsets)
+            region = devices.region(scores.original, request.places.nbytes)
             if region is not None:
-                return self._in_region(region, request, scores, targets)
+                return self._in_region(region, request, joint, scores, targets)
         targets = encode_labels(labels)
-        request = checked(targets)
-        if self._shared is not None and self._is_shared(self._shared, request):
-            return self._in_region(self._shared.take(wire.places(request).nbytes), request, scores, targets)
+        request = self._checked(loss, scores, targets, want_grad, joint, offsets)
+        if shared is not None and (shared.takes_calls is not False or request.payload_bytes > SHARED_BYTES):
+            return self._in_region(shared.take(request.places.nbytes), request, joint, scores, targets)
         memory: list[Memory] = []
 
-        def on_host(tensor: Outgoing) -> memoryview:
-            array = tensor.in_place() if tensor.spec.nbytes else tensor.array()
+        def on_host(tensor: Outgoing, nbytes: int) -> memoryview:
+            array = tensor.array() if nbytes <= SMALL_BYTES else tensor.in_place()
             if array is not None:
                 return wire.as_bytes(array)
-            memory.append(self._memory.take(tensor.spec.nbytes))
+            memory.append(self._memory.take(nbytes))
             return memory[-1].write(0, tensor)
 
-        return Call(self, request, on_host(scores), on_host(targets), tuple(memory), None, scores.source)
+        payload = on_host(scores, request.logits.nbytes), on_host(targets, request.labels.nbytes)
+        return Call(self, request, joint, scores.original, None, payload, tuple(memory))
 
-    def _in_region(self, region: Shared, request: wire.Request, scores: Outgoing, targets: Outgoing) -> Call:
-        place = wire.places(request)
+    def _checked(
+        self,
+        loss: spec.WeightedSum,
+        scores: Outgoing,
+        targets: Outgoing,
+        want_grad: bool,
+        joint: wire.Joint | None,
+        offsets: AnyArray | None,
+    ) -> wire.Request:
+        request = checked_request(loss, scores, targets, want_grad, self._run, offsets, may_be_empty=joint is not None)
+        if scores.name != "bfloat16" or is_torch(scores.original):
+            LOOKS_OF_PROCESS.warn_of_probabilities(scores.original, loss)
+        return request
+
+    def _in_region(
+        self, region: Shared, request: wire.Request, joint: wire.Joint | None, scores: Outgoing, targets: Outgoing
+    ) -> Call:
         try:
-            sent = region.write(place.logits, scores), region.write(place.labels, targets)
+            region.write_tensors(request.places, scores, targets)
         except BaseException:
             region.close()
             raise
-        return Call(self, request, *sent, memory=(), region=region, original=scores.source)
+        return Call(self, request, joint, scores.original, region)
 
-    def _is_shared(self, shared: SharedMemory, request: wire.Request) -> bool:
-        is_worth_it = shared.takes_calls is not False or request.payload_bytes > SHARED_BYTES
-        return is_worth_it and self._is_offered()
-
-    def _is_offered(self) -> bool:
-        """Whether the server may take shared memory."""
-        return self._shared is not None and (self._transport is Transport.SHM or self._shared.is_offered)
+    def _offered(self) -> SharedMemory | None:
+        """What can be shared with the server; None if it seems not to take shared memory."""
+        shared = self._shared
+        return shared if shared is not None and (self._transport is Transport.SHM or shared.is_offered) else None
 
     def compute(self, call: Call, timeout: float) -> spec.Result[Any]:
         self._connection.check_open()
         try:
-            with self._grpc_errors_translated():
-                if call.region is not None:
-                    response, grad = self._through_region(call, call.region, timeout)
-                else:
-                    response, grad = self._in_messages(call, timeout)
-        except DeadlineExceededError as error:
-            if call.request.joint is None:
-                raise
-            text = f"{error}; for a rank to learn which others are missing, it must be longer than --joint-timeout"
-            raise DeadlineExceededError(text) from None
+            if call.region is not None:
+                response, grad = self._through_region(call, call.region, timeout)
+            else:
+                response, grad = self._in_messages(call, timeout)
+        except _FROM_GRPC as error:
+            raise self._translated(error, call.joint) from None
         if response.warning and response.warning not in self._warned and len(self._warned) < _MOST_WARNINGS:
             self._warned.add(response.warning)
             _log.warning("%s: %s", self._name, "".join(c if c.isprintable() else " " for c in response.warning))
         return spec.Result(
-            loss=response.loss,
-            grad=None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
-            terms=response.terms,
-            intersection=response.intersection,
-            union=response.union,
-            timing=response.timing,
-            ranks=response.ranks,
+            response.loss,
+            None if response.grad is None else decode_grad(grad, response, call.original, self._float32_array),
+            response.terms,
+            response.intersection,
+            response.union,
+            response.timing,
+            response.ranks,
         )
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:
-        with self._grpc_errors_translated():
-            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=self._connection.metadata(abort.joint))
+        metadata = self._connection.metadata(abort.joint)
+        try:
+            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=metadata)
+        except _FROM_GRPC as error:
+            raise self._translated(error) from None
 
     def leave_run(self, leave: wire.Leave, timeout: float) -> None:
         message, metadata = leave.to_proto(), self._connection.metadata
-        with self._grpc_errors_translated():
+        try:
             self._retries.call(
                 lambda left: self._channels.leave(message, timeout=left, metadata=metadata(leave.joint)), timeout
             )
+        except _FROM_GRPC as error:
+            raise self._translated(error) from None
 
     def server_info(self, timeout: float) -> ServerInfo:
-        with self._grpc_errors_translated():
+        try:
             info = self._info(timeout)
+        except _FROM_GRPC as error:
+            raise self._translated(error) from None
         return ServerInfo(
             version=info.version,
             devices=tuple(
@@ -222,26 +226,28 @@ class RemoteTarget:
         )
 
     def transport(self, timeout: float, *, on_gpu: bool) -> str:
-        if self._shared is None or not (self._transport is Transport.SHM or self._shared.is_offered):
+        shared = self._offered()
+        if shared is None:
             return OVER_GRPC
         try:
-            session = self._shared.session(timeout)
+            session = shared.session(timeout)
         except LossError as error:
             if self._transport is Transport.SHM:
                 raise
-            self._shared.pause(error)
+            shared.pause(error)
             return OVER_GRPC
         kind = IN_DEVICE_MEMORY if on_gpu and session.devices else IN_SHARED_MEMORY
         return kind if session.takes_calls else kind + ASKED_OVER_GRPC
 
-    @contextmanager
-    def _grpc_errors_translated(self) -> Iterator[None]:
-        """Turns what gRPC raises inside into the client's errors."""
-        try:
-            with self._connection.errors_translated():
-                yield
-        except _WrongAnswer as error:
-            raise IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}") from None
+    def _translated(self, error: Exception, joint: wire.Joint | None = None) -> Exception:
+        """The client's error for one of ``_FROM_GRPC``, raised by a call of this rank."""
+        if isinstance(error, _WrongAnswer):
+            return IncompatibleServerError(f"{self._name}: the answer does not fit the request: {error}")
+        translated = self._connection.translated(error)
+        if joint is not None and isinstance(translated, DeadlineExceededError):
+            text = "for a rank to learn which others are missing, it must be longer than --joint-timeout"
+            return DeadlineExceededError(f"{translated}; {text}")
+        return translated
 
     def close(self) -> None:
         self._connection.close()
@@ -260,15 +266,16 @@ class RemoteTarget:
 
     def _over_grpc(self, call: Call, timeout: float) -> Answer:
         send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream
-        return self._retries.call(lambda left: send(call, left), timeout)
+        return self._retries.call(partial(send, call), timeout)
 
     def _unary(self, call: Call, timeout: float) -> Answer:
-        request = framing.UnaryRequest(call.request.to_proto(), call.logits, call.labels)
-        answer = self._channels.unary(request, timeout=timeout, metadata=self._metadata(call))
+        request = framing.UnaryRequest(_header(call), *call.payload)
+        answer = self._channels.unary(request, timeout=timeout, metadata=self._connection.metadata(call.joint))
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Answer:
-        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=self._metadata(call))
+        metadata = self._connection.metadata(call.joint)
+        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=metadata)
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):
@@ -278,12 +285,14 @@ class RemoteTarget:
             answers.cancel()  # No effect on a call that has ended.
 
     def _received(self, header: pb.ResponseHeader, chunks: Iterable[framing.Bytes], call: Call) -> Answer:
-        with _misfit_is_wrong_answer():
+        try:
             response = wire.Response.from_proto(header, call.request, OVER_GRPC)
             grad = np.empty(0, np.float32)
             if response.grad is not None:
                 grad = self._memory.new(response.grad.shape, response.grad.dtype.numpy)
             wire.Assembly([wire.as_bytes(grad)]).add_all(chunks)
+        except InvalidInput as error:
+            raise _WrongAnswer(str(error)) from None
         return response, grad
 
     def _through_region(self, call: Call, region: Shared, timeout: float) -> Answer:
@@ -293,19 +302,17 @@ class RemoteTarget:
         assert devices is not None
         try:
             try:
-                response = self._retries.call(lambda left: self._in_shared_memory(call, shared, region, left), timeout)
+                response = self._retries.call(partial(self._in_shared_memory, call, shared, region), timeout)
             except LossError as error:  # The server takes no such memory.
                 timeout = deadline - time.monotonic()
                 if region.kind == IN_DEVICE_MEMORY:
                     devices.pause(error)
-                    host = shared.moved(region, call.request)
-                    logits, labels = host.tensors(call.request)
-                    answer = self._through_region(replace(call, logits=logits, labels=labels), host, timeout)
+                    answer = self._through_region(call, shared.moved(region, call.request), timeout)
                 elif self._transport is Transport.SHM:
                     raise
                 else:
                     shared.pause(error)
-                    answer = self._over_grpc(call, timeout)
+                    answer = self._over_grpc(replace(call, payload=region.tensors(call.request)), timeout)
                 region.close()
                 return answer
         except BaseException:
@@ -315,35 +322,38 @@ class RemoteTarget:
             region.give_back()
             return response, np.empty(0, np.float32)
         copied = response.grad.nbytes <= SHARED_BYTES
-        return response, region.take_gradient(wire.places(call.request).grad, response.grad, copied=copied)
+        return response, region.take_gradient(call.request.places.grad, response.grad, copied=copied)
 
     def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
-        place = wire.places(call.request)
         region.complete()
         try:
             session = shared.share(region, timeout)
         except ServerUnavailableError:
             self._info(timeout)  # If no server answers: its error.
             raise
+        place = call.request.places
+        packet = pb.SharedMemoryRequest()
+        header = packet.call.header
         at = wire.SharedTensors(session.name, region.number, place.logits, place.labels, place.grad)
-        header = call.request.to_proto(at)
+        call.request.write(header, at, call.joint)
+        metadata = self._connection.metadata(call.joint)
         if session.takes(call.request, header):
-            message = pb.SharedMemoryCall(header=header, metadata=dict(self._metadata(call)))
-            answer, transport = session.socket.call(message, timeout), region.kind
+            for key, value in metadata:
+                packet.call.metadata[key] = value
+            answer, transport = session.socket.call(packet, timeout), region.kind
         else:
             request = framing.UnaryRequest(header, b"", b"")
             try:
-                answer = self._channels.shared(request, timeout=timeout, metadata=self._metadata(call)).header
+                answer = self._channels.shared(request, timeout=timeout, metadata=metadata).header
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
                     shared.forget(session)
                 raise
             transport = region.kind + ASKED_OVER_GRPC
-        with _misfit_is_wrong_answer():
+        try:
             return wire.Response.from_proto(answer, call.request, transport)
-
-    def _metadata(self, call: Call) -> tuple[tuple[str, str], ...]:
-        return self._connection.metadata(call.request.joint)
+        except InvalidInput as error:
+            raise _WrongAnswer(str(error)) from None
 
     def _info(self, timeout: float) -> pb.GetServerInfoResponse:
         metadata = self._connection.metadata(None)
@@ -360,19 +370,21 @@ class _WrongAnswer(Exception):
     """The answer does not fit the request; the text says why."""
 
 
-@contextmanager
-def _misfit_is_wrong_answer() -> Iterator[None]:
-    """Turns an InvalidInput, raised inside by reading an answer, into a _WrongAnswer."""
-    try:
-        yield
-    except InvalidInput as error:
-        raise _WrongAnswer(str(error)) from None
+_FROM_GRPC = (grpc.RpcError, ValueError, _WrongAnswer)
+"""What a call raises: gRPC's errors (a ValueError if its channel was closed meanwhile), and those of answers."""
+
+
+def _header(call: Call) -> pb.RequestHeader:
+    """The header of a call whose tensors travel."""
+    header = pb.RequestHeader()
+    call.request.write(header, None, call.joint)
+    return header
 
 
 def _messages(call: Call) -> Iterator[pb.ComputeStreamRequest | memoryview]:
     """The messages of a streamed request: its header, then the chunks of its payload."""
-    yield pb.ComputeStreamRequest(header=call.request.to_proto())
-    yield from wire.chunks([call.logits, call.labels])
+    yield pb.ComputeStreamRequest(header=_header(call))
+    yield from wire.chunks(call.payload)
 
 
 def _chunks(answers: Iterable[pb.ComputeStreamResponse | memoryview]) -> Iterator[memoryview]:

@@ -63,12 +63,8 @@ class Shared(ABC):
         return None
 
     @abstractmethod
-    def write(self, offset: int, tensor: Outgoing) -> memoryview:
-        """Copies a tensor to its place, at the latest when :meth:`complete` returns.
-
-        Returns:
-            Its bytes there; empty if they are not in the host's memory.
-        """
+    def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
+        """Copies the tensors of a request to their places, at the latest when :meth:`complete` returns."""
 
     @abstractmethod
     def complete(self) -> None:
@@ -80,7 +76,7 @@ class Shared(ABC):
 
     def tensors(self, request: wire.Request) -> tuple[memoryview, memoryview]:
         """Logits and labels of a request that is in it, in this process's host memory."""
-        place = wire.places(request)
+        place = request.places
         return self.bytes(place.logits, request.logits.nbytes), self.bytes(place.labels, request.labels.nbytes)
 
     @abstractmethod
@@ -129,7 +125,12 @@ class Region(Memory, Shared):
             os.close(descriptor)
             raise
         Shared.__init__(self, descriptor)
+        self.nbytes = nbytes
         self._pool = pool
+
+    def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
+        logits.write(self.array(places.logits, logits.source.shape, logits.dtype.numpy))
+        labels.write(self.array(places.labels, labels.source.shape, labels.dtype.numpy))
 
     def complete(self) -> None:
         """Nothing to wait for."""
@@ -284,7 +285,7 @@ class SharedMemory:
 
     def moved(self, source: Shared, request: wire.Request) -> Region:
         """A region of the host's memory with the tensors that are in another one."""
-        region = self.take(wire.places(request).nbytes)
+        region = self.take(request.places.nbytes)
         for into, tensor in zip(region.tensors(request), source.tensors(request), strict=True):
             into[:] = tensor
         return region

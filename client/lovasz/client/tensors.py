@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -20,11 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK_ELEMENTS = 1 << 15
-"""Elements that torch converts in the calling thread, without waking its other threads."""
+"""Elements that torch converts in the calling thread, without waking its other threads. So many labels are converted as
+fast by NumPy, which takes less time to begin."""
 
 HOST = "cpu"
 """Torch's name for the host as a device."""
-_LIMITS = {dtype.name: np.iinfo(dtype.name) for dtype in wire.DTYPES if not dtype.is_float}
+_LOGITS = {"float64": wire.dtype_named("float32"), **{name: wire.dtype_named(name) for name in wire.FLOATS}}
+"""The type on the wire for the dtype of logits, by its name."""
+_LABELS = tuple(
+    (dtype, int(np.iinfo(dtype.name).min), int(np.iinfo(dtype.name).max)) for dtype in wire.DTYPES if not dtype.is_float
+)
+"""The types of labels on the wire with their least and their largest value, the smallest type first."""
+_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NOT_OF_TORCH = ("uint16", "uint32", "uint64")
+"""torch supports few operations on these."""
 
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 AnyArray: TypeAlias = Any
@@ -51,55 +61,64 @@ class Outgoing:
     """A tensor to be sent.
 
     Attributes:
-        spec: its element type and shape on the wire.
-        source: its elements as the caller passed them (numpy's bfloat16 as 16-bit words).
-        dtype: the name of the caller's dtype.
+        dtype: its element type on the wire.
+        source: its elements: an array (numpy's bfloat16 and torch's as 16-bit words) if they are on the host, else a
+            tensor.
+        name: the name of their dtype there.
+        original: what the caller passed, as an array or as a tensor without a graph.
     """
 
-    spec: wire.TensorSpec
+    dtype: wire.DType
     source: Array
-    dtype: str
+    name: str
+    original: Array
+
+    @property
+    def spec(self) -> wire.TensorSpec:
+        """Its element type and shape on the wire."""
+        return wire.TensorSpec(self.dtype, tuple(self.source.shape))
 
     def in_place(self) -> npt.NDArray[Any] | None:
         """The source itself, if it is on the host in the wire's form; None if not."""
-        if self.dtype != self.spec.dtype.name:
+        array = self.source
+        if not isinstance(array, np.ndarray) or self.name != self.dtype.name:
             return None
-        array = self.source if isinstance(self.source, np.ndarray) else _on_host(self.source)
-        return (
-            array if array is not None and array.flags.c_contiguous and array.dtype == self.spec.dtype.numpy else None
-        )
+        return array if array.flags.c_contiguous and array.dtype == self.dtype.numpy else None
 
     def array(self) -> npt.NDArray[Any]:
         """The elements in the wire's form; copied only if necessary."""
         array = self.in_place()
         if array is None:
-            array = np.empty(self.spec.shape, self.spec.dtype.numpy)
+            array = np.empty(self.source.shape, self.dtype.numpy)
             self.write(array)
         return array
 
     def write(self, place: npt.NDArray[Any]) -> None:
         """Copies the elements into an array that has the wire's dtype and the tensor's shape."""
-        array = self.in_place()
-        if array is not None:
-            np.copyto(place, array)
-            return
-        source: Any = self.source
-        if not self.spec.dtype.is_float and not isinstance(source, np.ndarray) and _is_small(source):
-            source = source.numpy()
+        source, name = self.source, self.name
+        tensor: Any = source
         if isinstance(source, np.ndarray):
-            convert = self.dtype != self.spec.dtype.name and self.spec.dtype.is_float
-            tensor = _as_torch(source, self.dtype) if convert else None
-            if tensor is None:
-                _write_with_numpy(source, self.dtype, place, self.spec.dtype)
+            is_small = not self.dtype.is_float and source.size <= _BLOCK_ELEMENTS
+            if is_small or name == self.dtype.name:
+                place[...] = source
                 return
-            source = tensor
-        _copy(source, _as_torch(place, self.spec.dtype.name))
+            tensor = None if name in _NOT_OF_TORCH else _as_torch(source, name)
+            if tensor is None:
+                _write_with_numpy(source, name, place, self.dtype)
+                return
+        _copy(tensor, _as_torch(place, self.dtype.name))
 
     def write_tensor(self, place: torch.Tensor) -> None:
         """Queues a copy of the elements into a tensor on any device, of the wire's dtype and the tensor's shape."""
         import torch
 
-        place.copy_(self.source if is_torch(self.source) else torch.tensor(self.array()))
+        source: Any = self.source
+        if isinstance(source, np.ndarray):
+            array = self.array()
+            source = _as_torch(array, self.dtype.name)
+            if source is None:
+                source = torch.tensor(array)
+        place.copy_(source)
 
 
 def encode_logits(logits: AnyArray, wire_dtype: wire.DType | None = None) -> Outgoing:
@@ -108,11 +127,11 @@ def encode_logits(logits: AnyArray, wire_dtype: wire.DType | None = None) -> Out
     Raises:
         InvalidInput: they have another dtype, or are not an array.
     """
-    source, name = _detached("logits", logits)
-    if name not in (*wire.FLOATS, "float64"):
+    original, name = _detached("logits", logits)
+    dtype = _LOGITS.get(name)
+    if dtype is None:
         raise InvalidInput("logits", f"got dtype {name}; expected one of {', '.join(wire.FLOATS)}, float64")
-    dtype = wire_dtype or wire.dtype_named("float32" if name == "float64" else name)
-    return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
+    return Outgoing(wire_dtype or dtype, _read(original, name), name, original)
 
 
 def encode_labels(labels: AnyArray, *, narrow: bool = True) -> Outgoing:
@@ -125,22 +144,23 @@ def encode_labels(labels: AnyArray, *, narrow: bool = True) -> Outgoing:
     Raises:
         InvalidInput: they have another dtype, are not an array, or a value is not whole or beyond 64 signed bits.
     """
-    source, name = _detached("labels", labels)
+    original, name = _detached("labels", labels)
+    if name not in _INTEGERS and name != "bool" and name not in FLOAT_TYPES:
+        raise wrong_type(name)
+    source = _read(original, name)
     if name == "bool":
         source, name = source.view(np.uint8) if isinstance(source, np.ndarray) else source.byte(), "uint8"
     elif name in FLOAT_TYPES:
         source, name = whole_numbers(_as_float(source, name)), "int64"
-    elif not name.removeprefix("u").removeprefix("int").isdecimal():
-        raise wrong_type(name)
-    elif name in ("uint16", "uint32", "uint64") and not isinstance(source, np.ndarray):
-        source = source.cpu().numpy()  # torch supports few operations on these.
+    elif name in _NOT_OF_TORCH and not isinstance(source, np.ndarray):
+        source = source.cpu().numpy()
     if not narrow and name in wire.INTEGERS:
-        return Outgoing(wire.TensorSpec(wire.dtype_named(name), tuple(source.shape)), source, name)
+        return Outgoing(wire.dtype_named(name), source, name, original)
     low, high = (0, 0) if name == "uint8" else _extremes(source)
-    dtype = next((d for d in wire.DTYPES if not d.is_float and _holds(d, low, high)), None)
-    if dtype is None:
-        raise too_large(high)
-    return Outgoing(wire.TensorSpec(dtype, tuple(source.shape)), source, name)
+    for dtype, least, most in _LABELS:
+        if least <= low and high <= most:
+            return Outgoing(dtype, source, name, original)
+    raise too_large(high)
 
 
 def with_mask(logits: AnyArray, labels: AnyArray, valid: AnyArray, loss: WeightedSum) -> tuple[Array, WeightedSum]:
@@ -155,35 +175,44 @@ def with_mask(logits: AnyArray, labels: AnyArray, valid: AnyArray, loss: Weighte
 
 
 def _detached(field: str, value: AnyArray) -> tuple[Array, str]:
-    """The elements (numpy's bfloat16 as 16-bit words), and the name of their dtype."""
+    """The value as an array or as a tensor without a graph, and the name of its dtype."""
     if type(value) is not np.ndarray and is_torch(value):
         check_dense(field, value)
-        return value.detach().resolve_conj().resolve_neg(), str(value.dtype).removeprefix("torch.")
+        return value.detach(), _name(value.dtype)
     array = numpy_array(field, value)
-    name = array.dtype.name  # "bfloat16" comes from the package ml_dtypes.
-    return (array.view(np.uint16) if name == "bfloat16" else array), name
+    return array, _name(array.dtype)
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: np.dtype[Any] | torch.dtype) -> str:
+    """The name of a dtype, which NumPy puts together each time. Its "bfloat16" comes from the package ml_dtypes."""
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+
+
+def _read(original: Array, name: str) -> Array:
+    """The same memory as an array (bfloat16 as 16-bit words) if it is on the host; else the tensor itself.
+
+    Conversions of arrays use the calling thread only; see _copy.
+    """
+    if isinstance(original, np.ndarray):
+        return original.view(np.uint16) if name == "bfloat16" else original
+    tensor = original.resolve_neg()
+    if tensor.device.type != HOST:
+        return tensor
+    if name == "bfloat16":
+        import torch
+
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
 
 
 def _as_float(values: Array, name: str) -> Array:
-    """Values of a float type as float32 or float64; on the host as an array, as conversions use this thread only."""
+    """Values of a float type as float32 or float64."""
     if not isinstance(values, np.ndarray):
-        if name in ("float16", "bfloat16"):
-            values = values.float()
-        return values.numpy() if values.device.type == "cpu" else values
+        return values.float() if name in ("float16", "bfloat16") else values
     if name == "bfloat16":
         return _widened(values)
     return values.astype(np.float32) if name == "float16" else values
-
-
-def _on_host(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
-    """The same memory as an array (bfloat16 as 16-bit words); None if it is not on the host, or not contiguous."""
-    import torch
-
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return None
-    words = tensor.dtype == torch.bfloat16
-    array: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16) if words else tensor.numpy()
-    return array
 
 
 def _as_torch(array: npt.NDArray[Any], dtype: str) -> Any:
@@ -214,8 +243,8 @@ def _copy(source: torch.Tensor, target: torch.Tensor, factor: float = 1.0) -> No
 
 
 def _write_with_numpy(source: npt.NDArray[Any], name: str, place: npt.NDArray[Any], dtype: wire.DType) -> None:
-    if not dtype.is_float or name == dtype.name:
-        np.copyto(place, source, casting="unsafe")
+    if not dtype.is_float:
+        place[...] = source
         return
     values = _widened(source) if name == "bfloat16" else source
     with np.errstate(over="ignore"):  # A value beyond float16 becomes infinite, and so the loss NaN.
@@ -231,22 +260,10 @@ def _write_with_numpy(source: npt.NDArray[Any], name: str, place: npt.NDArray[An
 def _extremes(labels: Array) -> tuple[int, int]:
     if 0 in labels.shape:
         return 0, 0
-    if not isinstance(labels, np.ndarray) and labels.device.type == "cpu":
-        labels = labels.numpy()  # Uses this thread only; see _copy.
-    if isinstance(labels, np.ndarray):
-        return int(labels.min()), int(labels.max())
+    if isinstance(labels, np.ndarray):  # As labels.min() and labels.max(), which are slow to begin.
+        return int(np.minimum.reduce(labels, axis=None)), int(np.maximum.reduce(labels, axis=None))
     low, high = labels.aminmax()
     return int(low), int(high)
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    """Whether NumPy converts it as fast as torch, which takes longer to begin."""
-    return tensor.device.type == "cpu" and tensor.numel() <= _BLOCK_ELEMENTS
-
-
-def _holds(dtype: wire.DType, low: int, high: int) -> bool:
-    limits = _LIMITS[dtype.name]
-    return limits.min <= low and high <= limits.max
 
 
 def _widened(words: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -267,7 +284,7 @@ def decode_grad(
     Args:
         sent: the gradient as the server sent it; a tensor if it is in device memory.
         response: the response that came with it.
-        logits: the logits, as ``Outgoing.source`` has them.
+        logits: the logits, as ``Outgoing.original`` has them.
         float32_array: allocates the array into which a gradient of 16 bits is converted.
     """
     assert response.grad is not None
@@ -278,7 +295,7 @@ def decode_grad(
         place = float32_array(response.grad.shape)
         _widen_grad(sent, response.grad.dtype.name, 1 / response.grad_scale, place)
         sent = place
-    if not is_torch(logits):
+    if isinstance(logits, np.ndarray):
         return sent.astype(np.float64) if logits.dtype == np.float64 else sent
     import torch
 

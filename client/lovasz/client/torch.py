@@ -18,12 +18,12 @@ from torch import Tensor
 from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untraced, with_gradient, with_gradients
 from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.client import LossClient
-from lovasz.client.errors import InvalidInputError, invalid_input_translated
+from lovasz.client.errors import InvalidInputError, from_invalid_input
 from lovasz.client.joint import Joint, checked_joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions
 from lovasz.client.target import checked_target
 from lovasz.client.tensors import AnyArray
-from lovasz.spec import LossLike, Reduction, Result, weighted_sum
+from lovasz.spec import InvalidInput, LossLike, Reduction, Result, weighted_sum
 from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
 from lovasz.spec.checks import reduction as checked_reduction
 from lovasz.spec.layout import checked_offsets
@@ -181,19 +181,22 @@ class RemoteLoss(torch.nn.Module):
             raise error
         want_grad = torch.is_grad_enabled() and logits.requires_grad
         is_plain = valid is None and offsets is None and self.reduction == "mean"
-        if torch.compiler.is_compiling() and is_plain:
-            return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
+        if torch.compiler.is_compiling():
+            if is_plain:
+                return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
+            return _untraced(self, logits, labels, want_grad, step, valid, offsets)
         return self._differentiable(logits, labels, want_grad, step, valid, offsets)
 
-    @untraced
     def _differentiable(
         self, logits: Tensor, labels: AnyArray, want_grad: bool, step: int | None, valid: Any, offsets: Any
     ) -> Tensor:
         if self.reduction == "mean":
             return with_gradient(logits, *self._compute(logits, labels, want_grad, step, valid, offsets))
-        with invalid_input_translated():
+        try:
             ends = checked_offsets(offsets, logits.shape[0])
             self.loss.check_losses_of_images(logits.shape[0] if ends is None else len(ends))
+        except InvalidInput as error:
+            raise from_invalid_input(error) from None
         _, grad, _ = self._compute(logits, labels, want_grad, step, valid, ends)
         assert self.result is not None
         return with_gradients(logits, self.loss.per_image_losses(self.result.terms), grad, ends)
@@ -214,7 +217,7 @@ class RemoteLoss(torch.nn.Module):
         )
         self._calls[want_grad] += step is None
         # Not by Module's own __setattr__, which looks for parameters first and takes ten times as long.
-        object.__setattr__(self, "result", replace(result, grad=None))
+        object.__setattr__(self, "result", _without_grad(result))
         factor = 1
         if joint is not None and joint.step is not None:
             self._reached[want_grad] = max(self._reached[want_grad], joint.step + 1)
@@ -288,6 +291,14 @@ class RemoteLoss(torch.nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = _register(self)
+
+
+_untraced = untraced(RemoteLoss._differentiable)
+
+
+def _without_grad(result: Result[Any]) -> Result[Any]:
+    # As dataclasses.replace, which takes ten times as long.
+    return Result(result.loss, None, result.terms, result.intersection, result.union, result.timing, result.ranks)
 
 
 _modules: WeakValueDictionary[str, RemoteLoss] = WeakValueDictionary()

@@ -4,7 +4,7 @@ Needs numpy and protobuf only. Client and server use the same code, so each rule
 tensors is serialized is in :mod:`lovasz.wire.framing`.
 """
 
-from lovasz.wire.block import ALIGNMENT, Places, check_inside, places
+from lovasz.wire.block import ALIGNMENT, Places, SharedTensors, check_inside
 from lovasz.wire.connection import CLIENT_KEY, KEEPALIVE_OPTIONS, PUSHBACK_KEY
 from lovasz.wire.dtypes import DTYPES, FLOATS, INTEGERS, DType, dtype_named
 from lovasz.wire.joint import (
@@ -16,7 +16,7 @@ from lovasz.wire.joint import (
     Leave,
 )
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
-from lovasz.wire.messages import Request, Response, SharedTensors, TensorSpec
+from lovasz.wire.messages import Request, Response, TensorSpec
 from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
 from lovasz.wire.sockets import MAX_PACKET_BYTES, MAX_SOCKET_PATH_BYTES, MEMORY_SUFFIX, UNIX, peer_of, socket_path
 
@@ -55,6 +55,5 @@ __all__ = [
     "loss_from_proto",
     "loss_to_proto",
     "peer_of",
-    "places",
     "socket_path",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lovasz.spec import InvalidInput
-from lovasz.wire.messages import Request
+from lovasz.v1 import loss_pb2 as pb
 
 ALIGNMENT = 64
 """In bytes. In device memory the server takes tensors at multiples of it alone."""
@@ -19,12 +19,43 @@ class Places(NamedTuple):
     grad: int
     nbytes: int
 
+    @classmethod
+    def of(cls, logits: int, labels: int, grad: int) -> Places:
+        """Lays out a block for tensors of these sizes in bytes: logits, labels and gradient, each aligned."""
+        labels_at = _aligned(logits)
+        grad_at = labels_at + _aligned(labels)
+        return cls(0, labels_at, grad_at, nbytes=grad_at + _aligned(grad))
 
-def places(request: Request) -> Places:
-    """Lays out a block for a request: logits, labels and gradient, each aligned."""
-    labels = _aligned(request.logits.nbytes)
-    grad = labels + _aligned(request.labels.nbytes)
-    return Places(0, labels, grad, nbytes=grad + _aligned(request.grad_bytes))
+
+class SharedTensors(NamedTuple):
+    """Where the tensors of a request are in shared memory.
+
+    Attributes:
+        session: the session's name, as the server gave it.
+        region: the region's number, as the client gave it.
+        logits_offset: in bytes, like the other two.
+        labels_offset: where the labels begin.
+        grad_offset: where the server writes the gradient.
+    """
+
+    session: bytes
+    region: int
+    logits_offset: int
+    labels_offset: int
+    grad_offset: int
+
+    def to_proto(self) -> pb.SharedTensors:
+        return pb.SharedTensors(
+            session=self.session,
+            region=self.region,
+            logits_offset=self.logits_offset,
+            labels_offset=self.labels_offset,
+            grad_offset=self.grad_offset,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.SharedTensors) -> SharedTensors:
+        return cls(message.session, message.region, message.logits_offset, message.labels_offset, message.grad_offset)
 
 
 def check_inside(field: str, offset: int, nbytes: int, of_block: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,9 @@ import numpy as np
 from lovasz.v1 import loss_pb2 as pb
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType:
-    """An element type.
+    """An element type. There is one object of each, those of ``DTYPES``; so two are equal if they are the same object.
 
     Attributes:
         name: torch's and numpy's name for it.
@@ -24,6 +25,9 @@ class DType:
     number: pb.DataType
     numpy: np.dtype[np.generic]
     is_float: bool
+
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        return dtype_named, (self.name,)
 
     @property
     def itemsize(self) -> int:

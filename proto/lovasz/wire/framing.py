@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias, TypeVar
 
 from lovasz.v1 import loss_pb2 as pb
@@ -25,7 +26,9 @@ _CHUNK_FIELD = 2
 """The field number of ``chunk`` in the messages of both directions."""
 
 
+@lru_cache(maxsize=256)
 def _varint(number: int) -> bytes:
+    """A key or a length. Few differ, as trainers send the same shapes again and again."""
     encoded = bytearray()
     while number >= _MORE:
         encoded.append(number & _LOW_BITS | _MORE)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire.block import Places, SharedTensors
 from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_named, dtype_numbered
 from lovasz.wire.enums import enum_text
 from lovasz.wire.joint import MAX_RUN_CHARACTERS, Joint
@@ -50,37 +51,6 @@ class TensorSpec:
         return message.data_type == self.dtype.number and tuple(message.shape) == self.shape
 
 
-class SharedTensors(NamedTuple):
-    """Where the tensors of a request are in shared memory.
-
-    Attributes:
-        session: the session's name, as the server gave it.
-        region: the region's number, as the client gave it.
-        logits_offset: in bytes, like the other two.
-        labels_offset: where the labels begin.
-        grad_offset: where the server writes the gradient.
-    """
-
-    session: bytes
-    region: int
-    logits_offset: int
-    labels_offset: int
-    grad_offset: int
-
-    def to_proto(self) -> pb.SharedTensors:
-        return pb.SharedTensors(
-            session=self.session,
-            region=self.region,
-            logits_offset=self.logits_offset,
-            labels_offset=self.labels_offset,
-            grad_offset=self.grad_offset,
-        )
-
-    @classmethod
-    def from_proto(cls, message: pb.SharedTensors) -> SharedTensors:
-        return cls(message.session, message.region, message.logits_offset, message.labels_offset, message.grad_offset)
-
-
 @dataclass(frozen=True)
 class Request:
     """A request without its payload.
@@ -99,6 +69,7 @@ class Request:
         tensor_bytes: of all its tensors: what a server has to hold for it.
         max_answer_bytes: the most that the header of its answer has.
         segments: of all its Lovász terms.
+        places: where its tensors are in one block of memory.
     """
 
     loss: spec.WeightedSum
@@ -114,6 +85,7 @@ class Request:
     tensor_bytes: int = field(init=False, repr=False, compare=False)
     max_answer_bytes: int = field(init=False, repr=False, compare=False)
     segments: int = field(init=False, repr=False, compare=False)
+    places: Places = field(init=False, repr=False, compare=False)
 
     @classmethod
     def checked(
@@ -151,7 +123,8 @@ class Request:
         sizes = {"payload_bytes": logits_bytes + labels_bytes, "grad_bytes": logits_bytes if self.want_grad else 0}
         sizes["tensor_bytes"] = sizes["payload_bytes"] + sizes["grad_bytes"]
         sizes["max_answer_bytes"] = self._max_answer_bytes()
-        self.__dict__.update(sizes, segments=self.loss.segments(self.layout))
+        places = Places.of(logits_bytes, labels_bytes, sizes["grad_bytes"])
+        self.__dict__.update(sizes, segments=self.loss.segments(self.layout), places=places)
 
     def _max_answer_bytes(self) -> int:
         channels, images = self.layout.channels, min(self.layout.scored_images, spec.MAX_IMAGE_LOSSES)
@@ -159,22 +132,43 @@ class Request:
         losses = len(self.loss.terms) * (channels + 2) + per_image * images
         return _ANSWER_BYTES + losses * _LOSS_BYTES + 2 * channels * _COUNT_BYTES
 
-    def to_proto(self, shared: SharedTensors | None = None) -> pb.RequestHeader:
-        """Its header.
+    def to_proto(self) -> pb.RequestHeader:
+        """Its header."""
+        header = pb.RequestHeader()
+        self.write(header, self.shared, self.joint)
+        return header
 
-        Args:
-            shared: where its tensors are in shared memory, in place of what it says itself.
-        """
-        shared = self.shared if shared is None else shared
+    def write(self, header: pb.RequestHeader, shared: SharedTensors | None, joint: Joint | None) -> None:
+        """Fills in an empty header, with these places in shared memory and in a joint step instead of its own."""
+        # Copies in place: protobuf takes several times as long for a message that is given to a constructor.
+        header.CopyFrom(self._common_header)
+        if shared is not None:
+            header.shared_tensors.CopyFrom(shared.to_proto())
+        if joint is not None:
+            header.joint.CopyFrom(joint.to_proto())
+
+    @cached_property
+    def _common_header(self) -> pb.RequestHeader:
+        """The header without places; it is kept for the next call and must not be changed."""
         return pb.RequestHeader(
             loss=loss_to_proto(self.loss),
             logits=self.logits.to_proto(),
             labels=self.labels.to_proto(),
             want_grad=self.want_grad,
-            shared_tensors=None if shared is None else shared.to_proto(),
-            joint=None if self.joint is None else self.joint.to_proto(),
             run=self.run,
             offsets=self.layout.offsets or (),
+        )
+
+    @cached_property
+    def _losses_of_terms(self) -> tuple[tuple[str, int, int], ...]:
+        """For each term its kind, and how many losses of classes and of images its result has."""
+        layout = self.layout
+        images = layout.scored_images if layout.scored_images <= spec.MAX_IMAGE_LOSSES else 0
+        return tuple(
+            (loss.kind, layout.channels, images if loss.per_image else 0)
+            if isinstance(loss, spec.LovaszLoss)
+            else (loss.kind, 0, 0)
+            for _, loss in self.loss.terms
         )
 
     @classmethod
@@ -263,22 +257,18 @@ def _tensor_from_proto(name: str, message: pb.TensorInfo, expected: Sequence[str
     return TensorSpec(dtype, tuple(message.shape))
 
 
-def _array(numbers: Sequence[float], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    """A repeated field as an array; ``np.asarray`` of it takes many times as long."""
-    return np.fromiter(numbers, dtype, len(numbers))
-
-
-def _term_result(loss: spec.Loss, message: pb.TermResult, channels: int, images: int) -> spec.TermResult:
-    """The result of one term, with one loss per class and, for a term with ``per_image``, one per image."""
-    is_lovasz = isinstance(loss, spec.LovaszLoss)
+def _term_result(message: pb.TermResult, expected: tuple[str, int, int]) -> spec.TermResult:
+    """The result of one term; ``expected`` is an element of ``Request._losses_of_terms``."""
+    kind, classes, images = expected
     per_class, per_image = message.per_class_loss, message.per_image_loss
-    for name, losses, expected in (
-        ("per_class_loss", per_class, channels if is_lovasz else 0),
-        ("per_image_loss", per_image, images if isinstance(loss, spec.LovaszLoss) and loss.per_image else 0),
-    ):
-        if len(losses) != expected:
-            raise spec.InvalidInput(f"response.{name}", f"got {len(losses)} for {loss.kind}; expected {expected}")
-    return spec.TermResult(loss.kind, message.loss, _array(per_class, np.float64), _array(per_image, np.float64))
+    if len(per_class) != classes:
+        raise spec.InvalidInput("response.per_class_loss", f"got {len(per_class)} for {kind}; expected {classes}")
+    if len(per_image) != images:
+        raise spec.InvalidInput("response.per_image_loss", f"got {len(per_image)} for {kind}; expected {images}")
+    # np.asarray takes many times as long for a repeated field.
+    return spec.TermResult(
+        kind, message.loss, np.fromiter(per_class, np.float64, classes), np.fromiter(per_image, np.float64, images)
+    )
 
 
 class Response(NamedTuple):
@@ -346,14 +336,10 @@ class Response(NamedTuple):
         Raises:
             InvalidInput: it does not fit the request, so the server does not keep this contract.
         """
-        terms = request.loss.terms
-        if len(message.terms) != len(terms):
-            raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(terms)}")
-        channels = request.layout.channels
-        images = request.layout.scored_images if request.layout.scored_images <= spec.MAX_IMAGE_LOSSES else 0
-        results = tuple(
-            _term_result(loss, term, channels, images) for (_, loss), term in zip(terms, message.terms, strict=True)
-        )
+        expected, channels = request._losses_of_terms, request.layout.channels
+        if len(message.terms) != len(expected):
+            raise spec.InvalidInput("response.terms", f"got {len(message.terms)}; expected {len(expected)}")
+        terms = tuple(map(_term_result, message.terms, expected))
         for name, counts in (("intersection", message.intersection), ("union", message.union)):
             if len(counts) != channels:
                 raise spec.InvalidInput(f"response.{name}", f"got {len(counts)} counts; expected {channels}")
@@ -368,9 +354,9 @@ class Response(NamedTuple):
         timing = message.timing
         return cls(
             loss=message.loss,
-            terms=results,
-            intersection=_array(message.intersection, np.int64),
-            union=_array(message.union, np.int64),
+            terms=terms,
+            intersection=np.fromiter(message.intersection, np.int64, channels),
+            union=np.fromiter(message.union, np.int64, channels),
             grad=grad,
             grad_scale=message.grad_scale,
             timing=spec.Timing(

@@ -52,7 +52,7 @@ class Assembly:
         self._index = 0
         self._offset = 0
         self.received = 0
-        self.expected = sum(len(buffer) for buffer in buffers)
+        self.expected = sum(map(len, buffers))
 
     def add(self, chunk: Bytes) -> None:
         """Copies one chunk.

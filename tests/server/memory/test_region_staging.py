@@ -31,7 +31,7 @@ class Region:
         self.header = wire.Request.checked(LOSS, *specs, want_grad)
         self.logits = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
         self.labels = torch.randint(0, 3, (2, 20, 30), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-        place = wire.places(self.header)
+        place = self.header.places
         self.memory = np.frombuffer(mmap.mmap(-1, place.nbytes), np.uint8)
         sizes = (self.header.logits.nbytes, self.header.labels.nbytes, self.header.grad_bytes)
         self.parts = [self.memory[first : first + size] for first, size in zip(place[:3], sizes, strict=True)]

@@ -119,7 +119,7 @@ def caller(server: SharedMemory) -> Iterator[MemoryCaller]:
 
 
 def test_tensors_are_found_and_writes_are_seen_on_both_sides(server: SharedMemory, session: Session) -> None:
-    logits_at, labels_at, grad_at, nbytes = wire.places(HEADER)
+    logits_at, labels_at, grad_at, nbytes = HEADER.places
     with region_of(nbytes) as region:
         region.map[logits_at : logits_at + LOGITS_BYTES] = b"L" * LOGITS_BYTES
         session.share(region)

@@ -30,7 +30,7 @@ class Staging:
             MemoryError, RuntimeError: there is no memory left.
         """
         self._header, self._pool, self._is_abandoned = header, pool, False
-        place = self._places = wire.places(header)
+        place = self._places = header.places
         buffer = self._buffer = pool.take(place.nbytes)
         # Views by NumPy: those of torch take several times as long to make.
         data = self._data = buffer.numpy()
