@@ -31,9 +31,10 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     "lovasz.spec": (set(), {"numpy", "torch"}),
     "lovasz.wire": ({"lovasz.spec", "lovasz.v1.loss_pb2"}, {"numpy", "google"}),
     "lovasz.device_memory": (set(), {"torch", "cuda"}),
-    "lovasz.autograd": ({"lovasz.spec"}, {"numpy", "torch"}),
+    "lovasz.memory_format": ({"lovasz.spec"}, {"numpy", "torch"}),
+    "lovasz.autograd": ({"lovasz.spec", "lovasz.memory_format"}, {"numpy", "torch"}),
     "lovasz.core": (
-        {"lovasz.spec", "lovasz.autograd", "lovasz.version"},
+        {"lovasz.spec", "lovasz.memory_format", "lovasz.autograd", "lovasz.version"},
         {"numpy", "torch", "numba", "llvmlite", "triton"},
     ),
     "lovasz.client": (

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lovasz.memory_format import in_format_of
+
 ResultT = TypeVar("ResultT")
 
 
@@ -71,7 +73,8 @@ class _WithGradient(torch.autograd.Function):
         if scale.dim() == 1:
             scale = _at_items(scale, ctx.offsets).view(-1, *[1] * (grad.dim() - 1))
         if not torch.is_grad_enabled() and not _graph_is_kept():
-            return _scale_in_place(grad, scale).to(logits.dtype), None, None, None, None
+            scaled = _scale_in_place(grad, scale).to(logits.dtype)
+            return in_format_of(logits, scaled), None, None, None, None
         return _Scale.apply(scale, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
 
 

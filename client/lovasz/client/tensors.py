@@ -13,16 +13,15 @@ import numpy.typing as npt
 
 from lovasz import wire
 from lovasz.spec import InvalidInput, WeightedSum
-from lovasz.spec.arrays import check_dense, is_torch, numpy_array
+from lovasz.spec.arrays import PART_ELEMENTS, check_dense, is_torch, numpy_array, parts
 from lovasz.spec.labels import FLOAT_TYPES, too_large, whole_numbers, wrong_type
 from lovasz.spec.validity import masked
 
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ELEMENTS = 1 << 15
-"""Elements that torch converts in the calling thread, without waking its other threads. So many labels are converted as
-fast by NumPy, which takes less time to begin."""
+_BLOCK_ELEMENTS = PART_ELEMENTS
+"""So many labels are converted by NumPy as fast as by torch, and NumPy takes less time to begin."""
 
 HOST = "cpu"
 """Torch's name for the host as a device."""
@@ -95,18 +94,22 @@ class Outgoing:
 
     def write(self, place: npt.NDArray[Any]) -> None:
         """Copies the elements into an array that has the wire's dtype and the tensor's shape."""
-        source, name = self.source, self.name
-        tensor: Any = source
-        if isinstance(source, np.ndarray):
-            is_small = not self.dtype.is_float and source.size <= _BLOCK_ELEMENTS
-            if is_small or name == self.dtype.name:
-                place[...] = source
-                return
-            tensor = None if name in _NOT_OF_TORCH else _as_torch(source, name)
-            if tensor is None:
-                _write_with_numpy(source, name, place, self.dtype)
-                return
-        _copy(tensor, _as_torch(place, self.dtype.name))
+        if isinstance(self.source, np.ndarray):
+            for target, source in parts(place, self.source):
+                self._write_part(target, source)
+        else:
+            _copy(self.source, _as_torch(place, self.dtype.name))
+
+    def _write_part(self, place: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+        is_small = not self.dtype.is_float and source.size <= _BLOCK_ELEMENTS
+        if is_small or self.name == self.dtype.name:
+            place[...] = source
+            return
+        tensor = None if self.name in _NOT_OF_TORCH else _as_torch(source, self.name)
+        if tensor is None:
+            _write_with_numpy(source, self.name, place, self.dtype)
+        else:
+            _copy(tensor, _as_torch(place, self.dtype.name))
 
     def write_tensor(self, place: torch.Tensor) -> None:
         """Queues a copy of the elements into a tensor on any device, of the wire's dtype and the tensor's shape."""

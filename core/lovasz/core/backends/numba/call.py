@@ -32,6 +32,7 @@ from lovasz.core.plan import Plan, Term
 from lovasz.core.ranks import Ranks
 from lovasz.core.scoring import segment_factors
 from lovasz.core.stop import Stop
+from lovasz.memory_format import contiguous
 from lovasz.spec import Layout
 
 _FLOAT_KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -256,7 +257,7 @@ class Call:
 
 def _copied(tensor: Tensor, layout: Layout, transpose: bool) -> Tensor:
     tensor = tensor.detach()
-    return (classes_first(tensor, layout) if transpose else tensor).contiguous()
+    return classes_first(tensor, layout).contiguous() if transpose else contiguous(tensor)
 
 
 def _room(request: Request, transposed: bool) -> Tensor:
