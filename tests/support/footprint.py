@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_GRPC_THREADS = ("event_engine", "lifeguard", "grpc_")
+"""What their names begin with."""
+
 
 @dataclass(frozen=True)
 class Footprint:
     descriptors: Counter[str]
     """How many file descriptors of each kind: socket, pipe, /memfd, ..."""
     threads: int
+    """Without those of gRPC's C library, which come and go as it sees fit."""
     resident_bytes: int
     address_bytes: int
     shared_files: frozenset[str]
@@ -25,7 +29,7 @@ class Footprint:
         process = Path(f"/proc/{pid}")
         return cls(
             descriptors=Counter(target.partition(":")[0] for target in _targets(process / "fd")),
-            threads=len(list((process / "task").iterdir())),
+            threads=sum(not name.startswith(_GRPC_THREADS) for name in _thread_names(process)),
             resident_bytes=_status_bytes(pid, "VmRSS"),
             address_bytes=_status_bytes(pid, "VmSize"),
             shared_files=frozenset(name for name in os.listdir("/dev/shm") if not name.startswith("sem.")),
@@ -50,6 +54,12 @@ def peak_bytes(pid: int) -> int:
 def available_bytes() -> int:
     """Memory of the machine that is free."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _thread_names(process: Path) -> Iterator[str]:
+    for thread in (process / "task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            yield (thread / "comm").read_text().rstrip("\n")
 
 
 def _targets(descriptors: Path) -> Iterator[str]:
