@@ -161,6 +161,10 @@ def test_a_batch_whose_members_take_different_ways_is_answered_in_order(monkeypa
         assert bits(answer) == bits(expected)
 
 
+def test_a_batch_of_nothing_has_no_answers() -> None:
+    assert submit([], weighted_sum(LovaszSoftmax()), torch.device("cpu")).collect() == []
+
+
 def test_warm_up_compiles_everything_that_a_request_needs() -> None:
     """After it no request compiles anything; what is compiled is counted by Numba itself."""
     pytest.importorskip("numba")

@@ -425,8 +425,8 @@ class Raw:
             response_deserializer=framing.UnaryResponse.decode,
         )
 
-    def ask(self, logits: bytes = b"", **changes: object) -> pb.ResponseHeader:
-        shared = self.shared._replace(**changes)  # type: ignore[arg-type]
+    def ask(self, logits: bytes = b"", **changes: Any) -> pb.ResponseHeader:
+        shared = self.shared._replace(**changes)
         header = replace(self.request, shared=shared).to_proto()
         try:
             if self._on_socket:

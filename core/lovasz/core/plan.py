@@ -154,7 +154,7 @@ class Plan:
         """The plan of a batch; reuses an equal plan that is still kept."""
         layouts = batch.layouts
         is_small = sum([layout.images for layout in layouts]) <= KEPT_IMAGES
-        is_small = is_small and layouts[0].channels * len(loss.terms) <= KEPT_WEIGHTS
+        is_small = is_small and bool(layouts) and layouts[0].channels * len(loss.terms) <= KEPT_WEIGHTS
         make = _kept if is_small else cls
         return make(loss, layouts, batch.sizes, device)
 

@@ -7,7 +7,14 @@ import threading
 import time
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    enable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from lovasz.server.observe.tallies import Tallies
@@ -39,6 +46,18 @@ def test_they_are_shown_as_the_metrics_of_prometheus_client_are(monkeypatch: pyt
     assert generate_openmetrics(ours) == generate_openmetrics(theirs)
     for name in ("bytes_sum", "calls_total"):
         assert generate_latest(ours.restricted_registry([name])) == generate_latest(theirs.restricted_registry([name]))
+
+
+def test_when_they_began_is_hidden_as_that_of_other_metrics_is() -> None:
+    registry = CollectorRegistry()
+    Tallies(registry).counter("calls", "Calls.").series()
+    Tallies(registry).histogram("bytes", "Their size.", buckets=BOUNDS).series()
+    assert b"calls_created" in generate_latest(registry)
+    disable_created_metrics()
+    try:
+        assert b"_created" not in generate_latest(registry)
+    finally:
+        enable_created_metrics()
 
 
 def test_a_series_is_there_from_its_first_mention_until_it_is_forgotten() -> None:

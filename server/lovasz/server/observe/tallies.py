@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Counter, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar, Sample
 from prometheus_client.utils import floatToGoString
@@ -64,7 +64,7 @@ class Distribution:
         """As those of :class:`Count`."""
         counts = list(accumulate(self._counts))
         for bound, count, exemplar in zip((*self._bounds, math.inf), counts, self._exemplars, strict=True):
-            le = floatToGoString(bound)  # type: ignore[no-untyped-call]
+            le = floatToGoString(bound)
             yield Sample("_bucket", {"le": le}, count, None, exemplar)
         yield Sample("_count", {}, counts[-1])
         yield Sample("_sum", {}, self._sum)
@@ -110,6 +110,7 @@ class Tally(Collector, Generic[SeriesT]):
 
     def collect(self) -> Iterator[Metric]:
         (metric,) = self.describe()
+        shows_created = _shows_created()
         with self._lock:
             shown = list(self._series.items())
         for values, series in shown:
@@ -117,9 +118,17 @@ class Tally(Collector, Generic[SeriesT]):
                 samples = list(series.samples())
             labels = dict(zip(self._labels, values, strict=True))
             for sample in samples:
+                if sample.name == "_created" and not shows_created:
+                    continue
                 name = self._name + sample.name
                 metric.add_sample(name, {**labels, **sample.labels}, sample.value, None, sample.exemplar)
         yield metric
+
+
+def _shows_created() -> bool:
+    """Whether prometheus_client shows when metrics began: not with ``PROMETHEUS_DISABLE_CREATED_SERIES``."""
+    (metric,) = Counter("any", "Any.", registry=None).collect()
+    return any(sample.name == "any_created" for sample in metric.samples)
 
 
 class Tallies:

@@ -9,14 +9,14 @@ class CallLimit:
     """So many calls may go on at a time. Nobody waits here: a call goes on or is refused."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self._most = most
         self._lock = threading.Lock()
         self._calls = 0
 
     def take(self) -> bool:
         """Lets a call go on, until :meth:`give_back`; False: as many do as may."""
         with self._lock:
-            if self._calls >= self.most:
+            if self._calls >= self._most:
                 return False
             self._calls += 1
             return True
