@@ -151,20 +151,21 @@ def _to_host(values: Tensor, stream: torch.cuda.Stream) -> Callable[[], npt.NDAr
 def prepare(plan: Plan, batch: Batch, *, want_grad: bool) -> tuple[Program, Tensors, Grads]:
     """The program of a batch, its tensors on the device, and memory for its gradients, if they are wanted."""
     device = plan.device
-    tensors = [(_on_device(request.logits, device), _on_device(request.labels, device)) for request in batch.requests]
-    label_types = {labels.dtype for _, labels in tensors}
+    logits = _on_device([request.logits for request in batch.requests], device)
+    labels = _on_device([request.labels for request in batch.requests], device)
+    label_types = {own.dtype for own in labels}
     if torch.bool in label_types or len(label_types) > 1:
-        tensors = [(logits, _as_integers(labels, label_types)) for logits, labels in tensors]
-    grads = _memory_for_grads(tensors, device) if want_grad else None
-    (logits, labels), *_ = tensors
-    return program_of(Kind(plan, logits.dtype, labels.dtype, want_grad)), tensors, grads
+        labels = [_as_integers(own, label_types) for own in labels]
+    grads = _memory_for_grads(logits, device) if want_grad else None
+    program = program_of(Kind(plan, logits[0].dtype, labels[0].dtype, want_grad))
+    return program, list(zip(logits, labels, strict=True)), grads
 
 
-def _memory_for_grads(tensors: Tensors, device: torch.device) -> tuple[Tensor, ...]:
+def _memory_for_grads(logits: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Memory for the gradients. Requests of one shape share a piece: each piece takes the host some microseconds."""
     grads: list[Tensor] = []
-    for shape, own in itertools.groupby(logits.shape for logits, _ in tensors):
-        count = sum(1 for _ in own)
+    for shape, own in itertools.groupby([tensor.shape for tensor in logits]):
+        count = len(list(own))
         if count == 1:
             grads.append(torch.empty(shape, dtype=torch.float32, device=device))
         else:
@@ -195,11 +196,14 @@ def forget() -> None:
         _programs.clear()
 
 
-def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, contiguous; copied only if it is not yet."""
-    if tensor.device == device and tensor.is_contiguous():
-        return tensor
-    return tensor.detach().to(device, non_blocking=True).contiguous()
+def _on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on the device, contiguous; only those are copied that are not so yet."""
+    return [
+        tensor
+        if tensor.device == device and tensor.is_contiguous()
+        else tensor.detach().to(device, non_blocking=True).contiguous()
+        for tensor in tensors
+    ]
 
 
 def _as_integers(labels: Tensor, types: set[torch.dtype]) -> Tensor:
