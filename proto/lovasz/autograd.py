@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -188,6 +188,14 @@ def check_only_two(name: str, others: tuple[object, ...]) -> None:
             "weights (for void pixels set ignore_index or valid=, for class weights class_weights in the loss); "
             "other arguments are given by name"
         )
+
+
+def refuse_script(name: str) -> NoReturn:
+    """Says that a module cannot be compiled by ``torch.jit.script``, which asks it by ``__prepare_scriptable__``."""
+    raise TypeError(
+        f"{name}: torch.jit.script does not support this loss; script the model without it, and compute the loss from "
+        "its outputs (torch.compile takes both together)"
+    )
 
 
 def no_tensor(logits: object, for_arrays: str) -> str:
