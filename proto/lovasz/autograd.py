@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lovasz.memory_format import in_format_of
+from lovasz.memory_format import has_classes_last, in_format_of
 
 ResultT = TypeVar("ResultT")
 
@@ -140,13 +140,15 @@ def operator(
         dtype = _dtype_of(logits)
         # An output must not share memory with anything else.
         value = loss.clone() if isinstance(loss, Tensor) else _constant(loss, logits)
-        return value, logits.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
+        return value, logits.new_empty(0, dtype=dtype) if grad is None else in_format_of(logits, grad.to(dtype))
 
     def fake(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> tuple[Tensor, Tensor]:
-        dtype = _dtype_of(logits)
-        return logits.new_empty((), dtype=dtype), torch.empty(
-            logits.shape if want_grad else (0,), dtype=dtype, device=logits.device
-        )
+        dtype, device = _dtype_of(logits), logits.device
+        value = logits.new_empty((), dtype=dtype)
+        if want_grad and has_classes_last(logits):  # As ``in_format_of`` returns the gradient.
+            order = (0, *range(2, logits.dim()), 1)
+            return value, torch.empty_permuted(logits.shape, order, dtype=dtype, device=device)
+        return value, torch.empty(logits.shape if want_grad else (0,), dtype=dtype, device=device)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(output[1])
@@ -158,7 +160,8 @@ def operator(
 
     # With the first tag no two calls become one: each may have an effect, such as a step of a joint run.
     # With the second one the compiler keeps it out of CUDA graphs: it waits for the device, or calls a server.
-    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
+    # With the third one the logits have the memory format that ``fake`` was told: that of the gradient depends on it.
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides)
     schema = "(Tensor logits, Tensor labels, str key, SymInt number, bool want_grad) -> (Tensor, Tensor)"
     made = torch.library.custom_op(name, run, mutates_args=(), schema=schema, tags=tags)
     made.register_fake(fake)
@@ -185,6 +188,14 @@ def check_only_two(name: str, others: tuple[object, ...]) -> None:
             "weights (for void pixels set ignore_index or valid=, for class weights class_weights in the loss); "
             "other arguments are given by name"
         )
+
+
+def refuse_script(name: str) -> NoReturn:
+    """Says that a module cannot be compiled by ``torch.jit.script``, which asks it by ``__prepare_scriptable__``."""
+    raise TypeError(
+        f"{name}: torch.jit.script does not support this loss; script the model without it, and compute the loss from "
+        "its outputs (torch.compile takes both together)"
+    )
 
 
 def no_tensor(logits: object, for_arrays: str) -> str:

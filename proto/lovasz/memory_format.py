@@ -21,6 +21,13 @@ def contiguous(tensor: Tensor) -> Tensor:
     return torch.from_numpy(copy).view(tensor.dtype)
 
 
+def has_classes_last(logits: Tensor) -> bool:
+    """Whether logits on the host, shape (N, C, *spatial), have the classes last in memory."""
+    if logits.is_contiguous() or logits.dim() < 4 or logits.device.type != "cpu":
+        return False
+    return logits.movedim(1, -1).is_contiguous()
+
+
 def in_format_of(logits: Tensor, grad: Tensor) -> Tensor:
     """A gradient with the classes last in memory if those of the logits are; else as it is.
 
@@ -28,15 +35,12 @@ def in_format_of(logits: Tensor, grad: Tensor) -> Tensor:
 
     Args:
         logits: shape (N, C, *spatial).
-        grad: contiguous, of the same shape and dtype.
+        grad: contiguous, of the same shape and on the same device.
     """
-    if logits.is_contiguous() or logits.dim() < 4 or logits.device.type != "cpu" or grad.device.type != "cpu":
-        return grad
-    rows = logits.movedim(1, -1)
-    if not rows.is_contiguous():
+    if not has_classes_last(logits):
         return grad
     words = _words(grad)
-    copy = np.empty(rows.shape, words.dtype)
+    copy = np.empty(np.moveaxis(words, 1, -1).shape, words.dtype)
     for source, target in parts(words, np.moveaxis(copy, -1, 1)):
         target[...] = source
     return torch.from_numpy(copy).view(grad.dtype).movedim(-1, 1)

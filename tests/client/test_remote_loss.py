@@ -220,6 +220,15 @@ def test_torch_func_is_refused(shared: LossClient) -> None:
         torch.func.grad(lambda logits: criterion(logits, labels))(logits)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_or_script_of_torch_jit_is_refused(shared: LossClient) -> None:
+    criterion = RemoteLoss(shared, LovaszSoftmax())
+    with pytest.raises(InvalidInputError, match=r"^logits: got a tensor inside torch\.jit\.trace, which"):
+        torch.jit.trace(criterion, some_input())
+    with pytest.raises(TypeError, match=r"^RemoteLoss: torch\.jit\.script does not support this loss"):
+        torch.jit.script(criterion)
+
+
 # --- When a gradient is asked for ---------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from support.comparison import normal, random_labels
 from torch import Tensor
 
 from lovasz.core import CrossEntropy, LocalLoss, LovaszSoftmax, LovaszSoftmaxLoss, lovasz_hinge, lovasz_softmax
+from lovasz.core.compiling import key_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -72,6 +73,40 @@ def test_element_types_and_dynamic_shapes(dtype: torch.dtype) -> None:
     loss, grad = run(compiled, weight, dtype)
     assert loss == expected
     assert torch.equal(grad, expected_grad)
+
+
+FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda logits: logits,
+    "channels_last": lambda logits: logits.contiguous(memory_format=torch.channels_last),
+    "channels_last, few pixels": lambda logits: logits[..., :3, :3].contiguous(memory_format=torch.channels_last),
+    "channels_last, volume": lambda logits: logits[:, :, None].contiguous(memory_format=torch.channels_last_3d),
+    "transposed": lambda logits: logits.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradients_have_the_memory_format_of_eager_mode(name: str, dtype: torch.dtype) -> None:
+    logits = FORMATS[name](normal(2, 4, 9, 8, seed=1, dtype=torch.float32)).to(dtype).requires_grad_()
+    labels = random_labels(2, *logits.shape[2:], values=4, seed=2)
+    criterion = CRITERIA["sum"]
+    (expected,) = torch.autograd.grad(criterion(logits, labels), logits)
+    assert (expected.stride() == logits.stride()) == (name != "transposed")
+    for dynamic in (False, True):
+        compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        (grad,) = torch.autograd.grad(compiled(logits, labels), logits)
+        assert torch.equal(grad, expected)
+        assert grad.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_compiler_knows_the_memory_format_of_gradients(name: str) -> None:
+    logits = FORMATS[name](normal(2, 4, 9, 8, seed=1, dtype=torch.float32)).requires_grad_()
+    labels, key = random_labels(2, *logits.shape[2:], values=4, seed=2), key_of(LovaszSoftmax())
+    _, grad = torch.ops.lovasz.loss(logits, labels, key, 0, True)
+    assert (grad.stride() == logits.stride()) == (name != "transposed")
+    torch.library.opcheck(torch.ops.lovasz.loss.default, (logits, labels, key, 0, True))
+    torch.library.opcheck(torch.ops.lovasz.loss.default, (logits.detach(), labels, key, 0, False))
 
 
 INDUCTOR = """

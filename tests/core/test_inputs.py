@@ -17,6 +17,7 @@ from lovasz.core import (
     BinaryCrossEntropy,
     CrossEntropy,
     InvalidInput,
+    LocalLoss,
     LovaszHinge,
     LovaszSigmoid,
     LovaszSoftmax,
@@ -601,6 +602,18 @@ def test_tensors_of_torch_func_are_refused(field: str) -> None:
             torch.vmap(called)(tensors[field][None])
     with pytest.raises(InvalidInput, match="which this loss does not support"):
         torch.func.grad(lambda logits: differentiable(logits, tensors["labels"], LovaszSoftmax()))(tensors["logits"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_or_script_of_torch_jit_is_refused() -> None:
+    logits, labels = normal(2, 3, 4, seed=1).requires_grad_(), zeros(2, 4, dtype=INTEGERS)
+    criterion = LocalLoss(LovaszSoftmax())
+    for traced in (criterion, lovasz_softmax, lambda *tensors: compute(*tensors, LovaszSoftmax()).loss):
+        with pytest.raises(InvalidInput, match=r"^logits: got a tensor inside torch\.jit\.trace, which"):
+            torch.jit.trace(traced, (logits, labels))
+    with pytest.raises(TypeError, match=r"^LocalLoss: torch\.jit\.script does not support this loss; script the model"):
+        torch.jit.script(torch.nn.Sequential(torch.nn.Conv1d(3, 3, 1), criterion))
+    assert criterion(logits, labels).isfinite()
 
 
 def test_empty_sum_is_refused() -> None:

@@ -7,11 +7,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import numba
 import numpy as np
@@ -19,7 +20,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from support.comparison import bits, normal, random_labels, slow_bin
+from support.counted_server import is_own
 from support.ways import rank_on_cpu
+from torch import Tensor
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, compute, reference
 from lovasz.core.backends.numba import (
@@ -37,11 +40,11 @@ from lovasz.core.backends.numba import (
 from lovasz.core.backends.numba import compute as numba_compute
 from lovasz.core.backends.numba.outline import KEPT_TYPES, Outline
 from lovasz.core.backends.numba.parts import Parts
-from lovasz.core.backends.numba.scratch import SCRATCH, ScratchPool
+from lovasz.core.backends.numba.scratch import KEPT_KINDS, SCRATCH, ScratchPool
 from lovasz.core.backends.numba.workers import Workers
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend
-from lovasz.core.plan import Plan
+from lovasz.core.plan import KEPT_IMAGES, Plan
 from lovasz.core.word import MAX_PIXELS, REST_BITS, REST_SUM_BITS
 from lovasz.spec import LossLike, weighted_sum
 
@@ -595,21 +598,81 @@ def test_scratch_is_not_kept_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert pool.take() is not kept
 
 
-def test_views_are_kept_for_one_key_until_a_buffer_is_replaced() -> None:
+def test_views_are_kept_for_few_keys_until_a_buffer_is_replaced() -> None:
     used = ScratchPool().take()
 
     def views(key: object, elements: int = 5) -> npt.NDArray[np.float32]:
         return used.kept("views", (key, elements), lambda: used.array("rows", (elements,), np.float32)[1:])
 
-    first = views("a")
+    first, other = views("a"), views("b")
+    assert other is not first
+    for number in range(KEPT_KINDS - 2):
+        views(number)
+    assert views("a") is first  # The others are as many as are kept; "b" has not been used for longest.
+    views("one more")
     assert views("a") is first
-    assert views("b") is not first
-    again = views("a")
+    assert views("b") is not other
     used.array("other rows", (7,), np.float32)  # A new buffer.
-    assert views("a") is not again
+    assert views("a") is not first
     large = views("a", 50)
     large[:] = 3.0
     assert (views("a") == 3.0).all()
+
+
+def test_arrays_are_kept_for_few_shapes_until_their_buffer_is_replaced() -> None:
+    used = ScratchPool().take()
+
+    def array(columns: int) -> npt.NDArray[np.float32]:
+        return used.array("rows", (2, columns), np.float32)
+
+    largest = array(50)
+    some = [array(columns) for columns in range(1, KEPT_KINDS)]
+    assert array(50) is largest
+    assert array(KEPT_KINDS).base is not None
+    assert array(50) is largest
+    assert array(1) is not some[0]
+    assert used.array("rows", (2, 50), np.int32).dtype == np.int32
+    grown = array(51)
+    grown[:] = 3.0
+    assert (array(50) == 3.0).all()
+
+
+def test_calls_of_two_kinds_in_turn_are_as_cheap_as_calls_of_one() -> None:
+    loss = [(1.0, CrossEntropy()), (1.0, LovaszSoftmax())]
+    kinds = [(torch.zeros(2, 3, side, side), torch.zeros(2, side, side, dtype=torch.int64)) for side in (8, 9)]
+
+    def functions(calls: Sequence[tuple[Tensor, Tensor]]) -> int:
+        count = 0
+
+        def profile(frame: FrameType, event: str, _: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call") and is_own(frame)
+
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            for logits, labels in calls:
+                compute(logits, labels, loss, backend=Backend.NUMBA)
+        finally:
+            sys.setprofile(before)
+        return count
+
+    functions(kinds * 4)
+    alone = sum(functions([kind] * 5) - functions([kind]) for kind in kinds)
+    functions(kinds)
+    assert functions(kinds * 4) == alone
+
+
+def test_nothing_is_kept_of_calls_whose_plan_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ScratchPool()
+    monkeypatch.setattr(numba_compute, "SCRATCH", pool)
+    for images, kept in ((KEPT_IMAGES + 1, 0), (KEPT_IMAGES, 1)):
+        logits, labels = torch.zeros(images, 3, 4), torch.zeros(images, 4, dtype=torch.uint8)
+        for _ in range(3):
+            compute(logits, labels, LovaszSoftmax(per_image=True), backend=Backend.NUMBA)
+        used = pool.take()
+        assert {name: len(made) for name, made in used._made.items()} == ({"call": 1, "whole": 1} if kept else {})
+        pool.give_back(used)
 
 
 def test_what_is_kept_for_calls_of_one_kind_does_not_change_calls_of_another(threads: None) -> None:
@@ -630,9 +693,8 @@ def test_few_combinations_of_element_types_are_kept_with_a_plan() -> None:
     for kinds in combinations:
         made = outline.of_types(kinds)
         assert made.label_kind.tolist() == [kinds[1], kinds[1], kinds[2], kinds[2], kinds[3], kinds[3]]
-    assert len(outline._of_types) == KEPT_TYPES
-    assert outline.of_types(combinations[0]) is outline.of_types(combinations[0])
-    assert outline.of_types(combinations[-1]) is not made
+        assert outline.of_types(kinds) is made
+        assert len(outline._of_types) <= KEPT_TYPES
 
 
 def test_large_scratch_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import submit
-from lovasz.core.plan import FUSE_ALL, KEPT_IMAGES, KEPT_WEIGHTS, Plan
+from lovasz.core.plan import FUSE_ALL, KEPT_IMAGES, KEPT_PLANS, KEPT_WEIGHTS, Plan
 from lovasz.core.scoring import segment_factors, select_segments
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
@@ -125,9 +128,72 @@ def test_a_plan_that_comes_again_is_the_same_one_unless_it_is_large() -> None:
     total = weighted_sum(JOINT_LOSS)
     assert Plan.of(batch_of(total), total, CPU) is Plan.of(batch_of(total), total, CPU)
     assert Plan.of(batch_of(total), total, CPU) is not Plan.of(batch_of(total, sizes=(2, 1)), total, CPU)
-    for shape in ((KEPT_IMAGES + 1, 3), (1, KEPT_WEIGHTS // 2 + 1)):  # The loss has two terms.
-        large = batch_of(total, [shape], [1])
+    for shapes in ([(KEPT_IMAGES + 1, 3)], [(1, KEPT_WEIGHTS // 2 + 1)], [(1, 3)] * (KEPT_IMAGES + 1)):  # Two terms.
+        large = batch_of(total, shapes, [len(shapes)])
         assert Plan.of(large, total, CPU) is not Plan.of(large, total, CPU)
+
+
+def test_what_is_derived_from_a_plan_is_kept_with_it_unless_it_is_large() -> None:
+    total = weighted_sum(JOINT_LOSS)
+    small, large = (Plan.of(batch_of(total, [(images, 3)], [1]), total, CPU) for images in (8, KEPT_IMAGES + 1))
+    assert small.kept(Derived) is small.kept(Derived)
+    assert large.kept(Derived) is not large.kept(Derived)
+
+
+class Derived:
+    def __init__(self, plan: Plan) -> None:
+        assert plan.pixels > 0
+
+
+def weights(classes: int, first: int) -> list[float]:
+    return [first + 1 + c / 7 for c in range(classes)]
+
+
+# Losses, each another one by its class weights; the shape of each request; and whether the requests are one joint.
+LARGEST: dict[str, tuple[Callable[[int], LossLike], tuple[int, ...], bool]] = {
+    "requests": (lambda i: LovaszSoftmax(class_weights=weights(4, i), per_image=True), (1, 4, 70), False),
+    "classes": (
+        lambda i: [(1.0, CrossEntropy(weights(1024, i))), (1.0, LovaszSoftmax(class_weights=weights(1024, i)))],
+        (1, 1024, 1),
+        True,
+    ),
+    "terms": (
+        lambda i: [
+            (1.0, kind(class_weights=weights(128, i + t))) for t in range(8) for kind in (CrossEntropy, LovaszSoftmax)
+        ],
+        (1, 128, 1),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("largest", LARGEST)
+def test_kept_plans_take_few_bytes_whatever_callers_send(largest: str) -> None:
+    pytest.importorskip("numba")
+    loss_of, shape, is_joint = LARGEST[largest]
+    shapes, plans = [shape] * KEPT_IMAGES, []
+
+    def send(number: int) -> None:
+        total = weighted_sum(loss_of(number))
+        requests = list(batch_of(total, shapes).requests)
+        joined = [len(shapes)] if is_joint else None
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            requests[0] = replace(requests[0], labels=requests[0].labels.to(dtype))
+            assert all(isinstance(a, Result) for a in submit(requests, total, CPU, joined=joined).collect())
+        plans.append(Plan.of(Batch.of(requests, joined), total, CPU))
+
+    send(0)  # The scratch is as large as it gets.
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in (1, 2, 3):
+            send(100 * number)
+        gc.collect()
+        nbytes = tracemalloc.get_traced_memory()[0] / 3
+    finally:
+        tracemalloc.stop()
+    assert all(plan.is_kept for plan in plans)
+    assert KEPT_PLANS * nbytes < 18 << 20
 
 
 def test_threads_that_make_the_terms_of_a_kept_plan_at_the_same_time_do_no_harm() -> None:

@@ -53,6 +53,23 @@ def test_headers_of_one_loss_do_not_share_it() -> None:
     assert received(request) == request
 
 
+def test_kept_headers_take_few_bytes_whatever_callers_send() -> None:
+    loss = weighted_sum(LovaszSoftmax(classes=range(2050)))  # A header of 4 KB, near the longest that is kept.
+    headers = [
+        wire.Request.checked(loss, tensor("float32", 1, 2300, 4 + n), tensor("uint8", 1, 4 + n), True).to_proto()
+        for n in range(300)
+    ]
+    tracemalloc.start()
+    try:
+        for sent in headers:
+            assert wire.Request.from_proto(sent).loss == loss
+        nbytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert wire.Request.from_proto(headers[-1]).loss is wire.Request.from_proto(headers[-1]).loss
+    assert nbytes < 8 << 20
+
+
 FLOATS = "DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT16, DATA_TYPE_BFLOAT16"
 INTEGERS = "DATA_TYPE_UINT8, DATA_TYPE_INT16, DATA_TYPE_INT32, DATA_TYPE_INT64"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 try:
@@ -15,7 +15,16 @@ except ModuleNotFoundError:
 
 from torch import Tensor
 
-from lovasz.autograd import Computed, check_only_two, no_tensor, operator, untraced, with_gradient, with_gradients
+from lovasz.autograd import (
+    Computed,
+    check_only_two,
+    no_tensor,
+    operator,
+    refuse_script,
+    untraced,
+    with_gradient,
+    with_gradients,
+)
 from lovasz.client.access import TLS, Access, FilePath
 from lovasz.client.client import LossClient
 from lovasz.client.errors import InvalidInputError, from_invalid_input
@@ -278,6 +287,9 @@ class RemoteLoss(torch.nn.Module):
         if self._own and self._client is not None:
             self._client.close()
             self._client = None
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script("RemoteLoss")
 
     def extra_repr(self) -> str:
         terms = " + ".join(f"{weight:g} * {loss}" for weight, loss in self.loss.terms)

@@ -308,10 +308,15 @@ _LARGE_KINDS: tuple[tuple[LossLike, tuple[int, ...]], ...] = (
     (LovaszHinge(), (1, 512, 513)),
     ([(1.0, BinaryCrossEntropy()), (1.0, LovaszSigmoid())], (1, 512, 513)),
 )
-"""Losses and shapes whose groups are counted in tables."""
+"""Losses and shapes whose groups a GPU counts in tables."""
 
-_DIVIDED = 1 << 20
-"""The pixels of a segment that is large enough for the CPU to divide it among threads."""
+_CPU_KINDS: tuple[tuple[LossLike, tuple[int, ...], float], ...] = (
+    ([(1.0, CrossEntropy()), (1.0, LovaszSoftmax())], (1, 3, 128, 128), 0.0),
+    (LovaszSoftmax(input="probabilities"), (1, 300, 16, 16), 0.0),
+    (LovaszHinge(), (1, 192, 192), 0.0),
+    (LovaszHinge(), (1, 192, 192), -1.0),
+)
+"""Losses, shapes and logits for which a CPU has further loops, most of them for segments that threads divide."""
 
 
 def warm_up(device: torch.device) -> None:
@@ -324,13 +329,16 @@ def warm_up(device: torch.device) -> None:
     backends = [Backend.NUMBA] if compiled is Backend.NUMBA else list(dict.fromkeys([Backend.TORCH, compiled]))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         _compute_small(backends, device, dtype)
-    if compiled is not Backend.TORCH:
+    if compiled is Backend.TRITON:
         # Large groups with other element types or class counts are compiled when they first occur, in seconds.
         for loss, shape in _LARGE_KINDS:
             _compute_equal(loss, shape, [compiled], device, torch.float32)
-    if compiled is Backend.NUMBA:
-        _compute_equal(LovaszHinge(), (1, _DIVIDED), [compiled], device, torch.float32)
-        _compute_equal(LovaszHinge(), (1, _DIVIDED), [compiled], device, torch.float32, logit=-1.0)
+    elif compiled is Backend.NUMBA:
+        as_large = _numba().extension.AS_LARGE
+        for loss, shape, logit in _CPU_KINDS:
+            plan, batch = _equal(loss, shape, device, torch.float32, logit)
+            for want_grad in (True, False):
+                _numba().compute(plan, batch, want_grad=want_grad, thresholds=as_large)
 
 
 def _compute_small(backends: Sequence[Backend], device: torch.device, dtype: torch.dtype) -> None:
@@ -339,20 +347,22 @@ def _compute_small(backends: Sequence[Backend], device: torch.device, dtype: tor
 
 
 def _compute_equal(
-    loss: LossLike,
-    shape: tuple[int, ...],
-    backends: Sequence[Backend],
-    device: torch.device,
-    dtype: torch.dtype,
-    logit: float = 0.0,
+    loss: LossLike, shape: tuple[int, ...], backends: Sequence[Backend], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Computes a loss of equal logits. At -1 few errors of the hinge are above 0: a CPU has other loops for that."""
+    plan, batch = _equal(loss, shape, device, dtype)
+    for backend, want_grad in itertools.product(backends, (True, False)):
+        compute(backend, plan, batch, want_grad=want_grad)
+
+
+def _equal(
+    loss: LossLike, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, logit: float = 0.0
+) -> tuple[Plan, Batch]:
+    """A request with equal logits. At -1 few errors of the hinge are above 0: a CPU has other loops for that."""
     total = weighted_sum(loss)
     labels = torch.zeros(shape if total.is_binary else (shape[0], *shape[2:]), dtype=torch.uint8, device=device)
     labels.view(-1)[: max(1, labels.numel() // 8)] = 1
     batch = Batch.of([Request.checked(torch.full(shape, logit, dtype=dtype, device=device), labels, total)])
-    for backend, want_grad in itertools.product(backends, (True, False)):
-        compute(backend, Plan.of(batch, total, device), batch, want_grad=want_grad)
+    return Plan.of(batch, total, device), batch
 
 
 def advice(device: torch.device) -> str | None:

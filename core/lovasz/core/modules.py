@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from lovasz.autograd import check_only_two
+from lovasz.autograd import check_only_two, refuse_script
 from lovasz.core.compiling import is_plain, key_of, loss_operator
 from lovasz.core.distributed import absence
 from lovasz.core.distributed.group import WORLD, check_group
@@ -144,6 +144,9 @@ class LocalLoss(torch.nn.Module):
         """
         if self.group is not None and self.group != WORLD:  # No rank leaves the default group.
             absence.finish(self.group)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script("LocalLoss")
 
     def extra_repr(self) -> str:
         return ", ".join(f"{weight} * {loss}" for weight, loss in self.loss.terms)

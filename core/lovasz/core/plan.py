@@ -23,10 +23,11 @@ import torch
 from lovasz.core.batch import Batch
 from lovasz.spec import BinaryCrossEntropy, CrossEntropy, Layout, Loss, LovaszLoss, LovaszSoftmax, WeightedSum
 
-KEPT_PLANS = 64
-KEPT_IMAGES = 1 << 12
-KEPT_WEIGHTS = 1 << 14
-"""Plans of batches with more images than the one, or more classes x terms than the other, are not kept."""
+KEPT_PLANS = 48
+KEPT_IMAGES = 1 << 8
+KEPT_WEIGHTS = 1 << 11
+"""Plans of batches with more images than the one, or more classes x terms than the other, are not kept. Callers choose
+what is kept: so many plans take about 16 MiB at most, with what Numba's backend keeps with them."""
 
 FUSE_ALL = 1 << 62
 """The value of ``fuse_below`` in ``Plan.planes`` that fuses images of any size."""
@@ -140,12 +141,14 @@ class Plan:
     Attributes:
         layouts: one per request.
         sizes: the number of requests in each joint.
+        is_kept: whether the plan is kept for batches of its kind, and with it what is derived from it.
     """
 
     loss: WeightedSum
     layouts: tuple[Layout, ...]
     sizes: tuple[int, ...]
     device: torch.device
+    is_kept: bool = field(default=False, compare=False)
     _planes: dict[int, Planes] = field(default_factory=dict, compare=False, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -153,7 +156,7 @@ class Plan:
     def of(cls, batch: Batch, loss: WeightedSum, device: torch.device) -> Plan:
         """The plan of a batch; reuses an equal plan that is still kept."""
         layouts = batch.layouts
-        is_small = sum([layout.images for layout in layouts]) <= KEPT_IMAGES
+        is_small = sum([layout.images or 1 for layout in layouts]) <= KEPT_IMAGES
         is_small = is_small and bool(layouts) and layouts[0].channels * len(loss.terms) <= KEPT_WEIGHTS
         make = _kept if is_small else cls
         return make(loss, layouts, batch.sizes, device)
@@ -259,7 +262,9 @@ class Plan:
         return tuple(term for term in self.terms if isinstance(term.loss, BinaryCrossEntropy))
 
     def kept(self, make: Callable[[Plan], KeptT]) -> KeptT:
-        """What a backend derives from the plan alone, ``make(plan)``: made once, and kept as long as the plan."""
+        """What a backend derives from the plan alone, ``make(plan)``: made once, if the plan is kept."""
+        if not self.is_kept:
+            return make(self)
         known: KeptT | None = self._kept.get(make)
         if known is None:
             known = self._kept[make] = make(self)
@@ -303,4 +308,4 @@ class Plan:
 
 @lru_cache(maxsize=KEPT_PLANS)
 def _kept(loss: WeightedSum, layouts: tuple[Layout, ...], sizes: tuple[int, ...], device: torch.device) -> Plan:
-    return Plan(loss, layouts, sizes, device)
+    return Plan(loss, layouts, sizes, device, is_kept=True)

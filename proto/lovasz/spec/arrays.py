@@ -85,8 +85,15 @@ def check_dense(field: str, tensor: Any) -> None:
     """Refuses a tensor of torch whose values are not in memory, or not one for each place of its shape.
 
     Raises:
-        InvalidInput: it is sparse, nested, on the device ``meta``, or inside ``torch.func`` or ``torch.vmap``.
+        InvalidInput: it is sparse, nested, on the device ``meta``, or inside ``torch.func``, ``torch.vmap`` or
+            ``torch.jit.trace``.
     """
+    if sys.modules["torch"].jit.is_tracing():
+        raise InvalidInput(
+            field,
+            "got a tensor inside torch.jit.trace, which this loss does not support; expected a plain tensor "
+            "(trace the model without the loss, and compute the loss from its outputs)",
+        )
     if tensor.is_meta:
         raise InvalidInput(field, "got a tensor on the device meta, which has no values; expected one with values")
     if tensor.is_nested:

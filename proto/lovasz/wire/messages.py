@@ -25,7 +25,9 @@ _OPTION_BYTES = 11
 """A class of a term: its weight, and its number in a list of classes."""
 _OFFSET_BYTES = 10
 _KEPT_HEADER_BYTES = 4096
-"""What longer headers mean is found out each time."""
+_KEPT_HEADERS = 64
+"""What so many headers mean is kept; what longer ones mean is found out each time. Callers choose what is kept: at most
+about 80 KB for each."""
 _COUNT_BYTES = 10
 _LOSS_BYTES = 8
 _ANSWER_BYTES = 4096
@@ -217,7 +219,7 @@ def _request(header: pb.RequestHeader, *, may_be_empty: bool) -> Request:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_KEPT_HEADERS)
 def _kept_request(loss: bytes, logits: bytes, labels: bytes, want_grad: bool, run: str, may_be_empty: bool) -> Request:
     """A training sends the same header for each of its steps: what it means is found out once."""
     header = pb.RequestHeader(

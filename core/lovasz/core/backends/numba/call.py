@@ -23,7 +23,7 @@ from lovasz.core.backends.numba.planes import (
     UINT8,
     Planes,
 )
-from lovasz.core.backends.numba.scratch import GRADIENTS, Scratch
+from lovasz.core.backends.numba.scratch import GRADIENTS, MadeT, Scratch
 from lovasz.core.backends.numba.softmax import Counts
 from lovasz.core.backends.numba.workers import WORKERS, thread_count
 from lovasz.core.batch import Batch, Request, classes_first, images_first
@@ -153,11 +153,15 @@ class Call:
         # Loops write the gradients of points to rows of scratch; only the last one writes them in their order.
         has_points = want_grad and any(types.are_points)
         g = self._g = self._rows_of_points(types.are_points) if has_points else self.grads
-        arrays = scratch.kept("call", (types,), lambda: Arrays(plan, self.outline, types, scratch))
+        arrays = self.kept("call", (types,), lambda: Arrays(plan, self.outline, types, scratch))
         arrays.begin(self._logits, self._labels, g, self.grads)
         self.arrays, self.planes, self.counts = arrays, arrays.planes, arrays.counts
         self.valid, self.positive = arrays.valid, arrays.positive
         self.threads = 1 if self.outline.is_small else thread_count()
+
+    def kept(self, name: str, key: tuple[object, ...], make: Callable[[], MadeT]) -> MadeT:
+        """As ``Scratch.kept``, if the plan is kept, too: one that is not may be large, and does not come again."""
+        return self.scratch.kept(name, key, make) if self.plan.is_kept else make()
 
     @cached_property
     def errors(self) -> npt.NDArray[np.float32]:

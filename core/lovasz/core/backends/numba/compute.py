@@ -131,7 +131,7 @@ class WholeArrays(NamedTuple):
 def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCounts]:
     """A softmax loss of joints that are computed by one thread each."""
     threads = min(call.threads, len(call.plan.sizes))
-    arrays = call.scratch.kept("whole", (call.arrays, threads), lambda: WholeArrays.of(call, outline, threads))
+    arrays = call.kept("whole", (call.arrays, threads), lambda: WholeArrays.of(call, outline, threads))
     for array in arrays.cleared:
         array.fill(0)
     call.run(

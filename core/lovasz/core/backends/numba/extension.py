@@ -22,6 +22,11 @@ Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
+SORTED_BELOW_PIXELS = 1 << 18
+"""About here sorting and counting take the same time, as measured on a CPU. In smaller groups each pixel weighs more:
+the unknown order inside bins would cause a gradient error of up to 2e-5 of the norm."""
+
+
 class Thresholds(NamedTuple):
     """Limits that decide which segments are counted in tables; the others are sorted.
 
@@ -31,6 +36,7 @@ class Thresholds(NamedTuple):
         order_error: a segment of a binary loss is sorted if ``scanning.order_error`` of its table exceeds this.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
         whole: a joint with more logits is computed by all threads, step by step.
+        divided: a segment with at most so many pixels is counted by one thread.
     """
 
     pixels: int
@@ -38,6 +44,7 @@ class Thresholds(NamedTuple):
     order_error: float
     positive: float
     whole: int
+    divided: int = SORTED_BELOW_PIXELS
 
 
 class ErrorScale(NamedTuple):
@@ -51,10 +58,6 @@ class ErrorScale(NamedTuple):
     largest: npt.NDArray[np.int64]
     positive: npt.NDArray[np.int64]
 
-
-SORTED_BELOW_PIXELS = 1 << 18
-"""About here sorting and counting take the same time, as measured on a CPU. In smaller groups each pixel weighs more:
-the unknown order inside bins would cause a gradient error of up to 2e-5 of the norm."""
 
 THRESHOLDS = Thresholds(
     pixels=SORTED_BELOW_PIXELS,
@@ -75,6 +78,8 @@ MOST_PARTS = 64
 
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf, 0, 0)
 COUNT_ALL = Thresholds(0, 0, math.inf, 0, 0)
+AS_LARGE = THRESHOLDS._replace(pixels=0, foreground=0, whole=0, divided=0)
+"""Batches of any size are computed as large ones are."""
 
 
 def score_term(
@@ -150,7 +155,7 @@ def _score_large(
     few &= of_all <= ranges.MOST_PIXELS
     found = found._replace(counted=counted & ~few)
     in_ranges = few & (ranks is None)
-    fair = max(int(pixels.sum()) // (2 * call.threads), SORTED_BELOW_PIXELS)
+    fair = max(int(pixels.sum()) // (2 * call.threads), thresholds.divided)
     divided = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
     others = ~(in_ranges | divided)
     if others.all():

@@ -35,11 +35,14 @@ FUSE_BELOW_PIXELS = 64
 MOST_BYTE = 255
 """Codes up to this are bytes."""
 
-KEPT_TYPES = 16
-"""The most combinations of element types that are kept with a plan: all, if the requests have the same."""
+KEPT_TYPES = 4
+"""The most combinations of element types that are kept with a plan. Requests of one training have one or two."""
 
-KEPT_SEGMENTS = 1 << 12
+KEPT_SEGMENTS = 1 << 10
 """Plans with more segments, those of all terms, keep none: each takes about a hundred bytes."""
+
+WHOLE_SEGMENTS = 1 << 12
+"""The most segments, those of all terms, of batches whose joints are computed by one thread each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +138,9 @@ class Outline:
         known = self._of_types.get(kinds)
         if known is None:
             known = self._make_of_types(kinds[0], np.array(kinds[1:]))
-            if len(self._of_types) < KEPT_TYPES:
-                self._of_types[kinds] = known
+            if len(self._of_types) >= KEPT_TYPES:
+                self._of_types.clear()  # In one step, since other threads may use the same outline.
+            self._of_types[kinds] = known
         return known
 
     def _make_of_types(self, logits_kind: int, label_kinds: Integers) -> TypeOutline:
@@ -164,7 +168,7 @@ class Outline:
         known = self._of_terms.get(term)
         if known is None:
             known = self._make(term)
-            if len(known.places) * len(self._plan.terms) <= KEPT_SEGMENTS:
+            if len(known.places) * len(self._plan.lovasz) <= KEPT_SEGMENTS:
                 self._of_terms[term] = known
         return known
 
@@ -206,7 +210,7 @@ class Outline:
         plan, joints, lovasz = self._plan, self.planes.joints, self._plan.lovasz
         groups_of = [self.planes.groups(term) for term in lovasz]
         ends = np.cumsum([0, *(len(groups.pixels) for groups in groups_of)])
-        if plan.is_binary or self.labelling.void > MOST_BYTE or not 0 < ends[-1] * plan.channels <= KEPT_SEGMENTS:
+        if plan.is_binary or self.labelling.void > MOST_BYTE or not 0 < ends[-1] * plan.channels <= WHOLE_SEGMENTS:
             return None
         edges = np.stack([joints.first_plane, joints.first_plane + joints.planes])
         groups_table = []

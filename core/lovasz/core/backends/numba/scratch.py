@@ -16,6 +16,9 @@ from torch import Tensor
 KEPT_BYTES = 512 << 20
 """The most scratch that is kept after a call; if it is larger, all of it is freed."""
 
+KEPT_KINDS = 8
+"""The most views that are kept under a name, those used last: calls of so many kinds may come in turn."""
+
 
 MadeT = TypeVar("MadeT")
 
@@ -30,8 +33,8 @@ class Scratch:
     def __init__(self) -> None:
         self.nbytes = 0
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
-        self._last: dict[str, tuple[tuple[int, ...], npt.NDArray[Any]]] = {}
-        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
+        self._arrays: dict[str, dict[tuple[tuple[int, ...], Any], npt.NDArray[Any]]] = {}
+        self._made: dict[str, dict[tuple[object, ...], Any]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> npt.NDArray[Any]:
         """An array in the buffer of this name; the buffer is made or replaced if it is too small.
@@ -39,35 +42,46 @@ class Scratch:
         Args:
             zero: whether a new buffer is filled with 0.
         """
-        last = self._last.get(name)
-        if last is not None and last[0] == shape and last[1].dtype == dtype:
-            return last[1]
+        arrays, key = self._arrays.setdefault(name, {}), (shape, dtype)
+        array = arrays.pop(key, None)
+        if array is not None:
+            arrays[key] = array  # At the end: it is the one used last.
+            return array
         size = prod(shape) * np.dtype(dtype).itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < size:
-            self._last.pop(name, None)
-            self._made.clear()  # It may have views of the old buffer.
+            arrays.clear()
+            for made in self._made.values():
+                made.clear()  # They may be views of the old buffer.
             self.nbytes -= 0 if buffer is None else buffer.nbytes
             self._buffers.pop(name, None)
             buffer = self._buffers[name] = (np.zeros if zero else np.empty)(size, np.uint8)
             self.nbytes += size
         array = buffer[:size].view(dtype).reshape(shape)
-        self._last[name] = shape, array
+        _keep(arrays, key, array)
         return array
 
     def kept(self, name: str, key: tuple[object, ...], make: Callable[[], MadeT]) -> MadeT:
-        """What ``make`` returned for this key, if that was the last key of this name: views of buffers, made once.
+        """What ``make`` returned for this key, if it is one of the last keys of this name: views of buffers, made once.
 
         Args:
             key: what the views depend on. Objects without equality of their own are the same if they are identical.
         """
-        last = self._made.get(name)
-        if last is not None and last[0] == key:
-            known: MadeT = last[1]
-            return known
+        all_made = self._made.setdefault(name, {})
+        made: MadeT | None = all_made.pop(key, None)
+        if made is not None:
+            all_made[key] = made
+            return made
         made = make()
-        self._made[name] = key, made
+        _keep(all_made, key, made)
         return made
+
+
+def _keep(views: dict[Any, Any], key: object, view: object) -> None:
+    """Adds a view; if there are too many, the one that has not been used for longest leaves."""
+    views[key] = view
+    if len(views) > KEPT_KINDS:
+        del views[next(iter(views))]
 
 
 class ScratchPool:
