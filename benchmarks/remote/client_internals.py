@@ -57,7 +57,9 @@ def encoded(workload: Workload, regime: Regime) -> bytes:
     ((logits, labels),) = workload.inputs(regime)
     target = remote.RemoteTarget("127.0.0.1:1", ClientOptions(transport=Transport.GRPC))  # Never connects.
     try:
-        call = target.prepare(logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None, offsets=None)
+        call = target.prepare(
+            logits, labels, weighted_sum(LovaszSoftmax()), want_grad=True, joint=None, offsets=None, timeout=60
+        )
         return UnaryRequest(call.request.to_proto(), *call.payload).encode()
     finally:
         target.close()

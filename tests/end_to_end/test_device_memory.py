@@ -17,6 +17,7 @@ import torch
 from support.device_server import device_server
 from support.fork_server import Forked
 from support.host_driver import NAME, HostDriver
+from support.late_socket import late_socket
 from support.scrape import metric
 from support.torch_tensors import tensors
 from support.vector_cases import Case, load
@@ -24,7 +25,7 @@ from support.waiting import eventually
 
 from lovasz.client import Joint, LossClient, LovaszSoftmax, cli, device_memory, devices
 from lovasz.client import joint as client_joint
-from lovasz.client.shared_memory import Session
+from lovasz.client.shared_memory import Session, Shared, SharedMemory
 from lovasz.client.torch import RemoteLoss
 from lovasz.device_memory.driver import DriverError
 from lovasz.server.launch import ServerProcess
@@ -275,6 +276,45 @@ def test_the_death_of_a_server_is_ridden_out(driver: HostDriver, tmp_path: Path)
     assert {result.timing.transport for result in (before, answer, again)} == {"device"}
     assert torch.equal(before.grad, again.grad)
     assert torch.equal(answer.grad, LossClient("inprocess").compute(*large, SOFTMAX).grad)
+
+
+def test_a_server_that_starts_between_two_looks_of_a_client_gets_tensors_on_the_device(
+    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call is ready when its server dies; it is made while the next one starts."""
+    with LossClient(sharing.target) as client:
+        client.compute(*tensors(30), SOFTMAX)
+        kept = client.compute(*tensors(30), SOFTMAX).grad  # So that the next call has memory that is not shared yet.
+        share = SharedMemory.share
+        with late_socket(sharing, monkeypatch) as asked:
+
+            def share_after_a_death(shared: SharedMemory, region: Shared, timeout: float) -> Session:
+                if not asked and shared._session is not None:
+                    shared._session.close()
+                return share(shared, region, timeout)
+
+            monkeypatch.setattr(SharedMemory, "share", share_after_a_death)
+            answers = [client.compute(*tensors(30), SOFTMAX) for _ in range(2)]
+    assert [answer.timing.transport for answer in answers] == ["device", "device"]
+    assert torch.equal(answers[0].grad, kept)
+    assert len(asked) == 1
+    assert not [record for record in caplog.records if record.name.startswith("lovasz.client")]
+
+
+def test_a_client_asks_for_device_memory_no_longer_than_its_call_may_take(
+    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, asked = SharedMemory.session, []
+
+    def timed(shared: SharedMemory, timeout: float) -> Session:
+        asked.append(timeout)
+        return session(shared, timeout)
+
+    monkeypatch.setattr(SharedMemory, "session", timed)
+    with LossClient(sharing.target) as client:
+        assert client.compute(*tensors(30), SOFTMAX, timeout=20).timing.transport == "device"
+    assert len(asked) == 1
+    assert 0 < asked[0] <= 20
 
 
 def mapped(server: ServerProcess) -> int:

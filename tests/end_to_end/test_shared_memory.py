@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.footprint import Footprint
 from support.fork_server import ForkedServer
+from support.late_socket import late_socket
 from support.scrape import metric
 from support.torch_tensors import tensors
 from support.vector_cases import Case, load
@@ -150,7 +151,7 @@ def test_auto_falls_back_where_the_session_is_refused(plain: ServerProcess, capl
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
 def test_a_stranger_on_the_socket_gets_no_tensors(plain: ServerProcess) -> None:
-    """Somebody else was first to bind the shared-memory socket beside that of gRPC."""
+    """Somebody else was first to bind the shared-memory socket beside that of gRPC. Each client looks there twice."""
     path = plain.target.removeprefix("unix:") + wire.MEMORY_SUFFIX
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger, ThreadPoolExecutor(1) as thread:
         stranger.bind(path)
@@ -159,15 +160,15 @@ def test_a_stranger_on_the_socket_gets_no_tensors(plain: ServerProcess) -> None:
             stranger.listen()  # Its user is who listens.
         finally:
             os.seteuid(0)
-        packets = thread.submit(welcomed, stranger)
+        packets = [thread.submit(welcomed, stranger) for _ in range(2)]
         with LossClient(plain.target, transport="shm") as client, pytest.raises(ServerUnavailableError) as refused:
             client.compute(*tensors(10), SOFTMAX)
         assert "of user 65534 listens for shared memory: got another user; expected the same" in str(refused.value)
-        assert packets.result(timeout=30) == b""
-        packets = thread.submit(welcomed, stranger)
+        assert [packet.result(timeout=30) for packet in packets] == [b"", b""]
+        packets = [thread.submit(welcomed, stranger) for _ in range(2)]
         with LossClient(plain.target) as client:
             assert client.compute(*tensors(10), SOFTMAX).timing.transport == "grpc"
-        assert packets.result(timeout=30) == b""
+        assert [packet.result(timeout=30) for packet in packets] == [b"", b""]
     Path(path).unlink()
 
 
@@ -329,7 +330,7 @@ def test_a_loss_module_through_shared_memory(sharing: ServerProcess) -> None:
 
 def test_a_call_without_time_is_said_to_be_late(sharing: ServerProcess) -> None:
     target = RemoteTarget(sharing.target, ClientOptions(transport=Transport.SHM))
-    call = target.prepare(*tensors(20), weighted_sum(SOFTMAX), want_grad=True, joint=None, offsets=None)
+    call = target.prepare(*tensors(20), weighted_sum(SOFTMAX), want_grad=True, joint=None, offsets=None, timeout=1)
     with pytest.raises(DeadlineExceededError):
         call.compute(-0.001)
     target.close()
@@ -358,6 +359,48 @@ def test_a_restart_of_the_server_is_ridden_out(tmp_path: Path) -> None:
             again = client.compute(*tensors(80), SOFTMAX)
             assert metric(second, "lovasz_shared_memory_sessions") == 1
     assert torch.equal(before, again.grad)
+
+
+ORDER = """
+import os, socket, sys
+from lovasz.server import __main__
+from lovasz.server.transport.grpc_server import GrpcServer
+from lovasz.server.transport.shared_memory import SharedMemory
+
+path, start, stop = sys.argv.pop(1), GrpcServer.start, SharedMemory.stop
+
+def start_grpc(server):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(path + ".memory")
+    start(server)
+
+def stop_sharing(shared):
+    assert not os.path.exists(path) and os.path.exists(path + ".memory")
+    stop(shared)
+
+GrpcServer.start, SharedMemory.stop = start_grpc, stop_sharing
+sys.exit(__main__.main())
+"""
+
+
+def test_a_server_listens_for_shared_memory_all_the_time_that_its_grpc_answers(tmp_path: Path) -> None:
+    server = ForkedServer(["--device", "cpu", "--listen", f"unix:{tmp_path}/s", "--shared-memory"])
+    server._command[1:3] = ["-c", ORDER, f"{tmp_path}/s"]
+    with server:
+        assert server.stop() == 0, server.log
+
+
+@pytest.mark.parametrize("transport", ["auto", "shm"])
+def test_a_server_that_starts_between_two_looks_of_a_client_shares_memory_at_once(
+    sharing: ServerProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, transport: str
+) -> None:
+    with late_socket(sharing, monkeypatch) as asked, LossClient(sharing.target, transport=transport) as client:
+        assert [client.compute(*tensors(30), SOFTMAX).timing.transport for _ in range(2)] == ["shm", "shm"]
+    assert len(asked) == 1
+    with late_socket(sharing, monkeypatch) as asked, LossClient(sharing.target, transport=transport) as client:
+        assert client.transport() == "shm"
+    assert len(asked) == 1
+    assert not [record for record in caplog.records if record.name.startswith("lovasz.client")]
 
 
 def test_a_call_that_a_server_refuses_as_it_stops_leaves_the_clients_other_calls_alone(tmp_path: Path) -> None:

@@ -299,7 +299,8 @@ class LossClient:
             total = spec.weighted_sum(loss)
             if valid is not None:
                 labels, total = with_mask(logits, labels, valid, total)
-            return self._target.prepare(logits, labels, total, want_grad, place, offsets), deadline
+            left = deadline - time.monotonic()
+            return self._target.prepare(logits, labels, total, want_grad, place, offsets, left), deadline
         except Exception as error:
             if place is not None:
                 self._abort(place, str(error) or type(error).__name__, want_grad)

@@ -16,6 +16,7 @@ from lovasz.client.proxy import enabled_option, is_on_this_host, remark
 from lovasz.client.retry import Retries
 from lovasz.client.tls_diagnosis import tls_problem
 from lovasz.client.tracing import trace_metadata
+from lovasz.v1 import loss_pb2 as pb
 
 _OPTIONS = (
     # Each channel gets its own connections; by default gRPC shares one among all clients of a process.
@@ -69,6 +70,18 @@ class Connection:
         """The metadata of a call: its run, by which gRPC and proxies find its server, who calls, and the trace."""
         run = () if joint is None else ((RUN_KEY, quote(joint.run, safe="")),)
         return (*run, *self._identity, *self._authorization.metadata(), *trace_metadata())
+
+    def info(self, timeout: float) -> pb.GetServerInfoResponse:
+        """What the server says of itself.
+
+        Raises:
+            grpc.RpcError: no server answers, or not in time.
+        """
+        metadata = self.metadata(None)
+        info: pb.GetServerInfoResponse = self.channels.info(
+            pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata
+        )
+        return info
 
     def check_open(self) -> None:
         """Does nothing while the connection is open.

@@ -117,6 +117,7 @@ class DeviceMemory:
         Raises:
             DriverError: the device has no memory left.
             LossError: the server does not take its memory.
+            SocketError: other threads waited for the server all that time.
         """
         number = device.index or 0
         uuid = self._driver.uuid(number)

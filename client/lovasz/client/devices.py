@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lovasz.client.errors import LossError
+from lovasz.client.memory_socket import SocketError
 from lovasz.client.shared_memory import SharedMemory
 from lovasz.client.tensors import AnyArray
 from lovasz.device_memory.driver import DriverError
@@ -28,14 +29,13 @@ _PAUSE_SECONDS = 30.0
 class Devices:
     """Finds device memory for requests. Says in the log why there is none, each reason once."""
 
-    def __init__(self, shared: SharedMemory, timeout: float) -> None:
+    def __init__(self, shared: SharedMemory) -> None:
         """Opens no driver before the first tensor on a GPU.
 
         Args:
             shared: what is shared with the server.
-            timeout: seconds to ask the server whether it takes device memory.
         """
-        self._shared, self._timeout = shared, timeout
+        self._shared = shared
         self._closed = False
         self._paused_until = -math.inf
         self._lock = threading.Lock()
@@ -56,13 +56,19 @@ class Devices:
             return False
         return not self._reason and time.monotonic() >= self._paused_until
 
-    def region(self, logits: AnyArray, nbytes: int) -> DeviceRegion | None:
-        """Memory of the logits' device, of at least ``nbytes`` bytes; None if the server or the device has none."""
+    def region(self, logits: AnyArray, nbytes: int, timeout: float) -> DeviceRegion | None:
+        """Memory of the logits' device, of at least ``nbytes`` bytes; None if the server or the device has none.
+
+        Args:
+            timeout: seconds to ask the server whether it takes device memory.
+        """
         memory = self._opened()
         if memory is None:
             return None
         try:
-            return memory.take(logits.device, nbytes, self._timeout)
+            return memory.take(logits.device, nbytes, timeout)
+        except SocketError:
+            return None  # The call's time is up.
         except (DriverError, LossError) as error:
             self._tell(str(error))
             return None

@@ -62,6 +62,7 @@ class InProcessTarget:
         want_grad: bool,
         joint: wire.Joint | None,
         offsets: AnyArray | None,
+        timeout: float,
     ) -> Call:
         if joint is not None and joint.world_size > 1:
             raise InvalidInput(

@@ -136,6 +136,16 @@ class MemorySocket:
                 self.close()
             raise
 
+    def tell(self, request: pb.SharedMemoryRequest) -> None:
+        """Sends a packet about a region, and waits for nothing: its reply is nobody's.
+
+        Raises:
+            OSError: it cannot be sent now.
+        """
+        waiter = _Waiter()
+        waiter.is_done = True
+        self._send(request.SerializeToString(), 0.0, waiter)
+
     def call(self, packet: pb.SharedMemoryRequest, timeout: float) -> pb.ResponseHeader:
         """Sends a packet with a call, whose number and timeout are set here, and waits for its answer.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from lovasz.client.options import (
     Transport,
 )
 from lovasz.client.requests import checked_request
-from lovasz.client.shared_memory import Shared, SharedMemory
+from lovasz.client.shared_memory import Session, Shared, SharedMemory
 from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
@@ -108,7 +108,7 @@ class RemoteTarget:
         self._channels, self._retries = self._connection.channels, self._connection.retries
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._shared = None if path is None or self._transport is Transport.GRPC else SharedMemory(path)
-        self._devices = None if self._shared is None else Devices(self._shared, options.timeout)
+        self._devices = None if self._shared is None else Devices(self._shared)
 
     def prepare(
         self,
@@ -118,13 +118,14 @@ class RemoteTarget:
         want_grad: bool,
         joint: wire.Joint | None,
         offsets: AnyArray | None,
+        timeout: float,
     ) -> Call:
         scores = encode_logits(logits, self._wire_dtype)
         shared, devices = self._offered(), self._devices
         if shared is not None and devices is not None and devices.may_take(scores.original):
             targets = encode_labels(labels, narrow=False)
             request = self._checked(loss, scores, targets, want_grad, joint, offsets)
-            region = devices.region(scores.original, request.places.nbytes)
+            region = devices.region(scores.original, request.places.nbytes, timeout)
             if region is not None:
                 return self._in_region(region, request, joint, scores, targets)
         targets = encode_labels(labels)
@@ -212,7 +213,7 @@ class RemoteTarget:
 
     def server_info(self, timeout: float) -> ServerInfo:
         try:
-            info = self._info(timeout)
+            info = self._connection.info(timeout)
         except _FROM_GRPC as error:
             raise self._translated(error) from None
         return ServerInfo(
@@ -230,7 +231,9 @@ class RemoteTarget:
         if shared is None:
             return OVER_GRPC
         try:
-            session = shared.session(timeout)
+            session = self._session(shared.session, timeout)
+        except _FROM_GRPC as error:
+            raise self._translated(error) from None
         except LossError as error:
             if self._transport is Transport.SHM:
                 raise
@@ -325,12 +328,10 @@ class RemoteTarget:
         return response, region.take_gradient(call.request.places.grad, response.grad, copied=copied)
 
     def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
+        deadline = time.monotonic() + timeout
         region.complete()
-        try:
-            session = shared.share(region, timeout)
-        except ServerUnavailableError:
-            self._info(timeout)  # If no server answers: its error.
-            raise
+        session = self._session(partial(shared.share, region), timeout)
+        timeout = deadline - time.monotonic()
         place = call.request.places
         packet = pb.SharedMemoryRequest()
         header = packet.call.header
@@ -347,7 +348,7 @@ class RemoteTarget:
                 answer = self._channels.shared(request, timeout=timeout, metadata=metadata).header
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:  # It may have restarted and not know the session.
-                    shared.forget(session)
+                    session.close()
                 raise
             transport = region.kind + ASKED_OVER_GRPC
         try:
@@ -355,12 +356,15 @@ class RemoteTarget:
         except InvalidInput as error:
             raise _WrongAnswer(str(error)) from None
 
-    def _info(self, timeout: float) -> pb.GetServerInfoResponse:
-        metadata = self._connection.metadata(None)
-        info: pb.GetServerInfoResponse = self._channels.info(
-            pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata
-        )
-        return info
+    def _session(self, begin: Callable[[float], Session], timeout: float) -> Session:
+        """Begins a session; gRPC's error if no server answers."""
+        deadline = time.monotonic() + timeout
+        try:
+            return begin(timeout)
+        except ServerUnavailableError:
+            self._connection.info(deadline - time.monotonic())
+        # The server that answers may have started meanwhile. It listens for shared memory before its gRPC answers.
+        return begin(deadline - time.monotonic())
 
     def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))

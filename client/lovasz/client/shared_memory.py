@@ -16,6 +16,8 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import grpc
@@ -35,7 +37,6 @@ _LEAST_REGION_BYTES = 64 << 10
 """So that small requests can use each other's regions."""
 _MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
 """Of a call on the socket: the rest of the packet is for its metadata."""
-_RELEASE_SECONDS = 1.0
 _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its memory does without."""
 
@@ -219,13 +220,11 @@ class Session:
         return self.takes_calls and fits
 
     def release(self, region: Shared) -> None:
-        """Stops sharing a region."""
+        """Stops sharing a region, without waiting for a server that may be stalled."""
         region.session = None
         try:
-            self.socket.ask(pb.SharedMemoryRequest(region=region.number, release=True), (), _RELEASE_SECONDS)
-        except TimeoutError:
-            pass  # It will be released, unless the connection has ended.
-        except (OSError, LossError):
+            self.socket.tell(pb.SharedMemoryRequest(region=region.number, release=True))
+        except OSError:
             self.close()  # Ends the sharing of all regions.
 
     def close(self) -> None:
@@ -301,18 +300,17 @@ class SharedMemory:
         session = self._session
         if session is not None and region.session is session and not session.socket.is_closed:
             return session
-        with self._lock:
-            if self._closed:
-                raise ServerUnavailableError(f"{self._path}: closed")
-            if self._session is not None:
+        with self._locked(timeout) as left:
+            session = self._session
+            if session is not None:
                 try:
-                    self._session.share(region, timeout)
-                    return self._session
+                    session.share(region, left())
+                    return session
                 except ServerUnavailableError:  # That server is gone; another one may have started.
-                    self._end(self._session)
-            session = self._new_session(timeout)
+                    session.close()
+            session = self._new_session(left())
             try:
-                session.share(region, timeout)
+                session.share(region, left())
             except (LossError, SocketError):
                 session.close()
                 raise
@@ -327,13 +325,25 @@ class SharedMemory:
         Raises:
             ServerUnavailableError: no server takes shared memory there, or this was closed.
             LossError: it refuses the session.
+            SocketError: other threads waited for the server all that time.
         """
-        with self._lock:
+        with self._locked(timeout) as left:
+            if self._session is None or self._session.socket.is_closed:
+                self._session = self._new_session(left())
+            return self._session
+
+    @contextmanager
+    def _locked(self, timeout: float) -> Iterator[Callable[[], float]]:
+        """Holds the lock; gives the seconds that are left."""
+        deadline = time.monotonic() + timeout
+        if not self._lock.acquire(timeout=max(0.0, timeout)):
+            raise SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        try:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
-            if self._session is None or self._session.socket.is_closed:
-                self._session = self._new_session(timeout)
-            return self._session
+            yield lambda: deadline - time.monotonic()
+        finally:
+            self._lock.release()
 
     def _new_session(self, timeout: float) -> Session:
         session = Session(self._path, timeout)
@@ -348,11 +358,6 @@ class SharedMemory:
         self.takes_calls = session.takes_calls
         return session
 
-    def forget(self, session: Session) -> None:
-        """Drops a session, which the server no longer knows. The next call begins another."""
-        with self._lock:
-            self._end(session)
-
     def close(self) -> None:
         """Ends the session and frees the idle regions."""
         self._closed = True
@@ -360,8 +365,3 @@ class SharedMemory:
         if session is not None:
             session.close()  # Without the lock: another thread may hold it while it waits for the server.
         self.regions.close()
-
-    def _end(self, session: Session) -> None:
-        session.close()
-        if session is self._session:
-            self._session = None

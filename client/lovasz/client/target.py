@@ -141,8 +141,12 @@ class Target(Protocol):
         want_grad: bool,
         joint: wire.Joint | None,
         offsets: AnyArray | None,
+        timeout: float,
     ) -> PreparedCall:
         """Checks a request and copies what it needs from arrays that are not on the host in the wire's form.
+
+        Args:
+            timeout: seconds that it may take to ask a server where the arrays can be.
 
         Raises:
             InvalidInput: the request is invalid.
