@@ -136,15 +136,18 @@ class MemorySocket:
                 self.close()
             raise
 
-    def tell(self, request: pb.SharedMemoryRequest) -> None:
-        """Sends a packet about a region, and waits for nothing: its reply is nobody's.
+    def tell(self, request: pb.SharedMemoryRequest, timeout: float) -> None:
+        """Sends a packet about a region, and does not wait for the reply, which is nobody's.
+
+        Args:
+            timeout: seconds to wait for a server that does not read.
 
         Raises:
-            OSError: it cannot be sent now.
+            OSError: it cannot be sent in time, or the connection has ended.
         """
         waiter = _Waiter()
         waiter.is_done = True
-        self._send(request.SerializeToString(), 0.0, waiter)
+        self._send(request.SerializeToString(), time.monotonic() + timeout, waiter)
 
     def call(self, packet: pb.SharedMemoryRequest, timeout: float) -> pb.ResponseHeader:
         """Sends a packet with a call, whose number and timeout are set here, and waits for its answer.

@@ -37,6 +37,8 @@ _LEAST_REGION_BYTES = 64 << 10
 """So that small requests can use each other's regions."""
 _MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
 """Of a call on the socket: the rest of the packet is for its metadata."""
+_RELEASE_SECONDS = 0.1
+"""How long a client whose server does not read tries to tell it that a region is released."""
 _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its memory does without."""
 
@@ -220,10 +222,10 @@ class Session:
         return self.takes_calls and fits
 
     def release(self, region: Shared) -> None:
-        """Stops sharing a region, without waiting for a server that may be stalled."""
+        """Stops sharing a region; the server may have it for a moment longer. Hardly waits if the server is stalled."""
         region.session = None
         try:
-            self.socket.tell(pb.SharedMemoryRequest(region=region.number, release=True))
+            self.socket.tell(pb.SharedMemoryRequest(region=region.number, release=True), _RELEASE_SECONDS)
         except OSError:
             self.close()  # Ends the sharing of all regions.
 
