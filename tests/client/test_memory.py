@@ -14,7 +14,7 @@ import torch
 from support.footprint import descriptors_of
 
 from lovasz.client.memory import KEPT, SMALL_BYTES, Memory, MemoryPool
-from lovasz.client.shared_memory import Region
+from lovasz.client.regions import Region
 
 FLOAT32 = np.dtype(np.float32)
 SIDE = 200

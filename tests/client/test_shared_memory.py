@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from lovasz import wire
-from lovasz.client import DeadlineExceededError, LossClient, LovaszSoftmax, memory_socket
+from lovasz.client import DeadlineExceededError, LossClient, LovaszSoftmax, memory_socket, shared_memory
 from lovasz.client.connection import Connection
-from lovasz.client.errors import LossError
+from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory_socket import SocketError
 from lovasz.client.shared_memory import Session, SharedMemory
 from lovasz.v1 import loss_pb2 as pb
@@ -39,6 +40,14 @@ def stalled(tmp_path: Path) -> Iterator[tuple[str, socket.socket]]:
             listener.listen()
         memory.settimeout(TIMEOUT)
         yield path, memory
+
+
+def unanswered(seconds: float) -> None:
+    raise SocketError(grpc.StatusCode.UNAVAILABLE, "nobody answers")
+
+
+NOBODY: Any = SimpleNamespace(info=unanswered)
+"""A connection to no server."""
 
 
 def greeted(memory: socket.socket) -> socket.socket:
@@ -78,7 +87,7 @@ def test_a_call_has_its_timeout_once(
 def test_a_thread_waits_no_longer_than_its_timeout_for_another_that_waits_for_the_server(
     stalled: tuple[str, socket.socket],
 ) -> None:
-    shared = SharedMemory(stalled[0])
+    shared = SharedMemory(stalled[0], NOBODY)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(shared.session, TIMEOUT)
         connection, _ = stalled[1].accept()
@@ -96,7 +105,7 @@ def test_a_region_is_released_without_waiting(
     stalled: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock stands still meanwhile: whoever waited for a reply would wait for ever."""
-    shared = SharedMemory(stalled[0])
+    shared = SharedMemory(stalled[0], NOBODY)
     regions = [shared.take(1) for _ in range(3)]
     with ThreadPoolExecutor() as threads:
         connecting = threads.submit(greeted, stalled[1])
@@ -125,6 +134,52 @@ def test_a_region_is_released_without_waiting(
         assert released == [first]
     shared.close()
     connection.close()
+
+
+def test_what_was_released_is_settled_when_the_server_has_answered(stalled: tuple[str, socket.socket]) -> None:
+    """The packet that is waited for comes after the release, and changes nothing."""
+    shared = SharedMemory(stalled[0], NOBODY)
+    with ThreadPoolExecutor() as threads:
+        connecting = threads.submit(greeted, stalled[1])
+        session = shared.session(TIMEOUT)
+        connection = connecting.result(TIMEOUT)
+        region = shared.take(1)
+        sharing = threads.submit(session.share, region, TIMEOUT)
+        number = received(connection).region
+        reply(connection)
+        sharing.result(TIMEOUT)
+        region.close()
+        settling = threads.submit(shared.settle)
+        packets = [received(connection) for _ in range(2)]
+        assert [(packet.region, packet.release) for packet in packets] == [(number, True), (0, True)]
+        reply(connection)
+        assert not settling.done()
+        reply(connection)
+        settling.result(TIMEOUT)
+    assert not session.socket.is_closed
+    shared.close()
+    connection.close()
+
+
+def test_no_time_left_for_the_second_look_is_a_timeout(
+    stalled: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the news that the server takes no shared memory, after which a client does without it for a while."""
+    now = [0.0]
+    monkeypatch.setattr(shared_memory, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def answered(seconds: float) -> None:
+        now[0] += seconds
+
+    stalled[1].close()  # Connections are refused.
+    shared = SharedMemory(stalled[0], SimpleNamespace(info=answered))  # type: ignore[arg-type]
+    with pytest.raises(SocketError) as late:
+        shared.session(TIMEOUT)
+    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    now[0] = 0.0
+    shared = SharedMemory(stalled[0], SimpleNamespace(info=lambda seconds: None))  # type: ignore[arg-type]
+    with pytest.raises(ServerUnavailableError, match="no shared memory: Connection refused"):
+        shared.session(TIMEOUT)
 
 
 def received(connection: socket.socket) -> pb.SharedMemoryRequest:

@@ -25,7 +25,8 @@ from support.waiting import eventually
 
 from lovasz.client import Joint, LossClient, LovaszSoftmax, cli, device_memory, devices
 from lovasz.client import joint as client_joint
-from lovasz.client.shared_memory import Session, Shared, SharedMemory
+from lovasz.client.regions import Shared
+from lovasz.client.shared_memory import Session, SharedMemory
 from lovasz.client.torch import RemoteLoss
 from lovasz.device_memory.driver import DriverError
 from lovasz.server.launch import ServerProcess

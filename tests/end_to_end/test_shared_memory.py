@@ -40,8 +40,9 @@ from lovasz.client import (
 )
 from lovasz.client import remote as client_remote
 from lovasz.client.options import ClientOptions, Transport
+from lovasz.client.regions import Region
 from lovasz.client.remote import RemoteTarget
-from lovasz.client.shared_memory import Region, Session
+from lovasz.client.shared_memory import Session
 from lovasz.client.torch import RemoteLoss
 from lovasz.core import compute
 from lovasz.server.launch import ServerProcess

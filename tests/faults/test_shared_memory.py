@@ -27,7 +27,8 @@ from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient
-from lovasz.client.shared_memory import Region, Session
+from lovasz.client.regions import Region
+from lovasz.client.shared_memory import Session
 from lovasz.server.launch import ServerProcess
 from lovasz.server.transport.shared_memory import FIRST_REGION_SECONDS
 from lovasz.spec import LovaszSoftmax

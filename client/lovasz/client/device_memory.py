@@ -15,7 +15,8 @@ from lovasz import wire
 from lovasz.client.errors import LossError
 from lovasz.client.memory import Pool
 from lovasz.client.options import IN_DEVICE_MEMORY
-from lovasz.client.shared_memory import Shared, SharedMemory
+from lovasz.client.regions import Shared
+from lovasz.client.shared_memory import SharedMemory
 from lovasz.client.tensors import Outgoing
 from lovasz.device_memory.driver import OUT_OF_MEMORY, Driver, DriverError, name_of
 from lovasz.device_memory.mapping import create
@@ -117,7 +118,7 @@ class DeviceMemory:
         Raises:
             DriverError: the device has no memory left.
             LossError: the server does not take its memory.
-            SocketError: other threads waited for the server all that time.
+            grpc.RpcError, ValueError: as ``SharedMemory.share``.
         """
         number = device.index or 0
         uuid = self._driver.uuid(number)
@@ -145,8 +146,9 @@ class DeviceMemory:
         except DriverError as error:
             if error.code != OUT_OF_MEMORY:
                 raise
-        # What was freed is still kept, here and by torch.
+        # What was freed is still kept: here, by the server until it knows, and by torch.
         pool.close()
+        self._shared.settle()
         torch.cuda.empty_cache()
         return DeviceRegion(self._driver, device, nbytes, pool)
 

@@ -8,8 +8,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import grpc
+
 from lovasz.client.errors import LossError
-from lovasz.client.memory_socket import SocketError
 from lovasz.client.shared_memory import SharedMemory
 from lovasz.client.tensors import AnyArray
 from lovasz.device_memory.driver import DriverError
@@ -67,8 +68,8 @@ class Devices:
             return None
         try:
             return memory.take(logits.device, nbytes, timeout)
-        except SocketError:
-            return None  # The call's time is up.
+        except (grpc.RpcError, ValueError):
+            return None  # No server answers, the time is up, or the client was closed: the call itself says so.
         except (DriverError, LossError) as error:
             self._tell(str(error))
             return None

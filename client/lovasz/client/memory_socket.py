@@ -94,7 +94,7 @@ class MemorySocket:
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Waiter] = {}
         self._plain: deque[_Waiter] = deque()
-        """Those that wait for replies to packets about regions, which come in order."""
+        """Those of packets about regions, whose replies come in order, also where nobody waits."""
         self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:

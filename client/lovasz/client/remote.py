@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lovasz import spec, wire
 from lovasz.client.connection import Connection
 from lovasz.client.devices import Devices
-from lovasz.client.errors import DeadlineExceededError, IncompatibleServerError, LossError, ServerUnavailableError
+from lovasz.client.errors import DeadlineExceededError, IncompatibleServerError, LossError
 from lovasz.client.memory import SMALL_BYTES, Memory, MemoryPool
 from lovasz.client.options import (
     ASKED_OVER_GRPC,
@@ -27,8 +27,9 @@ from lovasz.client.options import (
     ClientOptions,
     Transport,
 )
+from lovasz.client.regions import Shared
 from lovasz.client.requests import checked_request
-from lovasz.client.shared_memory import Session, Shared, SharedMemory
+from lovasz.client.shared_memory import SharedMemory
 from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
@@ -107,7 +108,9 @@ class RemoteTarget:
         self._connection = Connection(target, options)
         self._channels, self._retries = self._connection.channels, self._connection.retries
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
-        self._shared = None if path is None or self._transport is Transport.GRPC else SharedMemory(path)
+        self._shared: SharedMemory | None = None
+        if path is not None and self._transport is not Transport.GRPC:
+            self._shared = SharedMemory(path, self._connection)
         self._devices = None if self._shared is None else Devices(self._shared)
 
     def prepare(
@@ -231,7 +234,7 @@ class RemoteTarget:
         if shared is None:
             return OVER_GRPC
         try:
-            session = self._session(shared.session, timeout)
+            session = shared.session(timeout)
         except _FROM_GRPC as error:
             raise self._translated(error) from None
         except LossError as error:
@@ -330,7 +333,7 @@ class RemoteTarget:
     def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:
         deadline = time.monotonic() + timeout
         region.complete()
-        session = self._session(partial(shared.share, region), timeout)
+        session = shared.share(region, timeout)
         timeout = deadline - time.monotonic()
         place = call.request.places
         packet = pb.SharedMemoryRequest()
@@ -355,16 +358,6 @@ class RemoteTarget:
             return wire.Response.from_proto(answer, call.request, transport)
         except InvalidInput as error:
             raise _WrongAnswer(str(error)) from None
-
-    def _session(self, begin: Callable[[float], Session], timeout: float) -> Session:
-        """Begins a session; gRPC's error if no server answers."""
-        deadline = time.monotonic() + timeout
-        try:
-            return begin(timeout)
-        except ServerUnavailableError:
-            self._connection.info(deadline - time.monotonic())
-        # The server that answers may have started meanwhile. It listens for shared memory before its gRPC answers.
-        return begin(deadline - time.monotonic())
 
     def _float32_array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         return self._memory.new(shape, np.dtype(np.float32))

@@ -1,4 +1,4 @@
-"""Memory that is shared with a server on this host: a session with the server, and regions that hold tensors.
+"""Memory that is shared with a server on this host: a session with the server, over which regions are shared.
 
 The contract is in ``loss.proto`` (SharedTensors): a region is a memfd, passed over a Unix socket next to gRPC's. On it
 calls can be made, too.
@@ -6,29 +6,24 @@ calls can be made, too.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import logging
 import math
-import mmap
 import os
 import threading
 import time
-import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import grpc
-import numpy.typing as npt
 
 from lovasz import wire
+from lovasz.client.connection import Connection
 from lovasz.client.errors import LossError, ServerUnavailableError
-from lovasz.client.memory import Memory, MemoryPool
+from lovasz.client.memory import MemoryPool
 from lovasz.client.memory_socket import MemorySocket, SocketError, check_same_server
-from lovasz.client.options import IN_SHARED_MEMORY
-from lovasz.client.tensors import Array, Outgoing
+from lovasz.client.regions import Region, Shared
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -39,124 +34,9 @@ _MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
 """Of a call on the socket: the rest of the packet is for its metadata."""
 _RELEASE_SECONDS = 0.1
 """How long a client whose server does not read tries to tell it that a region is released."""
+_SETTLE_SECONDS = 1.0
 _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its memory does without."""
-
-
-class Shared(ABC):
-    """Memory that can be shared with another process by a file descriptor, and that returns to a pool.
-
-    Attributes:
-        kind: the way of a request in it, as ``spec.Timing.transport`` tells it.
-        descriptor: stands for the memory.
-        session: the session in which the server has it; None if it has not.
-        number: its number in that session.
-    """
-
-    kind: ClassVar[str]
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._close_descriptor = weakref.finalize(self, os.close, descriptor)
-        self.session: Session | None = None
-        self.number = 0
-
-    def description(self) -> pb.DeviceMemory | None:
-        """What the server has to know of it beside the descriptor; None for a memfd."""
-        return None
-
-    @abstractmethod
-    def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
-        """Copies the tensors of a request to their places, at the latest when :meth:`complete` returns."""
-
-    @abstractmethod
-    def complete(self) -> None:
-        """Waits until all that was written to it is there."""
-
-    @abstractmethod
-    def bytes(self, offset: int, nbytes: int) -> memoryview:
-        """A part of it, in this process's host memory."""
-
-    def tensors(self, request: wire.Request) -> tuple[memoryview, memoryview]:
-        """Logits and labels of a request that is in it, in this process's host memory."""
-        place = request.places
-        return self.bytes(place.logits, request.logits.nbytes), self.bytes(place.labels, request.labels.nbytes)
-
-    @abstractmethod
-    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> Array:
-        """The gradient in it. It returns to its pool with the gradient's last view, or at once.
-
-        Args:
-            offset: where the gradient is.
-            spec: its element type and shape.
-            copied: it may be copied out of the memory.
-        """
-
-    @abstractmethod
-    def give_back(self) -> None:
-        """Returns it to its pool."""
-
-    def close(self) -> None:
-        """Ends the sharing. The memory is freed once nothing uses it."""
-        if self.session is not None:
-            self.session.release(self)
-        self._close_descriptor()
-
-
-class Region(Memory, Shared):
-    """A block of memory of the host that can be shared with another process."""
-
-    kind = IN_SHARED_MEMORY
-
-    def __init__(self, nbytes: int, pool: MemoryPool[Region] | None = None) -> None:
-        """Allocates the region.
-
-        Args:
-            nbytes: its size.
-            pool: that it returns to.
-
-        Raises:
-            OSError: there is no memory left.
-        """
-        descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            # Allocating all pages at once is faster than one by one at the first writes.
-            os.posix_fallocate(descriptor, 0, nbytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.map = mmap.mmap(descriptor, nbytes)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        Shared.__init__(self, descriptor)
-        self.nbytes = nbytes
-        self._pool = pool
-
-    def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
-        logits.write(self.array(places.logits, logits.source.shape, logits.dtype.numpy))
-        labels.write(self.array(places.labels, labels.source.shape, labels.dtype.numpy))
-
-    def complete(self) -> None:
-        """Nothing to wait for."""
-
-    def bytes(self, offset: int, nbytes: int) -> memoryview:
-        return memoryview(self.map)[offset : offset + nbytes]
-
-    def take_gradient(self, offset: int, spec: wire.TensorSpec, *, copied: bool) -> npt.NDArray[Any]:
-        shape, dtype = spec.shape, spec.dtype.numpy
-        if not copied:
-            assert self._pool is not None
-            return self._pool.lend(self, offset, shape, dtype)
-        # Costs less than a region that is not there for the next call.
-        grad: npt.NDArray[Any] = self.array(offset, shape, dtype).copy()
-        self.give_back()
-        return grad
-
-    def give_back(self) -> None:
-        assert self._pool is not None
-        self._pool.give(self)
-
-    def close(self) -> None:
-        Shared.close(self)
 
 
 class Session:
@@ -209,7 +89,7 @@ class Session:
             request = pb.SharedMemoryRequest(region=region.number, device_memory=region.description())
             self.socket.ask(request, [region.descriptor], self._timeout if timeout is None else timeout)
         except TimeoutError:
-            raise SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
+            raise _late() from None
         except (OSError, LossError) as error:
             region.session = None
             if isinstance(error, LossError):
@@ -229,6 +109,11 @@ class Session:
         except OSError:
             self.close()  # Ends the sharing of all regions.
 
+    def settle(self) -> None:
+        """Waits until the server has taken back what was released, unless that takes long."""
+        with suppress(OSError, LossError):  # Packets are answered in their order; no region has the number 0.
+            self.socket.ask(pb.SharedMemoryRequest(region=0, release=True), (), _SETTLE_SECONDS)
+
     def close(self) -> None:
         """Ends the session."""
         self.socket.close()
@@ -241,12 +126,14 @@ class SharedMemory:
         takes_calls: whether the server took calls on the socket when a session last began; None before the first.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, connection: Connection) -> None:
         """Connects at the first region that is shared.
 
         Args:
             path: of the server's gRPC socket.
+            connection: to the server there.
         """
+        self._connection = connection
         self._server_path, self._path = path, path + wire.MEMORY_SUFFIX
         self._closed = False
         self._paused_until = -math.inf
@@ -295,13 +182,48 @@ class SharedMemory:
         """Shares the region, unless the server already has it; returns the session.
 
         Raises:
-            ServerUnavailableError: no server takes shared memory there, or this was closed.
+            ServerUnavailableError: the server takes no shared memory there.
             LossError: the server refuses the region.
-            SocketError: there was no answer in time.
+            grpc.RpcError: no server answers, or not in time.
+            ValueError: gRPC's, if the client was closed.
         """
         session = self._session
         if session is not None and region.session is session and not session.socket.is_closed:
             return session
+        return self._twice(partial(self._share, region), timeout)
+
+    def session(self, timeout: float) -> Session:
+        """The session; begins one if there is none.
+
+        Raises:
+            LossError, grpc.RpcError, ValueError: as for :meth:`share`.
+        """
+        return self._twice(self._begun, timeout)
+
+    def settle(self) -> None:
+        """Waits until the server has taken back what was released, unless that takes long."""
+        session = self._session
+        if session is not None:
+            session.settle()
+
+    def _twice(self, begin: Callable[[float], Session], timeout: float) -> Session:
+        """Looks once more for shared memory that was not there, if a server answers: it may have started meanwhile.
+
+        It listens for shared memory before its gRPC answers.
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            return begin(timeout)
+        except ServerUnavailableError:
+            self._connection.info(deadline - time.monotonic())
+        try:
+            return begin(deadline - time.monotonic())
+        except ServerUnavailableError:
+            if time.monotonic() >= deadline:
+                raise _late() from None
+            raise
+
+    def _share(self, region: Shared, timeout: float) -> Session:
         with self._locked(timeout) as left:
             session = self._session
             if session is not None:
@@ -316,30 +238,28 @@ class SharedMemory:
             except (LossError, SocketError):
                 session.close()
                 raise
-            if self._closed:
-                session.close()
-            self._session = session
+            self._keep(session)
             return session
 
-    def session(self, timeout: float) -> Session:
-        """The session; begins one if there is none.
-
-        Raises:
-            ServerUnavailableError: no server takes shared memory there, or this was closed.
-            LossError: it refuses the session.
-            SocketError: other threads waited for the server all that time.
-        """
+    def _begun(self, timeout: float) -> Session:
         with self._locked(timeout) as left:
-            if self._session is None or self._session.socket.is_closed:
-                self._session = self._new_session(left())
-            return self._session
+            session = self._session
+            if session is None or session.socket.is_closed:
+                session = self._new_session(left())
+                self._keep(session)
+            return session
+
+    def _keep(self, session: Session) -> None:
+        self._session = session
+        if self._closed:  # Only now: whoever closes this ends the session that is kept.
+            session.close()
 
     @contextmanager
     def _locked(self, timeout: float) -> Iterator[Callable[[], float]]:
         """Holds the lock; gives the seconds that are left."""
         deadline = time.monotonic() + timeout
         if not self._lock.acquire(timeout=max(0.0, timeout)):
-            raise SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            raise _late()
         try:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
@@ -367,3 +287,7 @@ class SharedMemory:
         if session is not None:
             session.close()  # Without the lock: another thread may hold it while it waits for the server.
         self.regions.close()
+
+
+def _late() -> SocketError:
+    return SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -23,7 +25,8 @@ from support.memory_caller import SEALS, TIMEOUT, MemoryCaller, memfd
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
 from lovasz.client.memory_socket import SocketError
-from lovasz.client.shared_memory import Region, Session
+from lovasz.client.regions import Region
+from lovasz.client.shared_memory import Session
 from lovasz.client.shared_memory import SharedMemory as Client
 from lovasz.server.errors import SessionLostError
 from lovasz.server.transport import shared_memory
@@ -70,7 +73,9 @@ def client(path: Path) -> Iterator[Client]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path).removesuffix(wire.MEMORY_SUFFIX))
         listener.listen()
-        client = Client(str(path).removesuffix(wire.MEMORY_SUFFIX))
+        client = Client(
+            str(path).removesuffix(wire.MEMORY_SUFFIX), cast(Any, SimpleNamespace(info=lambda seconds: None))
+        )
         yield client
         client.close()
 
@@ -418,7 +423,8 @@ def test_what_is_taken_back_is_given_back(server: SharedMemory, caller: MemoryCa
 
 VANISHING = """
 import sys, time
-from lovasz.client.shared_memory import Region, Session
+from lovasz.client.regions import Region
+from lovasz.client.shared_memory import Session
 
 session = Session(sys.argv[1], 60)
 region = Region(4096)

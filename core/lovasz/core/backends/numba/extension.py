@@ -78,7 +78,7 @@ MOST_PARTS = 64
 
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf, 0, 0)
 COUNT_ALL = Thresholds(0, 0, math.inf, 0, 0)
-AS_LARGE = THRESHOLDS._replace(pixels=0, foreground=0, whole=0, divided=0)
+AS_LARGE = THRESHOLDS._replace(pixels=0, foreground=0, whole=0, divided=1)
 """Batches of any size are computed as large ones are."""
 
 
