@@ -432,6 +432,19 @@ def test_tables_of_parts_in_scratch_are_all_zero_between_calls(want_grad: bool, 
     assert assert_tables_are_zero() > 1
 
 
+def test_a_small_batch_computed_as_a_large_one_may_have_fewer_pixels_than_threads(threads: None) -> None:
+    """The warm-up has few pixels, and a machine may have hundreds of threads."""
+    loss = weighted_sum(LovaszSoftmax())
+    logits = normal(1, 20_000, 4, seed=3, dtype=torch.float32)
+    batch = Batch.of([Request.checked(logits, torch.zeros(1, 4, dtype=torch.int64), loss)])
+    torch.set_num_threads(3)
+    (as_large,), (alone,) = (
+        numba_compute.compute(Plan.of(batch, loss, logits.device), batch, want_grad=True, thresholds=of).grads or ()
+        for of in (extension.AS_LARGE, extension.THRESHOLDS)
+    )
+    torch.testing.assert_close(as_large, alone)
+
+
 def assert_tables_are_zero() -> int:
     """Returns how many tables there are."""
     borrowed = SCRATCH.take()
