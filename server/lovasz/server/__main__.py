@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     if unknown := unknown_variables(os.environ):
         _log.warning("variables that are not settings", extra={"variables": unknown})
+    _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.
     _log.info("starting", extra={"version": VERSION, "device": config.device})
     stopping = threading.Event()
-    _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.
     # Not earlier: it takes seconds to import torch, and an invalid flag should be reported at once.
     try:
         with _imports_that_stay():
