@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +42,16 @@ def stalled(tmp_path: Path) -> Iterator[tuple[str, socket.socket]]:
         yield path, memory
 
 
+def connection_with(info: Callable[[float], None]) -> Any:
+    """A connection of which only whether a server answers is ever asked."""
+    return SimpleNamespace(info=info)
+
+
 def unanswered(seconds: float) -> None:
     raise SocketError(grpc.StatusCode.UNAVAILABLE, "nobody answers")
 
 
-NOBODY: Any = SimpleNamespace(info=unanswered)
+NOBODY = connection_with(unanswered)
 """A connection to no server."""
 
 
@@ -172,12 +177,12 @@ def test_no_time_left_for_the_second_look_is_a_timeout(
         now[0] += seconds
 
     stalled[1].close()  # Connections are refused.
-    shared = SharedMemory(stalled[0], SimpleNamespace(info=answered))  # type: ignore[arg-type]
+    shared = SharedMemory(stalled[0], connection_with(answered))
     with pytest.raises(SocketError) as late:
         shared.session(TIMEOUT)
     assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     now[0] = 0.0
-    shared = SharedMemory(stalled[0], SimpleNamespace(info=lambda seconds: None))  # type: ignore[arg-type]
+    shared = SharedMemory(stalled[0], connection_with(lambda seconds: None))
     with pytest.raises(ServerUnavailableError, match="no shared memory: Connection refused"):
         shared.session(TIMEOUT)
 

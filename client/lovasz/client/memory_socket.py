@@ -46,6 +46,11 @@ class SocketError(grpc.RpcError):
         has_delay = error.HasField("retry_after_milliseconds")
         return cls(code, error.text, error.retry_after_milliseconds if has_delay else None)
 
+    @classmethod
+    def late(cls) -> SocketError:
+        """There was no answer in time."""
+        return cls(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
     def code(self) -> grpc.StatusCode:
         return self._code
 
@@ -163,7 +168,7 @@ class MemorySocket:
             self._wait(waiter, deadline)
         except TimeoutError:
             self._cancel(number)
-            raise SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
+            raise SocketError.late() from None
         except OSError as error:
             self.close()
             raise _lost(error.strerror or str(error)) from None

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
-import grpc
-
 from lovasz import wire
 from lovasz.client.connection import Connection
 from lovasz.client.errors import LossError, ServerUnavailableError
@@ -35,6 +33,7 @@ _MAX_HEADER_BYTES = wire.MAX_PACKET_BYTES - 4096
 _RELEASE_SECONDS = 0.1
 """How long a client whose server does not read tries to tell it that a region is released."""
 _SETTLE_SECONDS = 1.0
+"""How long it waits for memory that was released to be free."""
 _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its memory does without."""
 
@@ -89,7 +88,7 @@ class Session:
             request = pb.SharedMemoryRequest(region=region.number, device_memory=region.description())
             self.socket.ask(request, [region.descriptor], self._timeout if timeout is None else timeout)
         except TimeoutError:
-            raise _late() from None
+            raise SocketError.late() from None
         except (OSError, LossError) as error:
             region.session = None
             if isinstance(error, LossError):
@@ -220,7 +219,7 @@ class SharedMemory:
             return begin(deadline - time.monotonic())
         except ServerUnavailableError:
             if time.monotonic() >= deadline:
-                raise _late() from None
+                raise SocketError.late() from None
             raise
 
     def _share(self, region: Shared, timeout: float) -> Session:
@@ -259,7 +258,7 @@ class SharedMemory:
         """Holds the lock; gives the seconds that are left."""
         deadline = time.monotonic() + timeout
         if not self._lock.acquire(timeout=max(0.0, timeout)):
-            raise _late()
+            raise SocketError.late()
         try:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
@@ -287,7 +286,3 @@ class SharedMemory:
         if session is not None:
             session.close()  # Without the lock: another thread may hold it while it waits for the server.
         self.regions.close()
-
-
-def _late() -> SocketError:
-    return SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
