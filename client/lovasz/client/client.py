@@ -248,8 +248,8 @@ class LossClient:
             timeout: seconds; None: the client's.
 
         Raises:
-            LossError: one of its subclasses: no server answers, or not in time; or the client's ``transport`` is
-                ``"shm"``, and shared memory is not available.
+            LossError: one of its subclasses: the client is not connected yet, and no server answers, or not in time; or
+                its ``transport`` is ``"shm"``, and shared memory is not available.
         """
         self._check_open()
         return self._target.transport(self._seconds(timeout), on_gpu=on_gpu)
