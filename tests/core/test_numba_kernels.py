@@ -673,7 +673,7 @@ def test_calls_of_two_kinds_in_turn_are_as_cheap_as_calls_of_one() -> None:
     functions(kinds * 4)
     alone = sum(functions([kind] * 5) - functions([kind]) for kind in kinds)
     functions(kinds)
-    assert functions(kinds * 4) == alone
+    assert functions(kinds * 4) == alone > 0
 
 
 def test_nothing_is_kept_of_calls_whose_plan_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
