@@ -1,5 +1,5 @@
 """A connection of HTTP/2 that does what no gRPC client does: it opens calls and says nothing, sends as slowly as a test
-likes, and takes no answer."""
+likes, and takes no more of an answer than it is told to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+from collections import defaultdict
 from functools import partial
 from types import TracebackType
 
@@ -28,6 +29,7 @@ class Connection:
     Attributes:
         ended: the streams that the server has ended.
         max_streams: the most streams at a time, as the server has said; None: it has not said.
+        received: the bytes of each stream's answer.
     """
 
     def __init__(self, target: str, window: int = 65_535) -> None:
@@ -49,6 +51,7 @@ class Connection:
         self._closed = False
         self.ended: set[int] = set()
         self.max_streams: int | None = None
+        self.received: defaultdict[int, bytearray] = defaultdict(bytearray)
         self._knows_settings = threading.Event()
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         self._frame(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, window))
@@ -106,6 +109,10 @@ class Connection:
         self.send(stream, message(data), end=True)
         return stream
 
+    def take(self, stream: int, nbytes: int) -> None:
+        """Lets the server send so many more bytes of an answer (0: of all answers together)."""
+        self._frame(_WINDOW_UPDATE, 0, stream, struct.pack(">I", nbytes))
+
     @property
     def closed(self) -> bool:
         """Whether the server has closed the connection."""
@@ -160,6 +167,8 @@ class Connection:
                 self._windows[stream] += int.from_bytes(data, "big") & 0x7FFF_FFFF
             elif kind == _RST_STREAM or (kind in (_HEADERS, _DATA) and flags & _END_STREAM):
                 self.ended.add(stream)
+            if kind == _DATA:
+                self.received[stream] += data
             self._changed.notify_all()
         if kind == _SETTINGS and not flags & _ACK:
             self._frame(_SETTINGS, _ACK, 0, b"")

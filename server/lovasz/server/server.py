@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from lovasz import wire
 from lovasz.server import addresses
@@ -30,7 +31,7 @@ from lovasz.server.schedule.job import TOKEN, Tenant
 from lovasz.server.schedule.joint.table import JointTable
 from lovasz.server.transport.call import SERVICE_NAME, Pipeline
 from lovasz.server.transport.gate import Gate
-from lovasz.server.transport.grpc_server import GrpcServer
+from lovasz.server.transport.grpc_server import LAST_BYTES_SECONDS, GrpcServer
 from lovasz.server.transport.health import HEALTH_SERVICE_NAME, HealthMonitor
 from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.receiving import Patience
@@ -148,7 +149,7 @@ class Server:
             self._metrics,
             option="--header-timeout",
         )
-        sending = SendWatch(config.stall_seconds, self._metrics)
+        self._sending = SendWatch(config.stall_seconds, self._metrics)
         pipeline = Pipeline(
             admission=self._admission,
             staging=self._staging,
@@ -168,7 +169,7 @@ class Server:
             engine=self._engine,
             shared_memory=self._shared_memory,
             readers=self._grpc.readers,
-            sending=sending,
+            sending=self._sending,
             patience=Patience(
                 header_seconds=config.header_seconds,
                 stall_seconds=config.stall_seconds,
@@ -184,7 +185,7 @@ class Server:
             for shared_memory in self._shared_memory:
                 shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]
-        return [*(calls.check for calls in timed), sending.check]
+        return [*(calls.check for calls in timed), self._sending.check]
 
     def _new_housekeepers(self, checks: list[Chore], metrics_tokens: Tokens | None) -> list[Housekeeper]:
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
@@ -368,18 +369,21 @@ class Server:
         """Refuses new calls, lets accepted ones finish within the configured time, and ends all threads.
 
         Returns:
-            Whether all accepted calls finished.
+            Whether all accepted calls finished, and their answers reached the hosts of their callers.
         """
         pending = self._admission.requests_in_flight
+        until = time.monotonic() + self._config.drain_seconds
         _log.info("draining", extra={"requests": pending, "seconds": self._config.drain_seconds})
         self._health.stop()
         self._admission.close()
         # gRPC goes on accepting calls: admission refuses them with a reason on which clients try again.
         left = self._admission.wait_until_empty(self._config.drain_seconds)
         self._joints.stop()
+        until = max(until, time.monotonic() + LAST_BYTES_SECONDS)
+        left = max(left, self._sending.wait_until_sent(until - time.monotonic()))
         if self._self_check is not None:
             self._self_check.stop()
-        self._grpc.stop()
+        left = max(left, self._grpc.stop(until))
         finished = self._engine.stop(_ENGINE_STOP_SECONDS) and left == 0
         self._web.stop()
         for shared_memory in self._shared_memory:

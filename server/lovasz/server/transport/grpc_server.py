@@ -22,6 +22,7 @@ from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.reflection import Reflection
 from lovasz.server.transport.servicer import LossServicer
 from lovasz.server.transport.socket_file import Place, SocketFile
+from lovasz.server.transport.tcp_queues import wait_until_received
 from lovasz.server.transport.threads import CallThreads, LimitedHandler, OwnThreads, start_all
 from lovasz.wire import UNIX, socket_path
 
@@ -34,7 +35,7 @@ _OTHER_CALLS = 16
 _LEAST_STREAMS = 128
 """Calls that one connection may have open at least. Further calls wait in the client."""
 
-_LAST_BYTES_SECONDS = 1.0
+LAST_BYTES_SECONDS = 1.0
 """How long answers that were handed to gRPC may take to leave the host, once nothing else is in flight."""
 
 _STOP_SECONDS = 5.0
@@ -100,7 +101,7 @@ class GrpcServer:
         self._servers: list[grpc.Server] = []
         self._socket_files: list[SocketFile] = []
         self._unmade: set[str] = set()
-        self._ports = 0
+        self._ports: set[int] = set()
 
     @property
     def max_headerless(self) -> int:
@@ -146,7 +147,7 @@ class GrpcServer:
                 port = _add_port(self._port_server, addresses.joined(one, port), self._credentials)
         except OSError as error:
             raise OSError(f"--listen {address}: {error.strerror or error}") from error
-        self._ports += 1
+        self._ports.add(port)
         return f"{address.rpartition(':')[0]}:{port}"
 
     def listen_privately(self, paths: Sequence[str]) -> None:
@@ -194,7 +195,7 @@ class GrpcServer:
                     file.remove()
                     del self._socket_files[place]
                     break
-            return self._ports + len(self._socket_files) > 0
+            return bool(self._ports or self._socket_files)
 
     def _make_again(self, place: int, file: SocketFile) -> None:
         made: list[grpc.Server] = []
@@ -222,15 +223,24 @@ class GrpcServer:
         self._servers += made
         _log.warning("a socket's file was removed; created it again", extra={"path": file.path})
 
-    def stop(self) -> None:
-        """Accepts no more calls, and ends those that are still here after a moment."""
+    def stop(self, until: float = 0.0) -> int:
+        """Accepts no more calls, and ends those that are still here after a moment.
+
+        Args:
+            until: how long the answers of finished calls may take to reach their callers' hosts (``time.monotonic``).
+
+        Returns:
+            To how many connections they have not in time.
+        """
+        unsent = wait_until_received(self._ports, until)
         with self._lock:
             self._stopped = True
         for file in self._socket_files:
             file.remove()
-        for ended in [server.stop(_LAST_BYTES_SECONDS) for server in self._servers]:
+        for ended in [server.stop(LAST_BYTES_SECONDS) for server in self._servers]:
             if not ended.wait(_STOP_SECONDS):
                 _log.error("gRPC does not stop")
+        return unsent
 
     def end_threads(self, *, wait: bool) -> None:
         """Ends the threads of calls and streams; waits for them unless some may be stuck."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.transport.carrier import Carrier
@@ -31,25 +32,19 @@ class SendWatch:
         self._stall_seconds = stall_seconds
         self._metrics = metrics
         self._lock = threading.Lock()
+        self._has_none = threading.Condition(self._lock)
+        self._is_awaited = False  # Most of the time nobody waits: no call should pay for telling nobody.
         self._answers: set[_Sending] = set()
         self._unsent_bytes = 0
 
-    def watched(self, messages: Iterable[memoryview], cut_off: Callable[[], object]) -> Iterator[memoryview]:
-        """Passes on the messages of an answer. The caller has to take each within the stall timeout.
-
-        Args:
-            cut_off: ends the call, from another thread.
-        """
-        answer = _Sending(cut_off, time.monotonic())
-        with self._lock:
-            self._answers.add(answer)
-        try:
-            for message in messages:
-                answer.since = time.monotonic()
-                yield message
-        finally:
-            with self._lock:
-                self._answers.discard(answer)
+    def watched(self, messages: Iterable[memoryview], context: Carrier) -> Iterator[memoryview]:
+        """Passes on the messages of an answer. The caller has to take each within the stall timeout."""
+        answer = self._begin(context)
+        if not context.add_callback(partial(self._end, answer)):
+            self._end(answer)
+        for message in messages:
+            answer.since = time.monotonic()
+            yield message
 
     def hand_over(self, nbytes: int, context: Carrier, give_back: Callable[[], None]) -> None:
         """An answer of one message goes to gRPC, which takes it at once, and whose transport waits for its caller.
@@ -59,17 +54,12 @@ class SendWatch:
             give_back: gives back what the call has reserved. Called at once if gRPC holds little, so that the caller
                 does not see its answer before its room is free; else when the transport has let go of the answer.
         """
-        answer = _Sending(context.cancel, time.monotonic())
         nbytes = max(nbytes, _LEAST_BYTES)
-        with self._lock:
-            self._answers.add(answer)
-            self._unsent_bytes += nbytes
-            is_much = self._unsent_bytes > MOST_UNSENT_BYTES
+        answer = self._begin(context, nbytes)
+        is_much = self._unsent_bytes > MOST_UNSENT_BYTES
 
         def let_go() -> None:
-            with self._lock:
-                self._answers.discard(answer)
-                self._unsent_bytes -= nbytes
+            self._end(answer, nbytes)
             if is_much:
                 give_back()
 
@@ -78,12 +68,37 @@ class SendWatch:
         if not is_much:
             give_back()
 
+    def wait_until_sent(self, timeout_seconds: float) -> int:
+        """Waits until the transport has let go of all answers; returns of how many it has not in time."""
+        with self._lock:
+            self._is_awaited = True
+            self._has_none.wait_for(lambda: not self._answers, timeout_seconds)
+            return len(self._answers)
+
     def check(self) -> None:
         """A chore: cuts off the callers that have stalled."""
         until = time.monotonic() - self._stall_seconds
         with self._lock:
             stalled = [answer for answer in self._answers if answer.since < until]
             self._answers.difference_update(stalled)
+            self._tell()
         for answer in stalled:
             self._metrics.stalled.labels(Phase.SEND.value).inc()
             answer.cut_off()
+
+    def _begin(self, context: Carrier, nbytes: int = 0) -> _Sending:
+        answer = _Sending(context.cancel, time.monotonic())
+        with self._lock:
+            self._answers.add(answer)
+            self._unsent_bytes += nbytes
+        return answer
+
+    def _end(self, answer: _Sending, nbytes: int = 0) -> None:
+        with self._lock:
+            self._answers.discard(answer)
+            self._unsent_bytes -= nbytes
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._is_awaited and not self._answers:
+            self._has_none.notify_all()

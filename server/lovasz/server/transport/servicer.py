@@ -169,7 +169,7 @@ class LossServicer:
             finally:
                 receiver.stop()
             yield pb.ComputeStreamResponse(header=call.response_header(header, answer))
-            yield from self.sending.watched(wire.chunks([grad_bytes(answer)]), context.cancel)
+            yield from self.sending.watched(wire.chunks([grad_bytes(answer)]), context)
 
     def abort_step(
         self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext
