@@ -378,6 +378,7 @@ class Server:
         self._admission.close()
         # gRPC goes on accepting calls: admission refuses them with a reason on which clients try again.
         left = self._admission.wait_until_empty(self._config.drain_seconds)
+        self._joints.linger(until)
         self._joints.stop()
         until = max(until, time.monotonic() + LAST_BYTES_SECONDS)
         left = max(left, self._sending.wait_until_sent(until - time.monotonic()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from support.desk import (
     CANCELLED,
     CLASSES,
     FAILED_PRECONDITION,
+    NEVER,
     OK,
     RESOURCE_EXHAUSTED,
     SOFTMAX,
@@ -570,6 +572,44 @@ def test_a_server_that_drains_completes_the_groups_that_it_has_and_takes_no_new_
     assert ended(desk.ask(Rank(step=1)))[0].code is UNAVAILABLE
     for rank, outcome in enumerate(ended(first, desk.ask(ranks[1]))):
         assert_right(outcome, rank, ranks)
+
+
+def lingers(desk: Desk, until: float) -> threading.Thread:
+    """A server that stops now, and waits for ranks that may have lost their answers."""
+    thread = threading.Thread(target=desk.joints.linger, args=(until,))
+    thread.start()
+    return thread
+
+
+def test_a_server_that_drains_waits_for_ranks_that_may_have_lost_their_answers(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "ASK_AGAIN_SECONDS", NEVER)
+    desk.compute()
+    desk.joints.linger(time.monotonic() + NEVER)  # Nothing was answered yet.
+    ranks = ranks_of(2)
+    before = ended(*map(desk.ask, ranks))
+    desk.admission.close()
+    waiting = lingers(desk, time.monotonic() + NEVER)
+    assert ended(desk.ask(ranks[0]))[0].grad == before[0].grad
+    for rank in range(2):
+        assert waiting.is_alive()
+        assert ended(desk.ask(Rank(rank=rank, step=1)))[0].code is UNAVAILABLE
+    waiting.join(60)  # Ranks that come with the next step have received their answers.
+    assert not waiting.is_alive()
+
+
+def test_a_server_that_drains_does_not_wait_for_lost_answers_for_long(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.compute()
+    ended(*map(desk.ask, ranks_of(2)))
+    desk.admission.close()
+    monkeypatch.setattr(kept, "ASK_AGAIN_SECONDS", NEVER)
+    desk.joints.linger(time.monotonic() + 0.1)
+    monkeypatch.setattr(kept, "ASK_AGAIN_SECONDS", 0.1)
+    desk.joints.linger(time.monotonic() + NEVER)
+    assert desk.joints.kept == 2
 
 
 def test_ranks_that_wait_when_the_server_ends_are_told_so(desk: Desk) -> None:

@@ -36,10 +36,13 @@ _LEAST_STREAMS = 128
 """Calls that one connection may have open at least. Further calls wait in the client."""
 
 LAST_BYTES_SECONDS = 1.0
-"""How long answers that were handed to gRPC may take to leave the host, once nothing else is in flight."""
-
+"""How long the answers of finished calls may take to leave at least, once nothing else is in flight."""
+_READ_SECONDS = 5.0
+"""How long callers may take to read what has reached their hosts. gRPC asks each of them to confirm it (a ping of
+HTTP/2). If a connection were closed before, a peer that writes to it first would see an error; many, Envoy and gRPC
+among them, then do not read what is there."""
 _STOP_SECONDS = 5.0
-"""How long gRPC itself may take to stop: it never does if one of its threads has died."""
+"""How long gRPC itself may take to stop after that: it never does if one of its threads has died."""
 
 _OPTIONS = (
     ("grpc.http2.max_frame_size", wire.MAX_FRAME_BYTES),
@@ -223,22 +226,24 @@ class GrpcServer:
         self._servers += made
         _log.warning("a socket's file was removed; created it again", extra={"path": file.path})
 
-    def stop(self, until: float = 0.0) -> int:
-        """Accepts no more calls, and ends those that are still here after a moment.
+    def stop(self, until: float | None = None) -> int:
+        """Accepts no more calls, and ends those that are still here after some seconds.
 
         Args:
-            until: how long the answers of finished calls may take to reach their callers' hosts (``time.monotonic``).
+            until: how long the answers of finished calls may take to reach their callers' hosts (``time.monotonic``);
+                None: no call was accepted.
 
         Returns:
             To how many connections they have not in time.
         """
-        unsent = wait_until_received(self._ports, until)
+        unsent = 0 if until is None else wait_until_received(self._ports, until)
         with self._lock:
             self._stopped = True
         for file in self._socket_files:
             file.remove()
-        for ended in [server.stop(LAST_BYTES_SECONDS) for server in self._servers]:
-            if not ended.wait(_STOP_SECONDS):
+        grace = LAST_BYTES_SECONDS if unsent or until is None else _READ_SECONDS
+        for ended in [server.stop(grace) for server in self._servers]:
+            if not ended.wait(grace + _STOP_SECONDS):
                 _log.error("gRPC does not stop")
         return unsent
 

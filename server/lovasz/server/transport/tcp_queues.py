@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import struct
 import termios
 import time
 from collections.abc import Collection
@@ -51,8 +50,8 @@ def _holds_bytes(number: int, ports: Collection[int]) -> bool:
             if connection.getsockname()[1] not in ports:
                 return False
             connection.getpeername()
-            (unsent,) = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)))
-            return unsent > 0
+            unsent = fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4))
+            return unsent != bytes(4)
         finally:
             connection.detach()
     return False

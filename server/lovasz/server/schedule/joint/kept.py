@@ -5,6 +5,7 @@ Nothing here takes a lock: ``JointTable`` does.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from lovasz.server.schedule.joint.group import Run
 
 KEPT_SECONDS = 15.0
 """How long an answer is kept after it was sent, unless its rank comes with another call before."""
+ASK_AGAIN_SECONDS = 2.0
+"""After this, a rank that lost its answer with its connection has asked for it again: clients do about 0.3 s later."""
 
 
 @dataclass(eq=False)
@@ -35,6 +38,11 @@ class Kept:
     users: int = 1
     until: float = 0.0
     dropped: bool = False
+
+    @property
+    def expected_until(self) -> float:
+        """How long its rank may be expected to ask for it (``time.monotonic``)."""
+        return math.inf if self.users else self.until - KEPT_SECONDS + ASK_AGAIN_SECONDS
 
     def leave(self) -> None:
         """A call was answered with it."""
@@ -83,6 +91,11 @@ class KeptAnswers:
         """Drops the answers to earlier calls of a rank: as it comes with another call, it has received them."""
         for call in list(self._calls.get(_rank_of(joint), ())):
             self._drop(call)
+
+    @property
+    def expected_until(self) -> float:
+        """How long ranks may be expected to ask for their answers (``time.monotonic``); -inf: none is kept."""
+        return max((kept.expected_until for kept in self._answers.values()), default=-math.inf)
 
     def drop_old(self) -> None:
         """Drops the answers that were kept for long enough."""

@@ -40,6 +40,9 @@ from lovasz.server.schedule.joint.waiting import WaitingGroups, log
 
 _log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.05
+"""How often it is looked whether answers are still expected to be asked for."""
+
 
 class JointTable:
     """The groups that wait for ranks.
@@ -125,7 +128,11 @@ class JointTable:
                 kept = self._kept.take(call)
                 if kept is not None:
                     return kept
-            group = self._group_of(request, joint, address, name)
+            try:
+                group = self._group_of(request, joint, address, name)
+            except StoppingError:
+                self._kept.acknowledge(joint)
+                raise
             try:
                 seat = group.take_seat(request, call, cancel, address)
             except OverloadedError as error:
@@ -255,6 +262,18 @@ class JointTable:
         """What the ranks of a run should know; empty: nothing."""
         with self._changed:
             return self._attendance.warning(Run.of(joint))
+
+    def linger(self, until: float) -> None:
+        """Waits while a rank may have lost its answer with its connection, and not yet have asked for it again.
+
+        Elsewhere nobody has it: the other ranks have theirs, and do not come again.
+
+        Args:
+            until: the latest end (``time.monotonic``).
+        """
+        with self._changed:
+            while min(self._kept.expected_until, until) > time.monotonic():
+                self._changed.wait(_LOOK_SECONDS)
 
     def stop(self) -> None:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
