@@ -272,7 +272,7 @@ class RemoteTarget:
 
     def _over_grpc(self, call: Call, timeout: float) -> Answer:
         send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream
-        return self._retries.call(partial(send, call), timeout)
+        return self._retries.call(partial(send, call), timeout, is_joint=call.joint is not None)
 
     def _unary(self, call: Call, timeout: float) -> Answer:
         request = framing.UnaryRequest(_header(call), *call.payload)
@@ -308,7 +308,8 @@ class RemoteTarget:
         assert devices is not None
         try:
             try:
-                response = self._retries.call(partial(self._in_shared_memory, call, shared, region), timeout)
+                attempt = partial(self._in_shared_memory, call, shared, region)
+                response = self._retries.call(attempt, timeout, is_joint=call.joint is not None)
             except LossError as error:  # The server takes no such memory.
                 timeout = deadline - time.monotonic()
                 if region.kind == IN_DEVICE_MEMORY:

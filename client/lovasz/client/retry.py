@@ -24,6 +24,9 @@ server is starting counts as an answer."""
 INITIAL_BACKOFF_SECONDS = 0.3
 BACKOFF_MULTIPLIER = 3.0
 MAX_BACKOFF_SECONDS = 5.0
+MAX_JOINT_BACKOFF_SECONDS = 1.0
+"""For a rank of a joint step, whose peers wait for it. And if its answer was lost, a server that stops goes on for two
+seconds only, in which the rank can ask for it again."""
 JITTER = 0.2
 """Each backoff is changed by a random share of at most this, up or down."""
 TELLING_SECONDS = 1.0
@@ -54,12 +57,13 @@ class Retries:
         """Stops all further attempts."""
         self._closed.set()
 
-    def call(self, attempt: Callable[[float], AnswerT], timeout: float) -> AnswerT:
+    def call(self, attempt: Callable[[float], AnswerT], timeout: float, *, is_joint: bool = False) -> AnswerT:
         """Makes a call, and repeats it while it fails and that can help.
 
         Args:
             attempt: makes the call once; gets the seconds that are left.
             timeout: seconds for all attempts.
+            is_joint: whether other ranks wait for it.
 
         Raises:
             grpc.RpcError: the last attempt's error, or that of the attempt before if the last one had little time.
@@ -72,7 +76,7 @@ class Retries:
             except grpc.RpcError as error:
                 if before is not None and left < TELLING_SECONDS and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise before from None
-                before, delay = error, self._delay(error, number)
+                before, delay = error, self._delay(error, number, is_joint=is_joint)
                 if delay is None or time.monotonic() + delay >= deadline or self._closed.wait(delay):
                     raise
             else:
@@ -80,7 +84,7 @@ class Retries:
                 return answer
             number += 1
 
-    def _delay(self, error: grpc.RpcError, number: int) -> float | None:
+    def _delay(self, error: grpc.RpcError, number: int, *, is_joint: bool) -> float | None:
         """Seconds to wait before the next attempt; None: make none."""
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
         if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
@@ -92,5 +96,6 @@ class Retries:
         if PUSHBACK_KEY in metadata:
             milliseconds = str(metadata[PUSHBACK_KEY])
             return int(milliseconds) / 1000 if milliseconds.isdecimal() else None
-        backoff = min(INITIAL_BACKOFF_SECONDS * BACKOFF_MULTIPLIER ** (number - 1), MAX_BACKOFF_SECONDS)
+        most = MAX_JOINT_BACKOFF_SECONDS if is_joint and self._answered else MAX_BACKOFF_SECONDS
+        backoff = min(INITIAL_BACKOFF_SECONDS * BACKOFF_MULTIPLIER ** (number - 1), most)
         return backoff * random.uniform(1 - JITTER, 1 + JITTER)

@@ -18,7 +18,7 @@ from lovasz.server.schedule.joint.group import Run
 KEPT_SECONDS = 15.0
 """How long an answer is kept after it was sent, unless its rank comes with another call before."""
 ASK_AGAIN_SECONDS = 2.0
-"""After this, a rank that lost its answer with its connection has asked for it again: clients do about 0.3 s later."""
+"""After this, a rank that lost its answer with its connection has asked for it again: clients do within 1.2 s."""
 
 
 @dataclass(eq=False)
