@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,18 @@ hashing = pytest.mark.skipif(
 )
 
 
-def server_at(address: str) -> ServerProcess:
-    return ForkedServer(["--device", "cpu", "--listen", address, "--joint-regroup", "2", "--max-connection-age", "5"])
+def server_at(address: str, *arguments: str) -> ServerProcess:
+    return ForkedServer(["--device", "cpu", "--listen", address, "--joint-regroup", "2", *arguments])
 
 
 def answered(server: ServerProcess) -> float:
     return metric(server, "lovasz_requests_total", code="OK")
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[list[ServerProcess]]:
-    """Three; a test may put another in the place of one, at the same address."""
-    servers = [server_at(own_address()) for _ in range(3)]
+@contextmanager
+def three_servers(*arguments: str) -> Iterator[list[ServerProcess]]:
+    """A test may put another in the place of one, at the same address."""
+    servers = [server_at(own_address(), *arguments) for _ in range(3)]
     servers[0].__enter__()  # Compiles for all.
     try:
         with ThreadPoolExecutor(2) as threads:
@@ -54,6 +54,13 @@ def servers() -> Iterator[list[ServerProcess]]:
         for server in servers:
             if server.pid:
                 server.kill()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[ServerProcess]]:
+    """Those behind Envoy."""
+    with three_servers() as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")
@@ -91,37 +98,54 @@ def each_run_meets_at_one_server(number: int, servers: list[ServerProcess], clie
     return all(count % 2 == 0 for count in steps)
 
 
+def replace_one_by_one(
+    servers: list[ServerProcess], *arguments: str, before_last: Callable[[], None] = lambda: None
+) -> None:
+    """Ends each server and starts another at its address, while somebody calls."""
+    for place, server in enumerate(servers):
+        assert eventually(lambda server=server: answered(server) >= ANSWERS), "no load"
+        if server is servers[-1]:
+            before_last()
+        assert server.stop() == 0, "it gave accepted requests up"
+        servers[place] = server_at(server.target, *arguments)
+        servers[place].__enter__()
+    assert eventually(lambda: answered(servers[-1]) >= ANSWERS), "nobody came back"
+
+
+def assert_no_step_failed(answer: dict[str, Any], servers: list[ServerProcess]) -> None:
+    assert answer["errors"] == []
+    assert answer["steps"] >= 10
+    assert answer["calls"] >= 10
+    assert sum(metric(server, "lovasz_joint_groups_total", outcome="timeout") for server in servers) == 0
+
+
 @hashing
 @pytest.mark.timeout(240)
-def test_no_step_fails_while_servers_are_replaced_one_by_one(
-    servers: list[ServerProcess], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    """Under the load of trainings that balance by themselves, and of trainings behind Envoy where it is installed. They
-    also have to connect again all the time."""
-    loads = {"ring hash": ["ipv4:" + ",".join(server.target for server in servers), "--load-balancing", "ring_hash"]}
-    if ENVOY is not None:
-        envoy: Envoy = request.getfixturevalue("envoy")
-        loads["Envoy"] = [envoy.target, "--ca", str(envoy.ca)]
+def test_no_step_fails_while_servers_are_replaced_one_by_one(tmp_path: Path) -> None:
+    """Trainings that balance by themselves, and that have to connect again all the time."""
+    age = ("--max-connection-age", "5")
     states: list[grpc.ChannelConnectivity] = []
-    with ExitStack() as stack:
-        idle = stack.enter_context(grpc.insecure_channel(servers[-1].target))
+
+    def a_connection_has_grown_old() -> None:
+        assert eventually(lambda: states[-1] is grpc.ChannelConnectivity.IDLE)
+        assert grpc.ChannelConnectivity.READY in states
+
+    with three_servers(*age) as servers, grpc.insecure_channel(servers[-1].target) as idle:
         idle.subscribe(states.append, try_to_connect=True)
-        processes = {name: stack.enter_context(Process(arguments, tmp_path)) for name, arguments in loads.items()}
-        for place, server in enumerate(servers):
-            assert eventually(lambda server=server: answered(server) >= ANSWERS), "no load"
-            if server is servers[-1]:
-                assert eventually(lambda: states[-1] is grpc.ChannelConnectivity.IDLE), "connections grow old"
-                assert grpc.ChannelConnectivity.READY in states
-            assert server.stop() == 0, "it gave accepted requests up"
-            servers[place] = server_at(server.target)
-            servers[place].__enter__()
-        assert eventually(lambda: answered(servers[-1]) >= ANSWERS), "nobody came back"
-        answers = {name: process.answer() for name, process in processes.items()}
-    for name, answer in answers.items():
-        assert answer["errors"] == [], name
-        assert answer["steps"] >= 10, name
-        assert answer["calls"] >= 10, name
-    assert sum(metric(server, "lovasz_joint_groups_total", outcome="timeout") for server in servers) == 0
+        target = "ipv4:" + ",".join(server.target for server in servers)
+        with Process([target, "--load-balancing", "ring_hash"], tmp_path) as process:
+            replace_one_by_one(servers, *age, before_last=a_connection_has_grown_old)
+            assert_no_step_failed(process.answer(), servers)
+
+
+@needs_envoy
+@pytest.mark.timeout(240)
+def test_no_step_fails_while_servers_behind_envoy_are_replaced_one_by_one(
+    servers: list[ServerProcess], envoy: Envoy, tmp_path: Path
+) -> None:
+    with Process([envoy.target, "--ca", str(envoy.ca)], tmp_path) as process:
+        replace_one_by_one(servers)
+        assert_no_step_failed(process.answer(), servers)
 
 
 class Process:
