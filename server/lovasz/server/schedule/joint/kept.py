@@ -19,6 +19,8 @@ KEPT_SECONDS = 15.0
 """How long an answer is kept after it was sent, unless its rank comes with another call before."""
 ASK_AGAIN_SECONDS = 2.0
 """After this, a rank that lost its answer with its connection has asked for it again: clients do within 1.2 s."""
+LOOK_SECONDS = 0.05
+"""How often a server that stops looks whether answers are still expected to be asked for."""
 
 
 @dataclass(eq=False)

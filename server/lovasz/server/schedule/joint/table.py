@@ -32,16 +32,13 @@ from lovasz.server.schedule.joint.aborted import AbortedSteps
 from lovasz.server.schedule.joint.ahead import AheadRoom
 from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
-from lovasz.server.schedule.joint.kept import Kept, KeptAnswers
+from lovasz.server.schedule.joint.kept import LOOK_SECONDS, Kept, KeptAnswers
 from lovasz.server.schedule.joint.matching import mismatch, misplaced
 from lovasz.server.schedule.joint.out_of_step import out_of_step
 from lovasz.server.schedule.joint.regrouping import Regrouping
 from lovasz.server.schedule.joint.waiting import WaitingGroups, log
 
 _log = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 0.05
-"""How often it is looked whether answers are still expected to be asked for."""
 
 
 class JointTable:
@@ -273,7 +270,7 @@ class JointTable:
         """
         with self._changed:
             while min(self._kept.expected_until, until) > time.monotonic():
-                self._changed.wait(_LOOK_SECONDS)
+                self._changed.wait(LOOK_SECONDS)
 
     def stop(self) -> None:
         """Refuses all ranks that wait: the missing ones will not be admitted any more."""
