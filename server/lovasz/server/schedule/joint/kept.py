@@ -29,7 +29,7 @@ class Kept:
 
     Attributes:
         users: calls that are being answered with it.
-        until: when it is dropped (``time.monotonic``), if it has no users.
+        sent: when a call was last answered with it (``time.monotonic``).
         dropped: nobody can ask for it any more; its memory is given back with its last user.
     """
 
@@ -38,18 +38,18 @@ class Kept:
     staging: AnyStaging
     permit: Permit
     users: int = 1
-    until: float = 0.0
+    sent: float = 0.0
     dropped: bool = False
 
     @property
     def expected_until(self) -> float:
         """How long its rank may be expected to ask for it (``time.monotonic``)."""
-        return math.inf if self.users else self.until - KEPT_SECONDS + ASK_AGAIN_SECONDS
+        return math.inf if self.users else self.sent + ASK_AGAIN_SECONDS
 
     def leave(self) -> None:
         """A call was answered with it."""
         self.users -= 1
-        self.until = time.monotonic() + KEPT_SECONDS
+        self.sent = time.monotonic()
         self.permit.release_request()
         self._release_if_unused()
 
@@ -101,8 +101,8 @@ class KeptAnswers:
 
     def drop_old(self) -> None:
         """Drops the answers that were kept for long enough."""
-        now = time.monotonic()
-        for call in [call for call, kept in self._answers.items() if not kept.users and kept.until < now]:
+        since = time.monotonic() - KEPT_SECONDS
+        for call in [call for call, kept in self._answers.items() if not kept.users and kept.sent < since]:
             self._drop(call)
 
     def drop_unused(self, name: str | None) -> bool:
