@@ -482,7 +482,7 @@ def test_sorted_segment_is_the_reference(size: int, distinct: int, share: float)
     errors = (rng.integers(0, distinct, size) / np.float32(8)).astype(np.float32)
     codes = np.where(rng.random(size) < share, 1, 0).astype(np.uint8)
     codes[0] = 1
-    keys, other = np.empty((2, size + sorting.KEY_PADDING), np.uint64)
+    keys, other = np.empty((2, size), np.uint64)
     g = np.full(size, np.nan, np.float32)
     loss = sorting.extension(errors, codes, 1, VOID, VOID, 1.0, 1.0, False, keys, other, g)
     exact = torch.from_numpy(errors).double().requires_grad_()
@@ -555,7 +555,7 @@ def test_few_pixels_are_sorted_in_ranges_at_a_time(
     assert answers[1].loss == pytest.approx(answers[0].loss, rel=1e-6)
     buffers = {name: buffer.nbytes for name, buffer in pool.take()._buffers.items()}
     assert ("keys of strips" in buffers) == per_image
-    assert buffers.get("keys of strips", 0) <= most_strips * 8 * (ranges.STRIP_PIXELS + sorting.KEY_PADDING)
+    assert buffers.get("keys of strips", 0) <= most_strips * 8 * ranges.STRIP_PIXELS
     assert (bits(answers[0]) == bits(answers[1])) == per_image
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import binary, extension, softmax, sorting, whole
+from lovasz.core.backends.numba import binary, extension, softmax, whole
 from lovasz.core.backends.numba.binary import BinaryCrossEntropies
 from lovasz.core.backends.numba.call import ROW_PADDING, Call, JointCounts
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses, set_all_factors
@@ -100,7 +100,7 @@ class WholeArrays(NamedTuple):
         codes = array("codes", (threads, 1, pixels), np.uint8)
         probability = array("label probability", (threads, pixels), np.float32)
         pixel_losses = array("pixel losses", (threads, len(plan.cross_entropies), pixels), np.float32)
-        keys = array("keys", (threads, 2, pixels + sorting.KEY_PADDING), np.uint64)
+        keys = array("keys", (threads, 2, pixels), np.uint64)
         room = array("room", (threads, pixels), np.float32)
         arguments = {
             **outline.tables,

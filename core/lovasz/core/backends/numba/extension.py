@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import joint_segments, ranges, segments, sorting, tables
+from lovasz.core.backends.numba import joint_segments, ranges, segments, tables
 from lovasz.core.backends.numba.bins import LOWEST_TOP
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.joint_tables import JointTables
@@ -205,7 +205,7 @@ def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Ru
         largest = int((found.stop - found.start)[may_be_sorted].max(initial=0))
         words = tables.WORDS if found.counted.any() else 0
     table = call.scratch.array("tables", (threads, words), np.int64, zero=True)
-    keys = call.scratch.array("keys", (2, threads, largest + sorting.KEY_PADDING), np.uint64)
+    keys = call.scratch.array("keys", (2, threads, largest), np.uint64)
     room = call.scratch.array("room", (threads, largest), np.float32)
     losses = np.zeros(len(found.row))
     call.run(

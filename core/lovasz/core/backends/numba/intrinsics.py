@@ -142,32 +142,7 @@ def prefetch(floats: npt.NDArray[np.float32]) -> None:
 
 
 LANES = 8
-"""The keys that ``compress`` takes at a time, and the rows and columns of what ``transpose`` takes."""
-
-
-@intrinsic
-def compress(typing: Any, keys: Any, takes: Any, first: Any, out: Any, place: Any) -> Any:
-    """Copies the keys [first, first + LANES) whose ``takes`` is 1 to ``out[place:]``; returns how many.
-
-    Their order is kept. LANES keys are written in any case, so there is no branch to be mispredicted.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bases = [context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 1, 3)]
-        places = [builder.gep(base, [arguments[i]]) for base, i in zip(bases, (2, 2, 4), strict=True)]
-        vector, flags = ir.VectorType(ir.IntType(64), LANES), ir.VectorType(ir.IntType(1), LANES)
-        source, target = (builder.bitcast(places[i], vector.as_pointer()) for i in (0, 2))
-        taken = builder.bitcast(places[1], ir.VectorType(ir.IntType(8), LANES).as_pointer())
-        mask = builder.trunc(builder.load(taken, align=1), flags)
-        function_type = ir.FunctionType(vector, [vector, flags, vector])
-        name = f"llvm.experimental.vector.compress.v{LANES}i64"
-        function = cgutils.get_or_insert_function(builder.module, function_type, name)
-        left_over = ir.Constant(vector, ir.Undefined)
-        builder.store(builder.call(function, [builder.load(source, align=8), mask, left_over]), target, align=8)
-        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), ir.IntType(64))
-
-    arrays = (types.Array(types.uint64, 1, "C"), types.Array(types.uint8, 1, "C"))
-    return types.int64(*arrays, types.int64, arrays[0], types.int64), generate
+"""The rows and columns of what ``transpose`` takes."""
 
 
 @intrinsic

@@ -80,7 +80,7 @@ def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[floa
     g = np.empty(len(values) if rules.want_grad else 0, np.float32)
     if found.foreground_count[s] == 0:
         return sorting.largest(error, code, _VOID, _VOID, found.weight[s], rules.cut, g), g
-    keys = np.empty((2, len(values) + sorting.KEY_PADDING), np.uint64)
+    keys = np.empty((2, len(values)), np.uint64)
     loss = sorting.extension(
         error,
         code,

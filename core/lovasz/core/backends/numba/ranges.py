@@ -14,7 +14,7 @@ from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.segments import Rules, Segments
-from lovasz.core.backends.numba.sorting import KEY_PADDING, Keys
+from lovasz.core.backends.numba.sorting import Keys
 
 STRIP_PIXELS = 1 << 14
 """Pixels per task of the selection."""
@@ -55,7 +55,6 @@ class Ranges(NamedTuple):
         first_strip, stop_strip: the strips of this segment are [first_strip, stop_strip).
         low, high: its keys are in [low, high).
         place: the place in ``losses`` of the segment's first key.
-        padding: the keys are kept so many elements further on than their losses.
     """
 
     segment: Integers
@@ -64,7 +63,6 @@ class Ranges(NamedTuple):
     low: Keys
     high: Keys
     place: Integers
-    padding: Integers
 
 
 def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], rules: Rules) -> npt.NDArray[np.float64]:
@@ -79,13 +77,13 @@ def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], ru
 
 def _sort_portion(call: Call, found: Segments, codes: npt.NDArray[np.uint8], rules: Rules) -> npt.NDArray[np.float64]:
     strips = _strips(found)
-    keys = call.scratch.array("keys of strips", (len(strips.segment), STRIP_PIXELS + KEY_PADDING), np.uint64)
+    keys = call.scratch.array("keys of strips", (len(strips.segment), STRIP_PIXELS), np.uint64)
     places = call.scratch.array("places of keys", (len(strips.segment), STRIP_PIXELS), np.uint16)
     g = call.scratch.array("gradients of keys", (places.size if rules.want_grad else 0,), np.float32)
     of_strips: dict[str, Any] = {"strips": strips, "segments": found, "rules": rules, "places": places}
     call.run(select, errors=call.errors, codes=codes, keys=keys, **of_strips)
     ranges, ends = _ranges(strips, keys, len(found.row), call.threads)
-    memory = call.scratch.array("keys of ranges", (2, ends[-1] + KEY_PADDING * len(ranges.segment)), np.uint64)
+    memory = call.scratch.array("keys of ranges", (2, int(ends[-1])), np.uint64)
     losses = call.scratch.array("losses of keys", (int(ends[-1]),), np.float64)
     of_keys: dict[str, Any] = {"keys": keys, "own_keys": memory[0], "other_keys": memory[1]}
     call.run(rank, ranges=ranges, counts=strips.count, segments=found, losses=losses, g=g, **of_keys)
@@ -114,9 +112,9 @@ def _ranges(strips: Strips, keys: npt.NDArray[np.uint64], segments: int, threads
         number = max(-(-(ends[s] - place) // RANGE_KEYS), threads if segments < threads else 1)
         inner = _quantiles(keys[first:stop], counts, int(number))
         for low, high in zip([0, *inner], [*inner, _LARGEST_KEY], strict=True):
-            columns.append((s, first, stop, low, high, place, KEY_PADDING * len(columns)))
+            columns.append((s, first, stop, low, high, place))
     of_ranges: tuple[Any, ...] = tuple(zip(*columns, strict=True))
-    types = (np.int64, np.int64, np.int64, np.uint64, np.uint64, np.int64, np.int64)
+    types = (np.int64, np.int64, np.int64, np.uint64, np.uint64, np.int64)
     arrays: Any = (np.array(column, kind) for column, kind in zip(of_ranges, types, strict=True))
     return Ranges(*arrays), ends
 
@@ -186,7 +184,7 @@ def rank(
 
     Args:
         counts: the number of keys of each strip.
-        own_keys, other_keys: memory for the keys of all ranges, with ``KEY_PADDING`` for each range.
+        own_keys, other_keys: memory for the keys of all ranges.
         g: written: the gradient of each key, ``STRIP_PIXELS`` elements for each strip.
     """
     while True:
@@ -199,10 +197,10 @@ def rank(
             count, foreground = sorting.count_before(keys[strip, : counts[strip]], low)
             before, foreground_before = before + count, foreground_before + foreground
         place = ranges.place[task] + before
-        own, other = own_keys[place + ranges.padding[task] :], other_keys[place + ranges.padding[task] :]
+        own, other = own_keys[place:], other_keys[place:]
         kept = 0
         for strip in range(ranges.first_strip[task], ranges.stop_strip[task]):
-            kept += sorting.select_range(keys[strip], counts[strip], low, high, own[kept:])
+            kept += sorting.select_range(keys[strip, : counts[strip]], low, high, own[kept:])
         in_order, _ = sorting.sort(own[:kept], other[:kept])
         sorting.rank(
             in_order,

@@ -8,18 +8,15 @@ from numpy import int32 as i32
 from numpy import uint64 as u64
 
 from lovasz.core.backends.numba.elementary import ordered_sum
-from lovasz.core.backends.numba.intrinsics import LANES, bits_float, compiled, compress, float_bits, inlined
+from lovasz.core.backends.numba.intrinsics import bits_float, compiled, float_bits, inlined
 from lovasz.core.backends.numba.planes import Codes, Floats
 
 Keys = npt.NDArray[np.uint64]
 
-KEY_PADDING = LANES
-"""The elements that memory for keys has beyond one per pixel."""
 _POSITION_BITS = 31
 """The low bits of a key. A key is, from the top: the error, inverted for descending order (32 bits); 0 for foreground,
 1 for background (1 bit); the position (31 bits). Keys are sorted by digits of the bits above the position. Each pass
 sorts by one digit and is stable, so keys with equal digits keep their order."""
-_KEY_BITS = 64 - _POSITION_BITS
 _DIGIT_BITS = 11
 """The most bits of a digit."""
 
@@ -59,7 +56,7 @@ def extension(
         foreground, void, ignored: as for :func:`lovasz.core.backends.numba.tables.count`.
         weight, foreground_weight: the factors of the gradient of background and foreground.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
-        keys, other_keys: memory for P keys each, and ``KEY_PADDING``.
+        keys, other_keys: memory for P keys each.
         g: float32, shape (P,), may be the memory of ``errors``; shape (0,) if no gradient is wanted.
     """
     smallest, foreground_count = _smallest(errors, codes, foreground)
@@ -158,25 +155,38 @@ def select(
     """
     foreground_code, void_code, ignored_code = i32(foreground), i32(void), i32(ignored)
     floor, foreground_floor = i32(smallest), i32(0) if cut else i32(-1)
-    block, takes = np.empty(_BLOCK_PIXELS, np.uint64), np.empty(_BLOCK_PIXELS, np.uint8)
+    takes, places = np.empty(_BLOCK_PIXELS, np.uint8), np.empty(_BLOCK_PIXELS, np.uint16)
     kept = 0
     for first in range(0, len(errors), _BLOCK_PIXELS):
         n = min(_BLOCK_PIXELS, len(errors) - first)
-        error, code = errors[first : first + n], codes[first : first + n]
-        key, take = block[:n], takes[:n]
+        error, code, take = errors[first : first + n], codes[first : first + n], takes[:n]
         for i in range(n):
             own = i32(code[i])
             below = foreground_floor if own == foreground_code else floor
             counts = (own != void_code) & (own != ignored_code) & (float_bits(error[i]) > below)
             take[i] = np.uint8(1) if counts else np.uint8(0)
-        for i in range(n):
+        own_keys = keys[kept : kept + _find(take, places)]
+        for j in range(len(own_keys)):
+            i = places[j]
             inverted = u64(np.uint32(i32(_MOST - float_bits(error[i]))))
             background = np.uint32(0) if i32(code[i]) == foreground_code else np.uint32(_BACKGROUND)
-            key[i] = (inverted << u64(32)) | u64(np.uint32(np.uint32(first + i) | background))
-        takes[n : n + LANES] = 0
-        for i in range(0, n, LANES):
-            kept += compress(block, takes, i, keys, kept)
+            own_keys[j] = (inverted << u64(32)) | u64(np.uint32(np.uint32(first + i) | background))
+        kept += len(own_keys)
     return kept
+
+
+@compiled
+def _find(takes: npt.NDArray[np.uint8], places: npt.NDArray[np.uint16]) -> int:
+    """Writes the places of the elements that are 1, the others being 0; returns how many. Has no branch to mispredict.
+
+    Args:
+        places: at least as many elements.
+    """
+    found = np.uint32(0)
+    for i in range(len(takes)):
+        places[found] = np.uint16(i)
+        found = np.uint32(found + np.uint32(takes[i]))
+    return np.int64(found)
 
 
 @compiled
@@ -189,20 +199,19 @@ def renumber(keys: Keys, first: int, positions: npt.NDArray[np.uint16]) -> None:
 
 
 @compiled
-def select_range(keys: Keys, count: int, low: np.uint64, high: np.uint64, out: Keys) -> int:
-    """Copies those of the first ``count`` keys that are in [low, high) to ``out``; returns how many.
-
-    Both arrays have ``KEY_PADDING`` more elements than keys.
-    """
-    takes, kept = np.empty(_BLOCK_PIXELS, np.uint8), 0
-    for first in range(0, count, _BLOCK_PIXELS):
-        n = min(_BLOCK_PIXELS, count - first)
-        key, take = keys[first:], takes[:n]
+def select_range(keys: Keys, low: np.uint64, high: np.uint64, out: Keys) -> int:
+    """Copies the keys that are in [low, high) to ``out``; returns how many."""
+    takes, places = np.empty(_BLOCK_PIXELS, np.uint8), np.empty(_BLOCK_PIXELS, np.uint16)
+    kept = 0
+    for first in range(0, len(keys), _BLOCK_PIXELS):
+        n = min(_BLOCK_PIXELS, len(keys) - first)
+        key, take = keys[first : first + n], takes[:n]
         for i in range(n):
             take[i] = np.uint8(1) if (key[i] >= low) & (key[i] < high) else np.uint8(0)
-        takes[n : n + LANES] = 0
-        for i in range(0, n, LANES):
-            kept += compress(key, takes, i, out, kept)
+        own = out[kept : kept + _find(take, places)]
+        for j in range(len(own)):
+            own[j] = key[places[j]]
+        kept += len(own)
     return kept
 
 
@@ -247,33 +256,41 @@ def sort(keys: Keys, other: Keys) -> tuple[Keys, Keys]:
     lowest, highest = keys[0], keys[0]
     for i in range(n):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
-    lowest >>= u64(_POSITION_BITS)
+    lowest &= ~_POSITION
     digit_bits = min((_bit_length(u64(n)) + 6) >> 1, _DIGIT_BITS)
-    span_bits = _bit_length((highest >> u64(_POSITION_BITS)) - lowest)
-    below = max(span_bits - 2 * digit_bits, 0)
-    _sort_by_digit(keys, other, lowest, below, digit_bits)
-    _sort_by_digit(other, keys, lowest, below + digit_bits, digit_bits)
-    if below == 0 or _insert(keys, _MOVES * n):
+    shift = _POSITION_BITS + max(_bit_length(highest - lowest) - _POSITION_BITS - 2 * digit_bits, 0)
+    places, upper_places = np.zeros(1 << digit_bits, np.int32), np.zeros(1 << digit_bits, np.int32)
+    by, upper_by, mask = u64(shift), u64(shift + digit_bits), u64((1 << digit_bits) - 1)
+    for i in range(n):
+        offset = keys[i] - lowest
+        places[(offset >> by) & mask] += i32(1)
+        upper_places[(offset >> upper_by) & mask] += i32(1)
+    _move(keys, other, lowest, shift, places)
+    _move(other, keys, lowest, shift + digit_bits, upper_places)
+    if shift == _POSITION_BITS or _insert(keys, _MOVES * n):
         return keys, other
-    for shift in range(0, _KEY_BITS, _DIGIT_BITS):
-        _sort_by_digit(keys, other, u64(0), shift, _DIGIT_BITS)
+    for shift in range(_POSITION_BITS, 64, _DIGIT_BITS):
+        places = np.zeros(1 << _DIGIT_BITS, np.int32)
+        for i in range(n):
+            places[(keys[i] >> u64(shift)) & u64((1 << _DIGIT_BITS) - 1)] += i32(1)
+        _move(keys, other, u64(0), shift, places)
         keys, other = other, keys
     return keys, other
 
 
 @compiled
-def _sort_by_digit(keys: Keys, out: Keys, lowest: int, shift: int, digit_bits: int) -> None:
-    """Writes the keys to ``out`` in the order of one digit of (bits above the position - lowest)."""
-    places = np.zeros(1 << digit_bits, np.int32)
-    position_bits, by, mask = u64(_POSITION_BITS), u64(shift), u64((1 << digit_bits) - 1)
-    for i in range(len(keys)):
-        places[(((keys[i] >> position_bits) - lowest) >> by) & mask] += i32(1)
-    place = i32(0)
+def _move(keys: Keys, out: Keys, lowest: np.uint64, shift: int, places: npt.NDArray[np.int32]) -> None:
+    """Writes the keys to ``out`` in the order of one digit of (key - lowest), whose lowest bit is the bit ``shift``.
+
+    Args:
+        places: how many keys have each digit; overwritten. Its length is a power of two.
+    """
+    by, mask, place = u64(shift), u64(len(places) - 1), i32(0)
     for digit in range(len(places)):
         place, places[digit] = i32(place + places[digit]), place
     for i in range(len(keys)):
         key = keys[i]
-        digit = (((key >> position_bits) - lowest) >> by) & mask
+        digit = ((key - lowest) >> by) & mask
         place = places[digit]
         out[np.uint32(place)] = key
         places[digit] = i32(place + i32(1))
