@@ -56,14 +56,6 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts torch's number of threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """A real server on the CPU, in a process of its own, for tests that leave it as they found it."""

@@ -63,3 +63,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Batches of any size get as many threads as torch has; puts torch's number back."""
+    if installed("numba"):
+        from lovasz.core.backends.numba import extension
+
+        monkeypatch.setattr(extension, "THRESHOLDS", extension.THRESHOLDS._replace(thread=1))
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from support.comparison import bits, normal, random_labels
 
 from lovasz.core import CrossEntropy, InvalidInput, LovaszSoftmax
 from lovasz.core.answers import JointFault
+from lovasz.core.backends.numba import call as call_module
 from lovasz.core.backends.numba import compute as numba_compute
 from lovasz.core.backends.numba import extension, whole
 from lovasz.core.backends.numba.call import Call
@@ -21,7 +22,7 @@ from lovasz.core.dispatch import Backend, submit
 from lovasz.spec import LossLike, Result, weighted_sum
 
 VOID = 255
-STEP_BY_STEP = extension.THRESHOLDS._replace(whole=0)
+STEP_BY_STEP = extension.THRESHOLDS._replace(whole=0, thread=1)
 
 LOSSES: dict[str, LossLike] = {
     "present": LovaszSoftmax(ignore_index=VOID),
@@ -71,6 +72,12 @@ def test_what_a_call_leaves_in_memory_changes_no_bit(loss: LossLike, monkeypatch
     assert [bits(answer) for answer in answers(made, loss)] == expected
     answers(made[:3], loss, want_grad=False)
     assert [bits(answer) for answer in answers(made, loss)] == expected
+
+
+def small(pixels: int, seed: int) -> Request:
+    """A request of one image of five classes."""
+    labels = random_labels(1, pixels, values=5, seed=seed)
+    return Request.checked(normal(1, 5, pixels, seed=seed, dtype=torch.float32), labels, weighted_sum(LovaszSoftmax()))
 
 
 @pytest.fixture
@@ -140,3 +147,39 @@ def test_other_joints_are_computed_step_by_step(shape: tuple[int, ...], ran: lis
     answers([Request.checked(normal(*shape, seed=1, dtype=torch.float32), labels, weighted_sum(loss))], loss)
     assert "prepare" in ran
     assert whole.compute.__name__ not in ran
+
+
+@pytest.mark.parametrize(
+    ("pixels", "is_whole"),
+    [
+        ([3000, 3000], True),
+        ([3000, 2500, 3000, 3000], True),
+        ([3000, 3000, 3000], False),  # A thread would have two of them, and the other one only one.
+        ([3000, 100, 100], False),
+        ([3000, *[100] * 90], True),
+    ],
+    ids=["two", "four", "three", "one large", "one large, many small"],
+)
+def test_threads_take_whole_joints_if_they_end_at_about_the_same_time(
+    pixels: list[int], is_whole: bool, ran: list[str], threads: None
+) -> None:
+    torch.set_num_threads(2)
+    answers([small(count, seed) for seed, count in enumerate(pixels)], LovaszSoftmax())
+    assert (ran == [whole.compute.__name__]) is is_whole
+
+
+def test_a_small_batch_is_computed_by_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    run = Call.run
+
+    def noted(call: Any, loop: Any, **arguments: Any) -> None:
+        used.append(call.threads)
+        run(call, loop, **arguments)
+
+    monkeypatch.setattr(Call, "run", noted)
+    monkeypatch.setattr(call_module, "thread_count", lambda: 3)
+    monkeypatch.setattr(extension, "THRESHOLDS", extension.THRESHOLDS._replace(thread=1000))
+    for pixels, threads in ((1, 1), (399, 1), (400, 2), (599, 2), (600, 3), (5000, 3)):  # of five classes
+        used.clear()
+        answers([small(pixels, seed=1)], LovaszSoftmax())
+        assert set(used) == {threads}

@@ -129,6 +129,7 @@ class Call:
         scratch: Scratch,
         *,
         want_grad: bool,
+        most_threads: int,
         stop: Stop | None,
         ranks: Ranks | None,
     ) -> None:
@@ -157,7 +158,7 @@ class Call:
         arrays.begin(self._logits, self._labels, g, self.grads)
         self.arrays, self.planes, self.counts = arrays, arrays.planes, arrays.counts
         self.valid, self.positive = arrays.valid, arrays.positive
-        self.threads = 1 if self.outline.is_small else thread_count()
+        self.threads = min(most_threads, thread_count())
 
     def kept(self, name: str, key: tuple[object, ...], make: Callable[[], MadeT]) -> MadeT:
         """As ``Scratch.kept``, if the plan is kept, too: one that is not may be large, and does not come again."""

@@ -29,9 +29,9 @@ from lovasz.core.scoring import select_segments
 from lovasz.core.stop import Stop
 from lovasz.spec import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 
-WHOLE_ROUNDS = 4
-"""Joints are computed by one thread each if the largest is at most a thread's share of the pixels, divided by this:
-then no thread is idle for long at the end."""
+WHOLE_EXCESS = 1.25
+"""Joints are computed by one thread each if the threads have the last ones done after at most this multiple of the time
+that it takes if no thread is ever idle."""
 
 
 def compute(
@@ -53,9 +53,10 @@ def compute(
     Raises:
         Stopped: the computation was asked to end early.
     """
-    scratch = SCRATCH.take()
-    call = Call(plan, batch, scratch, want_grad=want_grad, stop=stop, ranks=ranks)
-    terms, counts = _terms(call, thresholds or extension.THRESHOLDS)
+    scratch, chosen = SCRATCH.take(), thresholds or extension.THRESHOLDS
+    most_threads = max(plan.pixels * plan.channels // chosen.thread, 1)
+    call = Call(plan, batch, scratch, want_grad=want_grad, most_threads=most_threads, stop=stop, ranks=ranks)
+    terms, counts = _terms(call, chosen)
     SCRATCH.give_back(scratch)
     values = Values(tuple(terms), counts.labels, counts.predictions, counts.hits, counts.faults)
     return Computed(call.grads_of_requests() if want_grad else None, lambda: values)
@@ -66,10 +67,19 @@ def _terms(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointC
         return _binary(call, thresholds)
     outline, is_alone = call.outline, call.ranks is None
     is_small = outline.largest < thresholds.pixels and outline.largest * call.plan.channels <= thresholds.whole
-    is_even = call.threads == 1 or WHOLE_ROUNDS * call.threads * outline.largest <= call.plan.pixels
-    if is_small and is_even and is_alone and not call.plan.loss.probabilities and outline.whole is not None:
+    if is_small and _is_even(call) and is_alone and not call.plan.loss.probabilities and outline.whole is not None:
         return _whole(call, outline.whole)
     return _softmax(call, thresholds)
+
+
+def _is_even(call: Call) -> bool:
+    """Whether threads that take whole joints, the largest first, end at about the same time."""
+    largest, threads = call.outline.largest, call.threads
+    share = call.plan.pixels / threads
+    rounds = -(-len(call.plan.sizes) // threads)
+    # Two bounds: no thread has more than ``rounds`` joints; the last joint begins before the others are done.
+    latest = min(rounds * largest, share + largest * (threads - 1) / threads)
+    return latest <= WHOLE_EXCESS * share
 
 
 class WholeArrays(NamedTuple):

@@ -36,6 +36,7 @@ class Thresholds(NamedTuple):
         order_error: a segment of a binary loss is sorted if ``scanning.order_error`` of its table exceeds this.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
         whole: a joint with more logits is computed by all threads, step by step.
+        thread: a batch is computed by at most one thread for so many of its logits.
         divided: a segment with at most so many pixels is counted by one thread.
     """
 
@@ -44,6 +45,7 @@ class Thresholds(NamedTuple):
     order_error: float
     positive: float
     whole: int
+    thread: int = 1
     divided: int = SORTED_BELOW_PIXELS
 
 
@@ -68,6 +70,8 @@ THRESHOLDS = Thresholds(
     # Selecting takes a third of the time of counting, and sorting a pixel four times that of counting it.
     positive=0.25,
     whole=1 << 19,
+    # They take a third of a millisecond. To wake a thread takes up to a tenth, and a batch has several loops.
+    thread=1 << 16,
 )
 MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
@@ -78,7 +82,7 @@ MOST_PARTS = 64
 
 SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf, 0, 0)
 COUNT_ALL = Thresholds(0, 0, math.inf, 0, 0)
-AS_LARGE = THRESHOLDS._replace(pixels=0, foreground=0, whole=0, divided=1)
+AS_LARGE = THRESHOLDS._replace(pixels=0, foreground=0, whole=0, thread=1, divided=1)
 """Batches of any size are computed as large ones are."""
 
 

@@ -20,9 +20,6 @@ from lovasz.core.backends.numba.whole import Groups, Joints, Terms
 from lovasz.core.plan import Plan, Term
 from lovasz.core.scoring import segment_factors
 
-ONE_THREAD_ELEMENTS = 1 << 15
-"""Batches of fewer elements are computed by the calling thread alone: waking another thread would take as long."""
-
 BLOCK_PIXELS = 1 << 14
 """The most pixels per task. Each task costs an atomic claim and atomic additions to the counts."""
 
@@ -113,7 +110,6 @@ class Outline:
         blocks: the tasks of loops over pixels.
         labelling: how labels become codes.
         largest: the number of pixels of the largest joint.
-        is_small: whether the calling thread computes the batch alone.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -125,7 +121,6 @@ class Outline:
         values, common = plan.label_values, plan.rules[0] if len(plan.rules) == 1 else None
         self.labelling = Labelling(values, values, 0 if common is None else common, common is not None)
         self.largest = int(self.planes.joints.pixels.max())
-        self.is_small = plan.pixels * plan.channels < ONE_THREAD_ELEMENTS
         self._of_terms: dict[Term, TermOutline] = {}
         self._of_types: dict[tuple[int, ...], TypeOutline] = {}
 
