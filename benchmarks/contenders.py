@@ -56,6 +56,11 @@ class Contender(enum.Enum):
         return Truth.CROSS_ENTROPY if self.is_cross_entropy else Truth.LOVASZ
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether Numba compiles it."""
+        return self in (Contender.OURS, Contender.BATCHED, Contender.SORTED, Contender.TABLES)
+
+    @property
     def is_cross_entropy(self) -> bool:
         return self in (Contender.CROSS_ENTROPY, Contender.WARM_CROSS_ENTROPY)
 
