@@ -16,6 +16,8 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests share the cores: a thread of torch that waits for another must not keep one busy meanwhile.
 test quick interpret compat: export OMP_WAIT_POLICY := passive
+# What the oldest Numba has compiled is of no use to the newest, and would replace its files.
+compat: export NUMBA_CACHE_DIR := $(CURDIR)/.venv-oldest/numba
 # Some images set it. Then each of the many processes of the tests would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -30,7 +32,7 @@ help:
 	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests, Envoy"
-	@echo "make compat       run the tests of the code that uses gRPC on the oldest grpcio and protobuf"
+	@echo "make compat       run the tests of the code that uses gRPC on the oldest grpcio, protobuf, NumPy and Numba"
 	@echo "make trainers     run the code of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"

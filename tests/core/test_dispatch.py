@@ -95,7 +95,7 @@ def test_without_the_compilers_torch_computes_and_something_faster_is_named(monk
 
 
 @pytest.mark.parametrize(
-    ("version", "usable"), [("0.61.2", False), ("0.62.0rc1", True), ("0.100", True), ("1.0", True)]
+    ("version", "usable"), [("0.58.1", False), ("0.59.0rc1", True), ("0.100", True), ("1.0", True)]
 )
 def test_a_numba_that_is_too_old_is_left_and_named(
     version: str, usable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -107,7 +107,7 @@ def test_a_numba_that_is_too_old_is_left_and_named(
         assert [dispatch.installed("numba") for _ in range(2)] == [usable] * 2
     finally:
         dispatch.installed.cache_clear()
-    said = f"numba: got version {version}; expected 0.62 or newer: pip install 'lovasz[cpu]'"
+    said = f"numba: got version {version}; expected 0.59 or newer: pip install 'lovasz[cpu]'"
     assert [record.getMessage() for record in caplog.records] == ([] if usable else [said])
 
 
