@@ -32,7 +32,7 @@ help:
 	@echo "make test         run the whole test suite (seven minutes on two cores; JOBS=2 runs two tests at a time)"
 	@echo "make interpret    run the GPU kernels' tests on the CPU, in Triton's interpreter (installs Triton: 1 GB)"
 	@echo "make check        lint, types, generated stubs, pages and dashboards, alerts, Dockerfile, Compose file, manifests, Envoy"
-	@echo "make compat       run the tests of the code that uses gRPC on the oldest grpcio, protobuf, NumPy and Numba"
+	@echo "make compat       run the tests that depend on them on the oldest grpcio, protobuf, NumPy and Numba"
 	@echo "make trainers     run the code of docs/trainers.md in the frameworks that it names (installs them: 3 GB; five minutes)"
 	@echo "make image-check  build the CPU image on a stand-in for its base, and run docker-compose.yml with it: no Docker, but"
 	@echo "                  root, Linux, buildah and podman (it says what to install; about five minutes)"
@@ -184,8 +184,9 @@ proto-check: .venv-proto/.installed
 	@touch $@
 
 # Without the examples and what a server does by itself, which do not depend on these versions.
-COMPATIBLE := tests/wire tests/client tests/server tests/end_to_end --ignore tests/end_to_end/test_demo.py \
-	--ignore tests/end_to_end/test_joint_example.py --ignore tests/end_to_end/test_under_load.py
+COMPATIBLE := tests/wire tests/client tests/server tests/end_to_end tests/core/test_numba_kernels.py \
+	tests/core/test_whole.py --ignore tests/end_to_end/test_demo.py --ignore tests/end_to_end/test_joint_example.py \
+	--ignore tests/end_to_end/test_under_load.py
 compat: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) $(SIDE_BY_SIDE)
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) -m alone

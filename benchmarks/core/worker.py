@@ -31,8 +31,8 @@ class Worker:
     def first(self) -> tuple[float, int | None]:
         """The seconds of the first call, and its peak memory in bytes; None where the system does not tell.
 
-        A small call of the same kind comes before it, which starts threads, and all code is compiled, so that neither
-        counts. Buffers that the small call keeps are too small to hide those of the first call.
+        A small call of the same kind comes before it, and all code is compiled, so that neither compiling nor starting
+        threads counts. Buffers that the small call keeps are too small to hide those of the first call.
         """
         if self._contender.is_compiled and installed("numba"):
             _compile()

@@ -58,6 +58,7 @@ TYPES = [
 ]
 THRESHOLDS = {
     "as chosen": extension.THRESHOLDS,
+    "by two threads": extension.THRESHOLDS._replace(thread=1),
     "sorted": extension.SORT_ALL,
     "counted": extension.COUNT_ALL,
     "divided": extension.AS_LARGE,

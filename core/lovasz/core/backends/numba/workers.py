@@ -15,7 +15,7 @@ from lovasz.core.stop import Stop
 
 
 class Workers:
-    """Runs a compiled loop in as many threads as torch uses (``torch.set_num_threads``)."""
+    """Runs a compiled loop in several threads: at most as many as torch uses (``torch.set_num_threads``)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
