@@ -76,10 +76,13 @@ quick: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --exitfirst $(SIDE_BY_SIDE) $(TESTS)
 
+# Before the tests, whose processes would compile it all at once.
+COMPILE := "import torch; from lovasz.core import dispatch; dispatch.warm_up(torch.device('cpu'))"
+
 # What needs most of the machine runs when the rest has ended.
 test: $(INSTALLED)
 	@echo "Compiling what most tests need, so that they do not compile it all at once (half a minute the first time) ..."
-	@$(BIN)/python -c "import torch; from lovasz.core import dispatch; dispatch.warm_up(torch.device('cpu'))"
+	@$(BIN)/python -c $(COMPILE)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m alone tests/end_to_end
 
@@ -188,6 +191,7 @@ COMPATIBLE := tests/wire tests/client tests/server tests/end_to_end tests/core/t
 	tests/core/test_whole.py --ignore tests/end_to_end/test_demo.py --ignore tests/end_to_end/test_joint_example.py \
 	--ignore tests/end_to_end/test_under_load.py
 compat: .venv-oldest/.installed
+	@.venv-oldest/bin/python -c $(COMPILE)
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) $(SIDE_BY_SIDE)
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) -m alone
 
