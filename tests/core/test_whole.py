@@ -81,17 +81,21 @@ def small(pixels: int, seed: int) -> Request:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the compiled loops that were run."""
-    names: list[str] = []
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The names of the compiled loops that were run, each with the threads that its batch had."""
+    found: list[tuple[str, int]] = []
     run = Call.run
 
     def noted(call: Any, loop: Any, **arguments: Any) -> None:
-        names.append(loop.__name__)
+        found.append((loop.__name__, call.threads))
         run(call, loop, **arguments)
 
     monkeypatch.setattr(Call, "run", noted)
-    return names
+    return found
+
+
+def names(ran: list[tuple[str, int]]) -> list[str]:
+    return [name for name, _ in ran]
 
 
 @each_loss
@@ -101,19 +105,19 @@ def test_joints_computed_by_one_thread_each_have_the_bits_of_all_steps(
     loss: LossLike,
     number: int,
     dtype: torch.dtype,
-    ran: list[str],
+    ran: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
     threads: None,
 ) -> None:
     made = requests(loss, dtype, torch.uint8 if number == 1 else torch.int64)
     torch.set_num_threads(number)
     together = answers(made, loss)
-    assert ran == [whole.compute.__name__]
+    assert names(ran) == [whole.compute.__name__]
     without_grad = answers(made, loss, want_grad=False)
     monkeypatch.setattr(extension, "THRESHOLDS", STEP_BY_STEP)
     ran.clear()
     stepwise = answers(made, loss)
-    assert "finish" in ran
+    assert "finish" in names(ran)
     for answer, expected, other in zip(together, stepwise, without_grad, strict=True):
         assert isinstance(expected, Result)
         assert bits(answer) == bits(expected)
@@ -143,14 +147,14 @@ def test_a_fault_is_of_its_joint_alone() -> None:
     ids=["uneven", "in tables", "many classes"],
 )
 def test_other_joints_are_computed_step_by_step(
-    shape: tuple[int, ...], number: int, ran: list[str], threads: None
+    shape: tuple[int, ...], number: int, ran: list[tuple[str, int]], threads: None
 ) -> None:
     torch.set_num_threads(number)
     loss = LovaszSoftmax()
     labels = random_labels(shape[0], *shape[2:], values=2, seed=1)
     answers([Request.checked(normal(*shape, seed=1, dtype=torch.float32), labels, weighted_sum(loss))], loss)
-    assert "prepare" in ran
-    assert whole.compute.__name__ not in ran
+    assert "prepare" in names(ran)
+    assert whole.compute.__name__ not in names(ran)
 
 
 @pytest.mark.parametrize(
@@ -165,25 +169,19 @@ def test_other_joints_are_computed_step_by_step(
     ids=["two", "four", "three", "one large", "one large, many small"],
 )
 def test_threads_take_whole_joints_if_they_end_at_about_the_same_time(
-    pixels: list[int], is_whole: bool, ran: list[str], threads: None
+    pixels: list[int], is_whole: bool, ran: list[tuple[str, int]], threads: None
 ) -> None:
     torch.set_num_threads(2)
     answers([small(count, seed) for seed, count in enumerate(pixels)], LovaszSoftmax())
-    assert (ran == [whole.compute.__name__]) is is_whole
+    assert (names(ran) == [whole.compute.__name__]) is is_whole
 
 
-def test_a_small_batch_is_computed_by_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[int] = []
-    run = Call.run
-
-    def noted(call: Any, loop: Any, **arguments: Any) -> None:
-        used.append(call.threads)
-        run(call, loop, **arguments)
-
-    monkeypatch.setattr(Call, "run", noted)
+def test_a_small_batch_is_computed_by_the_thread_that_asks(
+    ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(call_module, "thread_count", lambda: 3)
     monkeypatch.setattr(extension, "THRESHOLDS", extension.THRESHOLDS._replace(thread=1000))
     for pixels, threads in ((1, 1), (399, 1), (400, 2), (599, 2), (600, 3), (5000, 3)):  # of five classes
-        used.clear()
+        ran.clear()
         answers([small(pixels, seed=1)], LovaszSoftmax())
-        assert set(used) == {threads}
+        assert {used for _, used in ran} == {threads}

@@ -1,8 +1,8 @@
 """The Numba backend's entry point: runs compiled loops on the requests' tensors in place.
 
 Four steps, each in parallel: errors and counts from logits and labels; the sums of cross-entropy; the segments of each
-Lovász term (docs/mathematics.md, sections 7 and 11); the backward pass through softmax, in place. If a batch
-has small joints that threads can share evenly, each thread does all four for one joint at a time (``whole``).
+Lovász term (docs/mathematics.md, sections 7 and 11); the backward pass through softmax, in place. If a batch has
+small joints that threads can share evenly, each thread does all four for one joint at a time (``whole``).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _is_even(call: Call) -> bool:
     largest, threads = call.outline.largest, call.threads
     share = call.plan.pixels / threads
     rounds = -(-len(call.plan.sizes) // threads)
-    # Two bounds: of as many joints as there are threads, all end within the time of a largest one after those before
-    # them; and the last joint begins before the others have ended.
+    # Two bounds: in rounds of one joint per thread, each takes at most as long as the largest joint; and the last joint
+    # begins before all others have ended.
     latest = min(rounds * largest, share + largest * (threads - 1) / threads)
     return latest <= WHOLE_EXCESS * share
 
