@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.comparison import bits, normal, random_labels
@@ -102,6 +103,7 @@ def test_a_numba_that_is_too_old_is_left_and_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
     monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    monkeypatch.setattr("importlib.import_module", lambda name: None)
     dispatch.installed.cache_clear()
     try:
         assert [dispatch.installed("numba") for _ in range(2)] == [usable] * 2
@@ -109,6 +111,25 @@ def test_a_numba_that_is_too_old_is_left_and_named(
         dispatch.installed.cache_clear()
     said = f"numba: got version {version}; expected 0.59 or newer: pip install 'lovasz[cpu]'"
     assert [record.getMessage() for record in caplog.records] == ([] if usable else [said])
+
+
+def test_a_numba_that_refuses_this_numpy_is_left_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError("Numba needs NumPy 1.26 or less")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.59.1")
+    monkeypatch.setattr("importlib.import_module", refuse)
+    dispatch.installed.cache_clear()
+    try:
+        assert [dispatch.installed("numba") for _ in range(2)] == [False] * 2
+    finally:
+        dispatch.installed.cache_clear()
+    (record,) = caplog.records
+    said = "numba: version 0.59.1 cannot be imported: Numba needs NumPy 1.26 or less (NumPy here: "
+    assert record.getMessage().startswith(said + np.__version__)
 
 
 def test_the_oldest_numba_is_that_of_the_extra() -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,7 +204,7 @@ def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, devic
 
 @cache
 def installed(package: str) -> bool:
-    """Whether a package is installed that can be used; does not import it. A version that is too old is logged once."""
+    """Whether a package is installed that can be used. Imports Numba; what is wrong with it is logged once."""
     if importlib.util.find_spec(package) is None:
         return False
     if package != "numba":
@@ -213,7 +214,14 @@ def installed(package: str) -> bool:
     if not is_new_enough:
         expected = ".".join(map(str, OLDEST_NUMBA))
         _log.warning("numba: got version %s; expected %s or newer: pip install 'lovasz[cpu]'", version, expected)
-    return is_new_enough
+        return False
+    try:
+        importlib.import_module(package)
+    except ImportError as error:  # It refuses a NumPy that is newer than itself.
+        hint = "numba: version %s cannot be imported: %s (NumPy here: %s); pip install --upgrade numba"
+        _log.warning(hint, version, error, np.__version__)
+        return False
+    return True
 
 
 @cache
