@@ -12,6 +12,9 @@ from lovasz.server.memory import allocator
 from lovasz.server.memory.allocator import MemoryReturner
 
 KEEPING = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 from lovasz.server.memory.allocator import give_back_freed_memory, keep_freed_memory
 
 def resident_mib():
@@ -20,7 +23,14 @@ def resident_mib():
 
 keep_freed_memory()
 before = resident_mib()
-buffers = [bytearray(b"x") * (1 << 20) for _ in range(50)]
+barrier = Barrier(5)
+
+def new_buffers():
+    barrier.wait()
+    return [bytearray(b"x") * (1 << 20) for _ in range(10)]
+
+with ThreadPoolExecutor(5) as threads:
+    buffers = list(threads.map(lambda _: new_buffers(), range(5)))
 full = resident_mib()
 del buffers
 kept = resident_mib()

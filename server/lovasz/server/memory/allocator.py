@@ -6,7 +6,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # malloc.h
 _KEPT_BYTES = 256 << 20
 _STEP_BYTES = 16 << 20
 _LEAST_BYTES = 1 << 20
@@ -18,9 +18,13 @@ def keep_freed_memory() -> None:
 
     Each message of a stream takes a few buffers of about 1 MiB. By default glibc maps and unmaps each of them, which
     takes longer than copying them: a quarter of the time of a 40 MiB request, measured on loopback.
+
+    All threads share one arena. By default there are eight for each processor, and ``malloc_trim`` gives back the free
+    end of the first alone: up to 64 MiB would stay in each of the others.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TOP_PAD, _STEP_BYTES)
