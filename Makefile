@@ -74,15 +74,18 @@ SIDE_BY_SIDE := -m "not alone" -n $(JOBS) --dist worksteal
 quick: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(call compiled,$(BIN))
 	$(BIN)/python -m pytest --exitfirst $(SIDE_BY_SIDE) $(TESTS)
 
-# Before the tests, whose processes would compile it all at once.
-COMPILE := "import torch; from lovasz.core import dispatch; dispatch.warm_up(torch.device('cpu'))"
+# Compiles what most tests need. Else their processes would compile it all at once, for longer than a test may take.
+define compiled
+echo "Compiling for the tests (a minute or two the first time) ..."; \
+$(1)/python -c "import torch; from lovasz.core import dispatch; dispatch.warm_up(torch.device('cpu'))"
+endef
 
 # What needs most of the machine runs when the rest has ended.
 test: $(INSTALLED)
-	@echo "Compiling what most tests need, so that they do not compile it all at once (half a minute the first time) ..."
-	@$(BIN)/python -c $(COMPILE)
+	@$(call compiled,$(BIN))
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m alone tests/end_to_end
 
@@ -191,12 +194,13 @@ COMPATIBLE := tests/wire tests/client tests/server tests/end_to_end tests/core/t
 	tests/core/test_whole.py --ignore tests/end_to_end/test_demo.py --ignore tests/end_to_end/test_joint_example.py \
 	--ignore tests/end_to_end/test_under_load.py
 compat: .venv-oldest/.installed
-	@.venv-oldest/bin/python -c $(COMPILE)
+	@$(call compiled,.venv-oldest/bin)
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) $(SIDE_BY_SIDE)
 	.venv-oldest/bin/python -m pytest $(COMPATIBLE) -m alone
 
 # Ends with a table: which framework, which version, whether its lines passed.
 trainers: .venv-trainers/.installed
+	@$(call compiled,.venv-trainers/bin)
 	.venv-trainers/bin/python -m pytest tests/trainers
 
 # What the server needs beside torch and grpcio, where nothing can be installed: pure Python, to be carried along.
