@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +73,47 @@ def test_every_call_of_the_driver(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout) == (0, "as expected\n"), ran.stderr
 
 
+def test_the_owner_is_read_while_the_properties_that_hold_it_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda-bindings 12.9 to 13.1 free the memory of a location with the properties that it is a part of."""
+
+    class Location:
+        def __init__(self, properties: Properties) -> None:
+            self._properties = weakref.ref(properties)
+
+        def _read(self, value: int) -> int:
+            assert self._properties() is not None, "read after its memory was freed"
+            return value
+
+        type = property(lambda self: self._read(1))
+        id = property(lambda self: self._read(3))
+
+    class Properties:
+        location = property(Location)
+
+    class Bindings:
+        CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+        CUmemGenericAllocationHandle = int
+
+        @staticmethod
+        def cuInit(flags: int) -> tuple[int]:
+            return (0,)
+
+        @staticmethod
+        def cuMemGetAllocationPropertiesFromHandle(handle: int) -> tuple[int, Properties]:
+            return 0, Properties()
+
+    take(monkeypatch, Bindings)
+    assert CudaDriver().owner(7) == 3
+
+
+def take(monkeypatch: pytest.MonkeyPatch, bindings: type) -> None:
+    """Makes a class the module ``cuda.bindings.driver``."""
+    package: Any = ModuleType("cuda.bindings")
+    package.driver = bindings
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+
+
 def test_a_package_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(DriverError, match=r"cuda-bindings: not installed \(.*\); pip install 'lovasz\[gpu\]'"):
@@ -83,9 +126,6 @@ def test_a_driver_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         def cuInit(flags: int) -> tuple[int]:
             raise RuntimeError("libcuda.so.1 was not found")
 
-    package: Any = type(sys)("cuda.bindings")
-    package.driver = Bindings
-    monkeypatch.setitem(sys.modules, "cuda", type(sys)("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+    take(monkeypatch, Bindings)
     with pytest.raises(DriverError, match=r"cuInit: libcuda\.so\.1 was not found"):
         CudaDriver()

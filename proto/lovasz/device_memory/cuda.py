@@ -60,7 +60,8 @@ class CudaDriver:
         return int(self._call("cuMemImportFromShareableHandle", descriptor, self._descriptor_kind))
 
     def owner(self, handle: int) -> int:
-        location = self._call("cuMemGetAllocationPropertiesFromHandle", self._handle(handle)).location
+        properties = self._call("cuMemGetAllocationPropertiesFromHandle", self._handle(handle))
+        location = properties.location  # Points into their memory, which cuda-bindings before 13.5 frees with them.
         if location.type != self._cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE:
             raise DriverError("cuMemGetAllocationPropertiesFromHandle", "the memory is not on a device")
         return int(location.id)
