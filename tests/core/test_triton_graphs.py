@@ -74,6 +74,23 @@ def test_a_kind_is_recorded_when_it_comes_for_the_third_time(graphs: Any) -> Non
     assert [graphs.take(program, STREAM) is None for _ in range(3)] == [True, True, False]
 
 
+def test_no_other_thread_is_given_the_stream_of_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it queues there, such as the upload of a request, would become a part of the graph."""
+    from lovasz.core.backends.triton import graphs
+
+    counts: dict[int, int] = {}
+
+    def stream(device: torch.device, priority: int = 0) -> tuple[int, int]:
+        """As torch: 32 streams of each priority in turn."""
+        counts[priority] = counts.get(priority, -1) + 1
+        return priority, counts[priority] % 32
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    own = graphs._capture_stream.__wrapped__(torch.device("cuda"))
+    others = [torch.cuda.Stream(torch.device("cuda"), priority) for priority in (0, -1, -3) for _ in range(32)]
+    assert own not in others
+
+
 def test_what_is_not_compiled_yet_is_not_recorded(graphs: Any) -> None:
     program = FakeProgram()
     program.is_ready = False

@@ -27,16 +27,18 @@ KEPT_SHARE = 1 / 16
 """The most memory of all recordings, as a share of the device's memory."""
 PAUSE = 32
 """The further uses that a program needs after its recording was dropped: recording costs more than a few launches."""
+_CAPTURE_PRIORITY = -2
+"""Most streams have priority 0, some of trainers -1, and those of NCCL, where they are urgent, the highest one, -3."""
 
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which all programs of a device are recorded.
 
-    One for all: torch has 32, which it hands out again and again. What another thread queues on the stream of a
-    recording becomes a part of it.
+    What another thread queues on the stream of a recording becomes a part of it. Torch has 32 streams of each priority,
+    which it hands out again and again: this one is of a priority that others hardly ask for.
     """
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=_CAPTURE_PRIORITY)
 
 
 class Recording:
