@@ -17,7 +17,7 @@ from lovasz.client.errors import CallCancelledError, from_invalid_input
 from lovasz.client.joint import Joint, checked_joint
 from lovasz.client.options import DEFAULT_TIMEOUT_SECONDS, ClientOptions, checked_timeout
 from lovasz.client.remote import RemoteTarget
-from lovasz.client.submission import CallThreads
+from lovasz.client.submission import CallThreads, on_current_stream
 from lovasz.client.target import INPROCESS, PreparedCall, ServerInfo, Target, checked_target
 from lovasz.client.tensors import AnyArray, with_mask
 from lovasz.spec.checks import flag
@@ -184,7 +184,8 @@ class LossClient:
         call, deadline = self._begin(*inputs, want_grad, joint, timeout, blocking=False)
         try:
             # In the caller's context, so that the call belongs to the caller's trace.
-            return self._threads.submit(partial(contextvars.copy_context().run, self._finish, call, deadline))
+            work = partial(contextvars.copy_context().run, self._finish, call, deadline)
+            return self._threads.submit(on_current_stream(logits, work))
         except RuntimeError:
             self._check_open()
             raise

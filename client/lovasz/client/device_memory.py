@@ -59,12 +59,15 @@ class DeviceRegion(Shared):
     def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
         """Queues copies on this thread's stream."""
         stream = torch.cuda.current_stream(self._mapping.device) if torch.cuda.is_initialized() else None
-        if stream is not None and self._stream not in (None, stream):
-            stream.wait_stream(self._stream)  # The last gradient may still be read there.
+        if stream is not None:
+            if self._stream not in (None, stream):
+                stream.wait_stream(self._stream)  # The last gradient may still be read there.
+            self._stream = stream
+            self._mapping.used_on(stream)
         logits.write_tensor(self._part(places.logits, logits.spec, self))
         labels.write_tensor(self._part(places.labels, labels.spec, self))
         if stream is not None:
-            self._stream, self._written = stream, stream.record_event()
+            self._written = stream.record_event()
 
     def complete(self) -> None:
         if self._written is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from lovasz.client.tensors import AnyArray
+from lovasz.spec.arrays import is_torch
 
 ResultT = TypeVar("ResultT")
 
@@ -70,6 +74,23 @@ class CallThreads:
         for thread in self._threads:
             if thread not in self._closing:
                 thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+
+def on_current_stream(logits: AnyArray, work: Callable[[], ResultT]) -> Callable[[], ResultT]:
+    """The work, for another thread: there, too, it uses the stream that is current here on the logits' GPU.
+
+    The logits may still be computed on that stream, and the result is used on it.
+    """
+    if not is_torch(logits) or not logits.is_cuda:
+        return work
+    cuda: Any = sys.modules["torch"].cuda
+    stream = cuda.current_stream(logits.device)
+
+    def run() -> ResultT:
+        with cuda.stream(stream):
+            return work()
+
+    return run
 
 
 _ALL: weakref.WeakSet[CallThreads] = weakref.WeakSet()

@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 import weakref
 from contextlib import suppress
+from typing import Protocol
 
 from lovasz.device_memory.driver import Driver, DriverError
+
+
+class Stream(Protocol):
+    """A stream of a device, as torch's."""
+
+    def synchronize(self) -> None:
+        """Waits for all work that is queued on it."""
 
 
 class Mapping:
@@ -31,7 +39,8 @@ class Mapping:
             self.address = driver.map(handle, nbytes, device)
         finally:
             driver.release(handle)
-        self._unmap = weakref.finalize(self, _unmap, driver, self.address, nbytes)
+        self._streams: list[Stream] = []
+        self._unmap = weakref.finalize(self, _unmap, driver, self.address, nbytes, self._streams)
         # At the process's end its memory goes anyway, and the driver may have gone before.
         self._unmap.atexit = False
         try:
@@ -42,6 +51,13 @@ class Mapping:
         if measured < nbytes:
             self._unmap()
             raise DriverError("cuMemGetAddressRange", f"the memory has {measured} bytes, not {nbytes}")
+
+    def used_on(self, stream: Stream) -> None:
+        """From now on work is queued on this stream that uses the memory. It is unmapped after that work.
+
+        The stream waits for the one before: the last one alone counts.
+        """
+        self._streams[:] = [stream]
 
 
 def create(driver: Driver, device: int, nbytes: int) -> tuple[Mapping, int]:
@@ -89,6 +105,10 @@ def load(driver: Driver, descriptor: int, nbytes: int, device: int) -> Mapping:
     return Mapping(driver, handle, nbytes, device, owner)
 
 
-def _unmap(driver: Driver, address: int, nbytes: int) -> None:
+def _unmap(driver: Driver, address: int, nbytes: int, streams: list[Stream]) -> None:
+    for stream in streams:
+        # Unlike cudaFree, cuMemUnmap need not wait: work would then fault, and so all further work of the process.
+        with suppress(RuntimeError):  # As below.
+            stream.synchronize()
     with suppress(DriverError):  # A device that has failed; its process can do nothing about it.
         driver.unmap(address, nbytes)
