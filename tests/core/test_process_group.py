@@ -10,14 +10,23 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from support import group_ranks
+from support.comparison import normal, random_labels
 from support.fork_server import Forked
+from torch import Tensor
 
 from lovasz.core import InvalidInput, LovaszSoftmax, compute
+from lovasz.core.batch import Request
 from lovasz.core.dispatch import warm_up
+from lovasz.core.distributed import joint
+from lovasz.core.distributed.group import Group
+from lovasz.spec import weighted_sum
 
 SECONDS = 400
 """More than what the ranks need on a busy machine."""
@@ -67,6 +76,41 @@ def test_a_program_ends_after_it_has_left_while_others_go_on(tmp_path: Path) -> 
     """In seconds, without an abort: ``run_processes`` checks the exit codes."""
     warm_up(torch.device("cpu"))
     assert run_processes(tmp_path, 2, "--ending") == [[], ["told"]]
+
+
+class OnGpusAlone:
+    """Two ranks with the same pixels, in a group of NCCL alone."""
+
+    rank, size = 0, 2
+    device = torch.device("cuda")
+
+    def device_for(self, logits: Tensor) -> torch.device:
+        return logits.device  # In place of its own device, which is not here.
+
+    def numbers(self, own: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.stack([own, own])
+
+    def bytes(self, own: Tensor) -> list[Tensor]:
+        return [own, own]
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError("No backend type associated with device type cpu")
+
+
+def test_logits_on_the_host_and_ranks_that_send_from_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large joints, too, are computed from all pixels then."""
+    monkeypatch.setattr(joint, "TABLES_FROM_PIXELS", 1)
+    monkeypatch.setattr(joint, "Parts", refuse)  # What it sends is on the CPU.
+    loss = weighted_sum(LovaszSoftmax())
+    logits, labels = normal(1, 3, 20, 20, seed=1, dtype=torch.float32), random_labels(1, 20, 20, values=3, seed=2)
+    request = Request.checked(logits, labels, loss)
+    result = joint._computed(cast("Group", OnGpusAlone()), lambda: (request, loss), want_grad=True)
+    expected = compute(torch.cat([logits, logits]), torch.cat([labels, labels]), loss)
+    assert result.loss == expected.loss
+    assert result.grad is not None
+    assert expected.grad is not None
+    assert torch.equal(result.grad, expected.grad[:1])
 
 
 def test_the_default_group_has_to_exist() -> None:

@@ -62,8 +62,9 @@ def _computed(group: Group, prepare: Callable[[], tuple[Request, WeightedSum]], 
         exchange(group, fault)
         raise
     sizes = exchange(group, own)
-    is_complete = len(sizes) == group.size
-    if backend is Backend.NUMBA and is_complete and adds_tables(list(sizes.values()), loss):
+    # Tables are on the CPU, from where NCCL alone cannot send them.
+    can_add = backend is Backend.NUMBA and group.device.type == "cpu" and len(sizes) == group.size
+    if can_add and adds_tables(list(sizes.values()), loss):
         return _in_parts(group, request, loss, list(sizes.values()), want_grad)
     requests = pixels.gather(group, request, labels, loss, sizes)
     pending = submit(requests, loss, request.logits.device, joined=[len(requests)], want_grad=want_grad)
