@@ -92,7 +92,7 @@ test: $(INSTALLED)
 # A process of its own: Triton reads the variable when it is imported. Of the slow tests of batches, the strictest; the
 # ways of ranking that a batch's size decides on by itself, where accuracy and values are tested.
 INTERPRETED := (cpu-triton and not buckets and not tables and (not test_batch.py or test_strangers_change_no_bit)) \
-	or ((cpu-triton-buckets or cpu-triton-tables) and (test_accuracy.py or test_compute_gives_the_vectors)) or test_triton_program.py or test_triton_graphs.py
+	or ((cpu-triton-buckets or cpu-triton-tables) and (test_accuracy.py or test_compute_gives_the_vectors)) or test_triton_program.py or test_triton_graphs.py or test_triton_compiles.py
 interpret: .venv-interpreter/.installed
 	TRITON_INTERPRET=1 .venv-interpreter/bin/python -m pytest tests/core $(SIDE_BY_SIDE) -k "$(INTERPRETED)"
 

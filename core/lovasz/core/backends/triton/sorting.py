@@ -219,7 +219,7 @@ def sort_buckets(
         background_before = (before & LOW_WORD).to(tl.int32)
     own_list = lists + tl.load(group + GROUP_LIST) + channel * tl.load(group + GROUP_LIST_ROOM)
     own_list += foreground_before + background_before
-    if (count > 0) & ((count <= ROOM // 2) & HALVES):
+    if HALVES and (count > 0) & (count <= ROOM // 2):  # Not compiled without HALVES: "and" decides, "&" would not.
         rank_bucket(
             addresses=addresses,
             planes=planes,
