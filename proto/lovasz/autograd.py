@@ -72,10 +72,12 @@ class _WithGradient(torch.autograd.Function):
         scale = grad_outputs[0] if ctx.factor == 1 else grad_outputs[0] * ctx.factor
         if scale.dim() == 1:
             scale = _at_items(scale, ctx.offsets).view(-1, *[1] * (grad.dim() - 1))
-        if not torch.is_grad_enabled() and not _graph_is_kept():
-            scaled = _scale_in_place(grad, scale).to(logits.dtype)
-            return in_format_of(logits, scaled), None, None, None, None
-        return _Scale.apply(scale, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            return _Scale.apply(scale, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
+        if _graph_is_kept() or not _has_memory(scale):
+            return _scaled(grad, scale).to(logits.dtype), None, None, None, None
+        scaled = _scale_in_place(grad, scale).to(logits.dtype)
+        return in_format_of(logits, scaled), None, None, None, None
 
 
 def _at_items(of_images: Tensor, offsets: tuple[int, ...] | None) -> Tensor:
@@ -92,6 +94,15 @@ def _graph_is_kept() -> bool:
     return asked is None or bool(asked())
 
 
+def _has_memory(grad_output: Tensor) -> bool:
+    """Whether it has values of its own: not if it stands for many (``torch.autograd.grad(is_grads_batched=True)``)."""
+    try:
+        grad_output.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
     """Scales without a copy: the gradient is as large as the logits, and is used once.
 
@@ -102,12 +113,16 @@ def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
     return grad.mul_(grad_output.to(grad.dtype))
 
 
+def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+    return grad * grad_output.to(grad.dtype)
+
+
 class _Scale(torch.autograd.Function):
     """grad x grad_output. Its backward would be the second derivative, which is not supported."""
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
-        return (grad * grad_output.to(grad.dtype)).to(logits.dtype)
+        return _scaled(grad, grad_output).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,12 +166,13 @@ def operator(
         return value, torch.empty(logits.shape if want_grad else (0,), dtype=dtype, device=device)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[1])
-        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(inputs[0], output[1])
 
     def backward(ctx: Any, loss_grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return (grad * loss_grad.to(grad.dtype)).to(ctx.dtype), None, None, None, None
+        logits, grad = ctx.saved_tensors
+        if torch.is_grad_enabled():  # Compilers of torch refuse a second derivative themselves, but not all backends.
+            return _Scale.apply(loss_grad, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
+        return _scaled(grad, loss_grad).to(logits.dtype), None, None, None, None
 
     # With the first tag no two calls become one: each may have an effect, such as a step of a joint run.
     # With the second one the compiler keeps it out of CUDA graphs: it waits for the device, or calls a server.

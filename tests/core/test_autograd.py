@@ -161,6 +161,30 @@ def test_gradient_penalty_is_refused(device: torch.device) -> None:
         (loss + grad.norm()).backward()
 
 
+@pytest.mark.parametrize("retain_graph", [False, True])
+@pytest.mark.parametrize("offsets", [None, [1, 2]])
+def test_gradients_of_several_losses_at_once(
+    offsets: list[int] | None, retain_graph: bool, device: torch.device
+) -> None:
+    logits, labels = some_input(device)
+
+    def losses() -> Tensor:
+        return lovasz_softmax(logits, labels, per_image=True, offsets=offsets, reduction="none")
+
+    count = losses().shape[0]
+    weights = torch.randn(3, count, device=device)
+    (together,) = torch.autograd.grad(losses(), logits, weights, is_grads_batched=True, retain_graph=retain_graph)
+    alone = [torch.autograd.grad(losses(), logits, weight)[0] for weight in weights]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=0)
+
+
+def test_a_jacobian_in_one_pass(device: torch.device) -> None:
+    logits, labels = some_input(device)
+    jacobian = torch.autograd.functional.jacobian(lambda x: lovasz_softmax(x, labels), logits, vectorize=True)
+    (expected,) = torch.autograd.grad(lovasz_softmax(logits, labels), logits)
+    torch.testing.assert_close(jacobian, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scaled_gradient_of_16_bit_logits_does_not_underflow(
     dtype: torch.dtype, way: Way, device: torch.device
