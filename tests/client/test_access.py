@@ -58,6 +58,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ({"token": "white space in the token"}, "token: got an invalid token"),
         ({"token": TOKEN, "token_file": "x"}, "token_file: got a file and token, too; expected only one of them"),
         ({"token_file": tmp_path / "absent"}, "token_file: got '.*absent', which cannot be read: No such file"),
+        ({"allow_token_without_tls": "false"}, "allow_token_without_tls: got 'false'; expected True or False"),
         ({"tls": True}, "tls: got bool; expected lovasz.client.TLS or None"),
         ({"tls": TLS(ca=tmp_path / "absent")}, "tls.ca: got '.*absent', which cannot be read: No such file"),
     ):

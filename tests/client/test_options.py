@@ -45,6 +45,8 @@ def test_transports_keep_their_names(name: str) -> None:
         ({"run": 3}, "run: got 3; expected a text"),
         ({"run": 0}, "run: got 0; expected a text"),
         ({"run": "x" * 201}, "run: got 201 characters; expected at most 200"),
+        ({"http_proxy": "http://proxy:3128"}, "http_proxy: got 'http://proxy:3128'; expected True or False"),
+        ({"http_proxy": None}, "http_proxy: got None; expected True or False"),
     ],
 )
 def test_an_invalid_option_is_named(changes: dict[str, Any], text: str) -> None:

@@ -72,6 +72,7 @@ def test_targets_that_grpc_understands(target: str) -> None:
         (":50051", "got ':50051'; expected HOST:PORT"),
         ("a b:50051", "got 'a b:50051'; expected HOST:PORT"),
         ("::1:50051", "with an IPv6 address in brackets: .::1.:50051"),
+        ("unix://run/s", "got 'unix://run/s'; expected .*: after unix:// the path .* another slash: unix:/run/s"),
         ("unix:", "got 'unix:', a path of 0 bytes; expected 1 to 107"),
         ("unix:/" + 107 * "x", "a path of 108 bytes; expected 1 to 107, the limit of Unix sockets"),
         ("unix:/" + 54 * "ö", "a path of 109 bytes; expected 1 to 107"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 
 from lovasz.client.target import addresses_of, is_loopback
+from lovasz.spec.checks import flag
 from lovasz.wire import socket_path
 
 FilePath = str | os.PathLike[str]
@@ -102,6 +103,8 @@ class Access:
     def __post_init__(self) -> None:
         if self.tls is not None and not isinstance(self.tls, TLS):
             raise ValueError(f"tls: got {type(self.tls).__name__}; expected lovasz.client.TLS or None")
+        name = "allow_token_without_tls"
+        object.__setattr__(self, name, flag(name, self.allow_token_without_tls))
         if self.token is not None and self.token_file is not None:
             raise ValueError("token_file: got a file and token, too; expected only one of them")
 
@@ -119,7 +122,7 @@ class Access:
             ValueError: an argument is invalid.
         """
         secret = None if token is None else Secret(_checked("token", token))
-        return cls(tls, secret, token_file, bool(allow_token_without_tls))
+        return cls(tls, secret, token_file, allow_token_without_tls)
 
     def channel(self, target: str, options: tuple[tuple[str, str | int], ...]) -> grpc.Channel:
         """A channel of gRPC with these options.

@@ -9,6 +9,7 @@ from numbers import Real
 from lovasz import wire
 from lovasz.client.access import Access
 from lovasz.client.load_balancing import LoadBalancing
+from lovasz.spec.checks import flag
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
 _MAX_TIMEOUT_SECONDS = 1e8
@@ -65,6 +66,7 @@ class ClientOptions:
         object.__setattr__(self, "timeout", checked_timeout(self.timeout))
         if self.wire_dtype is not None and not self.wire_dtype.is_float:
             raise ValueError(_wire_dtype_problem(self.wire_dtype.name))
+        object.__setattr__(self, "http_proxy", flag("http_proxy", self.http_proxy))
         if not isinstance(self.run, str):
             raise ValueError(f"run: got {self.run!r}; expected a text")
         if len(self.run) > wire.MAX_RUN_CHARACTERS:
@@ -101,7 +103,7 @@ class ClientOptions:
             wire_dtype=None if wire_dtype is None else wire.dtype_named(wire_dtype),
             load_balancing=None if load_balancing is None else LoadBalancing(load_balancing),
             run="" if run is None else run,
-            http_proxy=bool(http_proxy),
+            http_proxy=http_proxy,
             access=access or Access(),
         )
 

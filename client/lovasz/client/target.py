@@ -32,6 +32,10 @@ def checked_target(target: str) -> str:
         return target
     path = wire.socket_path(target)
     if path is not None:
+        if target.startswith("unix://") and not path.startswith("/"):
+            raise ValueError(
+                f"target: got {target!r}; {_EXPECTED}: after unix:// the path begins with another slash: unix:/{path}"
+            )
         length = len(os.fsencode(path))
         if not 1 <= length <= wire.MAX_SOCKET_PATH_BYTES:
             raise ValueError(
