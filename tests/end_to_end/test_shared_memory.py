@@ -297,6 +297,41 @@ client.close()
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_child_of_a_fork_that_closes_its_client_leaves_the_calls_of_its_parent_alone(
+    sharing: ServerProcess, transport: str
+) -> None:
+    """The parent waits in a joint step meanwhile, with so many pixels that they are streamed over gRPC."""
+    code = f"""
+import os, signal, sys
+import numpy as np
+from lovasz.client import Joint, LossClient, LovaszSoftmax
+arrays = np.zeros((1, 3, 300_000), np.float32), np.zeros((1, 300_000), np.uint8), LovaszSoftmax()
+client = LossClient({sharing.target!r}, transport={transport!r})
+client.compute(*arrays)
+shared = client._target._shared
+session = shared and shared._session
+future = client.submit(*arrays, joint=Joint("forked {transport}", 0, 2, step=0))
+sys.stdin.readline()
+if os.fork() == 0:
+    signal.alarm(20)  # Ends a child that waits forever.
+    client.close()
+    os._exit(0)
+assert os.wait()[1] == 0
+client.compute(*arrays, joint=Joint("forked {transport}", 1, 2, step=0))
+future.result()
+assert (shared and shared._session) is session
+client.close()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as process:
+        try:
+            assert eventually(lambda: metric(sharing, "lovasz_joint_ranks_waiting") == 1)
+            process.communicate("\n", timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+
+
 def test_gradients_stay_what_they_are_when_the_memory_is_used_again(sharing: ServerProcess) -> None:
     with LossClient(sharing.target, transport="shm") as client, LossClient(sharing.target, transport="grpc") as other:
         kept = [client.compute(*tensors(64, seed=seed), SOFTMAX).grad.view(-1)[7:] for seed in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from urllib.parse import quote
 
@@ -57,6 +58,7 @@ class Connection:
         self._identity = ((wire.CLIENT_KEY, secrets.token_hex(_IDENTITY_BYTES)),) if is_local else ()
         self._authorization = options.access.authorization(target)
         self._closed = False
+        self._process = os.getpid()
         channel_options = (
             *_OPTIONS,
             enabled_option(target, options.http_proxy),
@@ -121,7 +123,9 @@ class Connection:
         return speaks_no_grpc(error) or self._tls_problem(error) is not None
 
     def close(self) -> None:
-        """Ends the channels and all calls."""
+        """Ends the channels and all calls; after a fork, in the child, it only makes no more calls."""
         self._closed = True
         self.retries.close()
-        self.channels.close()
+        # A child would wait forever for the end of calls that its parent was making at the fork.
+        if self._process == os.getpid():
+            self.channels.close()

@@ -163,12 +163,16 @@ class SharedMemory:
 
     def take(self, nbytes: int) -> Region:
         """A region of at least ``nbytes`` bytes. After a fork, never one that is shared with the parent."""
+        self._leave_to_parent()
+        return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
+
+    def _leave_to_parent(self) -> None:
+        """Begins anew after a fork: session and regions are the parent's."""
         if self._process != os.getpid():
             inherited = self._session
             self._begin()
             if inherited is not None:
                 inherited.socket.drop()
-        return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
 
     def moved(self, source: Shared, request: wire.Request) -> Region:
         """A region of the host's memory with the tensors that are in another one."""
@@ -282,6 +286,7 @@ class SharedMemory:
     def close(self) -> None:
         """Ends the session and frees the idle regions."""
         self._closed = True
+        self._leave_to_parent()
         session = self._session
         if session is not None:
             session.close()  # Without the lock: another thread may hold it while it waits for the server.
