@@ -80,6 +80,7 @@ def test_every_setting_can_be_set_both_ways() -> None:
         ("--listen", "a:1,nowhere", "--listen: got 'a:1,nowhere'; expected HOST:PORT"),
         ("--listen", "a:1,a:1", "--listen: got 'a:1,a:1'; expected each address once"),
         ("--shared-memory", "perhaps", "--shared-memory: got 'perhaps'; expected on or off"),
+        ("--listen", "unix://run/s", "--listen: got 'unix://run/s'; expected unix:/path: after unix:// the path"),
         ("--shared-memory", "on", "--listen: got '127.0.0.1:50051'; expected at least one unix:/path with --shared"),
         ("--stall-timeout", "0", "--stall-timeout: got 0.0; expected a number > 0"),
         ("--metrics-listen", "unix:/tmp/x", "--metrics-listen: got 'unix:/tmp/x'; expected HOST:PORT"),

@@ -233,7 +233,7 @@ class ServerConfig(AccessSettings):
             if path is None:
                 self._check_address("listen", address)
             else:
-                self._check_socket_path(path)
+                self._check_socket_path(address, path)
         if len(set(self.addresses)) < len(self.addresses):
             self._refuse("listen", "each address once")
         self._check_address("metrics_listen", self.metrics_listen)
@@ -278,7 +278,9 @@ class ServerConfig(AccessSettings):
         """The paths of the Unix sockets among them."""
         return tuple(path for path in map(wire.socket_path, self.addresses) if path is not None)
 
-    def _check_socket_path(self, path: str) -> None:
+    def _check_socket_path(self, address: str, path: str) -> None:
+        if address.startswith("unix://") and not path.startswith("/"):
+            self._refuse("listen", f"unix:/path: after unix:// the path begins with another slash (unix:/{path})")
         longest, why = wire.MAX_SOCKET_PATH_BYTES, ""
         if self.shared_memory:
             longest -= len(wire.MEMORY_SUFFIX)
