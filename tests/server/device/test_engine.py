@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from support.streams import Stream, stand_in
 from support.waiting import eventually
 
 from lovasz.core import compute
@@ -113,6 +115,32 @@ def test_a_request_that_breaks_the_kernel_fails_alone(engine: WeakEngine) -> Non
         else:
             assert answer_to(one).result.loss > 0
     assert engine.healthy
+
+
+def test_a_batch_that_fails_is_refused_when_no_copy_is_on_its_way(
+    engine: WeakEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    stream, seen = Stream("engine"), list[str]()
+    stream.when_waited = lambda: seen.append("waited")
+    engine._streams = itertools.repeat(stream)
+    refuse = Job.refuse
+
+    def refuse_and_note(self: Job, error: Exception) -> None:
+        seen.append("refused")
+        refuse(self, error)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no pinned memory left")
+
+    monkeypatch.setattr(Job, "refuse", refuse_and_note)
+    monkeypatch.setattr("lovasz.server.device.engine._mark", lambda stream: stream)
+    monkeypatch.setattr("lovasz.server.device.engine.to_callers", fail)
+    one = job(20)
+    run(engine, one)
+    with pytest.raises(RuntimeError, match="no pinned memory left"):
+        answer_to(one)
+    assert seen[:2] == ["waited", "refused"]
 
 
 # --- Callers that leave -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -285,6 +285,10 @@ class Engine:
                     copied.synchronize()
                     copy_seconds = mark.elapsed_time(copied) / 1000
         except Exception as error:
+            if running.stream is not None:
+                # Copies that are queued write to memory that another request gets, once their callers are refused.
+                with suppress(RuntimeError):  # The device has failed, and copies nothing more.
+                    running.stream.synchronize()
             self._split(running.jobs, error)
             return
         now = time.monotonic()

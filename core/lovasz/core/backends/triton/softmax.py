@@ -253,7 +253,7 @@ def softmax_statistics(
             classes=classes,
         )
         loss = tl.where(used & is_counted(counting, tl.load(cross_rules + e)), loss, 0.0)
-        tl.store(pixel_losses + e * pixel_count + place, loss, mask=inside)
+        tl.store(pixel_losses + e * tl.cast(pixel_count, tl.int64) + place, loss, mask=inside)
         row = cross_sums + (e * joints + joint) * CROSS_COLUMNS
         tl.atomic_max(row + CROSS_LARGEST, tl.max(bits_of(loss), axis=0).to(tl.int64), sem="relaxed")
 

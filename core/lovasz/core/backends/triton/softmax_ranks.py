@@ -135,7 +135,7 @@ def softmax_count(
                             tl.atomic_max(segment + SEGMENT_LARGEST, tl.max(keys, axis=0), sem="relaxed")
     for e in tl.static_range(CROSS_TERMS):
         place = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32) + pixels
-        loss = tl.load(pixel_losses + e * pixel_count + place, mask=inside, other=0.0).to(tl.float64)
+        loss = tl.load(pixel_losses + e * tl.cast(pixel_count, tl.int64) + place, mask=inside, other=0.0).to(tl.float64)
         row = cross_sums + (e * joints + tl.load(plane + PLANE_JOINT)) * CROSS_COLUMNS
         tl.atomic_add(row + CROSS_SUM, tl.sum(in_units(loss, tl.load(row + CROSS_UNIT))), sem="relaxed")
 
