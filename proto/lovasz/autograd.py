@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -72,10 +72,8 @@ class _WithGradient(torch.autograd.Function):
         scale = grad_outputs[0] if ctx.factor == 1 else grad_outputs[0] * ctx.factor
         if scale.dim() == 1:
             scale = _at_items(scale, ctx.offsets).view(-1, *[1] * (grad.dim() - 1))
-        if torch.is_grad_enabled():
-            return _Scale.apply(scale, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
-        if _graph_is_kept() or not _has_memory(scale):
-            return _scaled(grad, scale).to(logits.dtype), None, None, None, None
+        if torch.is_grad_enabled() or _graph_is_kept() or not _has_memory(scale):
+            return _scaled(grad, scale, logits), None, None, None, None
         scaled = _scale_in_place(grad, scale).to(logits.dtype)
         return in_format_of(logits, scaled), None, None, None, None
 
@@ -113,8 +111,11 @@ def _scale_in_place(grad: Tensor, grad_output: Tensor) -> Tensor:
     return grad.mul_(grad_output.to(grad.dtype))
 
 
-def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
-    return grad * grad_output.to(grad.dtype)
+def _scaled(grad: Tensor, grad_output: Tensor, logits: Tensor) -> Tensor:
+    """Scales into new memory, in the element type of the logits; where a graph is made of it, one that refuses."""
+    if torch.is_grad_enabled():
+        return cast("Tensor", _Scale.apply(grad_output, grad, logits))  # type: ignore[no-untyped-call]
+    return (grad * grad_output.to(grad.dtype)).to(logits.dtype)
 
 
 class _Scale(torch.autograd.Function):
@@ -122,7 +123,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
-        return _scaled(grad, grad_output).to(logits.dtype)
+        return _scaled(grad, grad_output, logits)  # Here no graph is made.
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,9 +171,8 @@ def operator(
 
     def backward(ctx: Any, loss_grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         logits, grad = ctx.saved_tensors
-        if torch.is_grad_enabled():  # Compilers of torch refuse a second derivative themselves, but not all backends.
-            return _Scale.apply(loss_grad, grad, logits), None, None, None, None  # type: ignore[no-untyped-call]
-        return _scaled(grad, loss_grad).to(logits.dtype), None, None, None, None
+        # Compilers of torch refuse a second derivative themselves, but not all of their backends do.
+        return _scaled(grad, loss_grad, logits), None, None, None, None
 
     # With the first tag no two calls become one: each may have an effect, such as a step of a joint run.
     # With the second one the compiler keeps it out of CUDA graphs: it waits for the device, or calls a server.

@@ -32,7 +32,7 @@ def checked_target(target: str) -> str:
         return target
     path = wire.socket_path(target)
     if path is not None:
-        if target.startswith("unix://") and not path.startswith("/"):
+        if wire.lacks_slash(target):
             raise ValueError(
                 f"target: got {target!r}; {_EXPECTED}: after unix:// the path begins with another slash: unix:/{path}"
             )

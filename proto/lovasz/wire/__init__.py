@@ -18,7 +18,15 @@ from lovasz.wire.joint import (
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
 from lovasz.wire.messages import Request, Response, TensorSpec
 from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
-from lovasz.wire.sockets import MAX_PACKET_BYTES, MAX_SOCKET_PATH_BYTES, MEMORY_SUFFIX, UNIX, peer_of, socket_path
+from lovasz.wire.sockets import (
+    MAX_PACKET_BYTES,
+    MAX_SOCKET_PATH_BYTES,
+    MEMORY_SUFFIX,
+    UNIX,
+    lacks_slash,
+    peer_of,
+    socket_path,
+)
 
 __all__ = [
     "ALIGNMENT",
@@ -52,6 +60,7 @@ __all__ = [
     "check_inside",
     "chunks",
     "dtype_named",
+    "lacks_slash",
     "loss_from_proto",
     "loss_to_proto",
     "peer_of",

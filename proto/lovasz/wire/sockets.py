@@ -20,6 +20,11 @@ def socket_path(address: str) -> str | None:
     return address.removeprefix(UNIX).removeprefix("//") if address.startswith(UNIX) else None
 
 
+def lacks_slash(address: str) -> bool:
+    """Whether a relative path follows ``unix://``: gRPC takes its first part for a host."""
+    return address.startswith(f"{UNIX}//") and not address.startswith(f"{UNIX}///")
+
+
 def peer_of(connection: socket.socket) -> tuple[int, int]:
     """The process id and the user id at the other end of a Unix socket: of who connected, or of who listens."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

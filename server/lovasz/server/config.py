@@ -279,7 +279,7 @@ class ServerConfig(AccessSettings):
         return tuple(path for path in map(wire.socket_path, self.addresses) if path is not None)
 
     def _check_socket_path(self, address: str, path: str) -> None:
-        if address.startswith("unix://") and not path.startswith("/"):
+        if wire.lacks_slash(address):
             self._refuse("listen", f"unix:/path: after unix:// the path begins with another slash (unix:/{path})")
         longest, why = wire.MAX_SOCKET_PATH_BYTES, ""
         if self.shared_memory:
