@@ -31,7 +31,7 @@ class Layout:
         first = np.append(0, np.cumsum(sizes))
         # For each octave; all errors below the last octave share one bin.
         self._first, self._shift = first.astype(np.int32), np.append(MANTISSA_BITS - bits, 0).astype(np.int32)
-        lower = 2.0 ** (bins.SOFTMAX_TOP - octaves)
+        lower = 2.0 ** (bins.FINE_TOP - octaves)
         ulp, width = lower / (1 << MANTISSA_BITS), np.repeat(lower / sizes, sizes)
         floats_in_a_rest = 1 << np.maximum(MANTISSA_BITS - bits - REST_BITS, 0)
         largest = np.repeat(2 * lower - ulp - (floats_in_a_rest - 1) / 2 * ulp, sizes)
@@ -40,7 +40,7 @@ class Layout:
 
     def places(self, errors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The bin and the rest of each error."""
-        largest = np.int32(((bins.SOFTMAX_TOP + 128) << MANTISSA_BITS) - 1)
+        largest = np.int32(((bins.FINE_TOP + 128) << MANTISSA_BITS) - 1)
         # Errors below the last octave share the last bin, with a rest of 0.
         distance = np.minimum(largest - errors.view(np.int32), np.int32(bins.OCTAVES << MANTISSA_BITS))
         octave, inside = distance >> MANTISSA_BITS, distance & ((1 << MANTISSA_BITS) - 1)

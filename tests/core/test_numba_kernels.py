@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import subprocess
 import sys
@@ -216,7 +215,7 @@ def floats_below(top: int) -> Floats:
     return np.unique(np.concatenate([floats, *around]))
 
 
-@pytest.mark.parametrize("top", [bins.SOFTMAX_TOP, 7, 100, -50])
+@pytest.mark.parametrize("top", [bins.FINE_TOP, 7, 100, -50])
 def test_bins_are_those_that_the_docstring_describes(top: int) -> None:
     errors = floats_below(top)
     found, rests = placed(errors, top)
@@ -234,7 +233,7 @@ def test_bins_are_those_that_the_docstring_describes(top: int) -> None:
 
 
 def test_zero_and_not_a_number_have_a_bin() -> None:
-    for top in (bins.SOFTMAX_TOP, bins.LOWEST_TOP):
+    for top in (bins.FINE_TOP, bins.LOWEST_TOP):
         found, rests = placed(np.float32([0.0, 1e-45, np.nan, np.inf]), top)
         assert found[:2].tolist() == [bins.BINS - 1] * 2
         assert (found >= 0).all()
@@ -277,11 +276,11 @@ def new_table() -> npt.NDArray[np.int64]:
 def count(
     errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64], last: int = tables.ALL_DISTANCES
 ) -> tuple[int, int]:
-    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.SOFTMAX_TOP, last, table)
+    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.FINE_TOP, last, table)
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
-    return scanning.scan(table, lowest, highest, foreground, bins.SOFTMAX_TOP, 0.7, -0.3)
+    return scanning.scan(table, lowest, highest, foreground, foreground, bins.FINE_TOP, 0.7, -0.3)
 
 
 @each_kind
@@ -376,7 +375,7 @@ def test_background_after_the_last_foreground_bin_need_not_be_counted(kind: str)
     last = int(slow_bin(errors[codes == 1].astype(np.float64), 0).max())
     whole, pruned, foreground = new_table(), new_table(), int((codes == 1).sum())
     lowest, highest = count(errors, codes, whole)
-    range_of_pruned = count(errors, codes, pruned, tables.last_distance(errors, codes, 1, bins.SOFTMAX_TOP))
+    range_of_pruned = count(errors, codes, pruned, tables.last_distance(errors, codes, 1, bins.FINE_TOP))
     assert lowest <= range_of_pruned[0]
     assert range_of_pruned[1] == last
     assert scan(pruned, *range_of_pruned, foreground) == scan(whole, lowest, highest, foreground)
@@ -492,7 +491,7 @@ def test_sorted_segment_is_the_reference(size: int, distinct: int, share: float)
     np.testing.assert_allclose(g, expected_g.numpy(), rtol=1e-6, atol=1e-15)
 
 
-SORTED_IN_RANGES = extension.Thresholds(pixels=0, foreground=0, order_error=math.inf, positive=1.0, whole=0)
+SORTED_IN_RANGES = extension.Thresholds(pixels=0, foreground=0, positive=1.0, whole=0)
 RANGE_LOSSES: list[LossLike] = [
     LovaszHinge(ignore_index=255),
     LovaszHinge(per_image=True, ignore_index=255),

@@ -86,7 +86,7 @@ def noting_near_ties(*, tables: bool) -> Iterator[list[bool]]:
         low, high = values[:-1] * (1 - 1e-6), values[1:] * (1 + 1e-6)
         if tables and values[0] > 0:
             top = int(np.frexp(values[0])[1]) - 1
-            top = max(top, bins.SOFTMAX_TOP)
+            top = max(top, bins.FINE_TOP)
             near.append(bool((slow_bin(low, top) >= slow_bin(high, top)).any()))
         else:
             near.append(bool((low <= high).any()))

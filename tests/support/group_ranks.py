@@ -653,7 +653,8 @@ def changed(module: ModuleType, name: str, value: object) -> Iterator[None]:
 def way(name: str) -> Iterator[None]:
     """Computes in another way: ``torch``: without Numba; ``tables``: tables are added, however few the pixels are.
 
-    ``sorted``: as ``tables``, but all segments are sorted; ``mixed``: some are sorted, some counted.
+    ``sorted``: as ``tables``, but all segments are sorted; ``mixed``: some are sorted, some counted; ``windows``: all
+    are counted, but some of their pixels are sorted.
     """
     if name == "torch":
         with changed(dispatch, "installed", lambda package: False):
@@ -662,7 +663,8 @@ def way(name: str) -> Iterator[None]:
     thresholds = {
         "tables": extension.COUNT_ALL,
         "sorted": extension.SORT_ALL,
-        "mixed": extension.Thresholds(pixels=0, foreground=20, order_error=3e-3, positive=0.6, whole=0),
+        "windows": extension.COUNT_ALL._replace(window=40, window_error=1e-3),
+        "mixed": extension.Thresholds(pixels=0, foreground=20, positive=0.6, whole=0),
     }
     with (
         changed(joint, "TABLES_FROM_PIXELS", 0),
@@ -681,20 +683,38 @@ PHASES: tuple[dict[tuple[int, ...], tuple[str, ...]], ...] = (
             *("join", "leaving:tables", "faults_of_others", "leave_arguments"),
         ),
         (2, 3): (
-            *("one_request:torch", "options:torch", "options:tables", "probabilities", "probabilities:mixed"),
-            *("masks_and_offsets:tables", "not_finite", "not_finite:mixed", "faults:mixed", "copies"),
+            *("one_request:torch", "options:torch", "options:tables", "options:windows"),
+            *("probabilities", "probabilities:mixed", "probabilities:windows"),
+            *("masks_and_offsets:tables", "masks_and_offsets:windows"),
+            *("not_finite", "not_finite:mixed", "faults:mixed", "copies"),
         ),
     },
     {
         (0, 1, 2): (
-            *("options:mixed", "at_random", "at_random:torch", "at_random:tables", "at_random:mixed"),
+            *(
+                "options:mixed",
+                "at_random",
+                "at_random:torch",
+                "at_random:tables",
+                "at_random:mixed",
+                "at_random:windows",
+            ),
             *("faults", "faults:mixed", "parts_of_the_ranks", "parts_of_the_ranks:mixed", "trainings", "uneven_data"),
             *("join", "leaving", "leaving:torch", "faults_of_others"),
         ),
     },
     {
         (0, 1, 2, 3): (
-            *("one_request:mixed", "at_random", "at_random:mixed", "at_random:sorted", "not_finite:mixed", "large"),
+            *(
+                "one_request:mixed",
+                "at_random",
+                "at_random:mixed",
+                "at_random:sorted",
+                "at_random:windows",
+                "not_finite:windows",
+                "not_finite:mixed",
+                "large",
+            ),
         ),
     },
     {(0, 1, 2): ("a_rank_that_ends",)},

@@ -6,11 +6,13 @@ multiply-add is always an explicit :func:`~lovasz.core.backends.numba.intrinsics
 
 On the host: ``compute`` (the steps of a batch), ``call`` (one computation: its tensors, tasks, threads and scratch),
 ``outline`` (the part of it that the plan alone decides), ``extension`` (which segments of a term are sorted, and which
-counted), ``ranges`` (large segments that all threads sort, with its loops), ``joint_segments`` and ``joint_tables``
-(segments whose pixels other processes hold, too: sorted, counted), ``workers``, ``scratch``.
+counted), ``divided`` (large segments that all threads count, in parts), ``ranges`` (those that all threads sort, with
+its loops), ``joint_segments`` and ``joint_tables`` (segments whose pixels other processes hold, too: sorted, counted),
+``workers``, ``scratch``.
 
 Compiled: ``planes`` (reads logits and labels), ``softmax`` and ``binary`` (errors and counts, and the way back),
-``cross_entropy``, ``segments`` (the segments of a term, one after another), ``sorting`` (a segment sorted), ``tables``,
-``scanning`` and ``bins`` (a segment counted), ``elementary`` (exp and log), ``intrinsics``. ``disk_cache`` keeps what
-was compiled.
+``cross_entropy``, ``whole`` (small joints), ``undivided`` (segments that one thread scores each), ``parts`` (those that
+are divided), ``segments`` and ``windows`` (what both do with a segment), ``sorting`` (its pixels sorted), ``tables``,
+``scanning`` and ``bins`` (its pixels counted, and its window found), ``elementary`` (exp and log), ``intrinsics``.
+``disk_cache`` keeps what was compiled.
 """

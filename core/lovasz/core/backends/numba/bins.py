@@ -19,8 +19,16 @@ MIN_BITS = 5
 OCTAVES_PER_BIT = 3
 OCTAVES = 64
 
-SOFTMAX_TOP = 0
+FINE_TOP = 0
 """The top exponent for probabilities: the largest is 1, the only one in its octave."""
+
+SOFTMAX_COARSER, BINARY_COARSER = 3 * OCTAVES_PER_BIT, 2 * OCTAVES_PER_BIT
+"""A top exponent higher by these gives each octave an eighth or a quarter of the bins. Fewer bins are faster, and
+the pixels whose order matters most are sorted (``scanning.window``). Errors of an untrained binary problem are close
+together: an eighth would not be enough."""
+
+HIGHEST_TOP = 127
+"""The exponent of the largest float."""
 
 LOWEST_TOP = OCTAVES - 127
 """The lowest top exponent for which an error of 0 falls into the last bin."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import joint_segments, ranges, segments, tables
-from lovasz.core.backends.numba.bins import LOWEST_TOP
+from lovasz.core.backends.numba import divided, joint_segments, ranges, tables, undivided
+from lovasz.core.backends.numba.bins import BINARY_COARSER, FINE_TOP, HIGHEST_TOP, LOWEST_TOP, SOFTMAX_COARSER
 from lovasz.core.backends.numba.call import Call
-from lovasz.core.backends.numba.joint_tables import JointTables
-from lovasz.core.backends.numba.parts import Parts, add_parts, count_parts, look_up_parts, scan_parts
-from lovasz.core.backends.numba.segments import Rules, Segments
+from lovasz.core.backends.numba.segments import Rules, Segments, WindowRules
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
 from lovasz.core.word import MAX_PIXELS
@@ -27,13 +24,18 @@ SORTED_BELOW_PIXELS = 1 << 18
 the unknown order inside bins would cause a gradient error of up to 2e-5 of the norm."""
 
 
+FEW_SHIFT = 3
+"""A segment is sorted if at most one in 2^FEW_SHIFT of its pixels comes before its last foreground."""
+
+
 class Thresholds(NamedTuple):
     """Limits that decide which segments are counted in tables; the others are sorted.
 
     Attributes:
         pixels: a segment with fewer pixels is sorted.
-        foreground: a segment with fewer foreground pixels is sorted.
-        order_error: a segment of a binary loss is sorted if ``scanning.order_error`` of its table exceeds this.
+        foreground: a segment with fewer foreground pixels is sorted; an absent one always, which is a maximum.
+        window: the most pixels of a counted segment that are sorted; if 0, there are no windows.
+        window_error: the ``most_error`` of windows.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
         whole: a joint with more logits is computed by all threads, step by step.
         thread: a batch is computed by at most one thread for so many of its logits.
@@ -42,9 +44,10 @@ class Thresholds(NamedTuple):
 
     pixels: int
     foreground: int
-    order_error: float
     positive: float
     whole: int
+    window: int = 0
+    window_error: float = 1.7e-5
     thread: int = 1
     divided: int = SORTED_BELOW_PIXELS
 
@@ -63,13 +66,11 @@ class ErrorScale(NamedTuple):
 
 THRESHOLDS = Thresholds(
     pixels=SORTED_BELOW_PIXELS,
-    # Each foreground pixel of a rare class weighs much in the gradient, and so does background in the same bin.
-    foreground=256,
-    # Estimates up to this value were at least 0.98 of the true error (docs/mathematics.md, section 11).
-    order_error=1.8e-5,
+    foreground=1,
     # Selecting takes a third of the time of counting, and sorting a pixel four times that of counting it.
     positive=0.25,
     whole=1 << 19,
+    window=1 << 17,
     # They take a third of a millisecond. To wake a thread takes up to a tenth, and a batch has several loops.
     thread=1 << 16,
 )
@@ -77,12 +78,9 @@ MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
 MOST_JOINT_TABLES = 24
 """The same if other ranks have pixels of the segments: for each portion, all ranks wait for each other twice."""
-MOST_PARTS = 64
-"""The most parts of these segments together, unless there are more segments."""
-
-SORT_ALL = Thresholds(MAX_PIXELS, 0, math.inf, 0, 0)
-COUNT_ALL = Thresholds(0, 0, math.inf, 0, 0)
-AS_LARGE = THRESHOLDS._replace(pixels=0, foreground=0, whole=0, thread=1, divided=1)
+SORT_ALL = Thresholds(MAX_PIXELS, 0, 0, 0)
+COUNT_ALL = Thresholds(0, 0, 0, 0)
+AS_LARGE = THRESHOLDS._replace(pixels=0, window=8, whole=0, thread=1, divided=1)
 """Batches of any size are computed as large ones are."""
 
 
@@ -119,15 +117,24 @@ def score_term(
     # Gradients are with respect to probabilities, or the margins of binary losses; for softmax, the backward pass
     # applies the sign.
     is_negative = is_binary or call.plan.loss.probabilities
+    fine_top = np.full_like(places, FINE_TOP) if scale is None else _tops(scale.largest.take(places))
+    windows = WindowRules(
+        is_bounded=not is_binary or call.plan.is_sigmoid,
+        is_weighed=call.plan.is_sigmoid or not (is_binary or call.plan.loss.probabilities),
+        most_error=thresholds.window_error,
+        most=thresholds.window,
+        must_suffice=is_binary,
+    )
+    coarser = BINARY_COARSER if is_binary else SOFTMAX_COARSER
     found = found._replace(
         foreground_count=foreground.take(places),
-        top=found.top if scale is None else _tops(scale.largest.take(places)),
+        top=np.minimum(fine_top + coarser, HIGHEST_TOP) if windows.most > 0 else fine_top,
+        fine_top=fine_top,
         weight=weight,
         foreground_weight=-weight if is_negative else weight,
     )
-    order_error = thresholds.order_error if is_binary else math.inf
     cut = is_binary and not call.plan.is_sigmoid
-    rules = Rules(call.outline.labelling.void, outline.ignored, cut, call.want_grad, add, order_error)
+    rules = Rules(call.outline.labelling.void, outline.ignored, cut, call.want_grad, add, windows)
     if ranks is None and outline.largest < thresholds.pixels:
         losses = _score_whole(call, found, codes, rules, outline.largest)
     else:
@@ -157,21 +164,43 @@ def _score_large(
     counted = enough & (found.foreground_count >= max(thresholds.foreground, 1))
     few = np.zeros_like(counted) if positive is None else counted & (positive <= thresholds.positive * of_all)
     few &= of_all <= ranges.MOST_PIXELS
-    found = found._replace(counted=counted & ~few)
+    found = found._replace(counted=counted & ~few, few=_few(rules.windows, of_all))
     in_ranges = few & (ranks is None)
     fair = max(int(pixels.sum()) // (2 * call.threads), thresholds.divided)
-    divided = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
-    others = ~(in_ranges | divided)
+    in_parts = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
+    others = ~(in_ranges | in_parts)
     if others.all():
         return _score_others(call, ranks, found, codes, rules)
     losses = np.zeros(len(pixels))
     if in_ranges.any():
         losses[in_ranges] = ranges.sort_in_ranges(call, _pick(found, in_ranges), codes, rules)
-    for some in _portions(divided, MOST_TABLES if ranks is None else MOST_JOINT_TABLES):
+    for some in _portions(in_parts, MOST_TABLES if ranks is None else MOST_JOINT_TABLES):
         losses[some] = _score_in_parts(call, ranks, _pick(found, some), fair, codes, rules)
     if others.any():
         losses[others] = _score_others(call, ranks, _pick(found, others), codes, rules)
     return losses
+
+
+def _score_in_parts(
+    call: Call, ranks: Ranks | None, found: Segments, part_pixels: int, codes: npt.NDArray[Any], rules: Rules
+) -> Floats:
+    """Scores segments that are counted in parts: in finer bins, or by sorting, where that is not exact enough."""
+    losses, is_fine = divided.score(call, ranks, found, part_pixels, codes, rules)
+    if is_fine.all():
+        return losses
+    rest = _pick(found, ~is_fine)
+    if (rest.top > rest.fine_top).any():
+        losses[~is_fine] = _score_in_parts(call, ranks, rest._replace(top=rest.fine_top), part_pixels, codes, rules)
+    else:
+        losses[~is_fine] = _score_others(call, ranks, rest._replace(counted=np.zeros_like(rest.counted)), codes, rules)
+    return losses
+
+
+def _few(windows: WindowRules, pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """``Segments.few`` of segments with so many pixels."""
+    if windows.most == 0:
+        return np.full_like(pixels, -1)
+    return np.minimum(pixels >> FEW_SHIFT, windows.most)
 
 
 def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -203,17 +232,21 @@ def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Ru
     Args:
         largest: the pixels of the largest segment if none is counted; else 0.
     """
-    threads, words = min(call.threads, len(found.row)), 0
+    threads, words, most = min(call.threads, len(found.row)), 0, 0
+    most_keys = largest
     if largest == 0:
-        may_be_sorted = ~found.counted | (rules.most_order_error < math.inf)
-        largest = int((found.stop - found.start)[may_be_sorted].max(initial=0))
-        words = tables.WORDS if found.counted.any() else 0
+        pixels, may_be_sorted = found.stop - found.start, ~found.counted | rules.windows.must_suffice
+        words, most = tables.WORDS if found.counted.any() else 0, rules.windows.most
+        largest = max(int(pixels[may_be_sorted].max(initial=0)), most)
+        most_keys = max(int(pixels[may_be_sorted & (found.foreground_count > 0)].max(initial=0)), most)
     table = call.scratch.array("tables", (threads, words), np.int64, zero=True)
-    keys = call.scratch.array("keys", (2, threads, largest), np.uint64)
+    keys = call.scratch.array("keys", (2, threads, most_keys), np.uint64)
     room = call.scratch.array("room", (threads, largest), np.float32)
+    values = call.scratch.array("window values", (threads, most), np.float32)
+    places = call.scratch.array("window places", (threads, most), np.int32)
     losses = np.zeros(len(found.row))
     call.run(
-        segments.score,
+        undivided.score,
         threads=threads,
         segments=found,
         rules=rules,
@@ -226,55 +259,8 @@ def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Ru
             "keys": keys[0, thread],
             "other_keys": keys[1, thread],
             "room": room[thread],
+            "values": values[thread],
+            "places": places[thread],
         },
     )
-    return losses
-
-
-def _score_in_parts(
-    call: Call, ranks: Ranks | None, found: Segments, part_pixels: int, codes: npt.NDArray[Any], rules: Rules
-) -> Floats:
-    """Counts segments in parts, one table per part, so that no thread is idle while another scores a segment.
-
-    Args:
-        ranks: the ranks that have parts of these segments, too; None if there are none.
-    """
-    pixels = found.stop - found.start
-    per_segment = np.minimum(-(-pixels // part_pixels), min(call.threads, max(MOST_PARTS // len(pixels), 1)))
-    segment = np.repeat(np.arange(len(pixels)), per_segment)
-    firsts = np.cumsum(per_segment) - per_segment
-    number = np.arange(len(segment)) - firsts[segment]
-    edges = [found.start[segment] + pixels[segment] * n // per_segment[segment] for n in (number, number + 1)]
-    parts = Parts(segment, *edges, *np.zeros((2, len(segment)), np.int64))
-    part_tables = call.scratch.array("tables", (len(segment), tables.WORDS), np.int64, zero=True)
-    losses, is_fine = np.zeros(len(pixels)), np.ones(len(pixels), np.bool_)
-    joint = None if ranks is None else JointTables(call, ranks, part_tables, firsts, parts, rules.cut)
-    of_segments: dict[str, Any] = {"segments": found, "rules": rules}
-    of_pixels: dict[str, Any] = {**of_segments, "errors": call.errors, "codes": codes}
-    # A few segments at a time, one for each thread, so that their tables are still in the processor's cache.
-    steps = [slice(s, min(s + call.threads, len(firsts))) for s in range(0, len(firsts), call.threads)]
-    parts_of = [slice(firsts[some.start], firsts[some.stop - 1] + per_segment[some.stop - 1]) for some in steps]
-    for some, own in zip(steps, parts_of, strict=True):
-        own_parts = Parts(*(column[own] for column in parts))
-        call.run(count_parts, parts=own_parts, part_tables=part_tables[own], **of_pixels)
-        call.run(add_parts, firsts=firsts[some], parts=parts, part_tables=part_tables)
-        if joint:
-            joint.survey(some)
-    if joint:
-        joint.send()
-    for some, own in zip(steps, parts_of, strict=True):
-        if joint:
-            joint.receive(some)
-        tasks: dict[str, Any] = {"parts": parts, "part_tables": part_tables, "is_fine": is_fine}
-        call.run(scan_parts, firsts=firsts[some], losses=losses, **tasks, **of_segments)
-        if rules.want_grad:
-            tasks["parts"] = Parts(*(column[own] for column in parts))
-            table_of_part = firsts[segment[own]]
-            call.run(look_up_parts, table_of_part=table_of_part, planes=call.planes, **tasks, **of_pixels)
-        for first in firsts[some]:
-            tables.clear(part_tables[first], parts.lowest[first], parts.highest[first])
-    if not is_fine.all():
-        others = _pick(found, ~is_fine)
-        others = others._replace(counted=np.zeros_like(others.counted))
-        losses[~is_fine] = _score_others(call, ranks, others, codes, rules)
     return losses

@@ -86,6 +86,55 @@ def bits_float(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
+MASK_BITS = 64
+"""The floats that ``bits_between`` takes."""
+
+
+@intrinsic
+def _mask_between(typing: Any, floats: Any, first: Any, floor: Any, ceiling: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        vector = ir.VectorType(ir.IntType(32), MASK_BITS)
+        values = builder.load(builder.bitcast(builder.gep(base, [arguments[1]]), vector.as_pointer()), align=4)
+
+        def all_lanes(number: Any) -> Any:
+            first_lane = builder.insert_element(
+                ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0)
+            )
+            return builder.shuffle_vector(first_lane, first_lane, ir.Constant(vector, None))
+
+        is_above = builder.icmp_signed(">", values, all_lanes(arguments[2]))
+        is_below = builder.icmp_signed("<=", values, all_lanes(arguments[3]))
+        return builder.bitcast(builder.and_(is_above, is_below), ir.IntType(MASK_BITS))
+
+    return types.uint64(types.Array(types.float32, 1, "C"), types.int64, types.int32, types.int32), generate
+
+
+@intrinsic
+def lowest_bit(typing: Any, mask: Any) -> Any:
+    """The place of the lowest bit that is set in a mask, which is not 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
+@inlined
+def bits_between(floats: npt.NDArray[np.float32], first: int, floor: np.int32, ceiling: np.int32) -> np.uint64:
+    """A mask (uint64): bit i tells whether the bits of ``floats[first + i]``, as an int32, are in (floor, ceiling].
+
+    At the end of the array there may be fewer than ``MASK_BITS`` floats.
+    """
+    if first + MASK_BITS <= len(floats):
+        return _mask_between(floats, first, floor, ceiling)
+    mask = np.uint64(0)
+    for i in range(first, len(floats)):
+        if floor < float_bits(floats[i]) <= ceiling:
+            mask |= np.uint64(1) << np.uint64(i - first)
+    return mask
+
+
 @intrinsic
 def bits_double(typing: Any, bits: Any) -> Any:
     """The float64 that has these bits (int64)."""

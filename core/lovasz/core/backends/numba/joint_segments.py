@@ -5,15 +5,15 @@ Every rank computes the whole segment from that, so all have the same bits, and 
 
 from __future__ import annotations
 
-import numba
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from lovasz.core.backends.numba import sorting
 from lovasz.core.backends.numba.call import Call
-from lovasz.core.backends.numba.intrinsics import compiled, pointer
-from lovasz.core.backends.numba.planes import Floats, Integers, Planes
-from lovasz.core.backends.numba.segments import Rules, Segments
+from lovasz.core.backends.numba.planes import Floats
+from lovasz.core.backends.numba.segments import Rules, Segments, write_at
 from lovasz.core.ranks import Ranks
 
 _VOID, _FOREGROUND = 2, 1
@@ -45,17 +45,28 @@ def sort_sent(
         for (error, code), some in zip(own, places, strict=True)
     ]
     sent = ranks.gather(np.concatenate(signed))
-    ends = np.cumsum(counts, axis=1)
     losses = np.zeros(len(own))
-    for s, some in enumerate(places):
-        parts = zip(sent, ends[:, s], counts[:, s], strict=True)
-        values = np.concatenate([data[end - n : end] for data, end, n in parts])
+    for s, (some, values) in enumerate(zip(places, pixels_of_segments(sent, counts), strict=True)):
         loss, g = _sorted(values, found, s, rules)
         losses[s] = loss
         if rules.want_grad:
             first = int(counts[: ranks.rank, s].sum())
-            _write(found, s, rules, call.planes, some, g[first : first + len(some)])
+            write_at(found, s, rules, call.planes, some.astype(np.int32), g[first : first + len(some)])
     return losses
+
+
+def pixels_of_segments(sent: Sequence[Floats], counts: npt.NDArray[np.int64]) -> list[Floats]:
+    """The pixels of each segment, rank after rank.
+
+    Args:
+        sent: what each rank sent: the pixels of all segments.
+        counts: their numbers, (ranks, segments).
+    """
+    ends = np.cumsum(counts, axis=1)
+    return [
+        np.concatenate([data[end - n : end] for data, end, n in zip(sent, ends[:, s], counts[:, s], strict=True)])
+        for s in range(counts.shape[1])
+    ]
 
 
 def _bits(error: np.float32) -> int:
@@ -95,26 +106,3 @@ def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[floa
         g,
     )
     return loss, g
-
-
-@compiled
-def _write(segments: Segments, s: int, rules: Rules, planes: Planes, places: Integers, g: Floats) -> None:
-    """Writes a segment's gradient, which is 0 but at some of its pixels.
-
-    Args:
-        places: these pixels, in ascending order, counted from the first one of the segment.
-        g: their gradient.
-    """
-    n = 0
-    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
-        pixels, begin = planes.pixels[plane], planes.start[plane] - segments.start[s]
-        address = planes.grads[plane] + np.uint64(4 * pixels * segments.row[s])
-        grads = numba.carray(pointer(address), (pixels,), np.float32)
-        if not rules.add:
-            grads[:] = np.float32(0)
-        while n < len(places) and places[n] < begin + pixels:
-            if rules.add:
-                grads[places[n] - begin] += g[n]
-            else:
-                grads[places[n] - begin] = g[n]
-            n += 1

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lovasz.core.backends.numba.binary import BinaryCrossEntropies
-from lovasz.core.backends.numba.bins import SOFTMAX_TOP
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.fixed_point import sum_bits
 from lovasz.core.backends.numba.planes import FLOAT32, FLOAT_BYTES, LABEL_BYTES, Blocks, Integers, Labelling
@@ -183,7 +182,9 @@ class Outline:
             stop_plane=(groups.first_plane + groups.planes)[group],
             start=groups.start[group],
             stop=(groups.start + groups.pixels)[group],
-            top=np.full_like(row, SOFTMAX_TOP),
+            top=zeros,
+            fine_top=zeros,
+            few=zeros,
             weight=weightless,
             foreground_weight=weightless,
         )

@@ -26,6 +26,9 @@ _REST_BITS, _REST_SUM_BITS = REST_BITS, REST_SUM_BITS
 _REST_SUM_MASK = np.int64((1 << REST_SUM_BITS) - 1)
 _TO_SLOPE = 1.0 / (1 << REST_BITS)
 _BLOCK_BINS = 256
+_UNEVEN = 0.3
+_BLOCKS = BINS // _BLOCK_BINS + bins.SPANS
+"""At least as many blocks as a table has: none has bins of two octaves."""
 
 
 class Block(NamedTuple):
@@ -58,23 +61,28 @@ class Block(NamedTuple):
 
 @compiled
 def scan(
-    table: Integers, lowest: int, highest: int, foreground_count: int, top: int, weight: float, foreground_weight: float
+    table: Integers,
+    lowest: int,
+    highest: int,
+    left: int,
+    union: int,
+    top: int,
+    weight: float,
+    foreground_weight: float,
 ) -> float:
     """Overwrites each word in use with an entry, two float32 (a, s): a pixel's gradient is a - s x rest.
 
     Args:
         table: ``tables.WORDS`` words, as ``tables.count`` has filled them.
-        lowest, highest: the lowest and the highest bin in use.
-        foreground_count: G.
+        lowest, highest: the lowest and the highest bin in use. Other bins may be in use if no block has bins of both.
+        left, union: G - n and G + b at the upper end of the lowest bin: G, unless the table lacks pixels before.
         top: the exponent of the first octave.
         weight, foreground_weight: the factors of the gradient of background and foreground.
 
     Returns:
-        The loss of the segment: the sum over bins of mean g x sum of errors.
+        The loss: the sum over bins of mean g x sum of errors.
     """
     loss, block = 0.0, _block()
-    # G - n and G + b at the upper end of the next bin.
-    left, union = np.int64(foreground_count), np.int64(foreground_count)
     for octave in range(bins.SPANS):
         largest, width, lost = _scale(octave, top)
         start, stop = _FIRST_BINS[octave], min(highest + 1, _FIRST_BINS[octave + 1])
@@ -95,26 +103,138 @@ def scan(
     return loss
 
 
-@compiled
-def order_error(table: Integers, lowest: int, highest: int, foreground_count: int) -> float:
-    """Estimates the error of the gradient, relative to its norm, that the unknown order inside bins causes.
+class Window(NamedTuple):
+    """Consecutive pixels of a segment in the order of errors: those in the bins [first, stop).
 
-    The table has been counted, but not scanned. Pixels of a bin are taken to be in random order: if k of them are
-    background, the number of background pixels before another pixel of the bin is uncertain by sqrt(k / 6). The same
-    holds for foreground.
+    Attributes:
+        before, foreground_before: the number of pixels before them, and how many of these are foreground.
+        pixels, foreground: the number of its pixels, and how many of them are foreground.
+        is_enough: whether the error is as small as asked if its pixels are sorted.
     """
-    error, norm, block = 0.0, 0.0, _block()
+
+    first: int
+    stop: int
+    before: int
+    foreground_before: int
+    pixels: int
+    foreground: int
+    is_enough: bool
+
+
+@compiled
+def window(
+    table: Integers,
+    lowest: int,
+    highest: int,
+    foreground_count: int,
+    top: int,
+    is_bounded: bool,
+    is_weighed: bool,
+    most_error: float,
+    few: int,
+    most: int,
+) -> Window:
+    """The pixels of a segment that have to be sorted, since the order inside bins matters most there.
+
+    Args:
+        table, lowest, highest, foreground_count, top: as for ``scan``; the table has been counted, but not scanned.
+        is_bounded: whether errors are probabilities.
+        is_weighed: whether the gradient is taken back through softmax or sigmoid, which weighs an error e by e (1 - e).
+        most_error: all other pixels cause at most this error of the gradient, relative to its norm. It is estimated as
+            if the pixels of each bin were in random order. If k of them are background and j foreground, the number of
+            background pixels before another one is uncertain by sqrt(k / 6); before foreground, whose mean place among
+            them is not known either, by sqrt(k / 6 + k^2 / (12 j)). The same holds for the number of foreground pixels.
+        few: if no more pixels come before the last foreground, they are the window.
+        most: the most pixels otherwise, which may be too few for ``most_error``.
+    """
+    highest = _last_bin(table, lowest, highest, foreground_count)
+    block, n, norm, pixels = _block(), 0, 0.0, 0
+    starts, stops = np.empty(_BLOCKS, np.int64), np.empty(_BLOCKS, np.int64)
+    counts, foreground, error = np.empty(_BLOCKS, np.int64), np.empty(_BLOCKS, np.int64), np.empty(_BLOCKS)
     left, union = np.int64(foreground_count), np.int64(foreground_count)
-    for first in range(lowest // _BLOCK_BINS * _BLOCK_BINS, min(highest + 1, BINS - 1), _BLOCK_BINS):
-        if left == 0:
+    for octave in range(bins.SPANS):
+        largest, width, _ = _scale(octave, top)
+        start, stop = _FIRST_BINS[octave], min(highest + 1, _FIRST_BINS[octave + 1])
+        skipped = max(lowest - start, 0) // _BLOCK_BINS * _BLOCK_BINS
+        for first in range(start + skipped, stop, _BLOCK_BINS):
+            last, left_before, union_before = min(first + _BLOCK_BINS, stop), left, union
+            used, _, left, union = _walk(table[first:last], table[BINS + first : BINS + last], left, union, block)
+            if used == 0:
+                continue
+            _over_union(block.union, used + 1, block.over_union)
+            errors, norms = block.mean, block.slope
+            _uncertainty(block.word, block.left, block.over_union, used, errors, norms)
+            upper = largest - (first - start) * width
+            if is_bounded:
+                _add_bias(block.word, block.place, used, upper, width, errors)
+            if is_weighed:
+                _weigh(block.place, used, upper, width, errors, norms)
+            starts[n], stops[n], foreground[n] = first, last, left_before - left
+            error[n], norm = ordered_sum(errors[:used]), norm + ordered_sum(norms[:used])
+            counts[n] = foreground[n] + union - union_before
+            pixels, n = pixels + counts[n], n + 1
+    begin, end, dropped, most_dropped = 0, n, 0.0, 3.0 * most_error * most_error * norm
+    are_few = pixels <= few
+    while begin < end and not are_few:
+        # Drops the first or the last block, whichever has less error per pixel, as long as that adds up to little.
+        is_first = error[begin] * counts[end - 1] <= error[end - 1] * counts[begin]
+        outer = begin if is_first else end - 1
+        if dropped + error[outer] > most_dropped and pixels <= most:
             break
-        last = min(first + _BLOCK_BINS, BINS - 1)
-        n, _, left, union = _walk(table[first:last], table[BINS + first : BINS + last], left, union, block)
-        _over_union(block.union, n + 1, block.over_union)
-        errors, norms = block.mean, block.slope
-        _uncertainty(block.word, block.left, block.over_union, n, errors, norms)
-        error, norm = error + ordered_sum(errors[:n]), norm + ordered_sum(norms[:n])
-    return np.sqrt(error / (3.0 * norm)) if norm > 0.0 else 0.0
+        dropped, pixels = dropped + error[outer], pixels - counts[outer]
+        begin, end = (begin + 1, end) if is_first else (begin, end - 1)
+    is_enough = dropped <= most_dropped
+    if begin == end:
+        return Window(lowest, lowest, 0, 0, 0, 0, is_enough)
+    first, stop, own_foreground = starts[begin], stops[end - 1], foreground[begin:end].sum()
+    return Window(first, stop, counts[:begin].sum(), foreground[:begin].sum(), pixels, own_foreground, is_enough)
+
+
+@compiled
+def _last_bin(table: Integers, lowest: int, highest: int, foreground_count: int) -> int:
+    """The last bin with foreground; ``highest`` if the table lacks foreground: that comes after all its pixels."""
+    foreground = table[BINS + lowest : BINS + highest + 1]
+    counted = np.uint64(0)
+    for i in range(len(foreground)):
+        counted += np.uint64(foreground[i]) >> np.uint64(_REST_SUM_BITS)
+    while np.int64(counted) == foreground_count and highest >= lowest and table[BINS + highest] == 0:
+        highest -= 1
+    return highest
+
+
+@compiled
+def _weigh(place: npt.NDArray[np.uint32], n: int, upper: float, width: float, error: Doubles, norm: Doubles) -> None:
+    """Weighs what ``_uncertainty`` writes by e (1 - e), squared, at that end of the bin that makes the error larger.
+
+    Args:
+        upper: the upper end of the first bin of the block.
+    """
+    for i in range(n):
+        above = upper - np.float64(np.int32(place[i])) * width
+        below = above - width
+        at_upper, at_lower = max(above * (1.0 - above), 0.0), max(below * (1.0 - below), 0.0)
+        most, least = max(at_upper, at_lower), min(at_upper, at_lower)
+        error[i] *= most * most
+        norm[i] *= least * least
+
+
+@compiled
+def _add_bias(
+    word: Integers, place: npt.NDArray[np.uint32], n: int, upper: float, width: float, error: Doubles
+) -> None:
+    """Adds what it costs that the pixels of bins close to 1 are not spread evenly: there are more in their upper parts.
+
+    In a bin [1 - w, 1), where w is its width, g is taken to be off by ``_UNEVEN`` of its change over the bin; in others
+    by less, as w / (1 - e) says. For k background pixels, the error is so much larger than that of a random order.
+
+    Args:
+        upper: as for ``_weigh``.
+    """
+    for i in range(n):
+        k, _ = _unpack(word[i])
+        below = upper - (np.float64(np.int32(place[i])) + 1.0) * width
+        share = _UNEVEN * min(width / max(1.0 - below, width), 1.0)
+        error[i] *= 1.0 + 6.0 * k * share * share
 
 
 @compiled
@@ -232,14 +352,15 @@ def _fill_in_foreground(foreground: Integers, block: Block, m: int, upper: float
 
 @compiled
 def _uncertainty(word: Integers, left: Integers, over_union: Doubles, n: int, error: Doubles, norm: Doubles) -> None:
-    """Writes the terms of both sums of ``order_error``."""
+    """Writes the terms of both sums of the estimate in ``window``: sqrt(sum of errors / (3 x sum of norms))."""
     for i in range(n):
         x, y = over_union[i], over_union[i + 1]
         here, behind = _double(left[i]), _double(left[i + 1])
         k, _ = _unpack(word[i])
         j, mean_left = here - behind, 0.5 * (here + behind)
         steep = k * mean_left * x
-        error[i] = (x * x) * (x * x) * (j * k + 2.0 * (steep * steep))
+        unknown_mean = 0.25 * (j * j + k * k) if j * k > 0.0 else 0.0
+        error[i] = (x * x) * (x * x) * (j * k + 2.0 * (steep * steep) + unknown_mean)
         norm[i] = x * y * (j + steep * mean_left * y)
 
 

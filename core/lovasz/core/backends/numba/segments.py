@@ -1,4 +1,4 @@
-"""Loops over the segments of a Lovász term: each is sorted, counted in a table, or only its maximum is found."""
+"""The segments of a Lovász term, and what is done with one: it is sorted, or only its maximum is found, or counted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import scanning, sorting, tables
+from lovasz.core.backends.numba import sorting, tables
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
-from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
-from lovasz.core.backends.numba.sorting import Keys
+from lovasz.core.backends.numba.planes import Floats, Integers, Planes
+from lovasz.core.backends.numba.sorting import Keys, Places
 
 
 class Segments(NamedTuple):
@@ -25,7 +25,10 @@ class Segments(NamedTuple):
         foreground_count: the number of its foreground pixels; an absent segment has none.
         first_plane, stop_plane: its planes are [first_plane, stop_plane).
         start, stop: its pixels in the row are [start, stop).
-        top: the exponent of the first octave of its table; at least the exponent of its largest error.
+        top: the exponent of the first octave of its table; at least the exponent of its largest error. Overwritten with
+            ``fine_top`` if sorting its window is not enough.
+        fine_top: the lowest such exponent.
+        few: as for ``scanning.window``; below 0 if nothing is sorted of segments that are counted.
         weight, foreground_weight: the factors of the gradient of background and foreground.
     """
 
@@ -39,6 +42,8 @@ class Segments(NamedTuple):
     start: Integers
     stop: Integers
     top: Integers
+    fine_top: Integers
+    few: Integers
     weight: npt.NDArray[np.float64]
     foreground_weight: npt.NDArray[np.float64]
 
@@ -58,6 +63,21 @@ class Segment(NamedTuple):
     foreground_weight: float
 
 
+class WindowRules(NamedTuple):
+    """Which pixels of counted segments are sorted.
+
+    Attributes:
+        is_bounded, is_weighed, most_error, most: as for ``scanning.window``; if ``most`` is 0, none are sorted.
+        must_suffice: whether all are sorted if a window is not enough.
+    """
+
+    is_bounded: bool
+    is_weighed: bool
+    most_error: float
+    most: int
+    must_suffice: bool
+
+
 class Rules(NamedTuple):
     """The settings for all segments of a term.
 
@@ -67,7 +87,7 @@ class Rules(NamedTuple):
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         want_grad: whether gradients are wanted.
         add: whether gradients are added to the memory's contents; otherwise they overwrite them.
-        most_order_error: a counted segment is sorted instead if ``scanning.order_error`` of its table exceeds this.
+        windows: the settings for the windows of counted segments.
     """
 
     void: int
@@ -75,61 +95,7 @@ class Rules(NamedTuple):
     cut: bool
     want_grad: bool
     add: bool
-    most_order_error: float
-
-
-@compiled
-def score(
-    tasks: Integers,
-    segments: Segments,
-    rules: Rules,
-    planes: Planes,
-    errors: npt.NDArray[np.float32],
-    codes: npt.NDArray[np.uint8],
-    losses: npt.NDArray[np.float64],
-    table: Integers,
-    keys: Keys,
-    other_keys: Keys,
-    room: Floats,
-) -> None:
-    """Writes each segment's loss and gradient.
-
-    Args:
-        table: ``tables.WORDS`` words for this thread alone, all 0 before and after.
-        keys, other_keys, room: memory for this thread alone, each with as many elements as the largest segment that may
-            be sorted has pixels.
-    """
-    while True:
-        s = claim(tasks, len(segments.row))
-        if s >= len(segments.row):
-            break
-        if segments.counted[s]:
-            start, stop = segments.start[s], segments.stop[s]
-            error = errors[segments.row[s], start:stop]
-            code = codes[segments.code_row[s], start:stop]
-            last = tables.last_distance(error, code, segments.foreground[s], segments.top[s])
-            lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last, table)
-            is_fine = keeps_order(segments, s, rules, lowest, highest, table)
-            if is_fine:
-                losses[s] = scan(segments, s, lowest, highest, table)
-                if rules.want_grad:
-                    look_up_range(segments, s, rules, planes, errors, codes, start, stop, last, table)
-            tables.clear(table, lowest, highest)
-            if is_fine:
-                continue
-        segment = Segment(
-            row=segments.row[s],
-            code_row=segments.code_row[s],
-            foreground=segments.foreground[s],
-            foreground_count=segments.foreground_count[s],
-            first_plane=segments.first_plane[s],
-            stop_plane=segments.stop_plane[s],
-            start=segments.start[s],
-            stop=segments.stop[s],
-            weight=segments.weight[s],
-            foreground_weight=segments.foreground_weight[s],
-        )
-        losses[s] = sort_segment(segment, rules, planes, errors, codes, keys, other_keys, room)
+    windows: WindowRules
 
 
 @compiled
@@ -143,13 +109,13 @@ def sort_segment(
     other_keys: Keys,
     room: Floats,
 ) -> float:
-    """Writes the gradient of a segment that is not counted, and returns its loss. For the arguments see ``score``."""
+    """Writes the gradient of a segment that is not counted; returns its loss. For the arguments see ``undivided``."""
     error = errors[segment.row, segment.start : segment.stop]
     code = codes[segment.code_row, segment.start : segment.stop]
     g = room[: len(error)] if rules.want_grad else room[:0]
     is_direct = rules.want_grad and not rules.add and segment.stop_plane == segment.first_plane + 1
     if is_direct:
-        g = _grads(segment.row, planes, segment.first_plane)
+        g = grads_of(segment.row, planes, segment.first_plane)
     if segment.foreground_count == 0:
         loss = sorting.largest(error, code, rules.void, rules.ignored, segment.weight, rules.cut, g)
     else:
@@ -195,28 +161,6 @@ def count_range(
 
 
 @compiled
-def keeps_order(segments: Segments, s: int, rules: Rules, lowest: int, highest: int, table: Integers) -> bool:
-    """Whether a segment's table, after counting, leaves little enough uncertainty about the order of its pixels."""
-    if rules.most_order_error == np.inf:
-        return True
-    return scanning.order_error(table, lowest, highest, segments.foreground_count[s]) <= rules.most_order_error
-
-
-@compiled
-def scan(segments: Segments, s: int, lowest: int, highest: int, table: Integers) -> float:
-    """Scans a segment's table, which writes its entries; returns the loss."""
-    return scanning.scan(
-        table,
-        lowest,
-        highest,
-        segments.foreground_count[s],
-        segments.top[s],
-        segments.weight[s],
-        segments.foreground_weight[s],
-    )
-
-
-@compiled
 def look_up_range(
     segments: Segments,
     s: int,
@@ -254,7 +198,7 @@ def look_up_range(
 def _hand_out(segment: Segment, rules: Rules, planes: Planes, g: Floats) -> None:
     """Writes a segment's gradient ``g`` to the gradients of its planes."""
     for plane in range(segment.first_plane, segment.stop_plane):
-        grads = _grads(segment.row, planes, plane)
+        grads = grads_of(segment.row, planes, plane)
         own = g[planes.start[plane] - segment.start :][: len(grads)]
         if rules.add:
             for i in range(len(grads)):
@@ -265,7 +209,32 @@ def _hand_out(segment: Segment, rules: Rules, planes: Planes, g: Floats) -> None
 
 
 @compiled
-def _grads(row: int, planes: Planes, plane: int) -> Floats:
+def write_at(segments: Segments, s: int, rules: Rules, planes: Planes, places: Places, g: Floats) -> None:
+    """Writes a segment's gradient, which is 0 but at some of its pixels; see ``add_at``."""
+    if not rules.add:
+        for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+            grads_of(segments.row[s], planes, plane)[:] = np.float32(0)
+    add_at(segments, s, planes, places, g)
+
+
+@compiled
+def add_at(segments: Segments, s: int, planes: Planes, places: Places, g: Floats) -> None:
+    """Adds to a segment's gradient at some of its pixels.
+
+    Args:
+        places: these pixels, in ascending order, counted from the first one of the segment.
+        g: what is added.
+    """
+    n = 0
+    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+        grads, begin = grads_of(segments.row[s], planes, plane), planes.start[plane] - segments.start[s]
+        while n < len(places) and places[n] < begin + len(grads):
+            grads[places[n] - begin] += g[n]
+            n += 1
+
+
+@compiled
+def grads_of(row: int, planes: Planes, plane: int) -> Floats:
     """The gradient of a row of a plane."""
     pixels = planes.pixels[plane]
     address = planes.grads[plane] + np.uint64(4 * pixels * row)

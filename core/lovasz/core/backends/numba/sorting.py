@@ -8,10 +8,20 @@ from numpy import int32 as i32
 from numpy import uint64 as u64
 
 from lovasz.core.backends.numba.elementary import ordered_sum
-from lovasz.core.backends.numba.intrinsics import bits_float, compiled, float_bits, inlined
+from lovasz.core.backends.numba.intrinsics import (
+    MASK_BITS,
+    bits_between,
+    bits_float,
+    compiled,
+    float_bits,
+    inlined,
+    lowest_bit,
+)
 from lovasz.core.backends.numba.planes import Codes, Floats
 
 Keys = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.int32]
+"""Pixels of a segment, counted from its first one."""
 
 _POSITION_BITS = 31
 """The low bits of a key. A key is, from the top: the error, inverted for descending order (32 bits); 0 for foreground,
@@ -21,7 +31,7 @@ _DIGIT_BITS = 11
 """The most bits of a digit."""
 
 _BACKGROUND, _POSITION = u64(1 << _POSITION_BITS), u64((1 << _POSITION_BITS) - 1)
-_MOST = i32(0x7FFFFFFF)
+_MOST, _SIGN = i32(0x7FFFFFFF), i32(-0x80000000)
 
 _FEW = 48
 """The most keys that are sorted by insertion alone."""
@@ -173,6 +183,70 @@ def select(
             own_keys[j] = (inverted << u64(32)) | u64(np.uint32(np.uint32(first + i) | background))
         kept += len(own_keys)
     return kept
+
+
+@compiled
+def are_few(errors: Floats, codes: Codes, void: int, ignored: int, floor: int, few: int) -> bool:
+    """Whether at most so many pixels have errors whose bits are above ``floor``."""
+    void_code, ignored_code, lowest, found = i32(void), i32(ignored), i32(floor), 0
+    for first in range(0, len(errors), _BLOCK_PIXELS):
+        n, count = min(_BLOCK_PIXELS, len(errors) - first), i32(0)
+        error, code = errors[first : first + n], codes[first : first + n]
+        for i in range(n):
+            own = i32(code[i])
+            counts = (own != void_code) & (own != ignored_code) & (float_bits(error[i]) > lowest)
+            count = i32(count + (i32(1) if counts else i32(0)))
+        found += count
+        if found > few:
+            break
+    return found <= few
+
+
+@compiled
+def select_window(
+    errors: Floats,
+    codes: Codes,
+    foreground: int,
+    void: int,
+    ignored: int,
+    floor: int,
+    ceiling: int,
+    first: int,
+    values: Floats,
+    places: Places,
+) -> int:
+    """Writes the errors whose bits are in (floor, ceiling], with the sign bit set for foreground, and their places.
+
+    It ends early if ``values`` are full.
+
+    Args:
+        first: the place of the first pixel.
+        places: at least as many elements as ``values``.
+
+    Returns:
+        How many are written.
+    """
+    foreground_code, void_code, ignored_code, kept = i32(foreground), i32(void), i32(ignored), 0
+    for begin in range(0, len(errors), MASK_BITS):
+        found = bits_between(errors, begin, i32(floor), i32(ceiling))
+        while found != u64(0) and kept < len(values):
+            i = begin + lowest_bit(found)
+            found &= found - u64(1)
+            own, bits = i32(codes[i]), float_bits(errors[i])
+            values[kept] = bits_float(bits | _SIGN if own == foreground_code else bits)
+            places[kept] = first + i
+            kept += 1 if (own != void_code) & (own != ignored_code) else 0
+    return kept
+
+
+@compiled
+def write_keys(values: Floats, keys: Keys) -> None:
+    """Writes the keys of the ``values`` that ``select_window`` writes; their positions are counted among these."""
+    for i in range(len(values)):
+        bits = float_bits(values[i])
+        background = np.uint32(0) if bits < i32(0) else np.uint32(_BACKGROUND)
+        inverted = u64(np.uint32(i32(_MOST - i32(bits & _MOST))))
+        keys[i] = (inverted << u64(32)) | u64(np.uint32(np.uint32(i) | background))
 
 
 @compiled

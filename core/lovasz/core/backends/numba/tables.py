@@ -80,6 +80,25 @@ ALL_DISTANCES = (1 << 31) - 1
 
 
 @compiled
+def floor(stop: int, top: int) -> int:
+    """The bits above which errors are in bins before ``stop``."""
+    nearest, furthest = 0, ALL_DISTANCES  # The smallest distance that is in no such bin is between them.
+    while nearest < furthest:
+        middle = (nearest + furthest) // 2
+        if _bin(i32(middle)) < stop:
+            nearest = middle + 1
+        else:
+            furthest = middle
+    return int(_top_bits(top)) - nearest
+
+
+@compiled
+def floor_behind(last: int, top: int) -> int:
+    """The bits above which errors have at most the distance ``last``."""
+    return int(_top_bits(top)) - last - 1
+
+
+@compiled
 def last_distance(errors: Floats, codes: Codes, foreground: int, top: int) -> int:
     """The largest distance in the bin of the smallest foreground error: background further away has g = 0."""
     most, top_bits, foreground_code = i32(0), _top_bits(top), i32(foreground)
@@ -166,7 +185,7 @@ def count(
                 rest[i] = _rest(distance)
             for i in range(n):
                 table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
-    return lowest, highest
+    return np.int64(lowest), np.int64(highest)
 
 
 @compiled

@@ -11,7 +11,7 @@ from lovasz.core.backends.numba import cross_entropy, softmax
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.intrinsics import compiled
 from lovasz.core.backends.numba.planes import Blocks, Floats, Integers, Labelling, Planes, claim
-from lovasz.core.backends.numba.segments import Rules, Segment, sort_segment
+from lovasz.core.backends.numba.segments import Rules, Segment, WindowRules, sort_segment
 from lovasz.core.backends.numba.softmax import Counts
 
 Flags = npt.NDArray[np.bool_]
@@ -103,7 +103,7 @@ def compute(
         scored_planes: bool, (planes, K), false; written: the rows that get a gradient.
         losses: float64, (groups, K), written: the losses of the segments that are scored.
         errors, codes, label_probability, pixel_losses, keys, room: memory for this thread alone, of the largest joint;
-            see ``softmax.prepare``, ``CrossEntropies.losses`` and ``segments.score`` (which has two arrays of keys).
+            see ``softmax.prepare``, ``CrossEntropies.losses`` and ``undivided.score`` (which has two arrays of keys).
     """
     table = joint_table
     joints = Joints(table[0], table[1], table[2], table[3], table[4], table[5], table[6])
@@ -141,7 +141,7 @@ def compute(
         if add:
             softmax.clear(planes, first_plane, stop_plane, channels)
         for term in range(len(terms.ignored)):
-            rules = Rules(void, terms.ignored[term], False, want_grad, add, np.inf)
+            rules = Rules(void, terms.ignored[term], False, want_grad, add, WindowRules(False, False, 0.0, 0, False))
             first_group, stop_group = joint, joint + 1
             if terms.per_image[term] != 0:
                 first_group, stop_group = first_plane, stop_plane
