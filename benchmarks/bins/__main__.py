@@ -93,7 +93,7 @@ def draw(rows: list[Row], file: Path) -> None:
                 axes.plot(at, errors, marker + style, color=colour, markersize=3, linewidth=1.2, alpha=alpha)
         for axes, (what, allowed) in zip(both, ERRORS.values(), strict=True):
             limit = axes.axhline(allowed, color="black", linestyle=":", linewidth=1, label="allowed")
-            used = axes.axvline(bins.BINS, color=palette.NEUTRAL, linewidth=1, label="bins in use")
+            used = axes.axvline(bins.BINS, color=palette.NEUTRAL, linewidth=1, label="finer bins of a CPU")
             axes.set_xscale("log", base=2)
             axes.set(title=f"Error of the {what}", xlabel="bins", ylabel="error against a sort", yscale="log")
             axes.grid(which="major", color=palette.GRID, linewidth=0.6)
