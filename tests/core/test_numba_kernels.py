@@ -491,7 +491,7 @@ def test_sorted_segment_is_the_reference(size: int, distinct: int, share: float)
     np.testing.assert_allclose(g, expected_g.numpy(), rtol=1e-6, atol=1e-15)
 
 
-SORTED_IN_RANGES = extension.Thresholds(pixels=0, foreground=0, positive=1.0, whole=0)
+SORTED_IN_RANGES = extension.Thresholds(pixels=0, positive=1.0, whole=0)
 RANGE_LOSSES: list[LossLike] = [
     LovaszHinge(ignore_index=255),
     LovaszHinge(per_image=True, ignore_index=255),

@@ -29,7 +29,6 @@ VOID, IGNORED, TOP, FEW, MOST = 9, 2, bins.SOFTMAX_COARSER, 500, 3000
 
 SMALL = extension.Thresholds(
     pixels=0,
-    foreground=0,
     positive=0.0,
     whole=0,
     window=800,

@@ -664,7 +664,7 @@ def way(name: str) -> Iterator[None]:
         "tables": extension.COUNT_ALL,
         "sorted": extension.SORT_ALL,
         "windows": extension.COUNT_ALL._replace(window=40, window_error=1e-3),
-        "mixed": extension.Thresholds(pixels=0, foreground=20, positive=0.6, whole=0),
+        "mixed": extension.COUNT_ALL._replace(positive=0.6, window=20, window_error=3e-3),
     }
     with (
         changed(joint, "TABLES_FROM_PIXELS", 0),

@@ -20,8 +20,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 SORTED_BELOW_PIXELS = 1 << 18
-"""About here sorting and counting take the same time, as measured on a CPU. In smaller groups each pixel weighs more:
-the unknown order inside bins would cause a gradient error of up to 2e-5 of the norm."""
+"""About here sorting and counting take the same time, as measured on a CPU."""
 
 
 FEW_SHIFT = 3
@@ -33,7 +32,6 @@ class Thresholds(NamedTuple):
 
     Attributes:
         pixels: a segment with fewer pixels is sorted.
-        foreground: a segment with fewer foreground pixels is sorted; an absent one always, which is a maximum.
         window: the most pixels of a counted segment that are sorted; if 0, there are no windows.
         window_error: the ``most_error`` of windows.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
@@ -43,7 +41,6 @@ class Thresholds(NamedTuple):
     """
 
     pixels: int
-    foreground: int
     positive: float
     whole: int
     window: int = 0
@@ -66,7 +63,6 @@ class ErrorScale(NamedTuple):
 
 THRESHOLDS = Thresholds(
     pixels=SORTED_BELOW_PIXELS,
-    foreground=1,
     # Selecting takes a third of the time of counting, and sorting a pixel four times that of counting it.
     positive=0.25,
     whole=1 << 19,
@@ -78,8 +74,8 @@ MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
 MOST_JOINT_TABLES = 24
 """The same if other ranks have pixels of the segments: for each portion, all ranks wait for each other twice."""
-SORT_ALL = Thresholds(MAX_PIXELS, 0, 0, 0)
-COUNT_ALL = Thresholds(0, 0, 0, 0)
+SORT_ALL = Thresholds(pixels=MAX_PIXELS, positive=0.0, whole=0)
+COUNT_ALL = Thresholds(pixels=0, positive=0.0, whole=0)
 AS_LARGE = THRESHOLDS._replace(pixels=0, window=8, whole=0, thread=1, divided=1)
 """Batches of any size are computed as large ones are."""
 
@@ -161,11 +157,12 @@ def _score_large(
     pixels = found.stop - found.start
     of_all = pixels if ranks is None else np.full_like(pixels, sum(ranks.pixels))
     enough = (of_all >= thresholds.pixels) & (of_all < MAX_PIXELS)
-    counted = enough & (found.foreground_count >= max(thresholds.foreground, 1))
-    few = np.zeros_like(counted) if positive is None else counted & (positive <= thresholds.positive * of_all)
-    few &= of_all <= ranges.MOST_PIXELS
-    found = found._replace(counted=counted & ~few, few=_few(rules.windows, of_all))
-    in_ranges = few & (ranks is None)
+    counted = enough & (found.foreground_count > 0)
+    is_mostly_zero = np.zeros_like(counted)
+    if positive is not None:
+        is_mostly_zero = counted & (positive <= thresholds.positive * of_all) & (of_all <= ranges.MOST_PIXELS)
+    found = found._replace(counted=counted & ~is_mostly_zero, few=_few(rules.windows, of_all))
+    in_ranges = is_mostly_zero & (ranks is None)
     fair = max(int(pixels.sum()) // (2 * call.threads), thresholds.divided)
     in_parts = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
     others = ~(in_ranges | in_parts)
