@@ -35,6 +35,7 @@ from lovasz.client import (
     Joint,
     LossClient,
     LovaszSoftmax,
+    ServerOverloadedError,
     ServerUnavailableError,
     cli,
 )
@@ -354,6 +355,37 @@ def test_training_in_threads_through_one_client(sharing: ServerProcess) -> None:
         for seed, future in enumerate(pending):
             expected = other.compute(*tensors(70 + seed % 3, seed=seed), SOFTMAX)
             assert torch.equal(future.result().grad, expected.grad)
+
+
+def test_more_gradients_are_kept_than_the_server_takes_regions(sharing: ServerProcess) -> None:
+    most = wire.MAX_REGIONS
+    with LossClient(sharing.target, transport="shm") as client, LossClient("inprocess") as own:
+        kept = [client.compute(*tensors(20, seed=seed), SOFTMAX) for seed in range(most + 4)]
+        futures = [client.submit(*tensors(20, seed=seed), SOFTMAX) for seed in range(2 * most)]
+        for results in (kept, [future.result() for future in futures]):
+            for seed, result in enumerate(results):
+                assert torch.equal(result.grad, own.compute(*tensors(20, seed=seed), SOFTMAX).grad)
+
+
+def test_a_call_without_a_region_waits_or_goes_over_grpc(
+    sharing: ServerProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "MAX_REGIONS", 1)
+    with LossClient(sharing.target, transport="auto") as auto, LossClient(sharing.target, transport="shm") as shm:
+        taken = []
+        for client in (auto, shm):
+            assert client.compute(*tensors(20), SOFTMAX).timing.transport == "shm"
+            memory = client._target._shared
+            taken.append((memory, memory.take(1)))  # In use from now on.
+        assert auto.compute(*tensors(20), SOFTMAX).timing.transport == "grpc"
+        with pytest.raises(ServerOverloadedError, match=r"1 regions are in use, .* use transport=\"auto\""):
+            shm.compute(*tensors(20), SOFTMAX, timeout=0.2)
+        waiting = shm.submit(*tensors(20), SOFTMAX)
+        for memory, region in taken:
+            memory.regions.give(region)
+        assert waiting.result(30).timing.transport == "shm"
+        assert auto.compute(*tensors(20), SOFTMAX).timing.transport == "shm"
+    assert not caplog.messages, "shared memory was left for a while"
 
 
 def test_a_loss_module_through_shared_memory(sharing: ServerProcess) -> None:

@@ -29,7 +29,7 @@ from lovasz.client.options import (
 )
 from lovasz.client.regions import Shared
 from lovasz.client.requests import checked_request
-from lovasz.client.shared_memory import SharedMemory
+from lovasz.client.shared_memory import NoRegionLeftError, SharedMemory
 from lovasz.client.target import Device, ServerInfo
 from lovasz.client.tensors import AnyArray, Array, Outgoing, decode_grad, encode_labels, encode_logits
 from lovasz.spec import InvalidInput
@@ -110,7 +110,8 @@ class RemoteTarget:
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._shared: SharedMemory | None = None
         if path is not None and self._transport is not Transport.GRPC:
-            self._shared = SharedMemory(path, self._connection)
+            waits = self._transport is Transport.SHM
+            self._shared = SharedMemory(path, self._connection, waits=waits)
         self._devices = None if self._shared is None else Devices(self._shared)
 
     def prepare(
@@ -311,14 +312,16 @@ class RemoteTarget:
                 attempt = partial(self._in_shared_memory, call, shared, region)
                 response = self._retries.call(attempt, timeout, is_joint=call.joint is not None)
             except LossError as error:  # The server takes no such memory.
-                timeout = deadline - time.monotonic()
+                timeout, is_full = deadline - time.monotonic(), isinstance(error, NoRegionLeftError)
                 if region.kind == IN_DEVICE_MEMORY:
-                    devices.pause(error)
+                    if not is_full:
+                        devices.pause(error)
                     answer = self._through_region(call, shared.moved(region, call.request), timeout)
                 elif self._transport is Transport.SHM:
                     raise
                 else:
-                    shared.pause(error)
+                    if not is_full:
+                        shared.pause(error)
                     answer = self._over_grpc(replace(call, payload=region.tensors(call.request)), timeout)
                 region.close()
                 return answer
@@ -328,7 +331,7 @@ class RemoteTarget:
         if response.grad is None:
             region.give_back()
             return response, np.empty(0, np.float32)
-        copied = response.grad.nbytes <= SHARED_BYTES
+        copied = response.grad.nbytes <= SHARED_BYTES or shared.is_nearly_full
         return response, region.take_gradient(call.request.places.grad, response.grad, copied=copied)
 
     def _in_shared_memory(self, call: Call, shared: SharedMemory, region: Shared, timeout: float) -> wire.Response:

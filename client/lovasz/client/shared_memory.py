@@ -18,7 +18,7 @@ from functools import partial
 
 from lovasz import wire
 from lovasz.client.connection import Connection
-from lovasz.client.errors import LossError, ServerUnavailableError
+from lovasz.client.errors import LossError, ServerOverloadedError, ServerUnavailableError
 from lovasz.client.memory import MemoryPool
 from lovasz.client.memory_socket import MemorySocket, SocketError, check_same_server
 from lovasz.client.regions import Region, Shared
@@ -34,8 +34,14 @@ _RELEASE_SECONDS = 0.1
 """How long a client whose server does not read tries to tell it that a region is released."""
 _SETTLE_SECONDS = 1.0
 """How long it waits for memory that was released to be free."""
+_LOOK_SECONDS = 0.01
+"""How often it is looked whether a region is free again."""
 _PAUSE_SECONDS = 30.0
 """How long a client whose server has refused its memory does without."""
+
+
+class NoRegionLeftError(ServerOverloadedError):
+    """As many regions are in use as the server takes: by calls in flight, and by gradients that are kept."""
 
 
 class Session:
@@ -70,6 +76,18 @@ class Session:
             ) from None
         hello = self.socket.hello
         self.name, self.takes_calls, self.devices = hello.session, hello.takes_calls, frozenset(hello.devices)
+        self._shared = set[int]()
+        """The numbers of the regions that the server has. No lock: the garbage collector may release a region."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the server takes no more regions."""
+        return len(self._shared) >= wire.MAX_REGIONS
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether gradients had better be copied than keep their regions."""
+        return 4 * len(self._shared) >= 3 * wire.MAX_REGIONS
 
     def share(self, region: Shared, timeout: float | None = None) -> None:
         """Shares a region, unless the server already has it.
@@ -78,12 +96,19 @@ class Session:
             timeout: seconds; None: as many as to connect.
 
         Raises:
+            NoRegionLeftError: the server takes no more of them.
             LossError: the server refuses the region, or is gone.
             SocketError: it has not answered in time, and may still take the region: then :meth:`release` tells it.
         """
         if region.session is self and not self.socket.is_closed:
             return
+        if self.is_full:
+            raise NoRegionLeftError(
+                f"shared memory: {wire.MAX_REGIONS} regions are in use, the maximum, by calls in flight and gradients "
+                'that are kept; have fewer of them, or use transport="auto", which sends the others over gRPC'
+            )
         region.session, region.number = self, next(self._numbers)
+        self._shared.add(region.number)
         try:
             request = pb.SharedMemoryRequest(region=region.number, device_memory=region.description())
             self.socket.ask(request, [region.descriptor], self._timeout if timeout is None else timeout)
@@ -91,6 +116,7 @@ class Session:
             raise SocketError.late() from None
         except (OSError, LossError) as error:
             region.session = None
+            self._shared.discard(region.number)
             if isinstance(error, LossError):
                 raise
             raise ServerUnavailableError(f"shared memory: {error.strerror or error}") from None
@@ -103,6 +129,7 @@ class Session:
     def release(self, region: Shared) -> None:
         """Stops sharing a region; the server may have it for a moment longer. Hardly waits if the server is stalled."""
         region.session = None
+        self._shared.discard(region.number)
         try:
             self.socket.tell(pb.SharedMemoryRequest(region=region.number, release=True), _RELEASE_SECONDS)
         except OSError:
@@ -125,14 +152,15 @@ class SharedMemory:
         takes_calls: whether the server took calls on the socket when a session last began; None before the first.
     """
 
-    def __init__(self, path: str, connection: Connection) -> None:
+    def __init__(self, path: str, connection: Connection, *, waits: bool = False) -> None:
         """Connects at the first region that is shared.
 
         Args:
             path: of the server's gRPC socket.
             connection: to the server there.
+            waits: a call for which the server takes no more regions waits until it does.
         """
-        self._connection = connection
+        self._connection, self._waits = connection, waits
         self._server_path, self._path = path, path + wire.MEMORY_SUFFIX
         self._closed = False
         self._paused_until = -math.inf
@@ -153,6 +181,12 @@ class SharedMemory:
         if session is not None and not session.socket.is_closed:
             return True
         return time.monotonic() >= self._paused_until and os.path.exists(self._path)
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """See :attr:`Session.is_nearly_full`."""
+        session = self._session
+        return session is not None and session.is_nearly_full
 
     def pause(self, why: Exception) -> None:
         """Does without shared memory for a while; says why, once."""
@@ -186,6 +220,7 @@ class SharedMemory:
 
         Raises:
             ServerUnavailableError: the server takes no shared memory there.
+            NoRegionLeftError: the server takes no more regions.
             LossError: the server refuses the region.
             grpc.RpcError: no server answers, or not in time.
             ValueError: gRPC's, if the client was closed.
@@ -193,7 +228,14 @@ class SharedMemory:
         session = self._session
         if session is not None and region.session is session and not session.socket.is_closed:
             return session
-        return self._twice(partial(self._share, region), timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return self._twice(partial(self._share, region), deadline - time.monotonic())
+            except NoRegionLeftError:
+                if not self._waits or time.monotonic() + _LOOK_SECONDS >= deadline:
+                    raise
+            time.sleep(_LOOK_SECONDS)
 
     def session(self, timeout: float) -> Session:
         """The session; begins one if there is none.
@@ -230,6 +272,8 @@ class SharedMemory:
         with self._locked(timeout) as left:
             session = self._session
             if session is not None:
+                if session.is_full:
+                    self.regions.close()  # The idle ones.
                 try:
                     session.share(region, left())
                     return session

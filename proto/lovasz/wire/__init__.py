@@ -20,6 +20,7 @@ from lovasz.wire.messages import Request, Response, TensorSpec
 from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
 from lovasz.wire.sockets import (
     MAX_PACKET_BYTES,
+    MAX_REGIONS,
     MAX_SOCKET_PATH_BYTES,
     MEMORY_SUFFIX,
     UNIX,
@@ -38,6 +39,7 @@ __all__ = [
     "MAX_FRAME_BYTES",
     "MAX_MESSAGE_BYTES",
     "MAX_PACKET_BYTES",
+    "MAX_REGIONS",
     "MAX_RUN_CHARACTERS",
     "MAX_WORLD_SIZE",
     "CLIENT_KEY",

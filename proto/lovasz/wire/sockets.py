@@ -13,6 +13,8 @@ MEMORY_SUFFIX = ".memory"
 """The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
 MAX_PACKET_BYTES = 64 << 10
 """The longest packet on that socket."""
+MAX_REGIONS = 64
+"""The most regions of one connection there."""
 
 
 def socket_path(address: str) -> str | None:

@@ -40,8 +40,7 @@ _log = logging.getLogger(__name__)
 MAX_SESSIONS = 256
 MAX_SESSIONS_OF_USER = 192
 """Processes of one user, so that others find a place."""
-MAX_REGIONS = 64
-"""In one session."""
+MAX_REGIONS = wire.MAX_REGIONS
 FIRST_REGION_SECONDS = 10.0
 """A process that has shared nothing for this long since it connected is disconnected."""
 _DESCRIPTORS_SHARE = 8
