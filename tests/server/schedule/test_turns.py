@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lovasz.core.batch import Request
 from lovasz.server.schedule import contenders
-from lovasz.server.schedule.batcher import Batcher
+from lovasz.server.schedule.batcher import TURN_ELEMENTS, Batcher
 from lovasz.server.schedule.job import Caller, Job, Tenant, cost_of
 from lovasz.spec import LovaszSoftmax, weighted_sum
 
@@ -70,6 +71,53 @@ def test_small_requests_share_a_turn_up_to_its_size() -> None:
     batcher = queue()
     put(batcher, *(job(GREEDY, SMALL) for _ in range(64)), job(POLITE, SMALL), job(THIRD, SMALL))
     assert Counter(take(batcher)) == {GREEDY: 3, POLITE: 1, THIRD: 1}
+
+
+def test_turns_that_all_have_jobs_in_share_a_batch() -> None:
+    batcher = queue()
+    put(batcher, *(job(GREEDY, SMALL) for _ in range(64)), *(job(POLITE, SMALL) for _ in range(8)))
+    assert Counter(take(batcher)) == {GREEDY: 8, POLITE: 8}
+    assert Counter(take(batcher)) == {GREEDY: 3}
+    put(batcher, *(job(POLITE, SMALL) for _ in range(8)), *(job(THIRD, SMALL) for _ in range(4)))
+    assert Counter(take(batcher)) == {GREEDY: 3, POLITE: 4, THIRD: 4}
+
+
+def test_a_batch_has_a_limited_number_of_turns() -> None:
+    batcher = queue()
+    put(batcher, *(job(tenant, SMALL) for tenant in (GREEDY, POLITE) for _ in range(200)))
+    took = Counter(take(batcher))
+    assert took[GREEDY] == took[POLITE] == -(-16 * TURN_ELEMENTS["cpu"] // batcher._turns._cost(job(GREEDY, SMALL)))
+
+
+def test_a_tenant_whose_jobs_cannot_share_the_batch_waits_for_one_turn_of_the_others() -> None:
+    batcher = queue()
+    put(batcher, *(job(GREEDY, SMALL) for _ in range(64)), *(job(POLITE, SMALL, classes=4) for _ in range(8)))
+    assert take(batcher) == [GREEDY] * 3
+    assert take(batcher) == [POLITE]
+
+
+def test_jobs_of_two_kinds_cost_a_tenant_no_share() -> None:
+    batcher, served = queue(), Counter[Tenant]()
+    mixed = itertools.cycle([3] + [4] * 10)
+    put(batcher, *(job(POLITE, 200, next(mixed)) for _ in range(12)), *(job(GREEDY, 200) for _ in range(64)))
+    for _ in range(200):
+        for one in batcher.take(idle=True):
+            served[one.tenant] += one.cost
+            put(batcher, job(one.tenant, 200, next(mixed) if one.tenant == POLITE else 3))
+    assert served[POLITE] / served.total() > 0.45
+
+
+def test_a_batch_with_little_room_has_whole_turns_after_the_first() -> None:
+    """A part of one would be that of the tenant that has waited longest: it got 65 %."""
+    batcher, served = Batcher(10**9, 4, 0.0), Counter[Tenant]()
+    put(batcher, *(job(GREEDY, SMALL) for _ in range(64)), *(job(POLITE, SMALL) for _ in range(8)))
+    for _ in range(200):
+        batch = batcher.take(idle=True)
+        assert len(batch) <= 4
+        for one in batch:
+            served[one.tenant] += 1
+            put(batcher, job(one.tenant, SMALL))
+    assert served[GREEDY] / served.total() < 0.6
 
 
 def test_what_nobody_else_wants_goes_to_who_wants_it() -> None:

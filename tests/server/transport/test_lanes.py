@@ -76,6 +76,61 @@ def test_beside_others_one_call_of_each_connection_is_worked_on() -> None:
     assert traffic.close()
 
 
+def test_almost_as_many_calls_go_on_as_the_connection_with_the_fewest_has() -> None:
+    traffic = Traffic("a", "b")
+    traffic.begin("a1", "a2", "a3", "b1", "b2")
+    assert traffic.are_working("a1", "b1")  # The second call of b may have come before the first one is over.
+    traffic.begin("b3")
+    assert traffic.are_working("a1", "b1", "b2")
+    traffic.begin("a4")
+    assert traffic.are_working("a1", "a2", "b1", "b2")
+    traffic.begin("b4", "b5")
+    assert traffic.are_working("a1", "a2", "b1", "b2", "b3")
+    traffic.lanes.check()
+    assert traffic.are_working("a1", "a2", "a3", "b1", "b2", "b3")
+    with traffic.lanes.waited(Place("c")):  # Another one comes, with one call at a time.
+        traffic.lanes.see()
+    traffic.begin("a5")
+    for call in ("a1", "a2"):
+        traffic.end(call)
+    assert traffic.are_working("a3", "b1", "b2", "b3")
+    traffic.end("a3")
+    assert traffic.are_working("a4", "b1", "b2", "b3")
+    assert traffic.close()
+
+
+def test_what_a_connection_had_at_once_counts_less_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    traffic = Traffic("a", "b")
+    traffic.begin(*(f"b{number}" for number in range(8)), *(f"a{number}" for number in range(8)))
+    assert traffic.lanes._width == 7
+    for number in range(8):
+        traffic.end(f"b{number}")
+    assert eventually(lambda: "b" not in traffic.lanes._lanes)
+    for seconds, width in ((0.9, 7), (0.2, 3), (1.0, 1), (9.0, 1)):
+        now += seconds
+        traffic.lanes.check()
+        assert traffic.lanes._width == width
+    traffic.begin("b8")
+    assert traffic.lanes._width == 1
+    assert traffic.close()
+
+
+def test_a_connection_that_has_gone_narrows_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Traffic("a", "b", "c")
+    traffic.begin("a1", "a2", "a3", "b1", "b2", "b3")
+    traffic.lanes.check()
+    assert traffic.are_working("a1", "b1")
+    traffic.lanes._contenders._seen.pop("c")
+    traffic.lanes.check()
+    assert traffic.are_working("a1", "a2", "b1", "b2")
+    assert traffic.close()
+    monkeypatch.setattr(contenders, "CONTENDED_SECONDS", -1.0)
+    traffic.lanes.check()
+    assert not traffic.lanes._peaks
+
+
 def test_a_call_that_waits_for_something_lets_others_pass_and_goes_on_before_new_ones() -> None:
     traffic, come = Traffic("a", "b"), threading.Event()
     traffic.begin("a1", aside=come)

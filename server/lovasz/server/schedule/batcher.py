@@ -119,7 +119,8 @@ class Batcher:
     def take(self, *, idle: bool) -> list[Job]:
         """Returns the next batch: the jobs that can share one with the job that is due first.
 
-        If several tenants want the device, that is the first job of the next turn, and the batch has that turn's jobs.
+        If several tenants want the device, that is the first job of the next turn, and the batch has the jobs of that
+        turn, and of those after it that all tenants have jobs in and that fit as a whole.
 
         Args:
             idle: True: the device has nothing to do; takes all that are here. False: takes only a batch that is full
@@ -140,9 +141,15 @@ class Batcher:
         """Jobs of one key, in their order."""
         if not self._turns.are_taken:
             return min(self._waiting.values(), key=lambda jobs: jobs[0].due)
-        turns = self._turns.first(self._waiting.values())
-        number, key = turns[0].number, turns[0].job.key
-        return [turn.job for turn in turns if turn.number == number and turn.job.key == key]
+        jobs, *following = self._turns.next(self._waiting.values())
+        for turn in following:
+            if not self._fits([*jobs, *turn]):  # A part of it would have the jobs of those who have waited longest.
+                break
+            jobs += turn
+        return jobs
+
+    def _fits(self, jobs: list[Job]) -> bool:
+        return _requests(jobs) <= self._max_requests and sum(job.cost for job in jobs) <= self._max_elements
 
     def _is_ready(self, jobs: list[Job]) -> bool:
         open_since = min(job.queued for job in jobs)

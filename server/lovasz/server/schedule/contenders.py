@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Container
 from typing import Generic, TypeVar
 
 CONTENDED_SECONDS = 5.0
@@ -24,6 +25,14 @@ class Contenders(Generic[WhoT]):
         """Somebody has sent a request."""
         self._seen[who] = time.monotonic()
         self._seen.move_to_end(who)
+
+    def __contains__(self, who: WhoT) -> bool:
+        """Whether this one has, as far as was noticed (:attr:`are_several`)."""
+        return who in self._seen
+
+    def are_all_in(self, some: Container[WhoT]) -> bool:
+        """Whether all that have, as far as was noticed (:attr:`are_several`), are among some."""
+        return all(who in some for who in self._seen)
 
     @property
     def are_several(self) -> bool:

@@ -6,21 +6,16 @@ Nothing here takes a lock: ``Batcher`` does.
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from lovasz.server.schedule.contenders import Contenders
 from lovasz.server.schedule.job import Job, Tenant
 
 _ELEMENTS_PER_REQUEST = 100_000
 """How many logits take as long as what each request costs besides, however small it is."""
-
-
-class Turn(NamedTuple):
-    """A job that waits, and which turn it belongs to: earlier turns come first."""
-
-    number: int
-    job: Job
+_MOST_TURNS = 16
+"""The most turns that share a batch."""
 
 
 class Turns:
@@ -37,7 +32,7 @@ class Turns:
         """Nobody has had anything.
 
         Args:
-            turn_elements: the size of a turn. A turn is a batch, and the next one waits for it.
+            turn_elements: the size of a turn. The next batch waits for the turns of the one before.
             weight_of: the weight of a tenant.
         """
         self._turn_elements = turn_elements
@@ -56,19 +51,32 @@ class Turns:
         """Whether several tenants want the device."""
         return self._contenders.are_several
 
-    def first(self, queues: Iterable[Sequence[Job]]) -> list[Turn]:
-        """The jobs that wait, the next turn first; within a turn, in the order in which they are due.
+    def next(self, queues: Iterable[Sequence[Job]]) -> list[list[Job]]:
+        """The jobs of the next turns that can share a batch: a list of each turn, in their order.
+
+        These are the first turn, and the ones after it as long as all tenants that want the device have jobs there, and
+        jobs of no other kind come first: so nobody has to wait for what only others have.
 
         Args:
-            queues: the jobs that wait, each list in the order in which they are due.
+            queues: the jobs that wait, each list in the order in which they are due; some wait.
         """
-        ends = dict(self._ends)
-        turns = []
+        ends, turns = dict(self._ends), defaultdict[int, list[Job]](list)
         for job in heapq.merge(*queues, key=lambda job: job.due):
             start = max(self._now, ends.get(job.tenant, 0))
             ends[job.tenant] = start + self._cost(job)
-            turns.append(Turn(start // self._turn_elements, job))
-        return sorted(turns, key=lambda turn: turn.number)
+            turns[start // self._turn_elements].append(job)
+        numbers = sorted(turns)
+        first, key, last_of_tenants = numbers[0], turns[numbers[0]][0].key, dict[Tenant, int]()
+        last = first + _MOST_TURNS - 1
+        for number in numbers:
+            for job in turns[number]:
+                if job.key == key:
+                    last_of_tenants[job.tenant] = number
+                else:
+                    last = min(last, number - 1)
+        last = min(last, *last_of_tenants.values()) if self._contenders.are_all_in(last_of_tenants) else first
+        shared = [first, *(number for number in numbers if first < number <= last)]
+        return [[job for job in turns[number] if job.key == key] for number in shared]
 
     def take(self, jobs: Iterable[Job]) -> None:
         """These jobs are computed now."""

@@ -1,4 +1,4 @@
-"""Lanes: while several connections send requests, the interpreter works on one call of each at a time.
+"""Lanes: while several connections send requests, the interpreter works on equally many calls of each at a time.
 
 One thread of a process runs Python at a time. Without lanes, a connection with many calls in flight has many threads
 that wait for the interpreter, and a call of another connection waits for all of them at each step of its way.
@@ -13,11 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lovasz.server.schedule.contenders import Contenders
 
 _SEEN_SECONDS = 0.5
 """A connection that is the only one is looked at this often."""
+
+_PEAK_SECONDS = 1.0
+"""The most calls that a connection had at once count half each time that it has had fewer for so long."""
 
 _MOST_SECONDS = 1.0
 """A call that has been worked on for longer gets no faster by being alone: others of its lane pass it."""
@@ -57,9 +61,32 @@ class _Lane:
     def is_empty(self) -> bool:
         return not self.working and not any(self.waiting)
 
+    @property
+    def calls(self) -> int:
+        return len(self.working) + sum(map(len, self.waiting))
+
+
+class _Peak(NamedTuple):
+    """The most calls that a connection had at once.
+
+    Attributes:
+        since: when it had them (``time.monotonic``).
+    """
+
+    calls: int
+    since: float
+
+    def counts(self, now: float) -> int:
+        """How many it counts for now."""
+        return max(1, self.calls >> int((now - self.since) / _PEAK_SECONDS))
+
 
 class Lanes:
-    """Lets calls go on: at once, or, while several connections send requests, one after the other in each lane.
+    """Lets calls go on: at once, or, while several connections send requests, so many of each lane at a time.
+
+    How many is the same for all: about as many as the connection with the fewest calls at once has. One that makes one
+    call at a time has one call of each other connection beside its own. If all have nine, eight of each can share a
+    batch. (It is one less than they have, since a call may come when the one before has its answer, but is not over.)
 
     With one connection there are no lanes, and its calls take no lock here. A call leaves its lane while it waits for
     anything but the computation of small requests. So calls that wait for each other, as the ranks of a joint step do,
@@ -71,6 +98,9 @@ class Lanes:
         self._lock = threading.Lock()
         self._lanes: dict[str, _Lane] = {}
         self._contenders = Contenders[str]()
+        self._peaks: dict[str, _Peak] = {}
+        self._width = 1
+        """How many calls of each lane go on at a time."""
         self._are_used = False
         self._last_seen, self._seen_until = "", 0.0
         self._here = threading.local()
@@ -115,15 +145,24 @@ class Lanes:
             return
         with self._lock:
             self._contenders.see(place.connection)
+            if place.connection not in self._peaks:
+                self._peaks[place.connection] = _Peak(1, now)
+                self._width = 1
             self._are_used = self._contenders.are_several
             self._last_seen, self._seen_until = place.connection, now + _SEEN_SECONDS
 
     def check(self) -> None:
         """A chore: lets others pass a call that is worked on for long; all go on if only one connection is left."""
-        until = time.monotonic() - _MOST_SECONDS
+        until, following = time.monotonic() - _MOST_SECONDS, list[Callable[[], object]]()
         with self._lock:
             self._are_used = self._contenders.are_several
+            self._peaks = {who: peak for who, peak in self._peaks.items() if who in self._contenders}
+            self._set_width()
+            for lane in self._lanes.values():
+                following += self._following(lane)
             working = [place for lane in self._lanes.values() for place in lane.working]
+        for go_on in following:
+            go_on()
         for place in working:
             if place.since < until or not self._are_used:
                 self._leave(place)
@@ -155,30 +194,52 @@ class Lanes:
             lane = self._lanes.get(place.connection)
             if lane is None:
                 lane = self._lanes[place.connection] = _Lane()
-            if not lane.working:
+            self._see_peak(place.connection, lane.calls + 1)
+            if len(lane.working) < self._width and not any(lane.waiting):
                 self._work(lane, place)
                 return True
             lane.waiting[order].append((place, go_on))
-            return False
+            following = self._following(lane)  # The lanes may be wider now.
+        for other_goes_on in following:
+            other_goes_on()
+        return False
 
     def _leave(self, place: Place) -> None:
         if not place.is_working:
             return
-        following = []
         with self._lock:
             if not place.is_working:  # Another thread was faster: it passed this call.
                 return
             place.is_working = False
             lane = self._lanes[place.connection]
             lane.working.remove(place)
-            while any(lane.waiting) and not (lane.working and self._are_used):
-                other, go_on = next(filter(None, lane.waiting)).popleft()
-                self._work(lane, other)
-                following.append(go_on)
+            following = self._following(lane)
             if lane.is_empty:
                 del self._lanes[place.connection]
         for go_on in following:
             go_on()
+
+    def _following(self, lane: _Lane) -> list[Callable[[], object]]:
+        """What to call so that those that can go on now do."""
+        following = []
+        while any(lane.waiting) and (len(lane.working) < self._width or not self._are_used):
+            other, go_on = next(filter(None, lane.waiting)).popleft()
+            self._work(lane, other)
+            following.append(go_on)
+        return following
+
+    def _see_peak(self, connection: str, calls: int) -> None:
+        """A connection has so many calls now."""
+        peak, now = self._peaks.get(connection), time.monotonic()
+        if peak is None or calls < peak.counts(now):  # None: it has had nothing to compute lately.
+            return
+        self._peaks[connection] = _Peak(calls, now)
+        if calls != peak.calls:
+            self._set_width()
+
+    def _set_width(self) -> None:
+        now = time.monotonic()
+        self._width = max(1, min((peak.counts(now) for peak in self._peaks.values()), default=1) - 1)
 
     @staticmethod
     def _work(lane: _Lane, place: Place) -> None:
