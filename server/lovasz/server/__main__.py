@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from lovasz.version import VERSION
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
+_MOST_DESCRIPTORS = 1 << 16
 _STOP_SECONDS = 30.0
 """How long a stop may take beyond --drain-seconds."""
 
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(config.log_level, config.log_format)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # Else each failed handshake of a stranger is a line on stderr.
     keep_freed_memory()
+    _raise_descriptor_limit()
     if unknown := unknown_variables(os.environ):
         _log.warning("variables that are not settings", extra={"variables": unknown})
     _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.
@@ -94,6 +97,17 @@ def _imports_that_stay() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _raise_descriptor_limit() -> None:
+    """Lets the process have as many file descriptors as the system allows it.
+
+    The soft limit is often 1024, for programs that use select(2): enough for a hundred clients with shared memory.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _on_signals(act: Callable[[], object]) -> None:

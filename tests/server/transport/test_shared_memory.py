@@ -336,6 +336,20 @@ def test_more_regions_than_a_session_may_have(
         session.share(three)
 
 
+def test_more_regions_than_all_sessions_may_have(
+    server: SharedMemory, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_max_all_regions", 1)
+    other = Session(server.path, TIMEOUT)
+    with contextlib.closing(other), region_of() as one, region_of() as two:
+        session.share(one)
+        with pytest.raises(LossError, match="1 regions are shared by all processes, with the server's limit"):
+            other.share(two)
+        session.release(one)
+        session.settle()
+        other.share(two)
+
+
 def test_more_sessions_than_may_be(server: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "MAX_SESSIONS", 2)
     first, second = Session(server.path, TIMEOUT), Session(server.path, TIMEOUT)

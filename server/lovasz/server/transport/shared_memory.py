@@ -346,8 +346,12 @@ class SharedMemory:
         if len(descriptors) != 1:
             raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
         of_all_sessions = sum(len(other.regions) for other in self._every())
-        if len(session.regions) >= MAX_REGIONS or of_all_sessions >= self._max_all_regions:
-            raise InvalidInput("region", f"{len(session.regions)} regions are shared, the maximum")
+        for count, most, of_whom in (
+            (len(session.regions), MAX_REGIONS, ""),
+            (of_all_sessions, self._max_all_regions, " by all processes, with the server's limit of open files"),
+        ):
+            if count >= most:
+                raise InvalidInput("region", f"{count} regions are shared{of_whom}, the maximum")
         if request.region in session.regions:
             raise InvalidInput("region", f"got {request.region}, which is shared already; expected another number")
         region = self._region(request, descriptors[0])
