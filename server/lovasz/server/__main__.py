@@ -102,7 +102,8 @@ def _imports_that_stay() -> Iterator[None]:
 def _raise_descriptor_limit() -> None:
     """Lets the process have as many file descriptors as the system allows it.
 
-    The soft limit is often 1024, for programs that use select(2): enough for a hundred clients with shared memory.
+    The soft limit is often 1024, for programs that use select(2). All clients together would have 128 regions of shared
+    memory then.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
