@@ -311,17 +311,16 @@ class RemoteTarget:
             try:
                 attempt = partial(self._in_shared_memory, call, shared, region)
                 response = self._retries.call(attempt, timeout, is_joint=call.joint is not None)
-            except LossError as error:  # The server takes no such memory.
-                timeout, is_full = deadline - time.monotonic(), isinstance(error, NoRegionLeftError)
-                if region.kind == IN_DEVICE_MEMORY:
-                    if not is_full:
-                        devices.pause(error)
-                    answer = self._through_region(call, shared.moved(region, call.request), timeout)
-                elif self._transport is Transport.SHM:
+            except LossError as error:  # The server takes no such memory, or no more of it.
+                on_device = region.kind == IN_DEVICE_MEMORY
+                if self._transport is Transport.SHM and not on_device:
                     raise
+                if not isinstance(error, NoRegionLeftError):
+                    (devices if on_device else shared).pause(error)
+                timeout = deadline - time.monotonic()
+                if on_device:
+                    answer = self._through_region(call, shared.moved(region, call.request), timeout)
                 else:
-                    if not is_full:
-                        shared.pause(error)
                     answer = self._over_grpc(replace(call, payload=region.tensors(call.request)), timeout)
                 region.close()
                 return answer
