@@ -248,9 +248,10 @@ STATES = {"fresh": (0.0, 1.0), "half trained": (2.0, 1.5), "trained": (6.0, 2.0)
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("foreground", [1, 30, 300, 3000, 10_000])
-def test_rare_class_in_a_large_group(foreground: int, state: str) -> None:
+@pytest.mark.parametrize("pixels", [extension.SORTED_BELOW_PIXELS, extension.LARGE_PIXELS], ids=["middle", "large"])
+def test_rare_class_in_a_group_that_may_be_counted(pixels: int, foreground: int, state: str) -> None:
     """As exact as if it were sorted, but for 1.5e-5."""
-    pixels, (margin, scale) = 1 << 18, STATES[state]
+    margin, scale = STATES[state]
     generator = torch.Generator().manual_seed(foreground)
     labels = 1 + random_labels(1, pixels, values=3, seed=7)
     labels[0, torch.randperm(pixels, generator=generator)[:foreground]] = 0
@@ -281,3 +282,30 @@ def test_a_crowd_in_few_bins_is_counted_in_finer_ones(threads: None, monkeypatch
     monkeypatch.setattr(extension, "THRESHOLDS", SMALL._replace(window=0))
     coarse = compute(logits, labels, LovaszSoftmax(), backend=Backend.NUMBA)
     assert errors[0] < 0.6 * norm_error(coarse.grad, expected)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 4.0], ids=["foreground", "fewer than half", "most"])
+def test_few_pixels_that_matter_have_the_bits_of_a_sort_as_a_whole(
+    spread: float, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one thread as a whole or as a window, and by several threads in parts."""
+    shape = (3, 5, 61, 67)
+    labels = random_labels(3, 61, 67, values=5, seed=11, void=IGNORED)
+    logits = spread * normal(*shape, seed=12, dtype=torch.float32)
+    logits.scatter_add_(1, labels[:, None].long(), torch.full((3, 1, 61, 67), 3.0 * spread))
+    pixels = labels.numel()
+    loss = LovaszSoftmax(ignore_index=IGNORED)
+    whole, window = (SMALL._replace(large=1 << 30, window=size) for size in (pixels // 2 + 1, pixels // 2 - 1))
+    answers = []
+    for thresholds, number, divided in (
+        (extension.SORT_ALL, 1, 1),
+        (whole, 1, 1 << 30),
+        (window, 1, 1 << 30),
+        (whole, 3, 1),
+    ):
+        torch.set_num_threads(number)
+        monkeypatch.setattr(extension, "THRESHOLDS", thresholds._replace(divided=divided))
+        answers.append(bits(compute(logits, labels, loss, backend=Backend.NUMBA)))
+    assert answers[1] == answers[3]
+    assert (answers[0] == answers[1]) == (spread < 4)
+    assert (answers[0] == answers[2]) == (spread < 4)

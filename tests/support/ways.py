@@ -14,7 +14,10 @@ import torch
 from lovasz.core.dispatch import Backend, installed
 
 SORTED_BELOW_PIXELS = 1 << 18
-"""Groups of at least so many pixels are counted in tables on a CPU; on a GPU, their pixels are not all ranked."""
+"""Groups of at least so many pixels are counted in tables on a CPU, unless few pixels come before the last foreground;
+on a GPU, their pixels are not all ranked."""
+MAY_BE_COUNTED_PIXELS = 3 << 15
+"""Smaller groups are always sorted on a CPU."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's kernels run on a CPU under its interpreter, if this is set before triton is first imported."""
@@ -48,7 +51,7 @@ class Way:
             return pixels > {"in tables": 0, "in buckets": CROWD.value, None: SORTED_BELOW_PIXELS - 1}[self.ranks]
         if self.backend is Backend.TORCH or self.ranks == "by sorting":
             return False
-        return self.ranks == "in tables" or pixels >= SORTED_BELOW_PIXELS
+        return self.ranks == "in tables" or pixels >= MAY_BE_COUNTED_PIXELS
 
     def force(self, patch: pytest.MonkeyPatch) -> None:
         """Lets the backend rank as this way has it."""

@@ -112,9 +112,9 @@ def prepare(
                 else:
                     for i in range(n):
                         row[i] = max(f32(1) - row[i], f32(0))
-                top, infinite, above = i32(0), i32(0), i32(0)
+                top, infinite, above, void = i32(0), i32(0), i32(0), i32(labelling.void)
                 for i in range(n):  # Errors are not negative, so their bits have their order.
-                    counted = code[i] != labelling.void
+                    counted = i32(code[i]) != void
                     is_finite = not_finite[i] == f32(0)
                     infinite = i32(infinite + (i32(1) if counted & (not is_finite) else i32(0)))
                     bits = float_bits(row[i]) if counted & is_finite else i32(0)
@@ -251,9 +251,10 @@ def finish(
 
 @compiled
 def _add_counts(logits: Floats, code: Codes, void: int, counts: Counts, valid: Integers, place: int) -> None:
-    counted, foreground, predicted, hits = i32(0), i32(0), i32(0), i32(0)
-    for i in range(len(code)):  # 32-bit sums and no branches, for vectors.
-        is_counted, is_foreground = code[i] != void, code[i] == 1
+    counted, foreground, predicted, hits, void_code = i32(0), i32(0), i32(0), i32(0), i32(void)
+    for i in range(len(code)):  # 32 bits and no branches, for vectors.
+        own = i32(code[i])
+        is_counted, is_foreground = own != void_code, own == i32(1)
         is_predicted = is_counted & (logits[i] > f32(0))
         counted = i32(counted + (i32(1) if is_counted else i32(0)))
         foreground = i32(foreground + (i32(1) if is_foreground else i32(0)))

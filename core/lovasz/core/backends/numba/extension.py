@@ -19,12 +19,13 @@ Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
-SORTED_BELOW_PIXELS = 1 << 18
-"""About here sorting and counting take the same time, as measured on a CPU."""
-
-
-FEW_SHIFT = 3
-"""A segment is sorted if at most one in 2^FEW_SHIFT of its pixels comes before its last foreground."""
+SORTED_BELOW_PIXELS, LARGE_PIXELS = 3 << 15, 1 << 18
+"""From so many pixels of a segment on, counting is faster than sorting, as measured on a CPU, if most of them, or more
+than a few, come before its last foreground."""
+MIDDLE_SHIFT, LARGE_SHIFT = 1, 3
+"""A segment is sorted if at most one in 2^shift of its pixels does: one that is not large, and a large one."""
+MIDDLE_CAUTION = 0.85
+"""The factor of ``Thresholds.window_error`` for segments that are not large, whose errors vary more."""
 
 
 class Thresholds(NamedTuple):
@@ -33,11 +34,13 @@ class Thresholds(NamedTuple):
     Attributes:
         pixels: a segment with fewer pixels is sorted.
         window: the most pixels of a counted segment that are sorted; if 0, there are no windows.
-        window_error: the ``most_error`` of windows.
+        window_error: ``Segments.most_error`` of large segments.
         positive: a segment of the hinge is sorted if at most this share of its pixels have errors above 0.
         whole: a joint with more logits is computed by all threads, step by step.
         thread: a batch is computed by at most one thread for so many of its logits.
         divided: a segment with at most so many pixels is counted by one thread.
+        large: ``MIDDLE_SHIFT`` and ``MIDDLE_CAUTION`` are for segments with fewer pixels.
+        ranges: a segment of the hinge with fewer pixels is sorted by one thread, one with more by all of them.
     """
 
     pixels: int
@@ -46,7 +49,9 @@ class Thresholds(NamedTuple):
     window: int = 0
     window_error: float = 1.7e-5
     thread: int = 1
-    divided: int = SORTED_BELOW_PIXELS
+    divided: int = LARGE_PIXELS
+    large: int = 0
+    ranges: int = 0
 
 
 class ErrorScale(NamedTuple):
@@ -69,6 +74,9 @@ THRESHOLDS = Thresholds(
     window=1 << 17,
     # They take a third of a millisecond. To wake a thread takes up to a tenth, and a batch has several loops.
     thread=1 << 16,
+    large=LARGE_PIXELS,
+    # A thread alone does not go through the keys a second time, to find those of a range.
+    ranges=1 << 20,
 )
 MOST_TABLES = 8
 """The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
@@ -76,7 +84,7 @@ MOST_JOINT_TABLES = 24
 """The same if other ranks have pixels of the segments: for each portion, all ranks wait for each other twice."""
 SORT_ALL = Thresholds(pixels=MAX_PIXELS, positive=0.0, whole=0)
 COUNT_ALL = Thresholds(pixels=0, positive=0.0, whole=0)
-AS_LARGE = THRESHOLDS._replace(pixels=0, window=8, whole=0, thread=1, divided=1)
+AS_LARGE = THRESHOLDS._replace(pixels=0, window=8, whole=0, thread=1, divided=1, large=0, ranges=0)
 """Batches of any size are computed as large ones are."""
 
 
@@ -117,7 +125,6 @@ def score_term(
     windows = WindowRules(
         is_bounded=not is_binary or call.plan.is_sigmoid,
         is_weighed=call.plan.is_sigmoid or not (is_binary or call.plan.loss.probabilities),
-        most_error=thresholds.window_error,
         most=thresholds.window,
         must_suffice=is_binary,
     )
@@ -161,8 +168,13 @@ def _score_large(
     is_mostly_zero = np.zeros_like(counted)
     if positive is not None:
         is_mostly_zero = counted & (positive <= thresholds.positive * of_all) & (of_all <= ranges.MOST_PIXELS)
-    found = found._replace(counted=counted & ~is_mostly_zero, few=_few(rules.windows, of_all))
-    in_ranges = is_mostly_zero & (ranks is None)
+    is_middle, window_error = of_all < thresholds.large, thresholds.window_error
+    found = found._replace(
+        counted=counted & ~is_mostly_zero,
+        few=_few(rules.windows, of_all, is_middle),
+        most_error=np.where(is_middle, MIDDLE_CAUTION * window_error, window_error),
+    )
+    in_ranges = is_mostly_zero & (ranks is None) & (of_all >= thresholds.ranges)
     fair = max(int(pixels.sum()) // (2 * call.threads), thresholds.divided)
     in_parts = found.counted & ((pixels > fair) & (call.threads > 1) | (ranks is not None))
     others = ~(in_ranges | in_parts)
@@ -193,11 +205,12 @@ def _score_in_parts(
     return losses
 
 
-def _few(windows: WindowRules, pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _few(windows: WindowRules, pixels: npt.NDArray[np.int64], is_middle: Flags) -> npt.NDArray[np.int64]:
     """``Segments.few`` of segments with so many pixels."""
     if windows.most == 0:
         return np.full_like(pixels, -1)
-    return np.minimum(pixels >> FEW_SHIFT, windows.most)
+    shift = np.where(is_middle, MIDDLE_SHIFT, LARGE_SHIFT)
+    return np.minimum(pixels >> shift, windows.most)
 
 
 def _tops(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -238,7 +251,8 @@ def _score_whole(call: Call, found: Segments, codes: npt.NDArray[Any], rules: Ru
         most_keys = max(int(pixels[may_be_sorted & (found.foreground_count > 0)].max(initial=0)), most)
     table = call.scratch.array("tables", (threads, words), np.int64, zero=True)
     keys = call.scratch.array("keys", (2, threads, most_keys), np.uint64)
-    room = call.scratch.array("room", (threads, largest), np.float32)
+    # Twice a window: a segment is sorted as a whole if at most half of its pixels, and no more than a window, matter.
+    room = call.scratch.array("room", (threads, max(largest, 2 * most)), np.float32)
     values = call.scratch.array("window values", (threads, most), np.float32)
     places = call.scratch.array("window places", (threads, most), np.int32)
     losses = np.zeros(len(found.row))

@@ -185,6 +185,7 @@ class Outline:
             top=zeros,
             fine_top=zeros,
             few=zeros,
+            most_error=weightless,
             weight=weightless,
             foreground_weight=weightless,
         )

@@ -25,7 +25,7 @@ RANGE_KEYS = 1 << 17
 MOST_PIXELS = 1 << 23
 """The most pixels of a segment, and about the most of those that are sorted at a time: each takes up to 24 bytes."""
 
-_SAMPLES = 16
+_SAMPLES = 4
 """The keys of a strip that are looked at to divide the keys of its segment into ranges."""
 _LARGEST_KEY = np.iinfo(np.uint64).max
 

@@ -29,6 +29,7 @@ class Segments(NamedTuple):
             ``fine_top`` if sorting its window is not enough.
         fine_top: the lowest such exponent.
         few: as for ``scanning.window``; below 0 if nothing is sorted of segments that are counted.
+        most_error: as for ``scanning.window``.
         weight, foreground_weight: the factors of the gradient of background and foreground.
     """
 
@@ -44,6 +45,7 @@ class Segments(NamedTuple):
     top: Integers
     fine_top: Integers
     few: Integers
+    most_error: npt.NDArray[np.float64]
     weight: npt.NDArray[np.float64]
     foreground_weight: npt.NDArray[np.float64]
 
@@ -67,13 +69,12 @@ class WindowRules(NamedTuple):
     """Which pixels of counted segments are sorted.
 
     Attributes:
-        is_bounded, is_weighed, most_error, most: as for ``scanning.window``; if ``most`` is 0, none are sorted.
+        is_bounded, is_weighed, most: as for ``scanning.window``; if ``most`` is 0, none are sorted.
         must_suffice: whether all are sorted if a window is not enough.
     """
 
     is_bounded: bool
     is_weighed: bool
-    most_error: float
     most: int
     must_suffice: bool
 

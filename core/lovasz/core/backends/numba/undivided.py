@@ -52,7 +52,8 @@ def score(
     Args:
         table: ``tables.WORDS`` words for this thread alone, all 0 before and after.
         keys, other_keys, room: memory for this thread alone, each with as many elements as the largest window, and the
-            largest segment that may be sorted, have pixels.
+            largest segment that may be sorted, have pixels. A segment whose window is all that matters is sorted as a
+            whole if ``room`` is large enough for it.
         values, places: likewise, for the largest window.
     """
     while True:
@@ -67,19 +68,23 @@ def score(
                 is_fine = count_segment(segments, s, rules, planes, errors, codes, losses, table, memory)
             if is_fine:
                 continue
-        segment = Segment(
-            row=segments.row[s],
-            code_row=segments.code_row[s],
-            foreground=segments.foreground[s],
-            foreground_count=segments.foreground_count[s],
-            first_plane=segments.first_plane[s],
-            stop_plane=segments.stop_plane[s],
-            start=segments.start[s],
-            stop=segments.stop[s],
-            weight=segments.weight[s],
-            foreground_weight=segments.foreground_weight[s],
-        )
-        losses[s] = sort_segment(segment, rules, planes, errors, codes, keys, other_keys, room)
+        losses[s] = sort_segment(_segment(segments, s), rules, planes, errors, codes, keys, other_keys, room)
+
+
+@compiled
+def _segment(segments: Segments, s: int) -> Segment:
+    return Segment(
+        row=segments.row[s],
+        code_row=segments.code_row[s],
+        foreground=segments.foreground[s],
+        foreground_count=segments.foreground_count[s],
+        first_plane=segments.first_plane[s],
+        stop_plane=segments.stop_plane[s],
+        start=segments.start[s],
+        stop=segments.stop[s],
+        weight=segments.weight[s],
+        foreground_weight=segments.foreground_weight[s],
+    )
 
 
 @compiled
@@ -105,6 +110,9 @@ def count_segment(
     last = tables.last_distance(error, code, segments.foreground[s], segments.top[s])
     floor = least_floor(rules, tables.floor_behind(last, segments.top[s]))
     if sorting.are_few(error, code, rules.void, rules.ignored, floor, segments.few[s]):
+        if stop - start <= len(room):  # The same bits, and faster.
+            losses[s] = sort_segment(_segment(segments, s), rules, planes, errors, codes, keys, other_keys, room)
+            return True
         n = select_window(segments, s, rules, errors, codes, start, stop, floor, NO_CEILING, values, places)
         g = room[: n if rules.want_grad else 0]
         losses[s] = sort_window(segments, s, 0, 0, values[:n], keys, other_keys, g)

@@ -30,7 +30,7 @@ def find_window(segments: Segments, s: int, rules: Rules, lowest: int, highest: 
         segments.top[s],
         windows.is_bounded,
         windows.is_weighed,
-        windows.most_error,
+        segments.most_error[s],
         segments.few[s],
         windows.most,
     )
