@@ -121,6 +121,48 @@ def test_graphs_are_used_bounded_and_right(
     assert len(graphs) == 2
 
 
+def test_memory_of_graphs_that_were_dropped_is_used_again(
+    cuda: torch.device, graphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is allocated while a graph is captured would belong to that graph alone."""
+    monkeypatch.setattr("lovasz.core.backends.triton.graphs.KEPT_GRAPHS", 2)
+
+    def reserved_after(width: int) -> int:
+        logits = normal(1, 4, 300, width, seed=width, dtype=torch.float32).to(cuda)
+        labels = random_labels(1, 300, width, values=4, seed=width).to(cuda)
+        for _ in range(5):
+            compute(logits, labels, LovaszSoftmax())
+        return torch.cuda.memory_reserved()
+
+    reserved = [reserved_after(width) for width in range(300, 340)]
+    assert len(graphs) == 2
+    assert reserved[-1] <= reserved[9] + (16 << 20)
+
+
+@pytest.mark.parametrize("uses", [0, 5], ids=["unseen", "recorded"])
+def test_a_loss_in_a_callers_graph_is_refused_and_does_no_harm(uses: int, cuda: torch.device, graphs: Any) -> None:
+    loss = LovaszSoftmax(ignore_index=VOID)
+    (logits, labels), *_ = batch_of(weighted_sum(loss), cuda)
+    leaf = logits.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(uses):
+            LocalLoss(loss)(leaf, labels).backward()
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            LocalLoss(loss)(2 * leaf, labels)  # A graph without any work warns.
+
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        capture()
+    results = []
+    for own in (stream, torch.cuda.Stream()):
+        with torch.cuda.stream(own):
+            results += [compute(logits, labels, loss) for _ in range(5)]
+    assert len({bits(result) for result in results}) == 1
+    assert results[0].loss == pytest.approx(compute(logits.cpu(), labels.cpu(), loss).loss, rel=1e-6)
+
+
 def test_graphs_serve_calls_inside_and_outside_of_inference_mode(cuda: torch.device, graphs: Any) -> None:
     loss = LovaszSoftmax(ignore_index=VOID)
     (logits, labels), *_ = batch_of(weighted_sum(loss), cuda)

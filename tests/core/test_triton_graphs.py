@@ -142,7 +142,9 @@ def test_recordings_serve_calls_outside_of_inference_mode(graphs: Any) -> None:
         assert not recorded(graphs, FakeProgram()).is_inference
 
 
-def test_a_replay_that_fails_gives_the_recording_back(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_that_fails_or_would_be_captured_gives_the_recording_back(
+    graphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lovasz.core.backends.triton import compute
 
     logits, labels, loss = torch.zeros(1, 3, 2), torch.zeros(1, 2, dtype=torch.uint8), weighted_sum(LovaszSoftmax())
@@ -152,6 +154,9 @@ def test_a_replay_that_fails_gives_the_recording_back(graphs: Any, monkeypatch: 
     monkeypatch.setattr(compute, "_replays", {compute._key(logits, labels, loss): program})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: logits.device.index)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: STREAM)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert compute.replay(logits, labels, loss) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def full(*shape: object, **options: object) -> None:
         raise torch.OutOfMemoryError("full")

@@ -52,6 +52,8 @@ def compute(
     device = plan.device
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), current:  # Triton launches on the current device.
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a loss cannot be captured in a CUDA graph: it waits for the GPU, to check the labels")
         program, tensors, grads = prepare(plan, batch, want_grad=want_grad)
         total = torch.empty((), dtype=torch.float32, device=device) if want_total else None
         addresses = addresses_of(program, tensors, grads, total)
@@ -104,7 +106,7 @@ def replay(logits: Tensor, labels: Tensor, loss: WeightedSum) -> tuple[Tensor, T
     program = _replays.get(_key(logits, labels, loss))
     if program is None or not (logits.is_contiguous() and labels.is_contiguous()) or logits.is_neg():
         return None
-    if logits.device.index != torch.cuda.current_device():
+    if logits.device.index != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing():
         return None
     stream = torch.cuda.current_stream()
     recording = GRAPHS.take(program, stream)

@@ -47,6 +47,8 @@ class Recording:
     def __init__(self, program: Program) -> None:
         device = program.device
         self.nbytes = program.workspace_bytes
+        # Not in the captures: what is allocated there cannot be used by anything else, also after it was freed.
+        memory = program.memory()
         self._addresses = torch.empty(program.address_bytes, dtype=torch.uint8, device=device)
         # Only for ``replay``: it waits for the device before it returns, so the memory can be reused.
         self._pinned = host_bytes(program.address_bytes, device)
@@ -61,7 +63,7 @@ class Recording:
             # "thread_local" lets other threads use the device in the meantime.
             self._begin.capture_begin(capture_error_mode="thread_local")
             try:
-                self.workspace = program.begin(self._addresses, stream)
+                self.workspace = program.begin(self._addresses, stream, memory)
             finally:
                 self._begin.capture_end()
             self._finish.capture_begin(pool=self._begin.pool(), capture_error_mode="thread_local")
@@ -158,9 +160,11 @@ class Graphs:
 
     def put_back(self, program: Program, recording: Recording) -> None:
         """Returns a recording, after all work that reads its workspace is queued."""
-        recording.used()
-        with self._lock:
-            self._taken.discard(program)
+        try:
+            recording.used()
+        finally:
+            with self._lock:
+                self._taken.discard(program)
 
     def _record(self, program: Program) -> Recording | None:
         room = KEPT_SHARE * torch.cuda.get_device_properties(program.device).total_memory

@@ -61,6 +61,8 @@ _TYPES = {
     torch.int64: tl.int64,
 }
 _HOST = torch.device("cpu")
+_COMPILING = threading.Lock()
+"""Triton hands a kernel out to other threads before it is loaded."""
 _TORCH_TYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float64: torch.float64}
 _NUMPY_TYPES = {torch.int64: np.int64, torch.int32: np.int32}
 
@@ -237,21 +239,28 @@ class Program:
 
     # --- Running --------------------------------------------------------------------------------------------------
 
-    def begin(self, addresses: Tensor, stream: torch.cuda.Stream | None) -> Workspace:
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Memory for a batch: that which is zeroed at its start, and scratch."""
+        zeroed, scratch = (
+            torch.empty(rooms.nbytes, dtype=torch.uint8, device=self.device)
+            for rooms in (self.layout.zeroed, self.layout.scratch)
+        )
+        return zeroed, scratch
+
+    def begin(
+        self, addresses: Tensor, stream: torch.cuda.Stream | None, memory: tuple[Tensor, Tensor] | None = None
+    ) -> Workspace:
         """Queues the launches after which a batch's faults are known.
 
         Args:
             addresses: int64 as bytes, on the device: one row of ``columns.Address`` per plane, then the address of the
                 loss, or 0.
             stream: the current stream; None under the interpreter.
+            memory: that of :meth:`memory`, if it is there already.
         """
-        zeroed = torch.zeros(self.layout.zeroed.nbytes, dtype=torch.uint8, device=self.device)
-        buffers = {
-            "static": self._uploaded(stream),
-            "addresses": addresses,
-            "zeroed": zeroed,
-            "scratch": torch.empty(self.layout.scratch.nbytes, dtype=torch.uint8, device=self.device),
-        }
+        zeroed, scratch = memory or self.memory()
+        zeroed.zero_()
+        buffers = {"static": self._uploaded(stream), "addresses": addresses, "zeroed": zeroed, "scratch": scratch}
         self._launch(self.launches[:_LAUNCHES_FOR_FAULTS], buffers, stream)
         faults = self.rooms["faults"]
         return Workspace(stream, buffers, zeroed[: self.layout.results_bytes], zeroed[faults.offset : faults.stop])
@@ -292,8 +301,9 @@ class Program:
             for launch in launches:
                 launch(bases, handle)
         else:
-            for launch in launches:
-                launch.compile(self.rooms, self.numbers, buffers)
+            with _COMPILING:
+                for launch in launches:
+                    launch.compile(self.rooms, self.numbers, buffers)
 
     def result(self, name: str, results: npt.NDArray[np.uint8], *shape: int) -> npt.NDArray[Any]:
         """The array of this name in the results."""
