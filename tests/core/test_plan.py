@@ -13,7 +13,7 @@ import torch
 
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import submit
-from lovasz.core.plan import FUSE_ALL, KEPT_IMAGES, KEPT_PLANS, KEPT_WEIGHTS, Plan
+from lovasz.core.plan import FUSE_ALL, FUSE_BELOW_PIXELS, KEPT_IMAGES, KEPT_PLANS, KEPT_WEIGHTS, Plan
 from lovasz.core.scoring import segment_factors, select_segments
 from lovasz.spec import CrossEntropy, LossLike, LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
@@ -128,14 +128,23 @@ def test_a_plan_that_comes_again_is_the_same_one_unless_it_is_large() -> None:
     total = weighted_sum(JOINT_LOSS)
     assert Plan.of(batch_of(total), total, CPU) is Plan.of(batch_of(total), total, CPU)
     assert Plan.of(batch_of(total), total, CPU) is not Plan.of(batch_of(total, sizes=(2, 1)), total, CPU)
-    for shapes in ([(KEPT_IMAGES + 1, 3)], [(1, KEPT_WEIGHTS // 2 + 1)], [(1, 3)] * (KEPT_IMAGES + 1)):  # Two terms.
+    images = (KEPT_IMAGES + 1, 3, FUSE_BELOW_PIXELS)
+    for shapes in ([images], [(1, KEPT_WEIGHTS // 2 + 1)], [(1, 3)] * (KEPT_IMAGES + 1)):  # Two terms.
         large = batch_of(total, shapes, [len(shapes)])
         assert Plan.of(large, total, CPU) is not Plan.of(large, total, CPU)
 
 
+def test_a_point_cloud_is_a_small_plan_unless_each_point_is_scored_as_an_image() -> None:
+    joint, images = weighted_sum(JOINT_LOSS), weighted_sum(LovaszSoftmax(per_image=True))
+    cloud = [(100 * KEPT_IMAGES, 3)]
+    assert Plan.of(batch_of(joint, cloud, [1]), joint, CPU) is Plan.of(batch_of(joint, cloud, [1]), joint, CPU)
+    assert Plan.of(batch_of(images, cloud, [1]), images, CPU) is not Plan.of(batch_of(images, cloud, [1]), images, CPU)
+
+
 def test_what_is_derived_from_a_plan_is_kept_with_it_unless_it_is_large() -> None:
     total = weighted_sum(JOINT_LOSS)
-    small, large = (Plan.of(batch_of(total, [(images, 3)], [1]), total, CPU) for images in (8, KEPT_IMAGES + 1))
+    shapes = [(images, 3, FUSE_BELOW_PIXELS) for images in (8, KEPT_IMAGES + 1)]
+    small, large = (Plan.of(batch_of(total, [shape], [1]), total, CPU) for shape in shapes)
     assert small.kept(Derived) is small.kept(Derived)
     assert large.kept(Derived) is not large.kept(Derived)
 

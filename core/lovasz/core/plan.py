@@ -26,9 +26,13 @@ from lovasz.spec import BinaryCrossEntropy, CrossEntropy, Layout, Loss, LovaszLo
 KEPT_PLANS = 48
 KEPT_IMAGES = 1 << 8
 KEPT_WEIGHTS = 1 << 11
-"""Plans of batches with more images than the one, or more classes x terms than the other, are not kept. Callers choose
-what is kept: so many plans take about 16 MiB at most, with what Numba's backend keeps with them."""
+"""Plans of batches with more images than the one, or more classes x terms than the other, are not kept. Images that all
+backends fuse count as one. Callers choose what is kept: so many plans take about 16 MiB at most, with what Numba's
+backend keeps with them."""
 
+FUSE_BELOW_PIXELS = 64
+"""The least value of ``fuse_below`` in ``Plan.planes``. It fuses the points of a cloud: loops over the pixels of a
+plane need enough pixels."""
 FUSE_ALL = 1 << 62
 """The value of ``fuse_below`` in ``Plan.planes`` that fuses images of any size."""
 
@@ -156,7 +160,7 @@ class Plan:
     def of(cls, batch: Batch, loss: WeightedSum, device: torch.device) -> Plan:
         """The plan of a batch; reuses an equal plan that is still kept."""
         layouts = batch.layouts
-        is_small = sum([layout.images or 1 for layout in layouts]) <= KEPT_IMAGES
+        is_small = sum([layout.images or 1 for layout in layouts]) <= KEPT_IMAGES or _planes_are_few(layouts, loss)
         is_small = is_small and bool(layouts) and layouts[0].channels * len(loss.terms) <= KEPT_WEIGHTS
         make = _kept if is_small else cls
         return make(loss, layouts, batch.sizes, device)
@@ -304,6 +308,13 @@ class Plan:
             labels=first * (self.channels if self.is_binary else 1),
             of_joint=np.bincount(joint, count, len(self.sizes)).astype(np.int64),
         )
+
+
+def _planes_are_few(layouts: tuple[Layout, ...], loss: WeightedSum) -> bool:
+    """Whether there are at most ``KEPT_IMAGES`` planes, with any backend."""
+    if loss.scores_images:
+        return False
+    return sum([1 if layout.pixels < FUSE_BELOW_PIXELS else layout.images for layout in layouts]) <= KEPT_IMAGES
 
 
 @lru_cache(maxsize=KEPT_PLANS)

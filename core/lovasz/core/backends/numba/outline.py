@@ -16,7 +16,7 @@ from lovasz.core.backends.numba.fixed_point import sum_bits
 from lovasz.core.backends.numba.planes import FLOAT32, FLOAT_BYTES, LABEL_BYTES, Blocks, Integers, Labelling
 from lovasz.core.backends.numba.segments import Segments
 from lovasz.core.backends.numba.whole import Groups, Joints, Terms
-from lovasz.core.plan import Plan, Term
+from lovasz.core.plan import FUSE_BELOW_PIXELS, Plan, Term
 from lovasz.core.scoring import segment_factors
 
 BLOCK_PIXELS = 1 << 14
@@ -24,9 +24,6 @@ BLOCK_PIXELS = 1 << 14
 
 BLOCK_MULTIPLE = 64
 """Blocks begin at multiples of this."""
-
-FUSE_BELOW_PIXELS = 64
-"""Images of fewer pixels are fused, also the points of a cloud: loops over the pixels of a plane need enough pixels."""
 
 MOST_BYTE = 255
 """Codes up to this are bytes."""
