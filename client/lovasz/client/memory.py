@@ -24,6 +24,8 @@ _MAX_RATIO = 2
 SMALL_BYTES = 64 << 10
 """Arrays of at most this size need no pool: the C library keeps memory for them."""
 _SIZE = attrgetter("nbytes")
+_ANONYMOUS = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""Windows has no such flags."""
 
 
 class Memory:
@@ -40,7 +42,7 @@ class Memory:
             OSError: there is no memory left.
         """
         self.nbytes = nbytes
-        self.map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.map = mmap.mmap(-1, nbytes, **_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.map.madvise(mmap.MADV_HUGEPAGE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
@@ -64,6 +65,8 @@ class ClientOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timeout", checked_timeout(self.timeout))
+        if self.transport is Transport.SHM and not wire.CAN_SHARE_MEMORY:
+            raise ValueError(f"transport: got 'shm' on {sys.platform}; expected Linux")
         if self.wire_dtype is not None and not self.wire_dtype.is_float:
             raise ValueError(_wire_dtype_problem(self.wire_dtype.name))
         object.__setattr__(self, "http_proxy", flag("http_proxy", self.http_proxy))

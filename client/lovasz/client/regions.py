@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import weakref
@@ -100,6 +99,8 @@ class Region(Memory, Shared):
         Raises:
             OSError: there is no memory left.
         """
+        import fcntl  # Windows has none.
+
         descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Allocating all pages at once is faster than one by one at the first writes.

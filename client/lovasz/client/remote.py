@@ -109,9 +109,8 @@ class RemoteTarget:
         self._channels, self._retries = self._connection.channels, self._connection.retries
         self._memory: MemoryPool[Memory] = MemoryPool(Memory)
         self._shared: SharedMemory | None = None
-        if path is not None and self._transport is not Transport.GRPC:
-            waits = self._transport is Transport.SHM
-            self._shared = SharedMemory(path, self._connection, waits=waits)
+        if path is not None and self._transport is not Transport.GRPC and wire.CAN_SHARE_MEMORY:
+            self._shared = SharedMemory(path, self._connection, waits=self._transport is Transport.SHM)
         self._devices = None if self._shared is None else Devices(self._shared)
 
     def prepare(

@@ -101,7 +101,8 @@ def _begin_all() -> None:
         threads._begin()
 
 
-os.register_at_fork(after_in_child=_begin_all)
+if hasattr(os, "register_at_fork"):  # Windows has no fork.
+    os.register_at_fork(after_in_child=_begin_all)
 
 
 def _run(queue: SimpleQueue[_Work | None], idle: threading.Semaphore) -> None:

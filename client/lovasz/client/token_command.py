@@ -47,14 +47,12 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _append(path: str, line: str) -> None:
     """One write, so that a server never reads half a line. The line gets the limits that its name has."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        size = os.fstat(descriptor).st_size
-        is_inside_line = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        limits = _limits(os.pread(descriptor, size, 0).decode(errors="replace"), line.partition(":")[0])
-        os.write(descriptor, f"{os.linesep if is_inside_line else ''}{' '.join([line, *limits])}\n".encode())
-    finally:
-        os.close(descriptor)
+    with open(path, "ab+", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+        limits = _limits(text, line.partition(":")[0])
+        line_end = "\n" if text and not text.endswith("\n") else ""
+        file.write(f"{line_end}{' '.join([line, *limits])}\n".encode())
 
 
 def _limits(text: str, name: str) -> list[str]:

@@ -19,6 +19,7 @@ from lovasz.wire.losses import loss_from_proto, loss_to_proto
 from lovasz.wire.messages import Request, Response, TensorSpec
 from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
 from lovasz.wire.sockets import (
+    CAN_SHARE_MEMORY,
     MAX_PACKET_BYTES,
     MAX_REGIONS,
     MAX_SOCKET_PATH_BYTES,
@@ -31,6 +32,7 @@ from lovasz.wire.sockets import (
 
 __all__ = [
     "ALIGNMENT",
+    "CAN_SHARE_MEMORY",
     "CHUNK_BYTES",
     "DTYPES",
     "FLOATS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
@@ -9,6 +10,8 @@ UNIX = "unix:"
 """The prefix of a Unix socket's address."""
 MAX_SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux."""
+CAN_SHARE_MEMORY = hasattr(os, "memfd_create")
+"""Whether this system has what memory is shared with; Linux has."""
 MEMORY_SUFFIX = ".memory"
 """The socket on which memory is shared has the path of gRPC's Unix socket and this suffix."""
 MAX_PACKET_BYTES = 64 << 10

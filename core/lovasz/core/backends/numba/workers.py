@@ -21,7 +21,8 @@ class Workers:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._size = 0
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # Windows has no fork.
+            os.register_at_fork(after_in_child=self._forget)
 
     def run(
         self,
