@@ -230,6 +230,18 @@ def test_regions_of_a_pool_are_closed_with_it() -> None:
     assert descriptors_of("lovasz") == before
 
 
+def test_a_closed_pool_keeps_nothing_that_comes_back_later() -> None:
+    before = descriptors_of("lovasz")
+    pool: MemoryPool[Region] = MemoryPool(Region)
+    array, region = pool.new((SIDE, SIDE), FLOAT32), pool.take(40_000)
+    pool.close()
+    pool.give(region)
+    del array, region
+    gc.collect()
+    assert descriptors_of("lovasz") == before
+    assert pool.take(40_000).nbytes == 40_000
+
+
 def test_regions_that_a_pool_keeps_can_still_be_shared() -> None:
     pool: MemoryPool[Region] = MemoryPool(Region)
     for region in [Region(40_000) for _ in range(KEPT - 1)]:

@@ -40,7 +40,7 @@ class StreamTarget:
         self._streams = streams
 
     def prepare(self, *_: object) -> Any:
-        return SimpleNamespace(compute=lambda _: self._streams.current)
+        return SimpleNamespace(compute=lambda _: self._streams.current, discard=lambda: None)
 
     def close(self) -> None:
         pass

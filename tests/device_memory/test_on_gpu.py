@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from lovasz.client import LossClient, LovaszSoftmax
 from lovasz.client.torch import RemoteLoss
 from lovasz.device_memory.cuda import CudaDriver
+from lovasz.device_memory.driver import DriverError
 from lovasz.device_memory.mapping import create
 from lovasz.device_memory.mapping import load as load_memory
 
@@ -94,6 +96,30 @@ def test_memory_is_made_handed_over_and_freed() -> None:
     assert used_bytes() >= before + 100 * MIB
     del made, loaded, content, copied
     assert used_bytes() < before + 10 * MIB
+
+
+def test_what_is_no_such_memory_is_refused() -> None:
+    """In a thread in which nothing has used the GPU, as those that read packets are."""
+    torch.zeros(1, device="cuda")
+    driver = CudaDriver()
+    made, descriptor = create(driver, 0, MIB)
+    host, nothing = os.memfd_create("host"), os.open("/dev/null", os.O_RDWR)
+    os.ftruncate(host, made.nbytes)
+    refused: list[DriverError] = []
+
+    def try_all() -> None:
+        for given, nbytes in ((descriptor, 2 * made.nbytes), (host, made.nbytes), (nothing, made.nbytes)):
+            try:
+                load_memory(driver, given, nbytes, 0)
+            except DriverError as error:
+                refused.append(error)
+        assert load_memory(driver, descriptor, made.nbytes, 0).nbytes == made.nbytes
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(try_all).result()
+    for one in (descriptor, host, nothing):
+        os.close(one)
+    assert len(refused) == 3
 
 
 @pytest.mark.parametrize("case", load(), ids=lambda case: case.name)
@@ -176,8 +202,11 @@ threading.Event().wait(60)
 
 @pytest.mark.parametrize(("phase", "after"), [("holding", 0.0), *(("calling", 0.003 * k) for k in range(6))])
 def test_a_client_that_is_killed_leaves_no_memory_behind(target: str, phase: str, after: float) -> None:
+    logits, labels = tensors(1500)
     with LossClient(target) as client:
-        client.compute(*tensors(1500), SOFTMAX)  # What the server keeps for such requests is there from here on.
+        for _ in range(6):  # What the server keeps for such requests is there from here on, for both of its streams.
+            client.compute(logits, labels.to(torch.uint8), SOFTMAX)
+    del logits, labels
     before = used_bytes()
     command = [sys.executable, "-c", CLIENT, phase, target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

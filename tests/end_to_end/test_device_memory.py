@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import torch
 from support.device_server import device_server
 from support.fork_server import Forked
 from support.host_driver import NAME, HostDriver
+from support.imports import REPOSITORY
 from support.late_socket import late_socket
 from support.scrape import metric
 from support.torch_tensors import tensors
@@ -236,6 +238,54 @@ def test_without_device_memory_tensors_go_through_shared_memory_and_the_log_says
     assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(150), SOFTMAX).grad)
     (told,) = (record.getMessage() for record in caplog.records)
     assert told == f"device memory is not used ({reason}): tensors go through the host's memory"
+
+
+def test_a_client_does_not_look_for_more_memory_at_each_call(
+    sharing: ServerProcess, driver: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look takes time, and frees what torch keeps for the trainer."""
+    looks = []
+    monkeypatch.setattr(device_memory, "open_driver", lambda: HostDriver(memory_bytes=1))
+    monkeypatch.setattr(SharedMemory, "settle", lambda self: looks.append(self))
+    with LossClient(sharing.target) as client:
+        ways = {client.compute(*tensors(50), SOFTMAX).timing.transport for _ in range(5)}
+    assert (ways, len(looks)) == ({"shm"}, 1)
+
+
+def test_a_gradient_that_outlives_its_client_is_freed_when_it_is_dropped(
+    sharing: ServerProcess, driver: HostDriver
+) -> None:
+    with LossClient(sharing.target) as client:
+        result = client.compute(*tensors(50), SOFTMAX)
+    assert torch.equal(result.grad, LossClient("inprocess").compute(*tensors(50), SOFTMAX).grad)
+    del result
+    gc.collect()
+    assert (client.target, driver.in_use) == (sharing.target, (0, 0))
+
+
+def test_a_forked_process_that_closes_the_client_leaves_the_session_to_its_parent(sharing: ServerProcess) -> None:
+    code = f"""
+import os, warnings
+from support.host_driver import HostDriver
+from support.torch_tensors import tensors
+from lovasz.client import LossClient, LovaszSoftmax, device_memory, devices
+warnings.simplefilter("ignore")  # Python warns of forks of processes with threads.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+driver, devices.DEVICE_TYPE = HostDriver(1), "cpu"
+device_memory.open_driver = lambda: driver
+client = LossClient({sharing.target!r})
+for turn in range(3):
+    assert client.compute(*tensors(30), LovaszSoftmax()).timing.transport == "device"
+    if not (child := os.fork()):
+        client.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+client.close()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY / "tests", capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("transport", ["auto", "shm"])

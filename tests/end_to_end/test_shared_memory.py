@@ -270,6 +270,22 @@ with LossClient({sharing.target!r}) as client:
     assert eventually(lambda: waiting() == 0)
 
 
+def test_calls_that_are_cancelled_before_they_begin_give_their_regions_back(sharing: ServerProcess) -> None:
+    request = tensors(50)
+    with LossClient(sharing.target, transport="shm", timeout=10) as client:
+        for _ in range(wire.MAX_REGIONS + 1):
+            client.compute(*request, SOFTMAX)  # Its region is shared, and idle then.
+            go_on = threading.Event()
+            busy = [client._threads.submit(go_on.wait) for _ in range(client._threads._max_threads)]
+            pending = client.submit(*request, SOFTMAX)
+            assert pending.cancel()
+            go_on.set()
+            for one in busy:
+                one.result()
+        assert eventually(lambda: len(client._target._shared.regions._idle) == 1)
+        assert client.compute(*request, SOFTMAX).timing.transport == "shm"
+
+
 def test_a_child_of_a_fork_has_its_own_session_and_memory(sharing: ServerProcess) -> None:
     code = f"""
 import os, sys

@@ -185,8 +185,9 @@ class LossClient:
         try:
             # In the caller's context, so that the call belongs to the caller's trace.
             work = partial(contextvars.copy_context().run, self._finish, call, deadline)
-            return self._threads.submit(on_current_stream(logits, work))
+            return self._threads.submit(on_current_stream(logits, work), call.discard)
         except RuntimeError:
+            call.discard()
             self._check_open()
             raise
 

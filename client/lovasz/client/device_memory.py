@@ -150,7 +150,7 @@ class DeviceMemory:
             if error.code != OUT_OF_MEMORY:
                 raise
         # What was freed is still kept: here, by the server until it knows, and by torch.
-        pool.close()
+        pool.clear()
         self._shared.settle()
         torch.cuda.empty_cache()
         return DeviceRegion(self._driver, device, nbytes, pool)

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 DEVICE_TYPE = "cuda"
 """Torch's name for the devices whose memory can be shared."""
 _PAUSE_SECONDS = 30.0
-"""How long a client whose server has refused its device memory does without."""
+"""How long a client does without device memory that its server has refused, or that its GPU has no more of."""
 
 
 class Devices:
@@ -70,7 +70,10 @@ class Devices:
             return memory.take(logits.device, nbytes, timeout)
         except (grpc.RpcError, ValueError):
             return None  # No server answers, the time is up, or the client was closed: the call itself says so.
-        except (DriverError, LossError) as error:
+        except DriverError as error:
+            self.pause(error)  # To look for memory that is not there takes time, and frees what torch keeps.
+            return None
+        except LossError as error:
             self._tell(str(error))
             return None
 

@@ -44,6 +44,9 @@ class Call:
             grad = grad.cpu().numpy()
         return spec.Result(result.loss, grad, result.terms, result.intersection, result.union, timing)
 
+    def discard(self) -> None:
+        """It holds nothing but tensors."""
+
     def _of_no_images(self) -> spec.Result[torch.Tensor]:
         request = Request(self.logits, self.labels, self.layout)
         (answer,) = submit([request], self.loss, self.logits.device, want_grad=self.want_grad).collect()

@@ -88,6 +88,7 @@ class Pool(Generic[BlockT]):
         self._make = make
         # No lock: the garbage collector may return a block at any point of any thread.
         self._idle: deque[BlockT] = deque()
+        self._closed = False
 
     def take(self, nbytes: int) -> BlockT:
         """A block of at least ``nbytes`` bytes."""
@@ -109,13 +110,20 @@ class Pool(Generic[BlockT]):
         return self._make(nbytes) if fitting is None else fitting
 
     def give(self, memory: BlockT) -> None:
-        """Returns a block to the pool."""
+        """Returns a block to the pool. A closed pool only drops it: the garbage collector may call this."""
         self._idle.append(memory)
+        if self._closed:
+            self._idle.clear()
 
-    def close(self) -> None:
+    def clear(self) -> None:
         """Frees the idle blocks."""
         while self._idle:
             self._idle.pop().close()
+
+    def close(self) -> None:
+        """Frees the idle blocks, and keeps none from now on."""
+        self._closed = True
+        self.clear()
 
 
 class MemoryPool(Pool[MemoryT]):
@@ -125,7 +133,7 @@ class MemoryPool(Pool[MemoryT]):
         """A part of a block as an array; the block returns to the pool when the array's last view is gone."""
         # A view of a view keeps a reference to the object that owns the memory, not to the first view.
         owner: Any = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_buffer(memory.map, offset)
-        weakref.finalize(owner, self._idle.append, memory).atexit = False
+        weakref.finalize(owner, self.give, memory).atexit = False
         array: npt.NDArray[Any] = np.frombuffer(owner, dtype)
         return array.reshape(shape)
 

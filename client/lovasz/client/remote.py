@@ -76,6 +76,13 @@ class Call:
         """Computes it on the server within ``timeout`` seconds, retries included."""
         return self.target.compute(self, timeout)
 
+    def discard(self) -> None:
+        """Gives its memory back to the pools."""
+        for memory in self.memory:
+            self.target._memory.give(memory)
+        if self.region is not None:
+            self.region.give_back()
+
 
 Answer = tuple[wire.Response, Array]
 """A response, and its gradient as it was sent (empty if none was wanted)."""
@@ -258,17 +265,16 @@ class RemoteTarget:
     def close(self) -> None:
         self._connection.close()
         self._memory.close()
+        if self._shared is not None:
+            self._shared.close()  # First: in a forked process it leaves the session to the parent.
         if self._devices is not None:
             self._devices.close()
-        if self._shared is not None:
-            self._shared.close()
 
     def _in_messages(self, call: Call, timeout: float) -> Answer:
         try:
             return self._over_grpc(call, timeout)
         finally:
-            for memory in call.memory:
-                self._memory.give(memory)
+            call.discard()
 
     def _over_grpc(self, call: Call, timeout: float) -> Answer:
         send = self._unary if call.request.payload_bytes <= UNARY_BYTES else self._stream

@@ -273,7 +273,7 @@ class SharedMemory:
             session = self._session
             if session is not None:
                 if session.is_full:
-                    self.regions.close()  # The idle ones.
+                    self.regions.clear()
                 try:
                     session.share(region, left())
                     return session

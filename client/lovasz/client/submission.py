@@ -17,7 +17,8 @@ from lovasz.spec.arrays import is_torch
 
 ResultT = TypeVar("ResultT")
 
-_Work = tuple[Future[Any], Callable[[], Any]]
+_Work = tuple[Future[Any], Callable[[], Any], Callable[[], None]]
+"""What to do, and what to do instead if that is cancelled before it begins."""
 
 
 class CallThreads:
@@ -43,8 +44,11 @@ class CallThreads:
         # Ends the threads of a client that was dropped and not closed.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
-    def submit(self, work: Callable[[], ResultT]) -> Future[ResultT]:
+    def submit(self, work: Callable[[], ResultT], discard: Callable[[], None] = lambda: None) -> Future[ResultT]:
         """Runs the work in a thread.
+
+        Args:
+            discard: is called instead if the future was cancelled before.
 
         Raises:
             RuntimeError: :meth:`close` was called.
@@ -53,7 +57,7 @@ class CallThreads:
         with self._lock:
             if self._closed:
                 raise RuntimeError("closed")
-            self._queue.put((future, work))
+            self._queue.put((future, work, discard))
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_threads:
                 name = f"lovasz-submit_{len(self._threads)}"
                 thread = threading.Thread(target=_run, args=(self._queue, self._idle), name=name, daemon=True)
@@ -111,8 +115,10 @@ def _run(queue: SimpleQueue[_Work | None], idle: threading.Semaphore) -> None:
         if item is None:
             queue.put(None)  # For the next thread.
             return
-        future, work = item
-        if future.set_running_or_notify_cancel():
+        future, work, discard = item
+        if not future.set_running_or_notify_cancel():
+            discard()
+        else:
             try:
                 result = work()
             except BaseException as error:
@@ -121,5 +127,5 @@ def _run(queue: SimpleQueue[_Work | None], idle: threading.Semaphore) -> None:
             else:
                 future.set_result(result)
                 del result
-        del item, future, work  # So that no tensors are held while waiting for the next call.
+        del item, future, work, discard  # So that no tensors are held while waiting for the next call.
         idle.release()

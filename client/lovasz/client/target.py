@@ -133,6 +133,9 @@ class PreparedCall(Protocol):
             LossError: the computation failed.
         """
 
+    def discard(self) -> None:
+        """Gives back what it holds, in place of ``compute``."""
+
 
 class Target(Protocol):
     """Where losses are computed."""

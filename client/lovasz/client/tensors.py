@@ -121,6 +121,8 @@ class Outgoing:
             source = _as_torch(array, self.dtype.name)
             if source is None:
                 source = torch.tensor(array)
+        elif source.is_cuda:
+            source = source.to(place.device)  # Another GPU's kernels cannot write to a region.
         place.copy_(source)
 
 

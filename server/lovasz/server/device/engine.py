@@ -16,9 +16,10 @@ import torch
 
 from lovasz.core.answers import Answer as CoreAnswer
 from lovasz.core.answers import JointFault, Pending
-from lovasz.core.dispatch import advice, give_memory_back, installed, submit, warm_up
+from lovasz.core.dispatch import advice, installed, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.device.gradients import to_callers
+from lovasz.server.device.kept_memory import KeptMemory
 from lovasz.server.device.self_test import computes_known_losses
 from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
 from lovasz.server.memory.exhaustion import is_out_of_memory
@@ -92,6 +93,7 @@ class Engine:
         """Held by the thread that uses the device."""
         self.busy_since: float | None = None
         self._busy_until = -math.inf
+        self._kept_memory = KeptMemory(device)
         self._held: tuple[Job, ...] = ()
         """The jobs that are being computed."""
         self.passed_check = False
@@ -210,6 +212,7 @@ class Engine:
     def _step(self, batch: list[Job], running: _Running | None) -> _Running | None:
         """As :meth:`_advance`; checks an idle device when that is due."""
         if not batch and not running:
+            self._kept_memory.free_if_idle(self._busy_until)
             if time.monotonic() - self._last_check >= self._health_interval_seconds:
                 self._check()
             return None
@@ -324,9 +327,8 @@ class Engine:
             _refuse(jobs, AbandonedError())
             return
         traceback.clear_frames(error.__traceback__)  # They hold what the failed attempt took of the device's memory.
-        if self.device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
-            give_memory_back()
-            torch.cuda.empty_cache()
+        if isinstance(error, torch.OutOfMemoryError):
+            self._kept_memory.free()
         if len(jobs) > 1:
             _log.warning("batch failed; computing it in halves", extra={"requests": len(jobs), "error": str(error)})
             middle = len(jobs) // 2
