@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.fork_server import ForkedServer
+from support.http2 import Connection
 from support.messages import header_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
@@ -250,6 +251,41 @@ def is_refused(target: str) -> bool:
         except ServerUnavailableError:
             return True
     return False
+
+
+def test_those_who_watch_health_and_do_not_read_hold_up_nobody() -> None:
+    watch = "/grpc.health.v1.Health/Watch"
+    with ForkedServer(["--device", "cpu"]) as server, Connection(server.target, window=0) as lazy:
+        for _ in range(20):
+            lazy.call(watch, b"")
+        with grpc.insecure_channel(server.target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for _ in range(10):
+                assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
+            assert next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)).status == SERVING
+        assert eventually(lambda: len(lazy.ended) == 20)
+        assert server.stop() == 0
+
+
+def test_a_signal_that_interrupts_the_wait_for_it_is_not_lost() -> None:
+    """Its handler runs in the thread that it interrupts, which may hold any lock of what it waits for."""
+    code = """
+import os, signal, threading
+from lovasz.server.__main__ import _on_signals, _Stopping
+stopping = _Stopping()
+_on_signals(stopping.set_by_signal)
+with stopping._cond:
+    signal.raise_signal(signal.SIGTERM)
+    assert stopping.is_set()
+stopping.wait_here()
+for act, *arguments in ((os.kill, os.getpid(), signal.SIGINT), (lambda: stopping.set(),)):
+    stopping = _Stopping()
+    _on_signals(stopping.set_by_signal)
+    threading.Timer(0.2, act, arguments).start()
+    stopping.wait_here()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_sigterm_finishes_what_was_accepted_and_takes_nothing_new() -> None:

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import NoReturn
 
 from lovasz.server.config import ServerConfig, unknown_variables
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _log.warning("variables that are not settings", extra={"variables": unknown})
     _on_signals(lambda: _exit_at_once(0))  # Nothing listens yet.
     _log.info("starting", extra={"version": VERSION, "device": config.device})
-    stopping = threading.Event()
+    stopping = _Stopping()
     # Not earlier: it takes seconds to import torch, and an invalid flag should be reported at once.
     try:
         with _imports_that_stay():
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _log.error(f"the server needs {error.name}: pip install 'lovasz[server,cpu]'")
         return 2
 
-    _on_signals(stopping.set)
+    _on_signals(stopping.set_by_signal)
     try:
         server = Server(config, stopping)
         ready = server.start()
@@ -71,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server.abandon()
         _log.info("stopped while it started")
         _exit_at_once(0)  # A compilation cannot be interrupted.
-    # Not forever: a signal that comes just before the wait would not wake it, and its handler would never run.
-    while not stopping.wait(_LOOK_SECONDS):
-        pass
+    stopping.wait_here()
     if server.failure:
         _end_in(_STOP_SECONDS)
         server.abandon()
@@ -109,6 +108,28 @@ def _raise_descriptor_limit() -> None:
     most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class _Stopping(threading.Event):
+    """Set by signals, too. Their handler may interrupt code that holds an event's lock: it must not take that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._signals: SimpleQueue[None] = SimpleQueue()  # Whose ``put`` may interrupt its other methods.
+        self._by_signal = False
+
+    def set_by_signal(self) -> None:
+        self._by_signal = True
+        self._signals.put(None)
+
+    def is_set(self) -> bool:
+        return self._by_signal or super().is_set()
+
+    def wait_here(self) -> None:
+        """Waits in the thread that signals interrupt. Not for one of them, as others set the event, too."""
+        while not self.is_set():
+            with suppress(Empty):
+                self._signals.get(timeout=_LOOK_SECONDS)
 
 
 def _on_signals(act: Callable[[], object]) -> None:

@@ -147,10 +147,10 @@ def test_the_next_call_of_a_rank_drops_its_answers_and_no_others(desk: Desk) -> 
     desk.compute()
     ended(*(desk.ask(rank) for run in ("a", "b") for rank in ranks_of(2, run=run)))
     assert desk.joints.kept == 4
-    first = desk.ask(Rank(run="a", rank=0, step=1))
+    first = desk.ask(Rank(run="a", rank=0, step=1, blocking=True))
     assert desk.waits_for(1)
     assert desk.joints.kept == 3
-    ended(first, desk.ask(Rank(run="a", rank=1, step=1)))
+    ended(first, desk.ask(Rank(run="a", rank=1, step=1, blocking=True)))
     assert desk.joints.kept == 4
     assert desk.joints._reclaim(None)
     assert not desk.joints._kept._calls
@@ -422,11 +422,25 @@ def test_an_answer_can_be_had_again_until_its_rank_comes_with_its_next_step(desk
     assert desk.admission.requests_in_flight == 0
     for _ in range(2):
         assert ended(desk.ask(ranks[0]))[0].grad == first.grad
-    following = desk.ask(Rank(rank=0, step=1))
+    following = desk.ask(Rank(rank=0, step=1, blocking=True))
     assert desk.waits_for(1)
     assert desk.joints.kept == 1
     assert ended(desk.ask(ranks[1]))[0].grad == second.grad
     ended(following, desk.ask(Rank(rank=1, step=1)))
+
+
+def test_a_rank_with_several_calls_at_a_time_can_ask_for_the_answer_to_an_earlier_one(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost with its connection, while the next call was made already."""
+    desk.compute()
+    ranks = ranks_of(2)
+    first, _ = ended(*map(desk.ask, ranks))
+    ended(desk.ask(Rank(rank=0, step=1)), desk.ask(Rank(rank=1, step=1)))
+    assert ended(desk.ask(ranks[0]))[0].grad == first.grad
+    monkeypatch.setattr(kept, "ASK_AGAIN_SECONDS", -1.0)
+    ended(desk.ask(Rank(rank=0, step=2)), desk.ask(Rank(rank=1, step=2)))
+    assert desk.joints.kept == 2
 
 
 def test_an_answer_is_kept_for_a_while_only(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,7 +608,7 @@ def test_a_server_that_drains_waits_for_ranks_that_may_have_lost_their_answers(
     assert ended(desk.ask(ranks[0]))[0].grad == before[0].grad
     for rank in range(2):
         assert waiting.is_alive()
-        assert ended(desk.ask(Rank(rank=rank, step=1)))[0].code is UNAVAILABLE
+        assert ended(desk.ask(Rank(rank=rank, step=1, blocking=True)))[0].code is UNAVAILABLE
     waiting.join(60)  # Ranks that come with the next step have received their answers.
     assert not waiting.is_alive()
 

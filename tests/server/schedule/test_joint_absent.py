@@ -400,7 +400,7 @@ def test_runs_are_forgotten_when_nobody_comes_for_long(desk: Desk, monkeypatch: 
 
 
 def test_what_is_remembered_of_runs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendance, "MAX_ENTRIES", 8)
+    monkeypatch.setattr(attendance, "MAX_ENTRIES", 9)
     runs = Attendance()
     for number in range(50):
         for rank in range(2):
@@ -411,6 +411,9 @@ def test_what_is_remembered_of_runs_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     runs.leave(wire.Joint("run 49", 1, 0, 3, round=8), 0)
     runs.leave(wire.Joint("run 49", 1, 0, 3, round=9), 0)
     assert len(runs) == 0, "one run alone can have too many, too"
+    for number in range(50):  # Of callers that do not name their process.
+        runs.come(wire.Joint(f"run {number}", 0, 0, 3), want_grad=True)
+    assert len(runs) <= 9
 
 
 # --- Ranks that wait at different steps ---------------------------------------------------------------------------

@@ -175,3 +175,14 @@ def test_the_time_that_ranks_wait_in_vain_counts_as_waiting_for_others() -> None
     assert counted(desk) == {"receive": 1, "joint": 1}
     assert (sample(desk, "phase_seconds_sum", phase="joint") or 0) > 0
     desk.close()
+
+
+def test_a_streamed_answer_is_watched_from_its_header_on(desk: Desk) -> None:
+    """A caller may read nothing at all."""
+    desk.compute()
+    go_on, carrier = threading.Event(), DeskCarrier()
+    go_on.set()
+    answer = desk.stream(Rank(world_size=0), go_on, carrier)
+    next(answer)
+    assert len(desk.service.sending._answers) == 1
+    list(answer)

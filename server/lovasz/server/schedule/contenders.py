@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 CONTENDED_SECONDS = 5.0
 """A caller counts as one of several for this time after its last request: a trainer is away for a step meanwhile."""
 
+_FORGOTTEN_AT_ONCE = 2
+"""More than come at a time."""
+
 WhoT = TypeVar("WhoT")
 
 
@@ -23,8 +26,9 @@ class Contenders(Generic[WhoT]):
 
     def see(self, who: WhoT) -> None:
         """Somebody has sent a request."""
-        self._seen[who] = time.monotonic()
+        self._seen[who] = now = time.monotonic()
         self._seen.move_to_end(who)
+        self._forget(now, most=_FORGOTTEN_AT_ONCE)  # Nobody may ask whether there are several.
 
     def __contains__(self, who: WhoT) -> bool:
         """Whether this one has, as far as was noticed (:attr:`are_several`)."""
@@ -37,7 +41,12 @@ class Contenders(Generic[WhoT]):
     @property
     def are_several(self) -> bool:
         """Whether there is more than one."""
-        until = time.monotonic() - CONTENDED_SECONDS
-        while self._seen and next(iter(self._seen.values())) < until:
-            self._seen.popitem(last=False)
+        self._forget(time.monotonic(), most=len(self._seen))
         return len(self._seen) > 1
+
+    def _forget(self, now: float, most: int) -> None:
+        """Forgets so many of those whose last request is long ago."""
+        for _ in range(most):
+            if next(iter(self._seen.values())) >= now - CONTENDED_SECONDS:
+                break
+            self._seen.popitem(last=False)

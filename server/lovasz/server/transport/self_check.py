@@ -54,6 +54,12 @@ class SelfCheck:
         try:
             stub.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_SECONDS)
         except grpc.RpcError as error:
+            if not os.path.exists(path):
+                # Something cleaned up the folder of temporary files. Callers have other sockets.
+                if not self._failures[path]:
+                    _log.warning("a socket was removed: gRPC is not checked there any more", extra={"path": path})
+                self._failures[path] = 1
+                return
             if error.code() in _DEAD:
                 self._failures[path] += 1
                 _log.error("gRPC does not answer", extra={"times": self._failures[path], "reason": error.code().name})

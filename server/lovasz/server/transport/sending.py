@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.transport.carrier import Carrier
+
+MessageT = TypeVar("MessageT")
 
 MOST_UNSENT_BYTES = 64 << 20
 """Answers of one message that gRPC may hold beside the memory budget. Beyond that they keep what they have reserved."""
@@ -37,7 +40,7 @@ class SendWatch:
         self._answers: set[_Sending] = set()
         self._unsent_bytes = 0
 
-    def watched(self, messages: Iterable[memoryview], context: Carrier) -> Iterator[memoryview]:
+    def watched(self, messages: Iterable[MessageT], context: Carrier) -> Iterator[MessageT]:
         """Passes on the messages of an answer. The caller has to take each within the stall timeout."""
         answer = self._begin(context)
         if not context.add_callback(partial(self._end, answer)):

@@ -168,8 +168,9 @@ class LossServicer:
                 answer = call.compute(header, receiver.payload)
             finally:
                 receiver.stop()
-            yield pb.ComputeStreamResponse(header=call.response_header(header, answer))
-            yield from self.sending.watched(wire.chunks([grad_bytes(answer)]), context)
+            first: list[pb.ComputeStreamResponse | memoryview]
+            first = [pb.ComputeStreamResponse(header=call.response_header(header, answer))]
+            yield from self.sending.watched(itertools.chain(first, wire.chunks([grad_bytes(answer)])), context)
 
     def abort_step(
         self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext

@@ -80,7 +80,7 @@ class _Run:
 
     @property
     def entries(self) -> int:
-        return len(self.processes) + len(self.last) + len(self.evaluated) + sum(map(len, self.left.values()))
+        return 1 + len(self.processes) + len(self.last) + len(self.evaluated) + sum(map(len, self.left.values()))
 
 
 class Attendance:

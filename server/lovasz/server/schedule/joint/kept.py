@@ -89,10 +89,19 @@ class KeptAnswers:
             self._answers[call] = kept
             self._calls.setdefault(_rank_of(kept.joint), set()).add(call)
 
-    def acknowledge(self, joint: wire.Joint) -> None:
-        """Drops the answers to earlier calls of a rank: as it comes with another call, it has received them."""
+    def acknowledge(self, joint: wire.Joint, *, leaves: bool = False) -> None:
+        """Drops the answers to earlier calls of a rank that comes with another call.
+
+        It has received them if it makes one call after the other (``joint.blocking``). If several at a time, it may
+        still ask for those that were sent a moment ago.
+
+        Args:
+            leaves: it has no further calls.
+        """
+        now = time.monotonic()
         for call in list(self._calls.get(_rank_of(joint), ())):
-            self._drop(call)
+            if leaves or joint.blocking or self._answers[call].expected_until < now:
+                self._drop(call)
 
     @property
     def expected_until(self) -> float:

@@ -243,7 +243,7 @@ class JointTable:
         joint, run, jobs = leave.joint, Run.of(leave.joint), []
         with self._changed:
             self._attendance.leave(joint, leave.evaluation_step)
-            self._kept.acknowledge(joint)
+            self._kept.acknowledge(joint, leaves=True)
             for group in self._waiting:
                 step = group.step
                 is_meant = (step.run, step.round, group.world_size) == (run, joint.round, joint.world_size)
