@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import pickle
 import shutil
 import subprocess
@@ -14,8 +16,16 @@ import torch
 from support.comparison import normal, random_labels
 from torch import Tensor
 
-from lovasz.core import CrossEntropy, LocalLoss, LovaszSoftmax, LovaszSoftmaxLoss, lovasz_hinge, lovasz_softmax
-from lovasz.core.compiling import key_of
+from lovasz.core import (
+    CrossEntropy,
+    LocalLoss,
+    LovaszSoftmax,
+    LovaszSoftmaxLoss,
+    compiling,
+    lovasz_hinge,
+    lovasz_softmax,
+)
+from lovasz.core.compiling import key_of_options, loss_operator
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -102,11 +112,31 @@ def test_gradients_have_the_memory_format_of_eager_mode(name: str, dtype: torch.
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_compiler_knows_the_memory_format_of_gradients(name: str) -> None:
     logits = FORMATS[name](normal(2, 4, 9, 8, seed=1, dtype=torch.float32)).requires_grad_()
-    labels, key = random_labels(2, *logits.shape[2:], values=4, seed=2), key_of(LovaszSoftmax())
+    labels, key = random_labels(2, *logits.shape[2:], values=4, seed=2), key_of_options("LovaszSoftmax")
     _, grad = torch.ops.lovasz.loss(logits, labels, key, 0, True)
     assert (grad.stride() == logits.stride()) == (name != "transposed")
     torch.library.opcheck(torch.ops.lovasz.loss.default, (logits, labels, key, 0, True))
     torch.library.opcheck(torch.ops.lovasz.loss.default, (logits.detach(), labels, key, 0, False))
+
+
+def test_modules_do_not_leave_their_losses_behind() -> None:
+    """A weight that changes from step to step makes a loss of its own each time."""
+    logits, labels = normal(2, 3, 9, seed=1, dtype=torch.float32), random_labels(2, 9, values=3, seed=2)
+    first, second = (LocalLoss([(0.123, LovaszSoftmax())]) for _ in range(2))
+    before = len(compiling._known)
+    for step in range(50):
+        LocalLoss([(1 + step / 7, LovaszSoftmax())])(logits, labels)
+    gc.collect()
+    assert len(compiling._known) == before
+    expected, key = first(logits, labels), second._key
+    del first
+    gc.collect()
+    assert loss_operator(logits, labels, key, 0, False).item() == expected.item()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(second)))
+    del second
+    gc.collect()
+    assert again._key == key
+    assert loss_operator(logits, labels, key, 0, False).item() == expected.item()
 
 
 INDUCTOR = """

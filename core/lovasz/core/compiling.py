@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from lovasz.autograd import Computed, constant, operator
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
-from lovasz.spec import Loss, LossLike, LovaszHinge, LovaszSigmoid, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec import Loss, LovaszHinge, LovaszSigmoid, LovaszSoftmax, WeightedSum, weighted_sum
 
 KINDS: dict[str, Callable[..., Loss]] = {kind.__name__: kind for kind in (LovaszSoftmax, LovaszHinge, LovaszSigmoid)}
 """The losses that have a function. The compiler's constants are names, not classes."""
@@ -22,7 +23,18 @@ KEPT_LOSSES = 64
 _PLAIN = (str, bool, int, type(None))
 
 _losses: dict[str, WeightedSum] = {}
-"""The losses that were asked for, by their text: an operator takes no objects."""
+"""The losses of functions that were compiled, by their text: an operator takes no objects."""
+
+
+class Known:
+    """A loss that ``loss_operator`` knows by its key as long as this object lives. Modules of equal losses share it."""
+
+    def __init__(self, key: str, loss: WeightedSum) -> None:
+        self.key, self.loss = key, loss
+
+
+_known: WeakValueDictionary[str, Known] = WeakValueDictionary()
+"""The losses of modules, by their text."""
 
 
 def loss_of_options(name: str, *options: Any) -> WeightedSum:
@@ -36,18 +48,19 @@ def _kept_loss(name: str, *options: Any) -> WeightedSum:
     return weighted_sum(KINDS[name](*options))
 
 
-def key_of(loss: LossLike) -> str:
-    """The name under which ``loss_operator`` knows a loss."""
-    total = weighted_sum(loss)
-    key = repr(total.terms)
-    _losses[key] = total
-    return key
+def known(loss: WeightedSum) -> Known:
+    """What a module keeps, so that ``loss_operator`` knows its loss."""
+    key = repr(loss.terms)
+    return _known.setdefault(key, Known(key, loss))
 
 
 @constant
 def key_of_options(name: str, *options: Any) -> str:
     """The key of the loss of this name in ``KINDS``, with these options."""
-    return key_of(loss_of_options(name, *options))
+    loss = loss_of_options(name, *options)
+    key = repr(loss.terms)
+    _losses[key] = loss
+    return key
 
 
 def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:
@@ -56,7 +69,7 @@ def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:
 
 
 def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:
-    loss = _losses[key]
+    loss = _losses.get(key) or _known[key].loss
     request = Request.checked(logits, labels, loss)
     pending = submit([request], loss, logits.device, want_grad=want_grad, want_total=want_grad)
     return pending.differentiable()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lovasz.autograd import check_only_two, refuse_script
-from lovasz.core.compiling import is_plain, key_of, loss_operator
+from lovasz.core.compiling import is_plain, known, loss_operator
 from lovasz.core.distributed import absence
 from lovasz.core.distributed.group import WORLD, check_group
 from lovasz.core.functional import check_mean, differentiable, differentiable_joint
@@ -75,11 +75,16 @@ class LocalLoss(torch.nn.Module):
         self.group = group
         self.gradient_reduction = checked_gradient_reduction(gradient_reduction)
         self.result: Result[Tensor] | None = None
-        self._key = key_of(self.loss)
+        self._know()
+
+    def _know(self) -> None:
+        """Lets compiled code know the loss by its key, for as long as this module lives."""
+        self._known = known(self.loss)
+        self._key = self._known.key
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._key = key_of(self.loss)  # As this process may not know it.
+        self._know()  # As this process may not.
 
     def forward(self, logits: Tensor, labels: Any, *others: object, valid: Any = None, offsets: Any = None) -> Tensor:
         """Returns the loss, a 0-dim tensor unless ``reduction`` is ``"none"``, differentiable in the logits.

@@ -60,7 +60,8 @@ class Recording:
         stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # "thread_local" lets other threads use the device in the meantime.
+            # "thread_local" lets other threads use the device in the meantime, but not draw random numbers on it with a
+            # PyTorch whose generator takes part in every capture.
             self._begin.capture_begin(capture_error_mode="thread_local")
             try:
                 self.workspace = program.begin(self._addresses, stream, memory)
