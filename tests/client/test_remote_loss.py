@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from lovasz.client import (
     Result,
     ServerUnavailableError,
 )
+from lovasz.client import joint as client_joint
 from lovasz.client.joint import CallingThreads
 from lovasz.client.load_balancing import LoadBalancing
 from lovasz.client.torch import RemoteLoss
@@ -495,12 +497,41 @@ def test_rank_and_world_size_are_those_of_the_default_group_at_the_first_call(
     assert isinstance(criterion.joint.secret, bytes)
     assert criterion.joint.secret != Joint.from_distributed("run-8").secret
     assert repr(criterion.joint.secret) not in repr(criterion.joint)
-    torch.distributed.destroy_process_group()
     again = copying(criterion)
     again(logits, labels)
-    assert again._calls == {True: 2, False: 0}
+    assert again.joint == criterion.joint
+    torch.distributed.destroy_process_group()
+    again(logits, labels)
+    assert again._calls == {True: 3, False: 0}
     for module in (criterion, again):
         module.close()
+
+
+def test_a_checkpoint_of_one_rank_is_none_of_its_place_and_of_its_secret(
+    recording: RecordingClient, group_of_one: Callable[[], None]
+) -> None:
+    """Any rank may load it, in another training, too."""
+    group_of_one()
+    criterion = RemoteLoss(recording, LovaszSoftmax(), joint="run-7")
+    criterion(*some_input())
+    assert criterion.joint is not None
+    assert isinstance(criterion.joint.secret, bytes)
+    for kept in (criterion, criterion.joint, Joint.from_distributed("run-7")):
+        assert criterion.joint.secret not in pickle.dumps(kept)
+    assert pickled(criterion).joint == Joint("run-7")
+    given = Joint("run-7", 1, 2, step=5, secret=b"12345678")
+    assert pickle.loads(pickle.dumps(given)) == copy.deepcopy(given) == given
+
+
+def test_a_shared_secret_does_not_keep_the_store_of_a_group(
+    recording: RecordingClient, group_of_one: Callable[[], None]
+) -> None:
+    group_of_one()
+    RemoteLoss(recording, LovaszSoftmax(), joint="run-7")(*some_input())
+    assert len(client_joint._SECRETS) == 1
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    assert len(client_joint._SECRETS) == 0
 
 
 def test_a_rank_without_a_world_size_is_refused() -> None:

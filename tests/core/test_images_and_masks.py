@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from lovasz.core import (
 )
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
-from lovasz.spec import LossLike, Result, weighted_sum
+from lovasz.spec import Loss, LossLike, Result, weighted_sum
 from lovasz.spec.validity import masked
 
 VOID = 255
@@ -296,6 +297,22 @@ def test_masks_of_labels_of_any_type(dtype: torch.dtype, device: torch.device) -
     assert compute(logits, labels, LovaszSoftmax(), valid=valid.cpu().numpy()).loss == pytest.approx(
         expected.terms[1].loss, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize(("loss", "shape", "void"), [(LovaszHinge(), (1, 4), 255), (LovaszSoftmax(), (1, 300, 4), -1)])
+def test_a_mask_does_not_hide_a_wrong_label(make: Any, loss: Loss, shape: tuple[int, ...], void: int) -> None:
+    """255 is a usual value of masks in files, and -1 of void pixels: a valid pixel that has it has no label."""
+    labels, valid = np.array([[0, void, 1, void]], np.int16), np.array([[True, False, True, False]])
+    marked, _ = masked(shape, make(labels), make(valid), weighted_sum(loss))
+    assert np.asarray(marked).tolist() == labels.tolist()
+    classes = 2 if isinstance(loss, LovaszHinge) else 300
+    text = rf"^labels: got {void} at index \[0, 3\], where valid is True; expected a value in \[0, {classes}\)"
+    with pytest.raises(InvalidInput, match=text):
+        masked(shape, make(labels), make(valid | (labels == void) & (np.arange(4) == 3)), weighted_sum(loss))
+    ignoring = weighted_sum(replace(loss, ignore_index=void))
+    marked, _ = masked(shape, make(labels), make(np.ones((1, 4), np.bool_)), ignoring)
+    assert np.asarray(marked).tolist() == labels.tolist()
 
 
 def test_the_axis_of_the_channel_may_be_there_or_not(device: torch.device) -> None:

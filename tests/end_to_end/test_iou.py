@@ -94,6 +94,22 @@ def test_adding_changes_neither_the_result_nor_the_other_sum() -> None:
     np.testing.assert_array_equal(copy.union, before)
 
 
+def test_a_result_of_logits_that_are_not_finite_is_left_out_and_says_so() -> None:
+    logits, labels = batches(1)[0]
+    bad = logits.copy()
+    bad.reshape(-1)[3] = np.inf
+    good, without_counts = results([(logits, labels), (bad, labels)])
+    iou = summed([good])
+    with pytest.warns(UserWarning, match="counts: a result has none, as its logits were not all finite"):
+        iou.add(without_counts)
+    assert (iou.left_out, iou.mean_iou) == (1, good.mean_iou)
+    other = DatasetIoU()
+    other.add(iou)
+    assert other.left_out == 1
+    iou.reset()
+    assert iou.left_out == 0
+
+
 def test_it_is_empty_at_first_and_after_a_reset() -> None:
     iou = summed(results(batches(2)))
     iou.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -268,6 +269,19 @@ with LossClient({sharing.target!r}) as client:
         assert eventually(lambda: waiting() == 1)
         process.kill()
     assert eventually(lambda: waiting() == 0)
+
+
+def test_a_client_that_is_dropped_ends_its_session_at_once(sharing: ServerProcess) -> None:
+    """Not when Python looks for cycles, which a trainer that computes on a GPU hardly makes it do."""
+    client = LossClient(sharing.target, transport="shm")
+    client.compute(*tensors(200), SOFTMAX)
+    assert metric(sharing, "lovasz_shared_memory_bytes") > 0
+    gc.disable()
+    try:
+        del client
+        assert eventually(lambda: metric(sharing, "lovasz_shared_memory_bytes") == 0)
+    finally:
+        gc.enable()
 
 
 def test_calls_that_are_cancelled_before_they_begin_give_their_regions_back(sharing: ServerProcess) -> None:

@@ -240,6 +240,12 @@ def test_what_cannot_be_read_is_refused(value: object, way_of_arrays: Way) -> No
             way_of_arrays(*pair, MIX)
 
 
+def test_a_matrix_of_numpy_is_an_array(way_of_arrays: Way) -> None:
+    logits, labels = np.float32(np.random.default_rng(1).normal(size=(30, 3))), np.arange(30) % 3
+    expected = way_of_arrays(logits, labels, LovaszSoftmax())
+    assert agrees(way_of_arrays(np.asmatrix(logits), labels, LovaszSoftmax()), expected)
+
+
 def test_a_mask_of_numpy_is_not_dropped(way_of_arrays: Way) -> None:
     masked = np.ma.masked_equal(LABELS.numpy(), 2)
     with pytest.raises(InvalidInput, match=r"labels: got a masked array, .* \(labels.filled\(255\) with ignore_index"):

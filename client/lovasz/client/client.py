@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -118,6 +119,8 @@ class LossClient:
         self._target = _target(target, options)
         self._threads = CallThreads(_SUBMIT_THREADS)
         self._closed = False
+        # A client that is dropped is part of cycles, which Python may collect far later.
+        weakref.finalize(self, self._target.close).atexit = False
 
     def compute(
         self,

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lovasz import wire
 from lovasz.client.errors import InvalidInputError, from_invalid_input
@@ -15,8 +16,8 @@ from lovasz.spec.checks import integer
 
 _PROCESS = os.urandom(8)
 _SECRET_BYTES = 16
-_SECRETS: dict[str, tuple[Any, bytes]] = {}
-"""Those that the processes of a group share, with the group's store, by run: each is read once."""
+_SECRETS: WeakKeyDictionary[Any, dict[str, bytes]] = WeakKeyDictionary()
+"""Those that the processes of a group share, by the group's store and by run: each is read once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class Joint:
     step: int | None = None
     round: int = 0
     secret: bytes | str | None = field(default=None, repr=False)
+    _given: Joint | None = field(default=None, repr=False, compare=False, kw_only=True)
+    """What this place was before :meth:`resolved`; None: it was given as it is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy asks for rank, world size and secret again, if they are those of ``torch.distributed``.
+
+        It may be made in another process; and a checkpoint holds no secret that was shared automatically.
+        """
+        given = self._given or self
+        return Joint, (self.run, given.rank, given.world_size, self.step, self.round, given.secret)
 
     def __post_init__(self) -> None:
         if (self.rank is None) != (self.world_size is None):
@@ -94,7 +105,7 @@ class Joint:
                 "a call after init_process_group",
             )
         secret = _shared_secret(self.run) if self.secret is None else self.secret
-        return replace(self, rank=place[0], world_size=place[1], secret=secret)
+        return replace(self, rank=place[0], world_size=place[1], secret=secret, _given=self)
 
     def at(self, step: int | None, *, blocking: bool | None = None) -> wire.Joint:
         """This rank's place in a step, for one call.
@@ -158,11 +169,11 @@ def _shared_secret(run: str) -> bytes | None:
     store = getattr(distributed_c10d, "_get_default_store", lambda: None)()
     if store is None:
         return None
-    known = _SECRETS.get(run)
-    if known is None or known[0] is not store:
+    known = _SECRETS.setdefault(store, {})
+    if run not in known:
         secret = store.compare_set(f"lovasz/secret/{run}", "", os.urandom(_SECRET_BYTES).hex())
-        known = _SECRETS[run] = (store, bytes.fromhex(secret.decode()))
-    return known[1]
+        known[run] = bytes.fromhex(secret.decode())
+    return known[run]
 
 
 class CallingThreads:

@@ -36,7 +36,7 @@ def numpy_array(field: str, value: Any) -> npt.NDArray[Any]:
             "with ignore_index=255)",
         )
     if isinstance(value, np.ndarray):
-        return value
+        return np.asarray(value)  # A matrix stays one in every shape.
     readers: list[Callable[[Any], npt.NDArray[Any]]] = []
     if hasattr(value, "__array__") and not isinstance(value, np.generic | type):
         readers.append(np.asarray)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -54,6 +55,7 @@ class DatasetIoU:
         intersection: int64, shape (C,): the sum of what was added; shape (0,) before.
         union: int64, shape (C,): likewise.
         ranks: the number of ranks whose pixels are counted: 1, or more after :meth:`all_reduce` or with joint steps.
+        left_out: the number of results that were added and have no counts, as their logits were not all finite.
     """
 
     def __init__(self) -> None:
@@ -64,12 +66,14 @@ class DatasetIoU:
         self.intersection: Counts = np.zeros(0, np.int64)
         self.union: Counts = np.zeros(0, np.int64)
         self.ranks = 1
+        self.left_out = 0
 
     def add(self, counts: HasCounts) -> None:
         """Adds the counts of a batch or of another part of the data set.
 
         A result of a joint step has the counts of all ranks' pixels already, on every rank: add it on each rank, and do
-        not call :meth:`all_reduce`.
+        not call :meth:`all_reduce`. Warns of a result whose loss is NaN: its logits were not all finite, so it has no
+        counts, and the IoU is that of the other results.
 
         Args:
             counts: a :class:`Result`, or another :class:`DatasetIoU`; one that has no classes yet changes nothing.
@@ -84,6 +88,14 @@ class DatasetIoU:
             )
         self.intersection, self.union = _sum([self, counts])
         self.ranks = max(self.ranks, counts.ranks)
+        self.left_out += getattr(counts, "left_out", 0)
+        if math.isnan(getattr(counts, "loss", 0.0)):
+            self.left_out += 1
+            warnings.warn(
+                "counts: a result has none, as its logits were not all finite (its loss is NaN); the IoU leaves its "
+                "pixels out (left_out counts such results)",
+                stacklevel=2,
+            )
 
     def all_reduce(self, group: Any = None) -> None:
         """Adds the counts of all ranks of a process group of ``torch.distributed``, on every rank.
@@ -110,6 +122,7 @@ class DatasetIoU:
             )
         self.intersection, self.union = _sum(parts)
         self.ranks = max(self.ranks, len(parts))
+        self.left_out = sum(part.left_out for part in parts)
 
     @property
     def class_iou(self) -> npt.NDArray[np.float64]:

@@ -26,7 +26,8 @@ def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) ->
             there or not. A tensor, or an array of any framework.
 
     Raises:
-        InvalidInput: the mask is not such an array, the terms ignore different labels, or the shapes do not fit.
+        InvalidInput: the mask is not such an array, the terms ignore different labels, or the shapes do not fit; or a
+            valid pixel has the label that stands for void here, where no term ignores a label.
     """
     layout = loss.layout(tuple(logits), tuple(labels.shape), may_be_empty=True)
     void = _void_label(loss, layout.label_values)
@@ -41,9 +42,24 @@ def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) ->
             "valid",
             f"got shape {tuple(mask.shape)}; expected {tuple(labels.shape)}, as the labels have, or 1 along some axes",
         )
+    if all(term.ignore_index is None for _, term in loss.terms):
+        _check_labels(labels, mask, void, layout.label_values)
     if is_array:
         return np.where(mask, _wide(labels, void), void), _ignoring(loss, void)
     return _wide(labels, void).masked_fill(~mask, void), _ignoring(loss, void)
+
+
+def _check_labels(labels: Any, mask: Any, void: int, label_values: int) -> None:
+    """Refuses valid pixels with the void label, which is no class. Waits for a GPU."""
+    wrong = (labels == void) & mask
+    if not wrong.any():
+        return
+    place = (np.argwhere(wrong) if isinstance(wrong, np.ndarray) else wrong.nonzero())[0].tolist()
+    raise InvalidInput(
+        "labels",
+        f"got {void} at index {place}, where valid is True; expected a value in [0, {label_values}) (for void pixels "
+        f"set ignore_index={void} in every term)",
+    )
 
 
 def _mask_like(labels: Any, valid: Any) -> Any:
