@@ -166,7 +166,7 @@ def _properties(cls: type[Any]) -> dict[str, Any]:
 
 
 def _parameters(thing: Any) -> list[inspect.Parameter]:
-    return [one for one in inspect.signature(thing).parameters.values() if one.name not in ("self", "cls")]
+    return [one for one in inspect.signature(thing).parameters.values() if one.name not in ("self", "cls", "_given")]
 
 
 def _call(name: str, parameters: list[inspect.Parameter]) -> str:

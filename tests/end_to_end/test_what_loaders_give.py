@@ -240,6 +240,7 @@ def test_what_cannot_be_read_is_refused(value: object, way_of_arrays: Way) -> No
             way_of_arrays(*pair, MIX)
 
 
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # Of NumPy, for matrices.
 def test_a_matrix_of_numpy_is_an_array(way_of_arrays: Way) -> None:
     logits, labels = np.float32(np.random.default_rng(1).normal(size=(30, 3))), np.arange(30) % 3
     expected = way_of_arrays(logits, labels, LovaszSoftmax())
