@@ -166,7 +166,8 @@ def _properties(cls: type[Any]) -> dict[str, Any]:
 
 
 def _parameters(thing: Any) -> list[inspect.Parameter]:
-    return [one for one in inspect.signature(thing).parameters.values() if one.name not in ("self", "cls", "_given")]
+    parameters = inspect.signature(thing).parameters.values()
+    return [one for one in parameters if one.name not in ("self", "cls") and not one.name.startswith("_")]
 
 
 def _call(name: str, parameters: list[inspect.Parameter]) -> str:

@@ -7,21 +7,21 @@ The libraries that lovasz uses are loaded first: they have code of their own for
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 import os
 import select
 import socket
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-import grpc  # noqa: F401
 import numpy as np
 import torch
 
-if importlib.util.find_spec("numba"):
-    import numba  # noqa: F401
+for library in filter(find_spec, ("grpc", "numba")):
+    import_module(library)
 
 ABSENT: dict[ModuleType, list[str]] = {
     os: ["register_at_fork", "fork", "memfd_create", "posix_fallocate", "pread", "pwrite", "getuid", "sysconf"],

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from support.clock import Clock
 
 from lovasz.server.schedule import contenders
 from lovasz.server.schedule.contenders import CONTENDED_SECONDS, Contenders
-
-
-class Clock:
-    """Stands in for the module ``time``; goes when it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.clock import Clock
 
 from lovasz.server.observe.metrics import Phase
 from lovasz.server.schedule.job import Answer
@@ -12,19 +13,9 @@ from lovasz.server.transport.clock import CallClock
 from lovasz.spec import Result
 
 
-class Time:
-    """Stands in for the module ``time``; goes on when it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    time = Time()
+def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    time = Clock()
     monkeypatch.setattr(clock_module, "time", time)
     return time
 
@@ -34,7 +25,7 @@ def answer(started: float) -> Answer:
     return Answer(result, 1.0, started, compute_seconds=3.0, copy_seconds=0.5, batch_requests=2)
 
 
-def test_each_phase_has_its_time_and_the_caller_is_told_it(time: Time) -> None:
+def test_each_phase_has_its_time_and_the_caller_is_told_it(time: Clock) -> None:
     clock = CallClock()
     time.now += 1
     clock.enter(Phase.JOINT)
@@ -57,7 +48,7 @@ def test_each_phase_has_its_time_and_the_caller_is_told_it(time: Time) -> None:
     assert (timing.compute_seconds, timing.copy_seconds, timing.batch_requests) == (3.0, 0.5, 2)
 
 
-def test_a_kept_answer_is_only_sent(time: Time) -> None:
+def test_a_kept_answer_is_only_sent(time: Clock) -> None:
     clock = CallClock()
     time.now += 1
     clock.skip_to(Phase.SEND)
@@ -67,7 +58,7 @@ def test_a_kept_answer_is_only_sent(time: Time) -> None:
     assert clock.timing(answer(started=500.0)).queue_seconds == 0
 
 
-def test_a_failed_computation_counts_as_computing_from_the_start_of_its_batch(time: Time) -> None:
+def test_a_failed_computation_counts_as_computing_from_the_start_of_its_batch(time: Clock) -> None:
     clock = CallClock()
     clock.enter(Phase.QUEUE)
     time.now += 5
@@ -77,14 +68,14 @@ def test_a_failed_computation_counts_as_computing_from_the_start_of_its_batch(ti
 
 
 @pytest.mark.parametrize(("phase", "started"), [(Phase.QUEUE, None), (Phase.JOINT, 1001.0)])
-def test_a_failure_before_the_batch_leaves_the_phase_as_it_is(time: Time, phase: Phase, started: float | None) -> None:
+def test_a_failure_before_the_batch_leaves_the_phase_as_it_is(time: Clock, phase: Phase, started: float | None) -> None:
     clock = CallClock()
     clock.enter(phase)
     clock.failed(started)
     assert clock.phase is phase
 
 
-def test_a_phase_that_ends_before_it_began_takes_no_time(time: Time) -> None:
+def test_a_phase_that_ends_before_it_began_takes_no_time(time: Clock) -> None:
     """As where a step was complete before the last bytes of this rank were noticed."""
     clock = CallClock()
     time.now += 2

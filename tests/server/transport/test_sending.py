@@ -8,6 +8,7 @@ from functools import partial
 from typing import cast
 
 import pytest
+from support.clock import Clock
 
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport import sending
@@ -15,16 +16,6 @@ from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.sending import SendWatch
 
 MESSAGES = [memoryview(b"one"), memoryview(b"two"), memoryview(b"three")]
-
-
-class Clock:
-    """Stands in for the module ``time``; goes when it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

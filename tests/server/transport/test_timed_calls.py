@@ -5,20 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
+from support.clock import Clock
 
 from lovasz.server.errors import NoRequestsLeftError
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport import timed_calls
 from lovasz.server.transport.timed_calls import TimedCalls
-
-
-class Clock:
-    """Stands in for the module ``time``; goes when it is told."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class Context:
