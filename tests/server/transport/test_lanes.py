@@ -99,6 +99,32 @@ def test_almost_as_many_calls_go_on_as_the_connection_with_the_fewest_has() -> N
     assert traffic.close()
 
 
+def test_beside_a_connection_of_weight_others_have_fewer_calls_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PEAK_SECONDS", 60.0)
+    traffic = Traffic("a", "b")
+
+    def see(weight: float) -> None:
+        traffic.lanes._seen_until = 0.0
+        with traffic.lanes.waited(Place("heavy")):
+            traffic.lanes.see(weight)
+            traffic.lanes.leave()
+
+    calls = [f"{connection}{number}" for connection in "ab" for number in range(1, 10)]
+    see(4.0)
+    traffic.lanes._peaks["heavy"] = traffic.lanes._peaks["heavy"]._replace(calls=9)
+    traffic.begin(*calls)
+    traffic.lanes.check()
+    assert traffic.are_working("a1", "a2", "b1", "b2")
+    see(8.0)  # Its weight has changed.
+    for call in ("a1", "a2", "b1", "b2"):
+        traffic.end(call)
+    assert traffic.are_working("a3", "b3")
+    see(1.0)
+    traffic.lanes.check()
+    assert traffic.are_working(*(call for call in calls if call[1:] not in "12"))
+    assert traffic.close()
+
+
 def test_what_a_connection_had_at_once_counts_less_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))

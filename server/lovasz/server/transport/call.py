@@ -179,8 +179,9 @@ class Call:
         """
         seat: Seat | None = None
         cost = cost_of(header.layout.elements, header.segments)
-        self._pipeline.lanes.see()
-        if not self._stays_in_lane(header, cost):
+        weight = self._pipeline.batcher.weight_of(self._identity.tenant(header)) if self._identity.name else 1.0
+        self._pipeline.lanes.see(weight)
+        if not self._stays_in_lane(header, cost, weight):
             self._pipeline.lanes.leave()
         if not self._context.is_active():  # Its rank may have come again with another call meanwhile.
             raise AbandonedError
@@ -215,11 +216,9 @@ class Call:
         self._observe_answer(header, answer)
         return answer
 
-    def _stays_in_lane(self, header: wire.Request, cost: int) -> bool:
+    def _stays_in_lane(self, header: wire.Request, cost: int, weight: float) -> bool:
         """Whether the interpreter is what its callers share, and not other ranks, the device, or it by weights."""
-        if header.joint is not None or not self._pipeline.is_quick(cost):
-            return False
-        return not self._identity.name or self._pipeline.batcher.weight_of(self._identity.tenant(header)) <= 1
+        return header.joint is None and self._pipeline.is_quick(cost) and weight <= 1
 
     def _abort_step(self, joint: wire.Joint, want_grad: bool, error: Exception, seat: Seat | None = None) -> None:
         """Tells the other ranks of a joint step that this one is refused before the step is complete."""

@@ -71,10 +71,12 @@ class _Peak(NamedTuple):
 
     Attributes:
         since: when it had them (``time.monotonic``).
+        weight: how much of the device it gets, compared with others.
     """
 
     calls: int
     since: float
+    weight: float = 1.0
 
     def counts(self, now: float) -> int:
         """How many it counts for now."""
@@ -87,6 +89,9 @@ class Lanes:
     How many is the same for all: about as many as the connection with the fewest calls at once has. One that makes one
     call at a time has one call of each other connection beside its own. If all have nine, eight of each can share a
     batch. (It is one less than they have, since a call may come when the one before has its answer, but is not over.)
+
+    The calls of a connection with a weight above 1 leave their lane. Beside it, the others have so many times fewer
+    calls at a time.
 
     With one connection there are no lanes, and its calls take no lock here. A call leaves its lane while it waits for
     anything but the computation of small requests. So calls that wait for each other, as the ranks of a joint step do,
@@ -138,16 +143,24 @@ class Lanes:
         if place is not None:
             self._leave(place)
 
-    def see(self) -> None:
-        """The call that this thread serves has a request to compute."""
+    def see(self, weight: float = 1.0) -> None:
+        """The call that this thread serves has a request to compute.
+
+        Args:
+            weight: of its connection.
+        """
         place, now = self._place, time.monotonic()
         if place is None or (place.connection == self._last_seen and now < self._seen_until):
             return
         with self._lock:
             self._contenders.see(place.connection)
-            if place.connection not in self._peaks:
-                self._peaks[place.connection] = _Peak(1, now)
+            peak = self._peaks.get(place.connection)
+            if peak is None:
+                self._peaks[place.connection] = _Peak(1, now, weight)
                 self._width = 1
+            elif peak.weight != weight:
+                self._peaks[place.connection] = peak._replace(weight=weight)
+                self._set_width()
             self._are_used = self._contenders.are_several
             self._last_seen, self._seen_until = place.connection, now + _SEEN_SECONDS
 
@@ -233,13 +246,14 @@ class Lanes:
         peak, now = self._peaks.get(connection), time.monotonic()
         if peak is None or calls < peak.counts(now):  # None: it has had nothing to compute lately.
             return
-        self._peaks[connection] = _Peak(calls, now)
+        self._peaks[connection] = _Peak(calls, now, peak.weight)
         if calls != peak.calls:
             self._set_width()
 
     def _set_width(self) -> None:
-        now = time.monotonic()
-        self._width = max(1, min((peak.counts(now) for peak in self._peaks.values()), default=1) - 1)
+        now, peaks = time.monotonic(), self._peaks.values()
+        fewest = min((peak.counts(now) for peak in peaks), default=1)
+        self._width = max(1, int((fewest - 1) / max((1.0, *(peak.weight for peak in peaks)))))
 
     @staticmethod
     def _work(lane: _Lane, place: Place) -> None:
