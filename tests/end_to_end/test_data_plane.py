@@ -44,7 +44,8 @@ GIB = 1 << 30
 
 @contextmanager
 def stream(target: str, messages: Iterator[pb.ComputeStreamRequest]) -> Iterator[grpc.Call]:
-    with grpc.insecure_channel(target) as channel:
+    """A call whose receiver takes no more than it reads: gRPC would guess a window, of up to all of an answer."""
+    with grpc.insecure_channel(target, options=[("grpc.http2.bdp_probe", 0)]) as channel:
         yield loss_pb2_grpc.LossServiceStub(channel).ComputeStream(messages)
 
 
