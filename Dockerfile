@@ -58,6 +58,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 
 FROM python
+# On a GPU, Triton builds its launcher with a C compiler when the server first starts there.
+# hadolint ignore=DL3008
+RUN if [ -d /usr/local/cuda ]; then \
+      apt-get update \
+      && apt-get install --yes --no-install-recommends gcc libc6-dev libpython3-dev \
+      && rm -rf /var/lib/apt/lists/* \
+      && include="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))')" \
+      && echo '#include <Python.h>' | gcc -fsyntax-only -I "$include" -x c -; \
+    fi
 RUN groupadd --gid 10001 lovasz \
  && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /nonexistent \
       --shell /usr/sbin/nologin lovasz \
