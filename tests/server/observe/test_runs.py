@@ -8,8 +8,17 @@ import time
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from support.clock import Clock
 
+from lovasz.server.observe.places import KEPT_SECONDS
 from lovasz.server.observe.runs import MAX_CLASSES_SHOWN, SHOWN_SECONDS, Runs
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
+    return clock
 
 
 def shown(runs: Runs) -> CollectorRegistry:
@@ -49,13 +58,54 @@ def test_iou_is_that_of_the_last_requests() -> None:
     assert shown(runs).get_sample_value("lovasz_run_miou", {"run": "a", "mode": "train"}) == pytest.approx(1, abs=0.02)
 
 
-def test_the_run_not_heard_of_for_longest_makes_room() -> None:
+def train_series(runs: Runs, name: str) -> dict[str, float]:
+    return {
+        sample.labels["run"]: sample.value
+        for family in runs.collect()
+        for sample in family.samples
+        if sample.name == f"lovasz_run_{name}" and sample.labels["mode"] == "train"
+    }
+
+
+def test_with_one_run_too_many_the_others_count_on_and_keep_their_window() -> None:
+    most, requests = 20, 10
+    runs = Runs(most)
+    for request in range(requests):
+        for run in range(most + 1):
+            runs.observe(str(run), True, 1.0, counts(request % 2), counts(1))
+    shown_runs = {str(run) for run in range(most)}
+    assert train_series(runs, "requests_total") == dict.fromkeys(shown_runs, requests)
+    half = pytest.approx(0.5, abs=0.02)
+    assert train_series(runs, "miou") == dict.fromkeys(shown_runs, half), "every second request had an IoU of 1"
+
+
+def test_a_newcomer_gets_the_place_of_the_run_that_is_silent_longest(clock: Clock) -> None:
     runs = Runs(2)
-    for run in ("a", "b", "a", "c"):
+
+    def observe(run: str) -> None:
         runs.observe(run, True, 1.0, counts(1), counts(1))
-    registry = shown(runs)
-    there = {run for run in "abc" if registry.get_sample_value("lovasz_run_loss", {"run": run, "mode": "train"})}
-    assert there == {"a", "c"}
+
+    observe("a")
+    clock.now += 1.0
+    observe("b")
+    clock.now += KEPT_SECONDS - 1.5
+    observe("c")
+    assert train_series(runs, "requests_total") == {"a": 1, "b": 1}
+    clock.now += 0.5
+    observe("c")
+    assert train_series(runs, "requests_total") == {"b": 1, "c": 1}
+    observe("a")
+    assert train_series(runs, "requests_total") == {"b": 1, "c": 1}, "b has been silent for less than a minute"
+
+
+def test_an_evaluation_keeps_the_place_of_its_run(clock: Clock) -> None:
+    runs = Runs(1)
+    runs.observe("a", True, 1.0, counts(1), counts(1))
+    clock.now += KEPT_SECONDS - 1.0
+    runs.observe("a", False, 1.0, counts(1), counts(1))
+    clock.now += KEPT_SECONDS - 1.0
+    runs.observe("b", True, 1.0, counts(1), counts(1))
+    assert train_series(runs, "requests_total") == {"a": 1}
 
 
 def test_a_run_that_has_ended_is_shown_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

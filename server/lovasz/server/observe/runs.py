@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ import numpy.typing as npt
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from lovasz.server.observe.places import Places
 
 MAX_CLASSES_SHOWN = 64
 """The IoU of each class is shown for up to this many classes, so that a run has a bounded number of series."""
@@ -34,12 +35,11 @@ class _Mode:
 
 
 class Runs(Collector):
-    """The ``max_runs`` runs that sent a request last. A joint step counts once, by the request of rank 0."""
+    """The runs that have one of ``max_runs`` places. A joint step counts once, by the request of rank 0."""
 
     def __init__(self, max_runs: int) -> None:
-        self._max_runs = max_runs
         self._lock = threading.Lock()
-        self._runs: OrderedDict[str, dict[str, _Mode]] = OrderedDict()
+        self._runs = Places[dict[str, _Mode]](max_runs, dict)
 
     def observe(
         self,
@@ -49,17 +49,16 @@ class Runs(Collector):
         intersection: npt.NDArray[np.int64],
         union: npt.NDArray[np.int64],
     ) -> None:
-        """Records an answer.
+        """Records an answer, if its run has a place.
 
         Args:
             want_grad: whether it is a step of training, not of evaluation.
             intersection: int64, shape (C,), as ``union``: see ``lovasz.spec.Result``.
         """
         with self._lock:
-            modes = self._runs.setdefault(run, {})
-            self._runs.move_to_end(run)
-            if len(self._runs) > self._max_runs:
-                self._runs.popitem(last=False)
+            modes = self._runs.hear(run)
+            if modes is None:
+                return
             before = modes.get(_MODES[want_grad])
             if before is None or before.union.shape != union.shape:
                 before = _Mode(loss, np.zeros(union.shape), np.zeros(union.shape), 0, 0.0)
@@ -97,7 +96,12 @@ class Runs(Collector):
     def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily, CounterMetricFamily]:
         labels = ["run", "mode"]
         return (
-            GaugeMetricFamily("lovasz_run_loss", "The last loss of a run, in training and evaluation.", labels=labels),
+            GaugeMetricFamily(
+                "lovasz_run_loss",
+                "The last loss of a run, in training and evaluation. At most --max-runs runs are shown, each for as "
+                "long as it is active; one that has been silent for a minute makes room for a new one.",
+                labels=labels,
+            ),
             GaugeMetricFamily(
                 "lovasz_run_miou",
                 "Mean IoU of about the last fifty requests of a run (each counts 0.98 times as much as the next), over "
