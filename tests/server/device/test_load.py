@@ -1,4 +1,4 @@
-"""How busy the device is, and how much of its memory is in use."""
+"""How busy the device is, how much of its memory is in use, and whether the memory is enough for the budget."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lovasz.server.device.host_memory import host_memory
 from lovasz.server.device.load import DeviceWatch
 
 
@@ -18,6 +19,7 @@ def test_the_load_of_the_host_is_known_from_the_second_time_on() -> None:
     watch.sample()
     assert math.isnan(watch.utilization)
     assert 0 < watch.used_bytes < watch.memory_bytes
+    assert watch.memory_bytes == host_memory()[1]
     until = time.monotonic() + 0.1
     while time.monotonic() < until:
         pass
@@ -59,4 +61,18 @@ def test_what_cannot_be_read_is_not_a_number_and_said_once(
     assert [record.message for record in caplog.records] == [
         "the utilization of the device cannot be read",
         "the memory of the device cannot be read",
+    ]
+
+
+def test_a_budget_that_may_need_more_memory_than_there_is_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    total = host_memory()[1]
+    cpu, gpu = DeviceWatch(torch.device("cpu")), DeviceWatch(torch.device("cuda", 0))
+    cpu.check_budget(1)
+    gpu.check_budget(1)
+    assert not caplog.records
+    cpu.check_budget(total // 2)
+    gpu.check_budget(total)
+    assert [(record.levelname, record.message.split()[0]) for record in caplog.records] == [
+        ("WARNING", "--memory-budget"),
+        ("WARNING", "--memory-budget"),
     ]

@@ -1,4 +1,4 @@
-"""How busy the device is, and how much of its memory is in use, by all processes together."""
+"""How busy the device is, how much of its memory is in use, and whether the memory is enough for the budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+
+from lovasz.server.device.host_memory import budget_warning, host_memory
 
 _log = logging.getLogger(__name__)
 
@@ -19,21 +21,26 @@ class DeviceWatch:
 
     Attributes:
         utilization: share of the time in which the GPU (by its driver's count) or the host's processors had work.
-        used_bytes: used memory of the GPU, or of the host.
-        memory_bytes: total memory of the GPU, or of the host.
+        used_bytes: used memory of the GPU; for a CPU, of the host, or of the container if that has a limit.
+        memory_bytes: total memory of the GPU; for a CPU, of the host, or the container's limit.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_gpu = device.type == "cuda"
         self._before: tuple[int, int] | None = None
         self._told: set[str] = set()
         self.utilization = self.used_bytes = self.memory_bytes = math.nan
 
+    def check_budget(self, budget_bytes: int) -> None:
+        """Logs a warning if this budget may need more memory than the host or the container has."""
+        if warning := budget_warning(budget_bytes, self._on_gpu):
+            _log.warning(warning)
+
     def sample(self) -> None:
         """A chore: reads the load. It asks the device, and so it can hang if the device does."""
-        on_gpu = self._device.type == "cuda"
-        utilization = self._gpu_utilization if on_gpu else self._host_utilization
-        memory = self._gpu_memory if on_gpu else _host_memory
+        utilization = self._gpu_utilization if self._on_gpu else self._host_utilization
+        memory: Callable[[], tuple[float, float]] = self._gpu_memory if self._on_gpu else host_memory
         self.utilization = self._read("utilization", utilization, math.nan)
         self.used_bytes, self.memory_bytes = self._read("memory", memory, (math.nan, math.nan))
 
@@ -64,10 +71,3 @@ class DeviceWatch:
         if before is None:
             return math.nan
         return min(1.0, (now[0] - before[0]) / max(1, now[1] - before[1]))
-
-
-def _host_memory() -> tuple[float, float]:
-    with open("/proc/meminfo") as file:
-        kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
-    total = kilobytes["MemTotal"] << 10
-    return total - (kilobytes["MemAvailable"] << 10), total
