@@ -96,6 +96,14 @@ def test_every_setting_can_be_set_both_ways() -> None:
         ("--max-batch-delay", "soon", "--max-batch-delay: got 'soon'; expected a number"),
         ("--max-batch-delay", "nan", "--max-batch-delay: got nan; expected a number >= 0"),
         ("--drain-seconds", "inf", "--drain-seconds: got inf; expected a number >= 0"),
+        ("--joint-timeout", "1e9", "--joint-timeout: got 1000000000.0; expected a number > 0 and <= 1000000"),
+        (
+            "--max-connection-age",
+            "2592000",
+            "--max-connection-age: got 2592000.0; expected a number >= 0 and <= 1000000",
+        ),
+        ("--device", "cuda:00", "--device: got 'cuda:00'; expected auto, cpu, cuda or cuda:N"),
+        ("--device", "cuda:128", "--device: got 'cuda:128'; expected auto, cpu, cuda or cuda:N"),
         ("--health-interval", "0", "--health-interval: got 0.0; expected a number > 0"),
         ("--tls-cert", "a.pem", "--tls-key: got ''; expected a file, as --tls-cert and --tls-key go together"),
         ("--tls-key", "a.key", "--tls-cert: got ''; expected a file"),
@@ -199,3 +207,15 @@ def test_opentelemetrys_own_variables_stand_for_the_endpoint() -> None:
     assert ServerConfig.load([], environment).otlp_endpoint == "http://traces:4317"
     environment["LOVASZ_OTLP_ENDPOINT"] = "http://own:4317"
     assert ServerConfig.load([], environment).otlp_endpoint == "http://own:4317"
+
+
+def test_opentelemetrys_variables_that_are_meant_for_others_are_left_alone() -> None:
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4318"}
+    for more in ({"OTEL_SDK_DISABLED": "true"}, {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}):
+        assert ServerConfig.load([], {**endpoint, **more}).otlp_endpoint == ""
+        own = {"LOVASZ_OTLP_ENDPOINT": "http://own:4317"}
+        assert ServerConfig.load([], {**endpoint, **more, **own}).otlp_endpoint == "http://own:4317"
+    traces = {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"}
+    assert ServerConfig.load([], {**endpoint, **traces}).otlp_endpoint == "http://all:4318"
+    with pytest.raises(ConfigError, match=r"^OTEL_EXPORTER_OTLP_ENDPOINT: got 'all:4317'; expected http://HOST:PORT"):
+        ServerConfig.load([], {"OTEL_EXPORTER_OTLP_ENDPOINT": "all:4317"})

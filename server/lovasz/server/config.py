@@ -50,8 +50,19 @@ CLIENT_VARIABLES = frozenset(
 )
 """Those that the command ``lovasz`` reads: a health check beside the server may need them."""
 
+_MOST_SECONDS = 1_000_000
+"""More than eleven days. gRPC counts milliseconds in 32 bits, and clocks have limits, too."""
 _LEAST_BUDGET_BYTES = 64 << 10
 """A smaller budget holds no request that is worth a call."""
+
+_ENDPOINT = re.compile(r"https?://[^/\s]")
+_EXPECTED_ENDPOINT = "http://HOST:PORT or https://HOST:PORT"
+
+
+def _endpoint(text: str) -> str:
+    if text and not _ENDPOINT.match(text):
+        raise ValueError(f"got {text!r}; expected {_EXPECTED_ENDPOINT}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,8 @@ class ServerConfig(AccessSettings):
         DEFAULT_MAX_RUNS,
         "--max-runs",
         "N",
-        "how many runs the metrics show: those that sent a request last, with loss and IoU, and waiting joint steps",
+        "how many runs the metrics show, with loss and IoU, and waiting joint steps, and how many callers, with their "
+        "device time; one that has been silent for a minute makes room for a new one",
         integer,
     )
     max_connection_age_seconds: float = setting(
@@ -217,8 +229,9 @@ class ServerConfig(AccessSettings):
         "--otlp-endpoint",
         "URL",
         "send a span of each call and its phases to an OpenTelemetry collector by OTLP over gRPC: http://HOST:4317, or "
-        "https:// for TLS (needs the extra otel; OTEL_EXPORTER_OTLP_ENDPOINT can set it, too, and the other OTEL_* "
-        "variables apply)",
+        "https:// for TLS (needs the extra otel; OTEL_EXPORTER_OTLP_ENDPOINT can set it, too, unless "
+        "OTEL_EXPORTER_OTLP_PROTOCOL is another than grpc, and the other OTEL_* variables apply)",
+        parse=_endpoint,
         others=("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
     )
     log_level: str = setting(DEFAULT_LOG_LEVEL, "--log-level", "LEVEL", ", ".join(LOG_LEVELS))
@@ -239,7 +252,7 @@ class ServerConfig(AccessSettings):
         self._check_address("metrics_listen", self.metrics_listen)
         if self.shared_memory and not self.socket_paths:
             self._refuse("listen", "at least one unix:/path with --shared-memory, with HOST:PORT beside it if needed")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", self.device):
             self._refuse("device", "auto, cpu, cuda or cuda:N")
         if self.memory_budget_bytes < _LEAST_BUDGET_BYTES:
             self._refuse("memory_budget_bytes", f"at least {format_bytes(_LEAST_BUDGET_BYTES)}")
@@ -249,8 +262,8 @@ class ServerConfig(AccessSettings):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
         for name in ("max_batch_delay_seconds", "drain_seconds", "joint_regroup_seconds", "max_connection_age_seconds"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                self._refuse(name, "a number >= 0")
+            if not 0 <= getattr(self, name) <= _MOST_SECONDS:
+                self._refuse(name, f"a number >= 0 and <= {_MOST_SECONDS}")
         for name in (
             "health_interval_seconds",
             "device_stall_seconds",
@@ -259,10 +272,10 @@ class ServerConfig(AccessSettings):
             "stall_seconds",
             "joint_timeout_seconds",
         ):
-            if not 0 < getattr(self, name) < float("inf"):
-                self._refuse(name, "a number > 0")
-        if self.otlp_endpoint and not re.match(r"https?://[^/\s]", self.otlp_endpoint):
-            self._refuse("otlp_endpoint", "http://HOST:PORT or https://HOST:PORT")
+            if not 0 < getattr(self, name) <= _MOST_SECONDS:
+                self._refuse(name, f"a number > 0 and <= {_MOST_SECONDS}")
+        if self.otlp_endpoint and not _ENDPOINT.match(self.otlp_endpoint):
+            self._refuse("otlp_endpoint", _EXPECTED_ENDPOINT)
         if self.log_level not in LOG_LEVELS:
             self._refuse("log_level", " or ".join(LOG_LEVELS))
         if self.log_format not in LOG_FORMATS:
@@ -309,7 +322,7 @@ class ServerConfig(AccessSettings):
         for f in fields(cls):
             flag, variable = f.metadata["flag"], variable_of(f.metadata["flag"])
             source, text = flag, given[f.name]
-            for name in (variable, *f.metadata["others"]):
+            for name in (variable, *(f.metadata["others"] if _sends_spans(environment) else ())):
                 if text is None:
                     source, text = name, environment.get(name) or None
             if text is None:
@@ -319,6 +332,12 @@ class ServerConfig(AccessSettings):
             except ValueError as error:
                 raise ConfigError(f"{source}: {error}") from None
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _sends_spans(environment: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's endpoint is meant for this server: it speaks OTLP over gRPC alone."""
+    protocol = environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    return environment.get("OTEL_SDK_DISABLED", "").lower() != "true" and protocol in (None, "", "grpc")
 
 
 def settings() -> list[Field[Any]]:
