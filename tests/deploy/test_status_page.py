@@ -115,7 +115,7 @@ def test_a_browser_shows_how_the_server_fares(tmp_path: Path) -> None:
         words = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
         words = " ".join(words.split())
         assert "● serving" in words
-        assert re.search(r"version \S+, cpu \(CPU, \d+ threads\), up", words)
+        assert re.search(r"version \S+, cpu \(CPU, \d+ threads, numba\), up", words)
         assert re.search(r"Time of a request [\d.]+ m?s", words)
         assert re.search(r"receiving [\d.]+ m?s .* computing [\d.]+ m?s copying the gradient [\d.]+ m?s sending", words)
         assert re.search(r"Device busy [\d.]+ % [\d.]+ [MG]iB of [\d.]+ GiB taken", words)

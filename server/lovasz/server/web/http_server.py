@@ -14,10 +14,12 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
+from prometheus_client.exposition import choose_encoder
 
 from lovasz.server.access.certificates import Certificates
 from lovasz.server.access.watched_files import WatchedFiles
 from lovasz.server.addresses import free_addresses
+from lovasz.server.observe.logs import Sparingly
 from lovasz.server.web.guard import Guard
 from lovasz.server.web.status_page import StatusPage
 
@@ -27,6 +29,7 @@ _MOST_CONNECTIONS = 128
 """At a time. Each has a thread. The oldest one makes room for a further one."""
 _REQUEST_SECONDS = 10.0
 """How long a connection may last, from its first byte to the last byte of its answer."""
+_PAUSE_SECONDS = 0.1
 _MOMENT_SECONDS = 0.5
 """No connection makes room for another one before it has lasted this long."""
 
@@ -47,7 +50,11 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """A connection; its TLS handshake is made in its own thread."""
-        connection, address = super().get_request()
+        try:
+            connection, address = super().get_request()
+        except OSError:
+            time.sleep(_PAUSE_SECONDS)  # Without file descriptors, it is asked again at once.
+            raise
         if self.certificates is not None:
             context = self.certificates.value.context
             connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
@@ -132,6 +139,7 @@ class WebServer:
             shows_names: make_wsgi_app(one.registry) for shows_names, one in self._pages.items()
         }
         self._servers: list[tuple[WSGIServer, threading.Thread]] = []
+        self._failures = Sparingly(_log)
 
     def start(self, host: str, port: int) -> int:
         """Listens at all addresses of the host, and returns the port.
@@ -166,21 +174,31 @@ class WebServer:
             return _refused(start_response, *refusal)
         try:
             body = self._body({**environment, "REQUEST_METHOD": "GET"}, start_response)
-        except Exception:  # Raised by the metrics' own handler, for example for a header that it cannot read.
-            _log.exception("an HTTP call could not be answered")
+        except Exception as error:
+            _log.debug("an HTTP call could not be answered", exc_info=True)
+            self._failures.warning("an HTTP call could not be answered", reason=f"{type(error).__name__}: {error}")
             return _refused(start_response, "500 Internal Server Error", "the server's log says why")
         return body if method == "GET" else []
 
     def _body(self, environment: Environment, start_response: StartResponse) -> Iterable[bytes]:
         path, shows_names = environment.get("PATH_INFO", "/"), self._guard.shows_names(environment)
         if path == "/metrics":
-            return self._metrics[shows_names](environment, start_response)
+            return self._metrics[shows_names](_readable(environment), start_response)
         if path == "/":
             return _ok(start_response, "text/html; charset=utf-8", self._pages[shows_names].html)
         if path == "/status":
             return _ok(start_response, "application/json", self._pages[shows_names].numbers())
         there = "there are / (for people), /metrics (for Prometheus) and /status (what / shows, as JSON)"
         return _refused(start_response, "404 Not Found", there)
+
+
+def _readable(environment: Environment) -> Environment:
+    """A call for metrics, without the formats that it asks for if they cannot be read: it gets plain text then."""
+    try:
+        choose_encoder(environment.get("HTTP_ACCEPT", ""))
+    except Exception:  # Of many kinds: the library trusts the header.
+        return {**environment, "HTTP_ACCEPT": ""}
+    return environment
 
 
 def _ok(start_response: StartResponse, content_type: str, body: bytes) -> Iterable[bytes]:
