@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -99,7 +100,9 @@ def test_metrics_are_served_in_the_format_of_prometheus(server: ServerProcess) -
     with urllib.request.urlopen(server.metrics_url) as page:
         assert page.headers["Content-Type"].startswith("text/plain")
         text = page.read().decode()
-    assert 'lovasz_build_info{device="cpu",hardware="CPU, ' in text
+    assert 'lovasz_build_info{backend="numba",device="cpu",hardware="CPU, ' in text
+    assert metric(server, "lovasz_starting") == 0
+    assert metric(server, "lovasz_access_files_valid") == 1
     assert "# HELP lovasz_phase_seconds " in text
     assert metric(server, "lovasz_device_healthy") == 1
     assert metric(server, "lovasz_budget_bytes") == 4 << 30
@@ -265,6 +268,28 @@ def test_those_who_watch_health_and_do_not_read_hold_up_nobody() -> None:
             assert next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)).status == SERVING
         assert eventually(lambda: len(lazy.ended) == 20)
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_other_signals_that_end_programs_drain_it_too(signum: signal.Signals) -> None:
+    with ServerProcess(["--device", "cpu"]) as server:
+        os.kill(server.pid, signum)
+        assert eventually(lambda: any(line["event"] == "draining" for line in server.log))
+        assert server.stop() == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As nohup does with SIGHUP."""
+    code = """
+import signal
+from lovasz.server.__main__ import _on_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+_on_signals(lambda: None)
+assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+assert callable(signal.getsignal(signal.SIGTERM))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_signal_that_interrupts_the_wait_for_it_is_not_lost() -> None:

@@ -118,4 +118,14 @@ def test_a_server_that_cannot_start_all_threads_says_so_and_ends() -> None:
 
 def test_a_stop_that_hangs_is_ended_by_the_system() -> None:
     code = "import threading; from lovasz.server.__main__ import _end_in; _end_in(0.1); threading.Event().wait()"
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert "wait" in ended.stderr, "where its thread was"
+
+
+def test_a_stop_that_hangs_is_ended_even_if_nothing_can_be_written() -> None:
+    code = (
+        "import faulthandler, threading; from lovasz.server.__main__ import _end_in; _end_in(0.1);"
+        "faulthandler.cancel_dump_traceback_later(); threading.Event().wait()"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGALRM

@@ -1,7 +1,8 @@
-"""``lovasz-server``: reads the configuration, serves until SIGTERM or SIGINT, drains, exits."""
+"""``lovasz-server``: reads the configuration, serves until SIGTERM, SIGINT or SIGHUP, drains, exits."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -133,14 +134,20 @@ class _Stopping(threading.Event):
 
 
 def _on_signals(act: Callable[[], object]) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: act())
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # As nohup sets it for SIGHUP.
+            signal.signal(signum, lambda *_: act())
 
 
 def _end_in(seconds: float) -> None:
-    """Lets the system end the process after this time, whatever its threads do then."""
+    """Lets the process end after this time, whatever its threads do then.
+
+    The first process of a container ignores SIGALRM, and a full pipe could hold up the other way, which writes where
+    each thread is.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds + 1)
 
 
 def _exit_at_once(status: int) -> NoReturn:
