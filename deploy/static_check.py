@@ -99,6 +99,8 @@ def _check_service(where: str, service: dict[str, Any]) -> None:
         raise CheckFailed(f"{where}: ports {public} can be reached from other machines")
     if not re.fullmatch(r"lovasz-server:(cuda|cpu)|[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", service["image"]):
         raise CheckFailed(f"{where}: the image {service['image']} is not pinned; expected NAME:TAG@sha256:DIGEST")
+    if not service.get("logging", {}).get("options", {}).get("max-size"):
+        raise CheckFailed(f"{where}: its log may fill the disk")
     if not (service.get("mem_limit") and service.get("pids_limit") and service.get("read_only")):
         raise CheckFailed(f"{where}: memory, processes or the root file system are not limited")
 

@@ -18,7 +18,7 @@ SUFFIX = {"counter": "_total", "info": "_info"}
 def metrics_page() -> str:
     metrics = Metrics()
     metrics.watch(dict.fromkeys(GAUGES, float))
-    metrics.describe(version="", device="", hardware="")
+    metrics.describe(version="", device="", hardware="", backend="")
     metrics.registry.register(WaitingSteps(lambda: [WaitingStep("", 0, 0.0, 1, "", 1, 0)], 1))
     # Where a metric begins with its first event, this is it: labels are read from samples.
     metrics.requests.series("", "", "")

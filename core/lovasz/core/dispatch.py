@@ -327,8 +327,12 @@ _CPU_KINDS: tuple[tuple[LossLike, tuple[int, ...], float], ...] = (
 """Losses, shapes and logits for which a CPU has further loops, most of them for segments that threads divide."""
 
 
-def warm_up(device: torch.device) -> None:
-    """Compiles what most requests on this device need. Takes seconds, and a minute or two the first time."""
+def warm_up(device: torch.device) -> Backend:
+    """Compiles what most requests on this device need. Takes seconds, and a minute or two the first time.
+
+    Returns:
+        The backend that computes most of them.
+    """
     compiled = Backend.TORCH
     if device.type == "cpu" and installed("numba"):
         compiled = Backend.NUMBA
@@ -347,6 +351,7 @@ def warm_up(device: torch.device) -> None:
             plan, batch = _equal(loss, shape, device, torch.float32, logit)
             for want_grad in (True, False):
                 _numba().compute(plan, batch, want_grad=want_grad, thresholds=as_large)
+    return compiled
 
 
 def _compute_small(backends: Sequence[Backend], device: torch.device, dtype: torch.dtype) -> None:

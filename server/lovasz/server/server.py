@@ -190,7 +190,7 @@ class Server:
     def _new_housekeepers(self, checks: list[Chore], metrics_tokens: Tokens | None) -> list[Housekeeper]:
         memory = MemoryReturner(self._take_peak_bytes, periods=round(KEPT_SECONDS / INTERVAL_SECONDS))
         device_guard = DeviceGuard(self._engine, self._admission, self._config.device_stall_seconds, self._fail)
-        access_files = (files for files in (self._certificates, self._tokens, metrics_tokens) if files)
+        self._access_files = [files for files in (self._certificates, self._tokens, metrics_tokens) if files]
         return [
             Housekeeper(
                 "housekeeper",
@@ -206,7 +206,7 @@ class Server:
             ),
             Housekeeper("device-watch", [self._device_watch.sample]),  # Alone: it may hang if the device does.
             # As it may if a file's disk does.
-            Housekeeper("access-files", [*(files.check for files in access_files), self._forget_callers]),
+            Housekeeper("access-files", [*(files.check for files in self._access_files), self._forget_callers]),
         ]
 
     def _new_web_server(self, metrics_tokens: Tokens | None) -> WebServer:
@@ -237,13 +237,16 @@ class Server:
                 "lovasz_joint_answers_kept": lambda: joints.kept,
                 "lovasz_device_memory_used_bytes": lambda: self._device_watch.used_bytes,
                 "lovasz_device_memory_bytes": lambda: self._device_watch.memory_bytes,
+                "lovasz_access_files_valid": lambda: all(files.is_valid for files in self._access_files),
                 "lovasz_device_utilization_ratio": lambda: self._device_watch.utilization,
+                "lovasz_starting": lambda: self._engine.starting,
                 "lovasz_device_healthy": lambda: self._engine.healthy,
             }
         )
         self._metrics.registry.register(WaitingSteps(joints.waiting_steps, config.max_runs))
         device = self._engine.device
-        self._metrics.describe(version=VERSION, device=str(device), hardware=hardware_name(device))
+        self._about = {"device": str(device), "hardware": hardware_name(device), "version": VERSION}
+        self._metrics.describe(**self._about)
 
     def start(self) -> bool:
         """Binds all addresses, answers health and refuses losses while the device starts, then serves.
@@ -259,6 +262,7 @@ class Server:
         try:
             self._bind()
             warn_if_open(self._config)
+            self._device_watch.check_budget(self._config.memory_budget_bytes)
             self._start_threads(starter)
         except OSError:
             self.abandon()
@@ -274,17 +278,8 @@ class Server:
             self._self_check.check()  # Its connections, too, are there from the start.
         self._admission.starting = False
         self._health.look()
-        device = self._engine.device
-        _log.info(
-            "ready",
-            extra={
-                "listen": ",".join(self.targets),
-                "metrics": self.metrics_url,
-                "device": str(device),
-                "hardware": hardware_name(device),
-                "version": VERSION,
-            },
-        )
+        where = {"listen": ",".join(self.targets), "metrics": self.metrics_url}
+        _log.info("ready", extra={**where, **self._about})
         return True
 
     def _start_threads(self, starter: threading.Thread) -> None:

@@ -82,12 +82,14 @@ def test_what_the_file_said_before_holds_while_it_is_wrong(tmp_path: Path, caplo
         assert said.getMessage() == "files changed and cannot be used: the old contents stay in use"
         assert ALICE not in str(vars(said))
         assert tokens.name_of(ALICE) == "alice"
+        assert not tokens.is_valid
     caplog.clear()
     file.write_text(f"bob:{BOB}\n")
     tokens.check()
     tokens.check()
     assert [record.getMessage() for record in caplog.records] == ["files were read again"]
     assert (tokens.name_of(ALICE), tokens.name_of(BOB), tokens.names) == (None, "bob", {"bob"})
+    assert tokens.is_valid
 
 
 def test_a_file_that_becomes_wrong_again_is_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,6 +59,11 @@ class Tokens:
         """The names in the file."""
         return frozenset(self._file.value.names.values())
 
+    @property
+    def is_valid(self) -> bool:
+        """Whether the file was valid when it was last read."""
+        return self._file.is_valid
+
     def name_of(self, token: str) -> str | None:
         """Whose token it is; None if it is in no line of the file."""
         return self._file.value.names.get(self._keyed(hashlib.sha256(token.encode(errors="replace")).digest()))

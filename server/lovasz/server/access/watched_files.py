@@ -41,6 +41,11 @@ class WatchedFiles(Generic[ValueT]):
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self._names}: {_reason(error)}") from None
 
+    @property
+    def is_valid(self) -> bool:
+        """Whether they said something valid when they were last read."""
+        return self._refused is None
+
     def check(self) -> None:
         """A chore: takes over what the files say now. If it is invalid, the log says so once."""
         found: object = None

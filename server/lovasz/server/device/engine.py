@@ -113,7 +113,7 @@ class Engine:
         _log.info("compiling: a minute or two the first time, seconds later on", extra=device)
         since = time.monotonic()
         try:
-            warm_up(self.device)
+            self._metrics.describe(backend=warm_up(self.device).value)
         except Exception as error:
             raise DeviceError(f"{self.device} cannot compute: {error}") from error
         _log.info("compiled", extra={**device, "seconds": round(time.monotonic() - since, 1)})

@@ -97,12 +97,16 @@ GAUGES = {
     "lovasz_joint_groups_waiting": "Joint steps that wait for ranks.",
     "lovasz_joint_ranks_waiting": "Ranks that wait for the other ranks of their joint step.",
     "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that may lose theirs and call again.",
+    "lovasz_starting": "1 while the server starts: it compiles, and refuses losses. 0 from then on.",
     "lovasz_device_healthy": "1 if the device gave the right answer when last checked, and is not stuck.",
+    "lovasz_access_files_valid": "0 if files of certificates or tokens have changed and cannot be used: what they said "
+    "before holds. Else 1.",
     "lovasz_device_utilization_ratio": "Share of the time in which the GPU (for a CPU: the host's processors) had "
     "work of any process; NaN if unknown (GPUs without nvidia-ml-py).",
-    "lovasz_device_memory_used_bytes": "Memory of the GPU (for a CPU: of the host) that is used by any process; "
-    "NaN if unknown.",
-    "lovasz_device_memory_bytes": "Memory of the GPU (for a CPU: of the host); NaN if unknown.",
+    "lovasz_device_memory_used_bytes": "Memory of the GPU (for a CPU: of the host, or of the container if it "
+    "has a limit) that is used by any process; NaN if unknown.",
+    "lovasz_device_memory_bytes": "Memory of the GPU (for a CPU: of the host, or the container's limit if that is "
+    "lower); NaN if unknown.",
 }
 """The gauges that are read each time that they are scraped, with their help texts."""
 
@@ -207,6 +211,7 @@ class Metrics:
         self._batch_elements = tallies.histogram(
             "lovasz_batch_elements", "Logits computed in one batch.", buckets=_ELEMENTS
         ).series()
+        self._labels: dict[str, str] = {}
         self._build = Info("lovasz_build", "The server's version and what it runs on.", registry=registry)
         self._phases = {
             phase: (
@@ -282,8 +287,9 @@ class Metrics:
             self._device_busy_seconds.value += busy_seconds
 
     def describe(self, **build: str) -> None:
-        """Sets the labels of ``lovasz_build_info``."""
-        self._build.info(build)
+        """Adds labels to ``lovasz_build_info``."""
+        self._labels |= build
+        self._build.info(self._labels)
 
     def watch(self, readers: Mapping[str, Callable[[], float]]) -> None:
         """Declares :data:`GAUGES`, each with the function that reads it."""
