@@ -65,7 +65,7 @@ RUN if [ -d /usr/local/cuda ]; then \
       && apt-get install --yes --no-install-recommends gcc libc6-dev libpython3-dev \
       && rm -rf /var/lib/apt/lists/* \
       && include="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))')" \
-      && echo '#include <Python.h>' | gcc -fsyntax-only -I "$include" -x c -; \
+      && gcc -fsyntax-only -I "$include" -include Python.h -x c /dev/null; \
     fi
 RUN groupadd --gid 10001 lovasz \
  && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /nonexistent \
