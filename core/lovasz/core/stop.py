@@ -31,7 +31,7 @@ class Stop:
         self.asked = True
         watched = self._watched
         if watched is not None:  # If its loop has ended, nobody reads it any more.
-            watched[0] = _NO_TASK_IS_LEFT
+            take_tasks_away(watched)
 
     def watch(self, tasks: npt.NDArray[np.int64]) -> None:
         """Lets ``ask`` end the next loop, which claims its tasks from this counter; the counter is for it alone.
@@ -50,3 +50,8 @@ class Stop:
         """
         if self.asked:
             raise Stopped
+
+
+def take_tasks_away(tasks: npt.NDArray[np.int64]) -> None:
+    """Lets the loop that claims its tasks from this counter end after its current tasks."""
+    tasks[0] = _NO_TASK_IS_LEFT
