@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NoReturn, TypeVar, cast
@@ -51,8 +52,11 @@ def with_gradients(
 
 
 def _constant(loss: float, logits: Tensor) -> Tensor:
+    dtype = _dtype_of(logits)
+    if abs(loss) > torch.finfo(dtype).max:  # torch.full refuses it; a gradient scaler can skip infinity.
+        loss = math.copysign(math.inf, loss)
     # torch.full does not wait for the device, as a copy would.
-    return torch.full((), loss, dtype=_dtype_of(logits), device=logits.device)
+    return torch.full((), loss, dtype=dtype, device=logits.device)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -358,3 +358,30 @@ def test_a_mask_beside_void_labels_in_a_loss_that_autograd_takes(device: torch.d
 def test_masks_that_are_none(valid: Any, loss: LossLike, text: str) -> None:
     with pytest.raises(InvalidInput, match="^" + text):
         compute(torch.zeros(2, 3, 9), torch.zeros(2, 9, dtype=torch.int64), loss, valid=valid)
+
+
+@pytest.mark.parametrize("void", [None, 200, 257, 2**40, -7])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int8, torch.uint16, torch.uint32, torch.uint64, torch.float16, torch.bfloat16, torch.float32],
+    ids=str,
+)
+@pytest.mark.parametrize("is_array", [False, True], ids=["tensor", "array"])
+def test_a_mask_with_labels_of_each_type(dtype: torch.dtype, void: int | None, is_array: bool) -> None:
+    if is_array and dtype == torch.bfloat16:
+        pytest.skip("NumPy has no bfloat16")
+    logits, labels = normal(2, 300, 9, seed=1), random_labels(2, 9, values=4, seed=2)
+    valid = torch.arange(9).expand(2, 9) % 3 > 0
+    loss = LovaszSoftmax(ignore_index=void)
+    of_type = labels.to(dtype)
+    expected = compute(logits, labels, loss, valid=valid)
+    result = compute(logits, of_type.numpy() if is_array else of_type, loss, valid=valid)
+    assert result.loss == expected.loss
+    assert torch.equal(result.grad, expected.grad)  # type: ignore[arg-type]
+
+
+def test_a_valid_label_that_is_negative_is_named_as_it_came() -> None:
+    labels, valid = torch.zeros(1, 4, dtype=torch.int8), torch.ones(1, 4, dtype=torch.bool)
+    labels[0, 2] = -1
+    with pytest.raises(InvalidInput, match=r"^labels: got -1 at index \[0, 2\]"):
+        compute(torch.zeros(1, 3, 4), labels, LovaszSoftmax(), valid=valid)

@@ -12,6 +12,7 @@ import torch
 from support.comparison import bits, norm_error, normal, random_labels, reference_answer
 from support.ways import Way
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lovasz.core import (
     BinaryCrossEntropy,
@@ -28,7 +29,7 @@ from lovasz.core import (
     reference,
 )
 from lovasz.core.batch import Request
-from lovasz.core.dispatch import submit
+from lovasz.core.dispatch import Backend, submit
 from lovasz.core.functional import differentiable
 from lovasz.spec import Loss, LossLike, weighted_sum
 from lovasz.spec.probabilities import LOOKS, LOOKS_OF_PROCESS
@@ -178,6 +179,40 @@ def test_probability_of_minus_zero_ties_with_zero(device: torch.device) -> None:
     result = compute(probabilities, torch.tensor([1, 1], device=device), LovaszSoftmax([0], input="probabilities"))
     assert result.grad is not None
     assert result.grad.tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_probabilities_of_minus_zero_in_a_group_that_is_counted(dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(3)
+    probabilities = (3 * torch.randn(1, 3, 120_000, generator=generator)).softmax(1).to(dtype)
+    labels = torch.randint(0, 3, (1, 120_000), generator=generator).to(device)
+    probabilities[:, :, ::10] = 0.0
+    negated = torch.where(probabilities == 0, -probabilities, probabilities)
+    assert torch.equal(probabilities, negated)
+    loss = LovaszSoftmax(input="probabilities")
+    expected, result = (compute(values.to(device), labels, loss) for values in (probabilities, negated))
+    assert result.loss == expected.loss
+    assert torch.equal(result.grad, expected.grad)
+
+
+@pytest.mark.parametrize("pixels", [3, 100_003])
+def test_errors_of_probabilities_just_outside_count_as_zero_with_each_backend(
+    pixels: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    probabilities = torch.rand(1, 2, pixels, generator=generator)
+    labels = torch.randint(0, 2, (1, pixels), generator=generator)
+    outside = 1e-3 * torch.rand(probabilities[0, 0, ::3].shape, generator=generator)
+    probabilities[0, :, ::3] = torch.stack([1 + outside, -outside])
+    labels[:, ::6] = 0
+    probabilities, labels = probabilities.to(device), labels.to(device)
+    loss = LovaszSoftmax(input="probabilities")
+    of_torch = compute(probabilities, labels, loss, backend=Backend.TORCH)
+    assert of_torch.grad is not None
+    result = compute(probabilities, labels, loss)
+    assert result.loss == pytest.approx(of_torch.loss, abs=1e-6)
+    assert result.grad is not None
+    assert norm_error(result.grad, of_torch.grad) <= 1e-4
 
 
 # --- Void pixels and logits that are not finite -------------------------------------------------------------------
@@ -602,6 +637,43 @@ def test_tensors_of_torch_func_are_refused(field: str) -> None:
             torch.vmap(called)(tensors[field][None])
     with pytest.raises(InvalidInput, match="which this loss does not support"):
         torch.func.grad(lambda logits: differentiable(logits, tensors["labels"], LovaszSoftmax()))(tensors["logits"])
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("field", ["logits", "labels", "valid"])
+def test_tensors_that_are_made_of_others_are_refused(field: str) -> None:
+    """As DTensor and FakeTensor, whose address is 0."""
+    tensors = {"logits": normal(2, 3, 4, seed=1), "labels": zeros(2, 4, dtype=INTEGERS), "valid": torch.ones(2, 4) > 0}
+    tensors[field] = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(tensors[field])
+    for function in (compute, differentiable):
+        with pytest.raises(InvalidInput, match=rf"^{field}: got a tensor without memory.*of a DTensor pass to_local"):
+            function(loss=LovaszSoftmax(), **tensors)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forward_mode_is_refused() -> None:
+    """It would get no tangent, and take that for zero."""
+    logits, labels = normal(2, 3, 4, seed=1), zeros(2, 4, dtype=INTEGERS)
+
+    def loss(values: Tensor) -> Tensor:
+        return lovasz_softmax(values, labels)
+
+    text = r"^logits: got a tensor with a tangent \(forward-mode"
+    with torch.autograd.forward_ad.dual_level():
+        assert loss(logits) > 0, "without a tangent"
+        with pytest.raises(InvalidInput, match=text):
+            loss(torch.autograd.forward_ad.make_dual(logits, logits))
+    with pytest.raises(InvalidInput, match=r"^logits: got a tensor with"):
+        torch.autograd.functional.jacobian(loss, logits, vectorize=True, strategy="forward-mode")
+
+
+def test_a_loss_that_float32_cannot_hold_is_infinite() -> None:
+    for loss in (LovaszHinge(), BinaryCrossEntropy(pos_weight=5.0)):
+        logits = torch.full((1, 4), -3e38, requires_grad=True)
+        value = LocalLoss([(10.0, loss)])(logits, torch.ones(1, 4))
+        value.backward()
+        assert value.item() == math.inf
+        assert logits.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -85,7 +85,8 @@ def check_dense(field: str, tensor: Any) -> None:
     """Refuses a tensor of torch whose values are not in memory, or not one for each place of its shape.
 
     Raises:
-        InvalidInput: it is sparse, nested, on the device ``meta``, or inside ``torch.func``, ``torch.vmap`` or
+        InvalidInput: it is sparse, nested, on the device ``meta``, made of other tensors (DTensor), or inside
+            forward-mode differentiation, ``torch.func``, ``torch.vmap`` or
             ``torch.jit.trace``.
     """
     if sys.modules["torch"].jit.is_tracing():
@@ -102,10 +103,20 @@ def check_dense(field: str, tensor: Any) -> None:
     if layout != "torch.strided":
         raise InvalidInput(field, f"got a tensor of layout {layout}; expected a dense one")
     try:
-        tensor.data_ptr()
+        has_memory = bool(tensor.data_ptr()) or not tensor.numel()
     except RuntimeError:
+        has_memory = False
+    if not has_memory:
         raise InvalidInput(
             field,
             "got a tensor without memory, as inside torch.func.grad, jvp or vmap, which this loss does not support; "
-            "expected a plain tensor (for gradients use loss.backward() or torch.autograd.grad)",
-        ) from None
+            "expected a plain tensor (for gradients use loss.backward() or torch.autograd.grad; of a DTensor pass "
+            "to_local() or full_tensor())",
+        )
+    forward = sys.modules["torch"].autograd.forward_ad
+    if getattr(forward, "_current_level", -1) >= 0 and forward.unpack_dual(tensor).tangent is not None:
+        raise InvalidInput(
+            field,
+            "got a tensor with a tangent (forward-mode differentiation), which this loss does not support; expected a "
+            "plain tensor (use loss.backward() or torch.autograd.grad)",
+        )

@@ -42,11 +42,12 @@ def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) ->
             "valid",
             f"got shape {tuple(mask.shape)}; expected {tuple(labels.shape)}, as the labels have, or 1 along some axes",
         )
+    labels = _wide(labels, void)
     if all(term.ignore_index is None for _, term in loss.terms):
         _check_labels(labels, mask, void, layout.label_values)
     if is_array:
-        return np.where(mask, _wide(labels, void), void), _ignoring(loss, void)
-    return _wide(labels, void).masked_fill(~mask, void), _ignoring(loss, void)
+        return np.where(mask, labels, labels.dtype.type(void)), _ignoring(loss, void)
+    return labels.masked_fill(~mask, void), _ignoring(loss, void)
 
 
 def _check_labels(labels: Any, mask: Any, void: int, label_values: int) -> None:
@@ -88,12 +89,14 @@ def _mask_like(labels: Any, valid: Any) -> Any:
 
 
 def _wide(labels: Any, void: int) -> Any:
-    """Labels of a type that holds ``void``."""
-    name = str(labels.dtype).removeprefix("torch.")
-    fits = 0 <= void <= _BYTE and name not in ("bool", "int8")
-    if fits or not (name == "bool" or name.startswith(("int", "uint"))):
+    """Labels of a type that holds ``void``, and in which torch can fill it in and compare."""
+    name, is_array = str(labels.dtype).removeprefix("torch."), isinstance(labels, np.ndarray)
+    fits = 0 <= void <= _BYTE
+    if "float" in name:  # Of 16 bits, the coarsest holds all whole numbers up to 256.
+        return labels if fits else labels.astype(np.float64) if is_array else labels.double()
+    if fits and name not in ("bool", "int8", *(() if is_array else ("uint16", "uint32", "uint64"))):
         return labels
-    return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
+    return labels.astype(np.int64) if is_array else labels.long()
 
 
 def _void_label(loss: WeightedSum, label_values: int) -> int:

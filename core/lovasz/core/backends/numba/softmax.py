@@ -226,9 +226,9 @@ def prepare_probabilities(
                 row = errors[k, start : start + n]
                 for i in range(n):
                     low[i] = min(low[i], row[i])
-                # Errors are not negative: -0.0, and values below 0 within the tolerance, become 0.
+                # Errors are not negative: values below 0 within the tolerance become 0, and -0.0 by the sum.
                 for i in range(n):
-                    row[i] = max(f32(1) - row[i] if code[i] == k else row[i], f32(0))
+                    row[i] = max(f32(1) - row[i] if code[i] == k else row[i], f32(0)) + f32(0)
             for i in range(n):
                 nf[i] += f32(0) if low[i] > f32(-np.inf) else f32(1)
             infinite = _count(code, p, nf, labelling, local)

@@ -96,7 +96,9 @@ def given_probabilities(probabilities: Tensor, labels: Tensor) -> Softmax:
     finite = torch.isfinite(maximum) & torch.isfinite(probabilities.amin(dim=0))
     label_probability = probabilities.gather(0, index)[0]
     label_error = 1 - label_probability
-    errors = probabilities.scatter(0, index, label_error.unsqueeze(0)).add_(0.0)  # -0.0 becomes 0.0, so that they tie
+    errors = (
+        probabilities.scatter(0, index, label_error.unsqueeze(0)).clamp_(min=0).add_(0.0)
+    )  # so that -0.0 ties with 0.0
     unused = torch.empty(0)
     return Softmax(errors, label_error, label_probability, unused, unused, maximum, prediction, finite, unused)
 
