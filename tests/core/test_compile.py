@@ -119,6 +119,22 @@ def test_the_compiler_knows_the_memory_format_of_gradients(name: str) -> None:
     torch.library.opcheck(torch.ops.lovasz.loss.default, (logits.detach(), labels, key, 0, False))
 
 
+def test_another_loss_of_a_module_is_the_compiled_one_too() -> None:
+    logits, labels = normal(2, 4, 8, 8, seed=1), random_labels(2, 8, 8, values=4, seed=2)
+    module = LocalLoss(LovaszSoftmax())
+    compiled = torch.compile(module, backend="eager")
+    assert compiled(logits, labels) == module(logits, labels)
+    module.loss = [(2.0, CrossEntropy())]
+    assert module(logits, labels) == LocalLoss([(2.0, CrossEntropy())])(logits, labels)
+    assert compiled(logits, labels) == module(logits, labels)
+    assert copy.deepcopy(module)(logits, labels) == module(logits, labels)
+
+
+def test_a_graph_whose_loss_is_gone_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"does not know the loss .*; make the same loss first"):
+        loss_operator(normal(1, 2, 3, seed=1), torch.zeros(1, 3).long(), "((7.0, LovaszSoftmax()),)", 0, True)
+
+
 def test_modules_do_not_leave_their_losses_behind() -> None:
     """A weight that changes from step to step makes a loss of its own each time."""
     logits, labels = normal(2, 3, 9, seed=1, dtype=torch.float32), random_labels(2, 9, values=3, seed=2)

@@ -69,10 +69,26 @@ def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:
 
 
 def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:
-    loss = _losses.get(key) or _known[key].loss
+    loss = _loss_of(key)
     request = Request.checked(logits, labels, loss)
     pending = submit([request], loss, logits.device, want_grad=want_grad, want_total=want_grad)
     return pending.differentiable()
+
+
+def _loss_of(key: str) -> WeightedSum:
+    """The loss of a module or function that was compiled in this process.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    module = _known.get(key)
+    loss = _losses.get(key) if module is None else module.loss
+    if loss is None:
+        raise RuntimeError(
+            f"this process does not know the loss {key} of an exported program; make the same loss first, and keep it: "
+            "criterion = LocalLoss(...)"
+        )
+    return loss
 
 
 loss_operator = operator("lovasz::loss", _compute)

@@ -22,6 +22,7 @@ from lovasz.spec import (
     LovaszSoftmax,
     Reduction,
     Result,
+    WeightedSum,
     weighted_sum,
 )
 from lovasz.spec.checks import gradient_reduction as checked_gradient_reduction
@@ -65,26 +66,31 @@ class LocalLoss(torch.nn.Module):
             InvalidInput: the terms cannot be combined, or an argument is invalid.
         """
         super().__init__()
-        self.loss = weighted_sum(loss)
+        parsed = self.loss = weighted_sum(loss)
         self.reduction = checked_reduction(reduction)
         if group is not None:
             check_mean(reduction)
             check_group(group)
         elif self.reduction == "none":
-            self.loss.check_per_image()
+            parsed.check_per_image()
         self.group = group
         self.gradient_reduction = checked_gradient_reduction(gradient_reduction)
         self.result: Result[Tensor] | None = None
-        self._know()
 
-    def _know(self) -> None:
-        """Lets compiled code know the loss by its key, for as long as this module lives."""
-        self._known = known(self.loss)
+    @property
+    def loss(self) -> WeightedSum:
+        """What it computes. Another loss may be assigned."""
+        return self._known.loss
+
+    @loss.setter
+    def loss(self, loss: LossLike) -> None:
+        # Compiled code knows the loss by its key, for as long as this module lives.
+        self._known = known(weighted_sum(loss))
         self._key = self._known.key
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._know()  # As this process may not.
+        self.loss = self._known.loss  # As this process may not know it.
 
     def forward(self, logits: Tensor, labels: Any, *others: object, valid: Any = None, offsets: Any = None) -> Tensor:
         """Returns the loss, a 0-dim tensor unless ``reduction`` is ``"none"``, differentiable in the logits.
