@@ -99,8 +99,8 @@ GAUGES = {
     "lovasz_joint_answers_kept": "Answers of joint steps, kept for ranks that may lose theirs and call again.",
     "lovasz_starting": "1 while the server starts: it compiles, and refuses losses. 0 from then on.",
     "lovasz_device_healthy": "1 if the device gave the right answer when last checked, and is not stuck.",
-    "lovasz_access_files_valid": "0 if files of certificates or tokens have changed and cannot be used: what they said "
-    "before holds. Else 1.",
+    "lovasz_access_files_valid": "0 if changed files of certificates or tokens cannot be used: the server goes on with "
+    "their old contents. Else 1.",
     "lovasz_device_utilization_ratio": "Share of the time in which the GPU (for a CPU: the host's processors) had "
     "work of any process; NaN if unknown (GPUs without nvidia-ml-py).",
     "lovasz_device_memory_used_bytes": "Memory of the GPU (for a CPU: of the host, or of the container if it "
