@@ -278,13 +278,15 @@ def test_other_signals_that_end_programs_drain_it_too(signum: signal.Signals) ->
         assert server.stop() == 0
 
 
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    """As nohup does with SIGHUP."""
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As nohup does."""
     code = """
 import signal
 from lovasz.server.__main__ import _on_signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # As shells do with what they start in the background.
 _on_signals(lambda: None)
+assert callable(signal.getsignal(signal.SIGINT))
 assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 assert callable(signal.getsignal(signal.SIGTERM))
 """

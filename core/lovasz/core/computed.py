@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 PROBABILITY_TOLERANCE = 1e-3
-"""How far a probability may lie outside [0, 1] without being a fault."""
+"""How far a probability may lie outside [0, 1] without being a fault. Errors below 0, of such, count as 0."""
 
 FIXED_POINT_BITS = 60
 """The precision of sums over pixels. Each summand is rounded to a multiple of 2^-60 of a bound on the sum and added as

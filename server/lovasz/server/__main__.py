@@ -135,8 +135,9 @@ class _Stopping(threading.Event):
 
 def _on_signals(act: Callable[[], object]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # As nohup sets it for SIGHUP.
-            signal.signal(signum, lambda *_: act())
+        if signum is signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
+            continue  # By nohup.
+        signal.signal(signum, lambda *_: act())
 
 
 def _end_in(seconds: float) -> None:
@@ -145,7 +146,8 @@ def _end_in(seconds: float) -> None:
     The first process of a container ignores SIGALRM, and a full pipe could hold up the other way, which writes where
     each thread is.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    with suppress(RuntimeError, ValueError, OSError):  # There is no standard error.
+        faulthandler.dump_traceback_later(seconds, exit=True)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds + 1)
 
