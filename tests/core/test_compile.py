@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lovasz.core import (
     CrossEntropy,
+    InvalidInput,
     LocalLoss,
     LovaszSoftmax,
     LovaszSoftmaxLoss,
@@ -124,6 +125,8 @@ def test_another_loss_of_a_module_is_the_compiled_one_too() -> None:
     module = LocalLoss(LovaszSoftmax())
     compiled = torch.compile(module, backend="eager")
     assert compiled(logits, labels) == module(logits, labels)
+    with pytest.raises(InvalidInput, match=r"^loss: got"):
+        module.loss = torch.nn.CrossEntropyLoss()
     module.loss = [(2.0, CrossEntropy())]
     assert module(logits, labels) == LocalLoss([(2.0, CrossEntropy())])(logits, labels)
     assert compiled(logits, labels) == module(logits, labels)

@@ -385,3 +385,22 @@ def test_a_valid_label_that_is_negative_is_named_as_it_came() -> None:
     labels[0, 2] = -1
     with pytest.raises(InvalidInput, match=r"^labels: got -1 at index \[0, 2\]"):
         compute(torch.zeros(1, 3, 4), labels, LovaszSoftmax(), valid=valid)
+
+
+@pytest.mark.parametrize("void", [None, -1])
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (np.full((1, 4), 1j), "labels: got element type complex128"),
+        (torch.full((1, 4), 1j), "labels: got element type"),
+        (np.full((1, 4), 1.5, object), "labels: got "),
+        (np.full((1, 4), "1"), "labels: got "),
+        (np.zeros((1, 4), "M8[s]"), "labels: got "),
+        (np.full((1, 4), 2**64 - 1, np.uint64), "labels: got a value of 18446744073709551615; expected 64-bit signed"),
+    ],
+    ids=["complex", "complex tensor", "object", "text", "dates", "uint64"],
+)
+def test_a_mask_lets_no_labels_in_that_are_none(labels: Any, text: str, void: int | None) -> None:
+    loss, valid = LovaszSoftmax(ignore_index=void), np.ones((1, 4), np.bool_)
+    with pytest.raises(InvalidInput, match="^" + text):
+        compute(torch.zeros(1, 300, 4), labels, loss, valid=valid)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +99,43 @@ def test_an_exception_ends_all_threads_before_it_is_raised(workers: Workers, who
     after = Loop()
     workers.run(after, 2, own=own)
     assert sorted(after.done) == list(range(COUNT))
+
+
+def test_nothing_of_a_call_is_kept(workers: Workers) -> None:
+    """Neither by the exception of a helper, nor by a job that no helper has taken."""
+    begun, release = threading.Event(), threading.Event()
+
+    def fails(tasks: Tasks, me: int, array: Tasks) -> None:
+        if me:
+            raise Interrupted
+
+    def waits(tasks: Tasks, me: int, array: Tasks) -> None:
+        if me:
+            begun.set()
+            release.wait(60)
+
+    gc.disable()
+    try:
+        array = np.zeros(3, np.int64)
+        gone = [weakref.ref(array)]
+        failed = False
+        while not failed:  # Until a helper takes its job in time.
+            try:
+                workers.run(fails, 2, own=own, array=array)
+            except Interrupted:
+                failed = True
+        slow = threading.Thread(target=workers.run, args=(waits, 2), kwargs={"own": own, "array": None})
+        slow.start()
+        while not begun.wait(0.01) and slow.is_alive():
+            pass
+        array = np.zeros(3, np.int64)
+        gone.append(weakref.ref(array))
+        workers.run(lambda tasks, me, array: None, 2, own=own, array=array)
+        del array
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+        release.set()
 
 
 def test_a_helper_that_is_busy_with_another_call_is_not_waited_for(workers: Workers) -> None:

@@ -88,6 +88,12 @@ class LocalLoss(torch.nn.Module):
         self._known = known(weighted_sum(loss))
         self._key = self._known.key
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss":  # Of a module, torch would make a part of this one.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.loss = self._known.loss  # As this process may not know it.

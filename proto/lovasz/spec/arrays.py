@@ -111,7 +111,7 @@ def check_dense(field: str, tensor: Any) -> None:
             field,
             "got a tensor without memory, as inside torch.func.grad, jvp or vmap, which this loss does not support; "
             "expected a plain tensor (for gradients use loss.backward() or torch.autograd.grad; of a DTensor pass "
-            "to_local() or full_tensor())",
+            "to_local() or full_tensor(), of an AsyncCollectiveTensor wait())",
         )
     forward = sys.modules["torch"].autograd.forward_ad
     if getattr(forward, "_current_level", -1) >= 0 and forward.unpack_dual(tensor).tangent is not None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lovasz.spec.arrays import check_dense, is_torch, numpy_array
 from lovasz.spec.errors import InvalidInput
+from lovasz.spec.labels import too_large, wrong_type
 from lovasz.spec.terms import WeightedSum
 
 _BYTE = 255
@@ -43,6 +44,8 @@ def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) ->
             f"got shape {tuple(mask.shape)}; expected {tuple(labels.shape)}, as the labels have, or 1 along some axes",
         )
     labels = _wide(labels, void)
+    if is_array and labels.dtype.kind not in "biuf":
+        raise wrong_type(str(labels.dtype))
     if all(term.ignore_index is None for _, term in loss.terms):
         _check_labels(labels, mask, void, layout.label_values)
     if is_array:
@@ -94,9 +97,13 @@ def _wide(labels: Any, void: int) -> Any:
     fits = 0 <= void <= _BYTE
     if "float" in name:  # Of 16 bits, the coarsest holds all whole numbers up to 256.
         return labels if fits else labels.astype(np.float64) if is_array else labels.double()
-    if fits and name not in ("bool", "int8", *(() if is_array else ("uint16", "uint32", "uint64"))):
+    is_integer = name == "bool" or name.startswith(("int", "uint"))  # Others are refused where types are checked.
+    if not is_integer or (fits and name not in ("bool", "int8", *(() if is_array else ("uint16", "uint32", "uint64")))):
         return labels
-    return labels.astype(np.int64) if is_array else labels.long()
+    wide = labels.astype(np.int64) if is_array else labels.long()
+    if name == "uint64" and (wide < 0).any():
+        raise too_large((1 << 64) + int(wide[wide < 0].max()))
+    return wide
 
 
 def _void_label(loss: WeightedSum, label_values: int) -> int:

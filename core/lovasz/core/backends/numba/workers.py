@@ -1,8 +1,9 @@
 """Threads for compiled loops. The calling thread takes tasks, too, so it never waits for a busy helper.
 
-Loops have addresses of tensors, so none may run on once its call has ended, whatever interrupts the call: a signal's
+Loops have addresses of tensors, so none may run on once its call has ended, also if the call is interrupted: a signal's
 handler can raise an exception in the main thread at almost any point. Hence no executor, whose locks such an exception
-can leave locked; and what ends a call can be repeated from its beginning.
+can leave locked; and what ends a call can be repeated from its beginning. (Two signals at one moment, whose handlers
+both raise, are more than this can take.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class _Job:
     """What one helper does for a call, unless the call ends before a helper takes it."""
 
     def __init__(self, loop: Callable[..., None], arguments: Mapping[str, Any]) -> None:
-        self._loop, self._arguments = loop, arguments
+        self._work: tuple[Callable[..., None], Mapping[str, Any]] | None = (loop, arguments)
         self._owner: dict[str, str] = {}
         self._running = threading.Lock()
         self._running.acquire()
@@ -33,8 +34,10 @@ class _Job:
         """Called by a helper."""
         if self._owner.setdefault("owner", "helper") != "helper":
             return
+        assert self._work is not None
+        loop, arguments = self._work
         try:
-            self._loop(**self._arguments)
+            loop(**arguments)
         except BaseException as error:
             self.error = error
         finally:
@@ -45,6 +48,7 @@ class _Job:
         if self._owner.setdefault("owner", "call") == "helper":
             with self._running:
                 pass
+        self._work = None  # It may be in the queue for a while yet.
 
 
 class Workers:
@@ -101,6 +105,8 @@ class Workers:
                 interrupted = interrupted or error
         failed = interrupted or next((job.error for job in jobs if job.error is not None), None)
         if failed is not None:
+            for job in jobs:
+                job.error = None
             try:
                 raise failed
             finally:
