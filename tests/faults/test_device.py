@@ -117,10 +117,20 @@ def test_a_server_that_cannot_start_all_threads_says_so_and_ends() -> None:
 
 
 def test_a_stop_that_hangs_is_ended_by_the_system() -> None:
-    code = "import threading; from lovasz.server.__main__ import _end_in; _end_in(0.1); threading.Event().wait()"
+    code = """
+import threading
+from lovasz.server.__main__ import _end_in
+for _ in range(150):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+def it_hangs_here():
+    threading.Event().wait()
+_end_in(0.1)
+it_hangs_here()
+"""
     ended = subprocess.run([sys.executable, "-c", code], timeout=60, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
-    assert "wait" in ended.stderr, "where its thread was"
+    assert "in it_hangs_here" in ended.stderr
+    assert ended.stderr.count("Thread 0x") >= 100
 
 
 def test_a_stop_that_hangs_is_ended_even_if_nothing_can_be_written() -> None:

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
@@ -144,12 +145,20 @@ def _end_in(seconds: float) -> None:
     """Lets the process end after this time, whatever its threads do then.
 
     The first process of a container ignores SIGALRM, and a full pipe could hold up the other way, which writes where
-    each thread is.
+    threads are: a hundred, the youngest first. So the main thread's place is written before that.
     """
-    with suppress(RuntimeError, ValueError, OSError):  # There is no standard error.
-        faulthandler.dump_traceback_later(seconds, exit=True)
+    with suppress(RuntimeError, ValueError, OSError):  # There is no standard error, or no more threads can start.
+        faulthandler.dump_traceback_later(seconds + 1, exit=True)
+        teller = threading.Timer(seconds, _tell_where_it_hangs, (threading.main_thread().ident,))
+        teller.daemon = True
+        teller.start()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+    signal.setitimer(signal.ITIMER_REAL, seconds + 2)
+
+
+def _tell_where_it_hangs(thread: int) -> None:
+    stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
+    print(f"lovasz-server: the stop hangs in\n{stack}", file=sys.stderr, flush=True)
 
 
 def _exit_at_once(status: int) -> NoReturn:

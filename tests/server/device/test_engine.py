@@ -15,7 +15,7 @@ from support.waiting import eventually
 from lovasz.core import compute
 from lovasz.core.answers import Pending
 from lovasz.core.batch import Request
-from lovasz.core.dispatch import submit
+from lovasz.core.dispatch import Backend, submit
 from lovasz.server.device.engine import Engine
 from lovasz.server.errors import AbandonedError, DeviceError, TooLargeError
 from lovasz.server.observe.metrics import Metrics
@@ -308,7 +308,12 @@ def test_says_when_a_faster_way_can_be_had_and_compiles_before_it_serves(
 ) -> None:
     compiled: list[torch.device] = []
     monkeypatch.setattr("lovasz.server.device.engine.advice", lambda device: f"faster on {device} with numba")
-    monkeypatch.setattr("lovasz.server.device.engine.warm_up", compiled.append)
+
+    def warm_up(device: torch.device) -> Backend:
+        compiled.append(device)
+        return Backend.NUMBA
+
+    monkeypatch.setattr("lovasz.server.device.engine.warm_up", warm_up)
     with caplog.at_level("INFO"):
         engine.start()
     assert compiled == [CPU]
