@@ -377,7 +377,9 @@ def test_a_mask_with_labels_of_each_type(dtype: torch.dtype, void: int | None, i
     expected = compute(logits, labels, loss, valid=valid)
     result = compute(logits, of_type.numpy() if is_array else of_type, loss, valid=valid)
     assert result.loss == expected.loss
-    assert torch.equal(result.grad, expected.grad)  # type: ignore[arg-type]
+    assert result.grad is not None
+    assert expected.grad is not None
+    assert torch.equal(result.grad, expected.grad)
 
 
 def test_a_valid_label_that_is_negative_is_named_as_it_came() -> None:

@@ -86,8 +86,7 @@ def check_dense(field: str, tensor: Any) -> None:
 
     Raises:
         InvalidInput: it is sparse, nested, on the device ``meta``, made of other tensors (DTensor), or inside
-            forward-mode differentiation, ``torch.func``, ``torch.vmap`` or
-            ``torch.jit.trace``.
+            forward-mode differentiation, ``torch.func``, ``torch.vmap`` or ``torch.jit.trace``.
     """
     if sys.modules["torch"].jit.is_tracing():
         raise InvalidInput(

@@ -44,8 +44,6 @@ def masked(logits: Sequence[int], labels: Any, valid: Any, loss: WeightedSum) ->
             f"got shape {tuple(mask.shape)}; expected {tuple(labels.shape)}, as the labels have, or 1 along some axes",
         )
     labels = _wide(labels, void)
-    if is_array and labels.dtype.kind not in "biuf":
-        raise wrong_type(str(labels.dtype))
     if all(term.ignore_index is None for _, term in loss.terms):
         _check_labels(labels, mask, void, layout.label_values)
     if is_array:
@@ -97,8 +95,10 @@ def _wide(labels: Any, void: int) -> Any:
     fits = 0 <= void <= _BYTE
     if "float" in name:  # Of 16 bits, the coarsest holds all whole numbers up to 256.
         return labels if fits else labels.astype(np.float64) if is_array else labels.double()
-    is_integer = name == "bool" or name.startswith(("int", "uint"))  # Others are refused where types are checked.
-    if not is_integer or (fits and name not in ("bool", "int8", *(() if is_array else ("uint16", "uint32", "uint64")))):
+    if name != "bool" and not name.startswith(("int", "uint")):
+        raise wrong_type(name)
+    not_by_torch = () if is_array else ("uint16", "uint32", "uint64")
+    if fits and name not in ("bool", "int8", *not_by_torch):
         return labels
     wide = labels.astype(np.int64) if is_array else labels.long()
     if name == "uint64" and (wide < 0).any():

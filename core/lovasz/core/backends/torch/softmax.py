@@ -96,9 +96,8 @@ def given_probabilities(probabilities: Tensor, labels: Tensor) -> Softmax:
     finite = torch.isfinite(maximum) & torch.isfinite(probabilities.amin(dim=0))
     label_probability = probabilities.gather(0, index)[0]
     label_error = 1 - label_probability
-    errors = (
-        probabilities.scatter(0, index, label_error.unsqueeze(0)).clamp_(min=0).add_(0.0)
-    )  # so that -0.0 ties with 0.0
+    # Errors are not negative: values below 0 within the tolerance become 0, and -0.0 by the sum.
+    errors = probabilities.scatter(0, index, label_error.unsqueeze(0)).clamp_(min=0).add_(0.0)
     unused = torch.empty(0)
     return Softmax(errors, label_error, label_probability, unused, unused, maximum, prediction, finite, unused)
 
