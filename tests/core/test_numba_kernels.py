@@ -33,6 +33,7 @@ from lovasz.core.backends.numba import (
     ranges,
     scanning,
     scratch,
+    selecting,
     sorting,
     tables,
 )
@@ -375,7 +376,8 @@ def test_background_after_the_last_foreground_bin_need_not_be_counted(kind: str)
     last = int(slow_bin(errors[codes == 1].astype(np.float64), 0).max())
     whole, pruned, foreground = new_table(), new_table(), int((codes == 1).sum())
     lowest, highest = count(errors, codes, whole)
-    range_of_pruned = count(errors, codes, pruned, tables.last_distance(errors, codes, 1, bins.FINE_TOP))
+    smallest, _ = selecting.smallest_foreground(errors, codes, 1)
+    range_of_pruned = count(errors, codes, pruned, tables.last_distance(smallest, bins.FINE_TOP))
     assert lowest <= range_of_pruned[0]
     assert range_of_pruned[1] == last
     assert scan(pruned, *range_of_pruned, foreground) == scan(whole, lowest, highest, foreground)
@@ -471,6 +473,28 @@ def test_sorter_is_numpys_stable_sort(sort: str, distinct: int, size: int) -> No
         assert given.tolist() == expected.tolist()
     else:
         assert sorting.sort(given, np.empty_like(given))[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 1023, 1024, 1025, 5000])
+def test_keys_of_pixels_that_matter(size: int, share: float, cut: bool) -> None:
+    rng = np.random.default_rng(12)
+    errors = np.where(rng.random(size) < share, rng.random(size), 0.25 * rng.integers(0, 2, size)).astype(np.float32)
+    codes = rng.choice(np.array([0, 1, 3, IGNORED, VOID], np.uint8), size)
+    smallest = int(np.float32(0.25).view(np.int32))
+    keys = np.full(size, 77, np.uint64)
+    kept = selecting.select(errors, codes, 1, VOID, IGNORED, smallest, cut, keys)
+    is_foreground, floor = codes == 1, 0.0 if cut else -1.0
+    matters = np.where(is_foreground, errors > floor, (errors > 0.25) & (codes != VOID) & (codes != IGNORED))
+    inverted = (0x7FFFFFFF - errors.view(np.int32).astype(np.int64)) << 32
+    expected = (inverted + (~is_foreground * (1 << 31)) + np.arange(size))[matters]
+    assert keys[:kept].tolist() == expected.tolist()
+    assert (keys[kept:] == 77).all()
+    low, high = np.sort(expected)[[kept // 4, 3 * kept // 4]].astype(np.uint64) if kept else np.uint64([0, 0])
+    found = np.empty_like(keys)
+    count = selecting.select_range(keys[:kept], low, high, found)
+    assert found[:count].tolist() == [key for key in expected.tolist() if low <= key < high]
 
 
 @pytest.mark.parametrize("size", [1, 2, 47, 48, 49, 50, 400])

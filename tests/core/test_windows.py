@@ -16,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax, compute
-from lovasz.core.backends.numba import bins, extension, scanning, sorting, tables
+from lovasz.core.backends.numba import bins, extension, scanning, selecting, tables
+from lovasz.core.backends.numba.keys import write_keys
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import Backend, submit
 from lovasz.core.word import REST_SUM_BITS
@@ -137,21 +138,21 @@ def test_selection_is_that_of_numpy(pixels: int, floor: float, ceiling: float) -
     low, high = (int(np.float32(edge).view(np.int32)) for edge in (floor, ceiling))
     taken = (errors.view(np.int32) > low) & (errors.view(np.int32) <= high) & (codes < IGNORED)
     values, places = np.empty(pixels, np.float32), np.empty(pixels, np.int32)
-    count = sorting.select_window(errors, codes, 1, VOID, IGNORED, low, high, 100, values, places)
+    count = selecting.select_window(errors, codes, 1, VOID, IGNORED, low, high, 100, values, places)
     assert (places[:count] - 100).tolist() == np.flatnonzero(taken).tolist()
     assert np.abs(values[:count]).tolist() == errors[taken].tolist()
     assert np.signbit(values[:count]).tolist() == (codes[taken] == 1).tolist()
     keys = np.empty(count, np.uint64)
-    sorting.write_keys(values[:count], keys)
+    write_keys(values[:count], keys)
     order = np.lexsort((np.arange(count), codes[taken] != 1, -errors[taken]))
     assert keys.argsort(kind="stable").tolist() == order.tolist()
     for room in (0, 1, count // 2):
         of_room = np.empty(room, np.float32), np.empty(room, np.int32)
-        assert sorting.select_window(errors, codes, 1, VOID, IGNORED, low, high, 0, *of_room) == min(room, count)
+        assert selecting.select_window(errors, codes, 1, VOID, IGNORED, low, high, 0, *of_room) == min(room, count)
         assert of_room[0][: min(room, count)].tobytes() == values[: min(room, count)].tobytes()
     above = int(((errors.view(np.int32) > low) & (codes < IGNORED)).sum())
     for few in (above - 1, above, above + 1):
-        assert sorting.are_few(errors, codes, VOID, IGNORED, low, few) == (above <= few)
+        assert selecting.are_few(errors, codes, VOID, IGNORED, low, few) == (above <= few)
 
 
 @pytest.mark.parametrize("top", [bins.FINE_TOP, bins.SOFTMAX_COARSER, 100, -50])

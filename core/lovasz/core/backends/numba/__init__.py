@@ -12,7 +12,7 @@ its loops), ``joint_segments`` and ``joint_tables`` (segments whose pixels other
 
 Compiled: ``planes`` (reads logits and labels), ``softmax`` and ``binary`` (errors and counts, and the way back),
 ``cross_entropy``, ``whole`` (small joints), ``undivided`` (segments that one thread scores each), ``parts`` (those that
-are divided), ``segments`` and ``windows`` (what both do with a segment), ``sorting`` (its pixels sorted), ``tables``,
-``scanning`` and ``bins`` (its pixels counted, and its window found), ``elementary`` (exp and log), ``intrinsics``.
-``disk_cache`` keeps what was compiled.
+are divided), ``segments`` and ``windows`` (what both do with a segment), ``selecting``, ``keys`` and ``sorting`` (its
+pixels that matter are found and sorted), ``tables``, ``scanning`` and ``bins`` (its pixels are counted, and its window
+found), ``elementary`` (exp and log), ``intrinsics``. ``disk_cache`` keeps what was compiled.
 """

@@ -120,6 +120,49 @@ def lowest_bit(typing: Any, mask: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
+@intrinsic
+def bits_set(typing: Any, mask: Any) -> Any:
+    """How many bits of a mask are set, as a uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+LISTED = 8
+"""The bits of a mask of ``list_places``."""
+
+
+@intrinsic
+def list_places(typing: Any, places: Any, at: Any, mask: Any, first: Any) -> Any:
+    """Writes ``first`` + i for each bit i that is set in a mask (uint64, ``LISTED`` bits) to ``places[at:]`` (uint16).
+
+    It has no branch to mispredict: it writes ``LISTED`` elements in any case, those behind the places being undefined.
+    """
+    vector = ir.VectorType(ir.IntType(16), LISTED)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, place, which, offset = arguments
+        rows = cgutils.global_constant(builder.module, "places_of_masks", _places_of_masks(vector))
+        row = builder.load(builder.gep(rows, [ir.Constant(ir.IntType(64), 0), which]))
+        lanes = builder.insert_element(ir.Constant(vector, ir.Undefined), offset, ir.Constant(ir.IntType(32), 0))
+        lanes = builder.shuffle_vector(lanes, lanes, ir.Constant(ir.VectorType(ir.IntType(32), LISTED), None))
+        base = context.make_array(signature.args[0])(context, builder, out).data
+        target = builder.bitcast(builder.gep(base, [place]), vector.as_pointer())
+        builder.store(builder.add(row, lanes), target, align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.Array(types.uint16, 1, "C"), types.uint64, types.uint64, types.uint16), generate
+
+
+def _places_of_masks(vector: ir.VectorType) -> ir.Constant:
+    """The places of the bits that are set in each mask, and zeros: an array of vectors."""
+    places = [[i for i in range(LISTED) if mask >> i & 1] for mask in range(1 << LISTED)]
+    rows = [ir.Constant(vector, own + [0] * (LISTED - len(own))) for own in places]
+    return ir.Constant(ir.ArrayType(vector, len(rows)), rows)
+
+
 @inlined
 def bits_between(floats: npt.NDArray[np.float32], first: int, floor: np.int32, ceiling: np.int32) -> np.uint64:
     """A mask (uint64): bit i tells whether the bits of ``floats[first + i]``, as an int32, are in (floor, ceiling].

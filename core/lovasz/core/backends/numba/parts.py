@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from lovasz.core.backends.numba import tables
 from lovasz.core.backends.numba.intrinsics import compiled
+from lovasz.core.backends.numba.keys import Keys
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.segments import Rules, Segments, add_at, count_range, look_up_range
-from lovasz.core.backends.numba.sorting import Keys
 from lovasz.core.backends.numba.windows import (
     NO_CEILING,
     find_window,
@@ -157,7 +157,7 @@ def select_parts(
     """Selects the pixels of each part that are in its segment's window.
 
     Args:
-        values, places: one row per part, written; see ``sorting.select_window``.
+        values, places: one row per part, written; see ``selecting.select_window``.
         counts: one per part, written: how many they are.
     """
     while True:

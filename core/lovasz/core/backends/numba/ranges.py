@@ -9,12 +9,12 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import sorting
+from lovasz.core.backends.numba import selecting, sorting
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
+from lovasz.core.backends.numba.keys import Keys, renumber
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.segments import Rules, Segments
-from lovasz.core.backends.numba.sorting import Keys
 
 STRIP_PIXELS = 1 << 14
 """Pixels per task of the selection."""
@@ -154,7 +154,7 @@ def select(
             break
         s, start, stop = strips.segment[task], strips.start[task], strips.stop[task]
         own, place = keys[task], places[task]
-        kept = sorting.select(
+        kept = selecting.select(
             errors[segments.row[s], start:stop],
             codes[segments.code_row[s], start:stop],
             segments.foreground[s],
@@ -164,7 +164,7 @@ def select(
             True,
             own,
         )
-        sorting.renumber(own[:kept], (task - strips.first[task]) * STRIP_PIXELS, place)
+        renumber(own[:kept], (task - strips.first[task]) * STRIP_PIXELS, place)
         strips.count[task] = kept
 
 
@@ -194,13 +194,13 @@ def rank(
         s, low, high = ranges.segment[task], ranges.low[task], ranges.high[task]
         before, foreground_before = 0, 0
         for strip in range(ranges.first_strip[task], ranges.stop_strip[task]):
-            count, foreground = sorting.count_before(keys[strip, : counts[strip]], low)
+            count, foreground = selecting.count_before(keys[strip, : counts[strip]], low)
             before, foreground_before = before + count, foreground_before + foreground
         place = ranges.place[task] + before
         own, other = own_keys[place:], other_keys[place:]
         kept = 0
         for strip in range(ranges.first_strip[task], ranges.stop_strip[task]):
-            kept += sorting.select_range(keys[strip, : counts[strip]], low, high, own[kept:])
+            kept += selecting.select_range(keys[strip, : counts[strip]], low, high, own[kept:])
         in_order, _ = sorting.sort(own[:kept], other[:kept])
         sorting.rank(
             in_order,

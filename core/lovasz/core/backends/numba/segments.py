@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from lovasz.core.backends.numba import sorting, tables
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
+from lovasz.core.backends.numba.keys import Keys
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes
-from lovasz.core.backends.numba.sorting import Keys, Places
+from lovasz.core.backends.numba.selecting import Places
 
 
 class Segments(NamedTuple):

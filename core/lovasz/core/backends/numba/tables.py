@@ -99,11 +99,13 @@ def floor_behind(last: int, top: int) -> int:
 
 
 @compiled
-def last_distance(errors: Floats, codes: Codes, foreground: int, top: int) -> int:
-    """The largest distance in the bin of the smallest foreground error: background further away has g = 0."""
-    most, top_bits, foreground_code = i32(0), _top_bits(top), i32(foreground)
-    for i in range(len(errors)):
-        most = max(most, _distance(errors[i], top_bits) if i32(codes[i]) == foreground_code else i32(0))
+def last_distance(smallest: int, top: int) -> int:
+    """The largest distance in the bin of the smallest foreground error: background further away has g = 0.
+
+    Args:
+        smallest: the bits of this error.
+    """
+    most = max(i32(_top_bits(top) - i32(smallest)), i32(0))
     octave = i32(most >> i32(23))
     if octave >= _OCTAVES:
         return ALL_DISTANCES

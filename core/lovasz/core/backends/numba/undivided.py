@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import sorting, tables
+from lovasz.core.backends.numba import tables
 from lovasz.core.backends.numba.intrinsics import compiled
+from lovasz.core.backends.numba.keys import Keys
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes, claim
 from lovasz.core.backends.numba.segments import (
     Rules,
@@ -18,7 +19,7 @@ from lovasz.core.backends.numba.segments import (
     sort_segment,
     write_at,
 )
-from lovasz.core.backends.numba.sorting import Keys, Places
+from lovasz.core.backends.numba.selecting import Places, are_few, smallest_foreground
 from lovasz.core.backends.numba.windows import (
     NO_CEILING,
     find_window,
@@ -107,9 +108,10 @@ def count_segment(
     keys, other_keys, room, values, places = memory
     start, stop = segments.start[s], segments.stop[s]
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
-    last = tables.last_distance(error, code, segments.foreground[s], segments.top[s])
+    smallest, _ = smallest_foreground(error, code, segments.foreground[s])
+    last = tables.last_distance(smallest, segments.top[s])
     floor = least_floor(rules, tables.floor_behind(last, segments.top[s]))
-    if sorting.are_few(error, code, rules.void, rules.ignored, floor, segments.few[s]):
+    if are_few(error, code, rules.void, rules.ignored, floor, segments.few[s]):
         if stop - start <= len(room):  # The same bits, and faster.
             losses[s] = sort_segment(_segment(segments, s), rules, planes, errors, codes, keys, other_keys, room)
             return True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import scanning, sorting, tables
+from lovasz.core.backends.numba import scanning, selecting, sorting, tables
 from lovasz.core.backends.numba.intrinsics import compiled
+from lovasz.core.backends.numba.keys import Keys, write_keys
 from lovasz.core.backends.numba.planes import Floats, Integers
 from lovasz.core.backends.numba.scanning import Window
 from lovasz.core.backends.numba.segments import Rules, Segments
-from lovasz.core.backends.numba.sorting import Keys, Places
+from lovasz.core.backends.numba.selecting import Places
 
 NO_CEILING = (1 << 31) - 1
 """The bits of any error are at most these."""
@@ -44,7 +45,7 @@ def is_accepted(segments: Segments, s: int, rules: Rules, window: Window) -> boo
 
 @compiled
 def window_bits(segments: Segments, s: int, rules: Rules, window: Window) -> tuple[int, int]:
-    """(floor, ceiling) of ``sorting.select_window`` for the pixels of a segment's window."""
+    """(floor, ceiling) of ``selecting.select_window`` for the pixels of a segment's window."""
     top = segments.top[s]
     return least_floor(rules, tables.floor(window.stop, top)), tables.floor(window.first, top)
 
@@ -69,8 +70,8 @@ def select_window(
     values: Floats,
     places: Places,
 ) -> int:
-    """Selects those of the pixels [start, stop) that are in their segment's window; see ``sorting.select_window``."""
-    return sorting.select_window(
+    """Selects those of the pixels [start, stop) that are in their segment's window; see ``selecting.select_window``."""
+    return selecting.select_window(
         errors[segments.row[s], start:stop],
         codes[segments.code_row[s], start:stop],
         segments.foreground[s],
@@ -104,7 +105,7 @@ def sort_window(
         g: shape (0,) if no gradient is wanted.
     """
     n, foreground_count = len(values), segments.foreground_count[s]
-    sorting.write_keys(values, keys[:n])
+    write_keys(values, keys[:n])
     in_order, free = sorting.sort(keys[:n], other_keys[:n])
     return sorting.rank(
         in_order,
