@@ -1,4 +1,7 @@
-"""The Python snippets of README.md and usage.md run, and do what the pages say about them."""
+"""The Python snippets of README.md and usage.md run, and do what the pages say about them.
+
+Those of trainers.md need the frameworks: ``tests/trainers`` runs them. Here only their criterion is made.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from support import recipes
 from support.imports import REPOSITORY
 from support.snippets import Snippet, snippets_of
 from torch import Tensor, distributed, nn
 
-from lovasz.core import DatasetIoU, LovaszSoftmax, compute
+from lovasz.client.torch import RemoteLoss
+from lovasz.core import DatasetIoU, LocalLoss, LovaszSoftmax, compute
 from lovasz.server.launch import ServerProcess
 
 USAGE = snippets_of(REPOSITORY / "docs" / "usage.md")
@@ -156,3 +161,17 @@ def test_checkpointed_activations_change_no_bit() -> None:
     snippet.run(with_it)
     plain.run(without)
     assert torch.equal(gradients(with_it["model"]), gradients(without["model"]))
+
+
+def test_the_ways_to_create_the_criterion_of_trainers_md(process_group: None, server: ServerProcess) -> None:
+    assert len(recipes.sections()["The criterion"]) == len(recipes.CRITERIA)
+    labels = recipes.batch()[1]
+    logits = torch.randn(recipes.IMAGES, recipes.CLASSES, *labels.shape[1:])
+    losses = {}
+    for way in recipes.CRITERIA:
+        criterion = recipes.criterion(way, server.target)["criterion"]
+        losses[way] = float(criterion(logits, labels))
+        assert isinstance(criterion, RemoteLoss if "server" in way else LocalLoss)
+        joins_ranks = criterion.joint is not None if "server" in way else criterion.group is not None
+        assert joins_ranks == ("group" in way or "all ranks" in way)
+    assert max(losses.values()) - min(losses.values()) < 1e-6

@@ -24,10 +24,8 @@ Training = Callable[[str], torch.nn.Module]
 
 
 def joint_criterion(target: str) -> dict[str, Any]:
-    """What the third block of the page's first section makes. The process group must exist."""
-    names: dict[str, Any] = {}
-    recipes.run_lines("The criterion", 2, names, target)
-    return names
+    """A criterion of all ranks, on a server. The process group must exist."""
+    return recipes.criterion("of all ranks on a server", target)
 
 
 def share() -> tuple[Tensor, Tensor]:
@@ -43,8 +41,18 @@ def dataset() -> list[tuple[Tensor, Tensor]]:
 
 def with_ddp(target: str) -> torch.nn.Module:
     dist.init_process_group("gloo")
+    return _ddp(joint_criterion(target), target)
+
+
+def with_ddp_and_process_group(target: str) -> torch.nn.Module:
+    criterion = recipes.criterion("of a process group", target)
+    dist.init_process_group("gloo")
+    return _ddp(criterion, target)
+
+
+def _ddp(criterion: dict[str, Any], target: str) -> torch.nn.Module:
     model = recipes.new_model()
-    names = joint_criterion(target) | {"model": model, "DistributedDataParallel": DistributedDataParallel}
+    names = criterion | {"model": model, "DistributedDataParallel": DistributedDataParallel}
     names |= {"loader": [share()] * STEPS, "optimizer": torch.optim.SGD(model.parameters(), lr=recipes.RATE)}
     recipes.run_lines("DistributedDataParallel", 0, names, target)
     return model
@@ -152,6 +160,7 @@ def with_compute_loss_func(target: str) -> torch.nn.Module:
 
 TRAININGS: dict[str, Training] = {
     "DistributedDataParallel": with_ddp,
+    "DistributedDataParallel, process group": with_ddp_and_process_group,
     "FSDP": with_fsdp,
     "FSDP 1": with_fsdp1,
     "Lightning": with_lightning,

@@ -15,6 +15,8 @@ from lovasz.spec import LossLike
 
 PAGE = REPOSITORY / "docs" / "trainers.md"
 TERMS: LossLike = [(1.0, CrossEntropy(ignore_index=255)), (1.0, LovaszSoftmax(ignore_index=255))]
+CRITERIA = {"in this process": 0, "of a process group": 1, "on a server": 2, "of all ranks on a server": 3}
+"""The ways to create the criterion, and the block that each one is in the page's first section."""
 CLASSES = 4
 IMAGES = 4
 RATE = 0.1
@@ -32,6 +34,18 @@ def run_lines(section: str, block: int, namespace: dict[str, Any], target: str =
     code = sections()[section][block].replace("localhost:50051", target)
     # Lines before, so that a traceback shows the line's number inside the block.
     exec(compile(code, f"{PAGE.name}, {section}, block {block}", "exec"), namespace)
+
+
+def criterion(way: str, target: str) -> dict[str, Any]:
+    """What the block of the page's first section makes that shows this way.
+
+    Args:
+        way: one of ``CRITERIA``.
+        target: the server's address.
+    """
+    names: dict[str, Any] = {}
+    run_lines("The criterion", CRITERIA[way], names, target)
+    return names
 
 
 def batch() -> tuple[Tensor, Tensor]:

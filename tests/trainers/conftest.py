@@ -53,12 +53,10 @@ def lines(ran: Callable[[str, int], None], server: ServerProcess) -> Lines:
     return run
 
 
-@pytest.fixture(params=[0, 1], ids=["in this process", "on a server"])
+@pytest.fixture(params=["in this process", "on a server"])
 def namespace(request: pytest.FixtureRequest, server: ServerProcess) -> dict[str, Any]:
-    """What a user has before the lines of a section: the criterion, by the page's first or second way."""
-    names: dict[str, Any] = {}
-    recipes.run_lines("The criterion", request.param, names, server.target)
-    return names
+    """What a user has before the lines of a section: the criterion."""
+    return recipes.criterion(request.param, server.target)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -17,6 +17,7 @@ from lovasz.server.launch import ServerProcess
 
 BLOCKS = {
     "DistributedDataParallel": [("DistributedDataParallel", 0)],
+    "DistributedDataParallel, process group": [("DistributedDataParallel", 0)],
     "FSDP": [("FSDP", 0)],
     "FSDP 1": [("FSDP", 1)],
     "Lightning": [("Lightning", 0), ("Lightning", 1)],
