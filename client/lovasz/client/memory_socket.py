@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from lovasz import wire
 from lovasz.client.errors import LossError, ServerUnavailableError
+from lovasz.client.turn import Turn
 from lovasz.v1 import loss_pb2 as pb
 
 _MOST_POLL_SECONDS = 0.5
@@ -95,7 +97,7 @@ class MemorySocket:
         self.is_closed = False
         self._lock = threading.Lock()
         """Held for a moment only: for the tables of waiters, and for each send."""
-        self._reading = threading.Lock()
+        self._reading = Turn()
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Waiter] = {}
         self._plain: deque[_Waiter] = deque()
@@ -189,11 +191,12 @@ class MemorySocket:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)  # Wakes the thread that reads.
         self._end_all()
-        is_free = self._reading.acquire(timeout=_CLOSE_SECONDS)
+        if self._reading.call(self._close_socket, _CLOSE_SECONDS) is None:
+            self._close_socket()
+
+    def _close_socket(self) -> None:
         with self._lock:
             self._socket.close()
-        if is_free:
-            self._reading.release()
 
     def drop(self) -> None:
         """Closes this process's side after a fork: the connection is the parent's."""
@@ -256,13 +259,7 @@ class MemorySocket:
         """Waits for a reply. One of the waiting threads reads; when it is done, it wakes the next."""
         try:
             while not waiter.is_done:
-                if self._reading.acquire(blocking=False):
-                    try:
-                        while not waiter.is_done:
-                            self._read(deadline)
-                    finally:
-                        self._reading.release()
-                else:
+                if self._reading.call(partial(self._read_until_done, waiter, deadline)) is None:
                     try:
                         waiter.wake.get(timeout=max(0.0, min(_MOST_POLL_SECONDS, deadline - time.monotonic())))
                     except queue.Empty:
@@ -272,6 +269,10 @@ class MemorySocket:
             waiter.is_done = True  # A late reply is nobody's.
             self._wake_another()
 
+    def _read_until_done(self, waiter: _Waiter, deadline: float) -> None:
+        while not waiter.is_done:
+            self._read(deadline)
+
     def _wake_another(self) -> None:
         """If nobody reads, another thread that waits has to.
 
@@ -280,7 +281,7 @@ class MemorySocket:
         if not self._calls and not self._plain:
             return
         with self._lock:
-            if not self._reading.locked():
+            if self._reading.is_free:
                 waiting = itertools.chain(self._calls.values(), self._plain)
                 another = next((waiter for waiter in waiting if not waiter.is_done), None)
                 if another is not None:

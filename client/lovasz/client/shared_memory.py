@@ -10,10 +10,9 @@ import itertools
 import logging
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from lovasz import wire
@@ -22,6 +21,7 @@ from lovasz.client.errors import LossError, ServerOverloadedError, ServerUnavail
 from lovasz.client.memory import MemoryPool
 from lovasz.client.memory_socket import MemorySocket, SocketError, check_same_server
 from lovasz.client.regions import Region, Shared
+from lovasz.client.turn import Turn
 from lovasz.v1 import loss_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class SharedMemory:
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._lock = threading.Lock()
+        self._turn = Turn()
         self._session: Session | None = None
         self.regions: MemoryPool[Region] = MemoryPool(lambda nbytes: Region(nbytes, self.regions))
 
@@ -251,68 +251,67 @@ class SharedMemory:
         if session is not None:
             session.settle()
 
-    def _twice(self, begin: Callable[[float], Session], timeout: float) -> Session:
+    def _twice(self, begin: Callable[[Callable[[], float]], Session], timeout: float) -> Session:
         """Looks once more for shared memory that was not there, if a server answers: it may have started meanwhile.
 
         It listens for shared memory before its gRPC answers.
         """
         deadline = time.monotonic() + timeout
         try:
-            return begin(timeout)
+            return self._alone(begin, timeout)
         except ServerUnavailableError:
             self._connection.info(deadline - time.monotonic())
         try:
-            return begin(deadline - time.monotonic())
+            return self._alone(begin, deadline - time.monotonic())
         except ServerUnavailableError:
             if time.monotonic() >= deadline:
                 raise SocketError.late() from None
             raise
 
-    def _share(self, region: Shared, timeout: float) -> Session:
-        with self._locked(timeout) as left:
-            session = self._session
-            if session is not None:
-                if session.is_full:
-                    self.regions.clear()
-                try:
-                    session.share(region, left())
-                    return session
-                except ServerUnavailableError:  # That server is gone; another one may have started.
-                    session.close()
-            session = self._new_session(left())
+    def _share(self, region: Shared, left: Callable[[], float]) -> Session:
+        session = self._session
+        if session is not None:
+            if session.is_full:
+                self.regions.clear()
             try:
                 session.share(region, left())
-            except (LossError, SocketError):
+                return session
+            except ServerUnavailableError:  # That server is gone; another one may have started.
                 session.close()
-                raise
-            self._keep(session)
-            return session
+        session = self._new_session(left())
+        try:
+            session.share(region, left())
+        except (LossError, SocketError):
+            session.close()
+            raise
+        self._keep(session)
+        return session
 
-    def _begun(self, timeout: float) -> Session:
-        with self._locked(timeout) as left:
-            session = self._session
-            if session is None or session.socket.is_closed:
-                session = self._new_session(left())
-                self._keep(session)
-            return session
+    def _begun(self, left: Callable[[], float]) -> Session:
+        session = self._session
+        if session is None or session.socket.is_closed:
+            session = self._new_session(left())
+            self._keep(session)
+        return session
 
     def _keep(self, session: Session) -> None:
         self._session = session
         if self._closed:  # Only now: whoever closes this ends the session that is kept.
             session.close()
 
-    @contextmanager
-    def _locked(self, timeout: float) -> Iterator[Callable[[], float]]:
-        """Holds the lock; gives the seconds that are left."""
+    def _alone(self, begin: Callable[[Callable[[], float]], Session], timeout: float) -> Session:
+        """Calls ``begin`` with the seconds that are left, as a function, in one thread at a time."""
         deadline = time.monotonic() + timeout
-        if not self._lock.acquire(timeout=max(0.0, timeout)):
-            raise SocketError.late()
-        try:
+
+        def work() -> Session:
             if self._closed:
                 raise ServerUnavailableError(f"{self._path}: closed")
-            yield lambda: deadline - time.monotonic()
-        finally:
-            self._lock.release()
+            return begin(lambda: deadline - time.monotonic())
+
+        done = self._turn.call(work, timeout)
+        if done is None:
+            raise SocketError.late()
+        return done[0]
 
     def _new_session(self, timeout: float) -> Session:
         session = Session(self._path, timeout)
