@@ -250,3 +250,11 @@ def test_regions_that_a_pool_keeps_can_still_be_shared() -> None:
     for region in [pool.take(40_000) for _ in range(KEPT - 1)]:
         os.fstat(region.descriptor)
         region.close()
+
+
+def test_a_pool_whose_blocks_need_not_be_closed_drops_them_when_they_are_given_back() -> None:
+    pool: MemoryPool[Memory] = MemoryPool(Memory, most_idle=KEPT)
+    arrays = [pool.new((SIDE, SIDE), FLOAT32) for _ in range(KEPT + 3)]
+    del arrays
+    gc.collect()
+    assert len(pool._idle) == KEPT

@@ -32,6 +32,13 @@ def normal(dtype: npt.DTypeLike = np.float32) -> Numpy:
     return np.random.default_rng(1).normal(size=(2, 3, 4, 5)).astype(dtype)
 
 
+def in_records(array: Numpy) -> Numpy:
+    """The same values, not aligned, as a field of packed records."""
+    records = np.zeros(array.shape, [("before", np.uint8), ("value", array.dtype)])
+    records["value"] = array
+    return records["value"]
+
+
 LAYOUTS: dict[str, Callable[[Numpy], Numpy]] = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.transpose(3, 1, 0, 2),
@@ -39,6 +46,7 @@ LAYOUTS: dict[str, Callable[[Numpy], Numpy]] = {
     "every second": lambda x: x[:, :, ::2, 1::2],
     "broadcast": lambda x: np.broadcast_to(x, (7, *x.shape)),
     "fortran": np.asfortranarray,
+    "field of records": lambda x: in_records(x),
     "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
 }
 each_layout = pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
@@ -35,6 +36,7 @@ from lovasz.client import (
     DeadlineExceededError,
     Joint,
     LossClient,
+    LossError,
     LovaszSoftmax,
     ServerOverloadedError,
     ServerUnavailableError,
@@ -416,6 +418,26 @@ def test_a_call_without_a_region_waits_or_goes_over_grpc(
         assert waiting.result(30).timing.transport == "shm"
         assert auto.compute(*tensors(20), SOFTMAX).timing.transport == "shm"
     assert not caplog.messages, "shared memory was left for a while"
+
+
+def test_where_this_process_can_have_no_more_regions(
+    sharing: ServerProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with LossClient(sharing.target, transport="auto") as auto, LossClient(sharing.target, transport="shm") as shm:
+        kept = [client.compute(*tensors(20), SOFTMAX) for client in (auto, shm)]
+        monkeypatch.setattr(os, "memfd_create", refuses)
+        for _ in range(2):
+            over_grpc = auto.compute(*tensors(20), SOFTMAX)
+            assert over_grpc.timing.transport == "grpc"
+            assert torch.equal(over_grpc.grad, kept[0].grad)
+        with pytest.raises(LossError, match=r"shared memory: no region of \d+ bytes: Too many open files"):
+            shm.compute(*tensors(20), SOFTMAX)
+        assert [message.count("Too many open files") for message in caplog.messages] == [1]
+        monkeypatch.undo()
+        assert shm.compute(*tensors(20), SOFTMAX).timing.transport == "shm"
 
 
 def test_a_loss_module_through_shared_memory(sharing: ServerProcess) -> None:

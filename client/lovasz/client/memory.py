@@ -8,6 +8,7 @@ import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -79,13 +80,15 @@ MemoryT = TypeVar("MemoryT", bound=Memory)
 class Pool(Generic[BlockT]):
     """Blocks, each idle or in use by one call or one gradient."""
 
-    def __init__(self, make: Callable[[int], BlockT]) -> None:
+    def __init__(self, make: Callable[[int], BlockT], *, most_idle: int | None = None) -> None:
         """Creates an empty pool.
 
         Args:
             make: allocates a block, given its size in bytes.
+            most_idle: more idle blocks than these are dropped when one is given back; None: when the next one is taken,
+                as they have to be closed, which the garbage collector must not do.
         """
-        self._make = make
+        self._make, self._most_idle = make, most_idle
         # No lock: the garbage collector may return a block at any point of any thread.
         self._idle: deque[BlockT] = deque()
         self._closed = False
@@ -114,6 +117,9 @@ class Pool(Generic[BlockT]):
         self._idle.append(memory)
         if self._closed:
             self._idle.clear()
+        while self._most_idle is not None and len(self._idle) > self._most_idle:
+            with suppress(IndexError):  # Another thread took some.
+                self._idle.popleft()
 
     def clear(self) -> None:
         """Frees the idle blocks."""

@@ -18,7 +18,7 @@ from lovasz import spec, wire
 from lovasz.client.connection import Connection
 from lovasz.client.devices import Devices
 from lovasz.client.errors import DeadlineExceededError, IncompatibleServerError, LossError
-from lovasz.client.memory import SMALL_BYTES, Memory, MemoryPool
+from lovasz.client.memory import KEPT, SMALL_BYTES, Memory, MemoryPool
 from lovasz.client.options import (
     ASKED_OVER_GRPC,
     IN_DEVICE_MEMORY,
@@ -114,7 +114,7 @@ class RemoteTarget:
         self._warned: set[str] = set()
         self._connection = Connection(target, options)
         self._channels, self._retries = self._connection.channels, self._connection.retries
-        self._memory: MemoryPool[Memory] = MemoryPool(Memory)
+        self._memory: MemoryPool[Memory] = MemoryPool(Memory, most_idle=KEPT)
         self._shared: SharedMemory | None = None
         if path is not None and self._transport is not Transport.GRPC and wire.CAN_SHARE_MEMORY:
             self._shared = SharedMemory(path, self._connection, waits=self._transport is Transport.SHM)
@@ -141,7 +141,9 @@ class RemoteTarget:
         targets = encode_labels(labels)
         request = self._checked(loss, scores, targets, want_grad, joint, offsets)
         if shared is not None and (shared.takes_calls is not False or request.payload_bytes > SHARED_BYTES):
-            return self._in_region(shared.take(request.places.nbytes), request, joint, scores, targets)
+            own = shared.take(request.places.nbytes)
+            if own is not None:
+                return self._in_region(own, request, joint, scores, targets)
         memory: list[Memory] = []
 
         def on_host(tensor: Outgoing, nbytes: int) -> memoryview:
@@ -206,9 +208,8 @@ class RemoteTarget:
         )
 
     def abort_step(self, abort: wire.Abort, timeout: float) -> None:
-        metadata = self._connection.metadata(abort.joint)
         try:
-            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=metadata)
+            self._channels.abort(abort.to_proto(), timeout=timeout, metadata=self._connection.metadata(abort.joint))
         except _FROM_GRPC as error:
             raise self._translated(error) from None
 
@@ -286,8 +287,9 @@ class RemoteTarget:
         return self._received(answer.header, iter([answer.grad]), call)
 
     def _stream(self, call: Call, timeout: float) -> Answer:
-        metadata = self._connection.metadata(call.joint)
-        answers = self._channels.stream(_messages(call), timeout=timeout, metadata=metadata)
+        answers = self._channels.stream(
+            _messages(call), timeout=timeout, metadata=self._connection.metadata(call.joint)
+        )
         try:
             first = next(answers, None)
             if not isinstance(first, pb.ComputeStreamResponse) or not first.HasField("header"):

@@ -158,7 +158,7 @@ class SharedMemory:
         Args:
             path: of the server's gRPC socket.
             connection: to the server there.
-            waits: a call for which the server takes no more regions waits until it does.
+            waits: there is no other way: a call for which the server takes no more regions waits until it does.
         """
         self._connection, self._waits = connection, waits
         self._server_path, self._path = path, path + wire.MEMORY_SUFFIX
@@ -195,10 +195,29 @@ class SharedMemory:
             self._has_said_why = True
             _log.warning("tensors go over gRPC, not through shared memory: %s", why)
 
-    def take(self, nbytes: int) -> Region:
-        """A region of at least ``nbytes`` bytes. After a fork, never one that is shared with the parent."""
+    def take(self, nbytes: int) -> Region | None:
+        """A region of at least ``nbytes`` bytes. After a fork, never one that is shared with the parent.
+
+        Returns:
+            None if this process can have no such memory, and there is another way; says so, as :meth:`pause` does.
+
+        Raises:
+            LossError: this process can have no such memory.
+        """
+        try:
+            return self._taken(nbytes)
+        except LossError as error:
+            if self._waits:
+                raise
+            self.pause(error)
+            return None
+
+    def _taken(self, nbytes: int) -> Region:
         self._leave_to_parent()
-        return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
+        try:
+            return self.regions.take(max(nbytes, _LEAST_REGION_BYTES))
+        except OSError as error:  # Memory, descriptors, or the size of files.
+            raise LossError(f"shared memory: no region of {nbytes} bytes: {error.strerror or error}") from None
 
     def _leave_to_parent(self) -> None:
         """Begins anew after a fork: session and regions are the parent's."""
@@ -209,8 +228,12 @@ class SharedMemory:
                 inherited.socket.drop()
 
     def moved(self, source: Shared, request: wire.Request) -> Region:
-        """A region of the host's memory with the tensors that are in another one."""
-        region = self.take(request.places.nbytes)
+        """A region of the host's memory with the tensors that are in another one.
+
+        Raises:
+            LossError: this process can have no such memory.
+        """
+        region = self._taken(request.places.nbytes)
         for into, tensor in zip(region.tensors(request), source.tensors(request), strict=True):
             into[:] = tensor
         return region

@@ -223,7 +223,9 @@ def _as_float(values: Array, name: str) -> Array:
 def _as_torch(array: npt.NDArray[Any], dtype: str) -> Any:
     """The same memory as a tensor; None if torch is not loaded, or cannot take the array."""
     torch = sys.modules.get("torch")
-    if torch is None or not array.flags.writeable or not array.dtype.isnative or min(array.strides, default=0) < 0:
+    if torch is None or not array.flags.writeable or not array.dtype.isnative:
+        return None
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):  # Reversed; or a field of records.
         return None
     if dtype == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
