@@ -74,8 +74,8 @@ FLOATS = "DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT16, DATA_TYPE_BFLOAT16"
 INTEGERS = "DATA_TYPE_UINT8, DATA_TYPE_INT16, DATA_TYPE_INT32, DATA_TYPE_INT64"
 
 
-def header(loss: spec.Loss | None = None, **changes: pb.TensorInfo) -> pb.RequestHeader:
-    """A good header for logits (2, 3, 4), with other tensors in it."""
+def header(loss: spec.LossLike | None = None, **changes: Any) -> pb.RequestHeader:
+    """A good header for logits (2, 3, 4), with other fields in it."""
     fields = {"logits": tensor("float32", 2, 3, 4).to_proto(), "labels": tensor("uint8", 2, 4).to_proto(), **changes}
     return pb.RequestHeader(loss=wire.loss_to_proto(weighted_sum(loss or LovaszSoftmax())), **fields)
 
@@ -113,6 +113,14 @@ def test_the_header_that_the_refusals_start_from_is_good() -> None:
         ),
         (header(LovaszSoftmax(classes=[3])), "classes: got class 3; expected class numbers in [0, 3)"),
         (header(CrossEntropy(class_weights=[1.0])), "class_weights: got 1 numbers; expected 3, one per class"),
+        (
+            header(
+                logits=tensor("float32", 0, 3, 2**48 // 3 + 1).to_proto(),
+                labels=tensor("uint8", 0, 2**48 // 3 + 1).to_proto(),
+                joint=pb.Joint(run="r", world_size=2, call=b"1", process=b"1"),
+            ),
+            "logits: got shape (0, 3, 93824992236886); expected at most 281474976710656 as the product of",
+        ),
         (header(LovaszHinge()), "labels: got shape (2, 4) for binary logits (2, 3, 4); expected (2, 3, 4)"),
     ],
 )
@@ -120,6 +128,26 @@ def test_a_header_that_cannot_be_is_refused(message: pb.RequestHeader, text: str
     with pytest.raises(InvalidInput) as refused:
         wire.Request.from_proto(pb.RequestHeader.FromString(message.SerializeToString()))
     assert text in str(refused.value)
+
+
+FIELD_OF_LATER = b"\xf8\x07\x01"
+"""The field 127, with the value 1."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "loss", "loss.terms", "loss.terms.lovasz_softmax", "loss.terms.cross_entropy", "logits", "labels", "joint"],
+)
+def test_what_a_newer_version_asks_for_is_refused(path: str) -> None:
+    """Left out, it would be a loss that nobody asked for."""
+    message = header([(1.0, LovaszSoftmax()), (1.0, CrossEntropy())], joint=pb.Joint(run="r", world_size=2, call=b"1", process=b"1"))
+    assert wire.Request.from_proto(pb.RequestHeader.FromString(message.SerializeToString())).joint is not None
+    part: Any = message
+    for name in path.split(".") if path else ():
+        part = part.terms[-1 if "cross_entropy" in path else 0] if name == "terms" else getattr(part, name)
+    part.MergeFromString(FIELD_OF_LATER)
+    with pytest.raises(InvalidInput, match=r": got field number 127, which this version does not know; expected"):
+        wire.Request.from_proto(pb.RequestHeader.FromString(message.SerializeToString()))
 
 
 @pytest.mark.parametrize(

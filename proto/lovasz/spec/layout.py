@@ -13,6 +13,8 @@ MAX_CLASSES = 65_536
 """The most classes (or binary labels) in one request: the per-class results must fit in one message."""
 MAX_AXES = 16
 """The most axes of a tensor."""
+MAX_OTHER_SIZES = 1 << 48
+"""The most that the sizes of an empty tensor may multiply to, without its zeros: array libraries refuse larger ones."""
 KEPT_LAYOUTS = 256
 """The most layouts of each kind of loss that are kept: trainers send the same few shapes again and again."""
 
@@ -179,6 +181,10 @@ def _check_sizes(name: str, shape: tuple[int, ...]) -> None:
         raise InvalidInput(name, f"got {len(shape)} axes; expected at most {MAX_AXES}")
     if any(size < 0 for size in shape):
         raise InvalidInput(name, f"got shape {_text(shape)}; expected sizes >= 1")
+    if 0 in shape and math.prod(size for size in shape if size) > MAX_OTHER_SIZES:
+        raise InvalidInput(
+            name, f"got shape {_text(shape)}; expected at most {MAX_OTHER_SIZES} as the product of the sizes beside 0"
+        )
 
 
 def _bounded(channels: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
+from lovasz.wire.unknown import check_known
 
 MAX_RUN_CHARACTERS = 200
 MAX_WORLD_SIZE = 65_536
@@ -91,8 +92,9 @@ class Joint:
         """The place that a protobuf message describes.
 
         Raises:
-            InvalidInput: a value is invalid.
+            InvalidInput: a value is invalid, or a field is unknown to this version.
         """
+        check_known("joint", message)
         return cls(
             message.run,
             message.step,

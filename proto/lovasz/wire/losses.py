@@ -9,6 +9,7 @@ from functools import lru_cache
 from lovasz import spec
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire.enums import enum_text
+from lovasz.wire.unknown import check_known
 
 _INPUT_TO_PROTO: dict[str, pb.InputKind] = {
     "logits": pb.INPUT_KIND_LOGITS,
@@ -73,10 +74,11 @@ def loss_from_proto(message: pb.Loss) -> spec.WeightedSum:
     """The loss that a protobuf message describes.
 
     Raises:
-        InvalidInput: an option is invalid, or an enum value is unknown to this version.
+        InvalidInput: an option is invalid, or a field or an enum value is unknown to this version.
     """
     if not 1 <= len(message.terms) <= spec.MAX_TERMS:
         raise spec.InvalidInput("loss.terms", f"got {len(message.terms)} terms; expected 1 to {spec.MAX_TERMS}")
+    check_known("loss", message)
     return spec.weighted_sum(
         [(_weight_from_proto(i, term), _term_from_proto(i, term)) for i, term in enumerate(message.terms)]
     )
@@ -112,6 +114,9 @@ def _weight_from_proto(i: int, term: pb.Term) -> float:
 
 def _term_from_proto(i: int, term: pb.Term) -> spec.Loss:
     kind = term.WhichOneof("loss")
+    check_known(f"loss.terms[{i}]", term)
+    if kind is not None:
+        check_known(f"loss.terms[{i}].{kind}", getattr(term, kind))
     if kind == "lovasz_softmax":
         return _softmax_from_proto(term.lovasz_softmax)
     if kind == "lovasz_hinge":

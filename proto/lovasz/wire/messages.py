@@ -18,6 +18,7 @@ from lovasz.wire.dtypes import FLOATS, INTEGERS, DType, dtype_named, dtype_numbe
 from lovasz.wire.enums import enum_text
 from lovasz.wire.joint import MAX_RUN_CHARACTERS, Joint
 from lovasz.wire.losses import check_lengths, loss_from_proto, loss_to_proto
+from lovasz.wire.unknown import check_known
 
 MAX_HEADER_BYTES = 64 << 10
 """The longest header, beside what the options of its classes and its offsets take."""
@@ -180,6 +181,7 @@ class Request:
         Raises:
             InvalidInput: a field is missing, unknown, invalid or too long.
         """
+        check_known("header", header)
         joint = header.HasField("joint")
         if header.offsets or header.ByteSize() > _KEPT_HEADER_BYTES:
             request = _request(header, may_be_empty=joint)
@@ -248,6 +250,7 @@ def _check_size(header: pb.RequestHeader) -> None:
 
 
 def _tensor_from_proto(name: str, message: pb.TensorInfo, expected: Sequence[str]) -> TensorSpec:
+    check_known(name, message)
     dtype = dtype_numbered(message.data_type)
     if dtype is None:
         types = ", ".join(enum_text(pb.DataType, dtype_named(one).number) for one in expected)
