@@ -45,6 +45,9 @@ class Caller:
         for end in ends or ():
             end()
 
+    def abort(self, code: grpc.StatusCode, text: str) -> None:
+        raise RuntimeError(code.name, text)
+
     def send(self, response: Any) -> None:
         self.before_send()
         self.told.append(None if response is None else response.status)
@@ -134,3 +137,14 @@ def test_what_changes_while_it_is_told_is_told_next(watchers: Watchers, status: 
     watchers.tell()
     caller.goes_on.set()
     assert eventually(lambda: caller.told == [SERVING, NOT_SERVING])
+
+
+def test_the_number_of_those_who_watch_is_bounded(watchers: Watchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_WATCHERS", 3)
+    first, *others = [Caller(watchers).watch() for _ in range(3)]
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED.*3 callers watch health, the maximum"):
+        Caller(watchers).watch()
+    assert len(watchers) == 3
+    first.cancel()
+    late = Caller(watchers).watch()
+    assert eventually(lambda: all(caller.told == [SERVING] for caller in (*others, late)))

@@ -23,6 +23,8 @@ from lovasz.server.transport.threads import OwnThreads
 _log = logging.getLogger(__name__)
 
 _THREADS = 4
+MOST_WATCHERS = 1000
+"""How many may watch: each takes some 20 KB, and needs no token."""
 STALL_SECONDS = 5.0
 """How long a status may wait for its caller to read it."""
 
@@ -67,10 +69,19 @@ class Watchers(OwnThreads):
         return len(self._watchers)
 
     def add(self, service: str, context: grpc.ServicerContext, send: Send) -> None:
-        """A caller begins to watch."""
+        """A caller begins to watch.
+
+        Raises:
+            Exception: gRPC's, which aborts the call: too many do.
+        """
         watcher = _Watcher(service, send, context.cancel)
         with self._lock:
-            self._watchers.add(watcher)
+            has_room = len(self._watchers) < MOST_WATCHERS
+            if has_room:
+                self._watchers.add(watcher)
+        if not has_room:
+            text = f"{MOST_WATCHERS} callers watch health, the maximum; call Check, or try again later"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         if context.add_callback(partial(self._end, watcher)):
             self._tell(watcher)
         else:
