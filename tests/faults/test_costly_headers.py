@@ -15,7 +15,7 @@ from support.audit import Audit
 from support.messages import header_of, request_of, tensors
 
 from lovasz import wire
-from lovasz.client import LossClient, LovaszSoftmax
+from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError
 from lovasz.server.launch import ServerProcess
 from lovasz.spec import MAX_CLASSES, MAX_TERMS, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
@@ -102,6 +102,18 @@ def test_a_request_with_too_many_segments_is_refused_at_its_header(besieged: Ser
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert f"{224 * MAX_CLASSES * MAX_TERMS} segments" in refused.value.details()
     assert "--max-segments" in refused.value.details()
+
+
+def test_images_of_offsets_count_as_many_segments(besieged: ServerProcess, audit: Audit) -> None:
+    """Each becomes a request of its own in the core: 400,000 would hold the device for many seconds."""
+    points, loss = np.zeros((40_000, 2), np.float32), LovaszSoftmax(per_image=True)
+    labels = np.zeros(len(points), np.uint8)
+    with LossClient(besieged.target) as client:
+        with pytest.raises(ServerOverloadedError, match=r"\(--max-segments\)") as refused:
+            client.compute(points, labels, loss, offsets=np.arange(1, len(points) + 1))
+        assert f"has {(2 + wire.IMAGE_SEGMENTS) * len(points)} segments" in str(refused.value)
+        few = client.compute(points, labels, loss, offsets=np.arange(1, len(points) + 1).reshape(-1, 10)[:, -1])
+        assert few.loss == pytest.approx(0.5)
 
 
 def test_many_classes_with_weights_are_served(besieged: ServerProcess, audit: Audit) -> None:

@@ -140,7 +140,9 @@ FIELD_OF_LATER = b"\xf8\x07\x01"
 )
 def test_what_a_newer_version_asks_for_is_refused(path: str) -> None:
     """Left out, it would be a loss that nobody asked for."""
-    message = header([(1.0, LovaszSoftmax()), (1.0, CrossEntropy())], joint=pb.Joint(run="r", world_size=2, call=b"1", process=b"1"))
+    message = header(
+        [(1.0, LovaszSoftmax()), (1.0, CrossEntropy())], joint=pb.Joint(run="r", world_size=2, call=b"1", process=b"1")
+    )
     assert wire.Request.from_proto(pb.RequestHeader.FromString(message.SerializeToString())).joint is not None
     part: Any = message
     for name in path.split(".") if path else ():

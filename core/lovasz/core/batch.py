@@ -65,26 +65,39 @@ class Request:
 
     def images(self) -> tuple[Request, ...]:
         """The images that ``Layout.offsets`` marks, each a request (1, K, pixels)."""
-        ends = self.layout.offsets or ()
-        return tuple(self._image(start, end) for start, end in zip((0, *ends), ends, strict=False))
-
-    def _image(self, start: int, end: int) -> Request:
-        layout = self.layout._replace(images=end - start, offsets=None)
-        logits = classes_first(self.logits[start:end], layout).unsqueeze(0)
-        labels = self.labels[start:end]
-        has_channels = labels.numel() == logits.numel()
-        labels = classes_first(labels, layout).unsqueeze(0) if has_channels else labels.reshape(1, -1)
-        return Request(logits, labels, layout._replace(images=1, pixels=logits.shape[2]))
+        _, channels, pixels, label_values, _ = self.layout
+        sizes = self._sizes
+        has_channels = self.labels.numel() == self.logits.numel()
+        of_labels = (1, channels, -1) if has_channels else (1, -1)
+        logits, labels = (
+            tensor.detach().reshape(self.layout.images, -1, pixels).split(sizes)
+            for tensor in (self.logits, self.labels)
+        )
+        return tuple(
+            [
+                Request(
+                    scores.transpose(0, 1).reshape(1, channels, -1),
+                    targets.transpose(0, 1).reshape(of_labels),
+                    Layout(1, channels, size * pixels, label_values),
+                )
+                for scores, targets, size in zip(logits, labels, sizes, strict=True)
+            ]
+        )
 
     def join(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradient of the logits, from those of ``images``."""
+        images, channels, pixels, *_ = self.layout
+        joined = grads[0].new_empty(images, channels, pixels)
+        sizes = self._sizes
+        for place, grad, size in zip(joined.split(sizes), grads, sizes, strict=True):
+            place.copy_(grad.reshape(channels, size, pixels).transpose(0, 1))
+        return joined.reshape(self.logits.shape)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """How many items of the first axis each of ``images`` has."""
         ends = self.layout.offsets or ()
-        parts = []
-        for start, end, grad in zip((0, *ends), ends, grads, strict=False):
-            logits = self.logits[start:end]
-            own = Request(logits, self.labels, self.layout._replace(images=end - start))
-            parts.append(images_first(grad[0], own))
-        return torch.cat(parts)
+        return [end - start for start, end in zip((0, *ends), ends, strict=False)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lovasz.wire.joint import (
     Leave,
 )
 from lovasz.wire.losses import loss_from_proto, loss_to_proto
-from lovasz.wire.messages import Request, Response, TensorSpec
+from lovasz.wire.messages import IMAGE_SEGMENTS, Request, Response, TensorSpec
 from lovasz.wire.payload import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Assembly, as_bytes, chunks
 from lovasz.wire.sockets import (
     CAN_SHARE_MEMORY,
@@ -36,6 +36,7 @@ __all__ = [
     "CHUNK_BYTES",
     "DTYPES",
     "FLOATS",
+    "IMAGE_SEGMENTS",
     "INTEGERS",
     "MAX_CALL_BYTES",
     "MAX_FRAME_BYTES",

@@ -29,6 +29,10 @@ _KEPT_HEADER_BYTES = 4096
 _KEPT_HEADERS = 64
 """What so many headers mean is kept; what longer ones mean is found out each time. Callers choose what is kept: at most
 about 80 KB for each."""
+IMAGE_SEGMENTS = 128
+IMAGE_BYTES = 3072
+"""What an image of several items costs the server beside its tensors: each becomes a request of its own in the core,
+which takes about as long as so many segments."""
 _COUNT_BYTES = 10
 _LOSS_BYTES = 8
 _ANSWER_BYTES = 4096
@@ -69,9 +73,10 @@ class Request:
         run: the training's name in the server's metrics; empty: none, or the run of ``joint``.
         payload_bytes: of logits and labels.
         grad_bytes: of the gradient; 0 if none is wanted.
-        tensor_bytes: of all its tensors: what a server has to hold for it.
+        tensor_bytes: what a server has to hold for it: all its tensors, and what images of several items take beside.
         max_answer_bytes: the most that the header of its answer has.
-        segments: of all its Lovász terms.
+        segments: of all its Lovász terms; each image of several items (``Layout.offsets``) counts as
+            ``IMAGE_SEGMENTS`` more.
         places: where its tensors are in one block of memory.
     """
 
@@ -124,10 +129,12 @@ class Request:
     def __post_init__(self) -> None:
         logits_bytes, labels_bytes = self.logits.nbytes, self.labels.nbytes
         sizes = {"payload_bytes": logits_bytes + labels_bytes, "grad_bytes": logits_bytes if self.want_grad else 0}
-        sizes["tensor_bytes"] = sizes["payload_bytes"] + sizes["grad_bytes"]
+        images = len(self.layout.offsets or ())
+        sizes["tensor_bytes"] = sizes["payload_bytes"] + sizes["grad_bytes"] + images * IMAGE_BYTES
+        sizes["segments"] = self.loss.segments(self.layout) + images * IMAGE_SEGMENTS
         sizes["max_answer_bytes"] = self._max_answer_bytes()
         places = Places.of(logits_bytes, labels_bytes, sizes["grad_bytes"])
-        self.__dict__.update(sizes, segments=self.loss.segments(self.layout), places=places)
+        self.__dict__.update(sizes, places=places)
 
     def _max_answer_bytes(self) -> int:
         channels, images = self.layout.channels, min(self.layout.scored_images, spec.MAX_IMAGE_LOSSES)
@@ -181,11 +188,11 @@ class Request:
         Raises:
             InvalidInput: a field is missing, unknown, invalid or too long.
         """
-        check_known("header", header)
         joint = header.HasField("joint")
         if header.offsets or header.ByteSize() > _KEPT_HEADER_BYTES:
             request = _request(header, may_be_empty=joint)
         else:
+            check_known("header", header)
             request = _kept_request(
                 header.loss.SerializeToString(),
                 header.logits.SerializeToString(),
@@ -210,6 +217,7 @@ class Request:
 def _request(header: pb.RequestHeader, *, may_be_empty: bool) -> Request:
     """The request without its places in shared memory and in a joint step."""
     _check_size(header)
+    check_known("header", header)
     return Request.checked(
         loss_from_proto(header.loss),
         _tensor_from_proto("logits", header.logits, FLOATS),

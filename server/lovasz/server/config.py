@@ -116,7 +116,8 @@ class ServerConfig(AccessSettings):
         DEFAULT_MAX_SEGMENTS,
         "--max-segments",
         "N",
-        "the most segments in one request: classes x groups (images with per_image, else 1), over its Lovász terms",
+        "the most segments in one request: classes x groups (images with per_image, else 1), over its Lovász terms; "
+        "each image of offsets counts as 128 more",
         integer,
     )
     header_seconds: float = setting(

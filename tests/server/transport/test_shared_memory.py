@@ -340,6 +340,7 @@ def test_more_regions_than_all_sessions_may_have(
     server: SharedMemory, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_max_all_regions", 1)
+    monkeypatch.setattr(shared_memory, "MAX_SESSIONS_OF_USER", 2 * shared_memory.MAX_SESSIONS)
     other = Session(server.path, TIMEOUT)
     with contextlib.closing(other), region_of() as one, region_of() as two:
         session.share(one)
@@ -348,6 +349,19 @@ def test_more_regions_than_all_sessions_may_have(
         session.release(one)
         session.settle()
         other.share(two)
+
+
+def test_more_regions_than_a_user_may_have(
+    server: SharedMemory, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have some left."""
+    monkeypatch.setattr(server, "_max_all_regions", 3)
+    other = Session(server.path, TIMEOUT)
+    with contextlib.closing(other), region_of() as one, region_of() as two, region_of() as three:
+        session.share(one)
+        other.share(two)
+        with pytest.raises(LossError, match="2 regions are shared by one user, with the server's limit of open files"):
+            other.share(three)
 
 
 def test_more_sessions_than_may_be(server: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_what_changes_while_it_is_told_is_told_next(watchers: Watchers, status: 
 def test_the_number_of_those_who_watch_is_bounded(watchers: Watchers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_WATCHERS", 3)
     first, *others = [Caller(watchers).watch() for _ in range(3)]
-    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED.*3 callers watch health, the maximum"):
+    with pytest.raises(RuntimeError, match=r"RESOURCE_EXHAUSTED.*3 callers watch health, the maximum"):
         Caller(watchers).watch()
     assert len(watchers) == 3
     first.cancel()

@@ -162,8 +162,8 @@ class Call:
         most = self._pipeline.max_segments
         if header.segments > most:
             raise TooLargeError(
-                f"the request has {header.segments} segments (classes x groups, over all Lovász terms); the server "
-                f"computes {most} at most (--max-segments)"
+                f"the request has {header.segments} segments (classes x groups, over all Lovász terms, and "
+                f"{wire.IMAGE_SEGMENTS} for each image of offsets); the server computes {most} at most (--max-segments)"
             )
 
     def compute(

@@ -345,9 +345,15 @@ class SharedMemory:
             return
         if len(descriptors) != 1:
             raise InvalidInput("region", f"got {len(descriptors)} file descriptors beside it; expected 1")
-        of_all_sessions = sum(len(other.regions) for other in self._every())
+        regions_of = [(other.user, len(other.regions)) for other in self._every()]
+        of_all_sessions, of_user = (
+            sum(n for _, n in regions_of),
+            sum(n for user, n in regions_of if user == session.user),
+        )
+        most_of_user = max(self._max_all_regions * MAX_SESSIONS_OF_USER // MAX_SESSIONS, 1)
         for count, most, of_whom in (
             (len(session.regions), MAX_REGIONS, ""),
+            (of_user, most_of_user, " by one user, with the server's limit of open files"),
             (of_all_sessions, self._max_all_regions, " by all processes, with the server's limit of open files"),
         ):
             if count >= most:
