@@ -30,17 +30,26 @@ class Shared(ABC):
     Attributes:
         kind: the way of a request in it, as ``spec.Timing.transport`` tells it.
         descriptor: stands for the memory.
+        was_shared: whether a server has had it, or may have.
+        nbytes: its size.
         session: the session in which the server has it; None if it has not.
         number: its number in that session.
     """
 
     kind: ClassVar[str]
+    nbytes: int
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._close_descriptor = weakref.finalize(self, os.close, descriptor)
+        self._set_descriptor(descriptor)
         self.session: Holder | None = None
         self.number = 0
+
+    def _set_descriptor(self, descriptor: int) -> None:
+        self.descriptor, self.was_shared = descriptor, False
+        self._close_descriptor = weakref.finalize(self, os.close, descriptor)
+
+    def renew(self) -> None:  # noqa: B027
+        """Makes it shareable once more, with the same contents."""
 
     def description(self) -> pb.DeviceMemory | None:
         """What the server has to know of it beside the descriptor; None for a memfd."""
@@ -99,20 +108,37 @@ class Region(Memory, Shared):
         Raises:
             OSError: there is no memory left.
         """
+        self.nbytes = nbytes
+        descriptor, self.map = self._allocated()
+        Shared.__init__(self, descriptor)
+        self._pool = pool
+
+    def _allocated(self) -> tuple[int, mmap.mmap]:
         import fcntl  # Windows has none.
 
         descriptor = os.memfd_create("lovasz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Allocating all pages at once is faster than one by one at the first writes.
-            os.posix_fallocate(descriptor, 0, nbytes)
+            os.posix_fallocate(descriptor, 0, self.nbytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.map = mmap.mmap(descriptor, nbytes)
+            return descriptor, mmap.mmap(descriptor, self.nbytes)
         except BaseException:
             os.close(descriptor)
             raise
-        Shared.__init__(self, descriptor)
-        self.nbytes = nbytes
-        self._pool = pool
+
+    def renew(self) -> None:
+        """Replaces the memory, as a memfd that a server has had cannot be mapped for writing again.
+
+        Raises:
+            OSError: there is no memory left.
+        """
+        if self.was_shared:
+            descriptor, memory = self._allocated()
+            with memoryview(memory) as new, memoryview(self.map) as old:
+                new[:] = old
+            self._close_descriptor()
+            self.map = memory
+            self._set_descriptor(descriptor)
 
     def write_tensors(self, places: wire.Places, logits: Outgoing, labels: Outgoing) -> None:
         logits.write(self.array(places.logits, logits.source.shape, logits.dtype.numpy))

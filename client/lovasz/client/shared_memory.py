@@ -107,7 +107,13 @@ class Session:
                 f"shared memory: {wire.MAX_REGIONS} regions are in use, the maximum, by calls in flight and gradients "
                 'that are kept; have fewer of them, or use transport="auto", which sends the others over gRPC'
             )
-        region.session, region.number = self, next(self._numbers)
+        try:
+            region.renew()
+        except OSError as error:
+            raise LossError(
+                f"shared memory: no other region of {region.nbytes} bytes: {error.strerror or error}"
+            ) from None
+        region.session, region.number, region.was_shared = self, next(self._numbers), True
         self._shared.add(region.number)
         try:
             request = pb.SharedMemoryRequest(region=region.number, device_memory=region.description())

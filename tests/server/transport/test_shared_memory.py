@@ -29,14 +29,14 @@ from lovasz.client.regions import Region
 from lovasz.client.shared_memory import Session
 from lovasz.client.shared_memory import SharedMemory as Client
 from lovasz.server.errors import SessionLostError
-from lovasz.server.transport import shared_memory
+from lovasz.server.transport import regions, shared_memory
 from lovasz.server.transport.regions import Closer
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.spec import InvalidInput, LovaszSoftmax, weighted_sum
 from lovasz.v1 import loss_pb2 as pb
 
 MEMFD = "lovasz-test"
-LIBC, KEEP_SIZE = ctypes.CDLL(None, use_errno=True), 1
+LIBC, KEEP_SIZE, PUNCH_HOLE = ctypes.CDLL(None, use_errno=True), 1, 2
 MIB = 1 << 20
 
 HEADER = wire.Request.checked(
@@ -386,6 +386,51 @@ def test_more_sessions_than_a_user_may_have(server: SharedMemory, monkeypatch: p
         Session(server.path, TIMEOUT)
     first.close()
     assert eventually(lambda: server.sessions == 0)
+
+
+def test_memory_that_is_given_back_later_is_not_used(
+    server: SharedMemory, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux before 5.1 cannot keep it from being given back."""
+    monkeypatch.setattr(regions, "_SEAL_FUTURE_WRITE", 1 << 20)
+    with region_of(8192) as region:
+        session.share(region)
+        ask = request(session.name, region.number)
+        assert server.tensors(ask).logits.nbytes == LOGITS_BYTES
+        assert LIBC.fallocate(region.descriptor, KEEP_SIZE | PUNCH_HOLE, 0, ctypes.c_long(4096)) == 0
+        with pytest.raises(InvalidInput, match=r"region: got a memfd with 4096 of 8192 bytes allocated; expected all"):
+            server.tensors(ask)
+
+
+def test_a_memfd_is_shared_once(server: SharedMemory, caller: MemoryCaller) -> None:
+    with memfd() as descriptor:
+        assert caller.share(1, descriptor) == ""
+        error = caller.share(2, descriptor)
+        assert error == "region: got a memfd that was shared with a server before; expected a new one"
+    with memfd(seals=SEALS | fcntl.F_SEAL_SEAL) as descriptor:
+        error = caller.share(3, descriptor)
+    assert error == "region: got a memfd sealed with F_SEAL_SEAL; expected one without"
+
+
+def test_a_region_is_shared_with_one_server_after_the_other(path: Path, client: Client) -> None:
+    """Its memory is replaced, and keeps its contents."""
+    region = client.take(100_000)
+    assert region is not None
+    region.map[:5] = b"first"
+    descriptors = []
+    for _ in range(3):
+        server = serve(path)
+        try:
+            session = client.share(region, TIMEOUT)
+            assert client.share(region, TIMEOUT) is session
+            assert server.nbytes == region.nbytes
+            assert region.map[:5] == b"first"
+            descriptors.append(os.fstat(region.descriptor).st_ino)
+            session.close()  # As a call does that gets no answer.
+        finally:
+            server.stop()
+    assert len(set(descriptors)) == 3
+    region.close()
 
 
 def test_memory_beyond_its_end_does_not_make_up_for_holes(server: SharedMemory, caller: MemoryCaller) -> None:

@@ -2,8 +2,10 @@
 
 A region is a memfd: it has no name that could be left behind. It must be sealed against shrinking, as a read beyond
 the end of a mapped file would kill the server. All its pages must be allocated, as a page that the server touches first
-would count as the server's own memory; sealed against growing, its blocks say so. It must be of ordinary pages: a huge
-page that its owner frees during a call cannot be replaced if the system has no other, which would kill the server, too.
+would count as the server's own memory; sealed against growing, its blocks say so. Once it is mapped, the server seals
+it against being mapped for writing again: with this seal, Linux refuses to free its pages. It must be of ordinary
+pages: a huge page that its owner frees during a call cannot be replaced if the system has no other, which would kill
+the server, too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ _BLOCK_BYTES = 512
 _SPARE_BYTES = 2 << 20
 """The last page may be a large one; so many bytes beyond the end could hide as large a hole."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_SEAL_FUTURE_WRITE = 0x10
+"""F_SEAL_FUTURE_WRITE (Linux 5.1), for which Python has no name."""
 
 
 class Region:
@@ -62,12 +66,28 @@ class Region:
             raise InvalidInput(
                 "region", f"got a memfd of {self.nbytes} bytes; expected at most {max_bytes} (--memory-budget)"
             )
+        if seals & _SEAL_FUTURE_WRITE:
+            raise InvalidInput("region", "got a memfd that was shared with a server before; expected a new one")
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
         self.check_allocated()
         if self._allocated() > self.nbytes + _SPARE_BYTES:
             raise InvalidInput("region", "got a memfd with pages beyond its end; expected none")
         self.mapping = mmap.mmap(descriptor, self.nbytes)
+
+    def keep_pages(self) -> None:
+        """Lets nobody give pages back from now on.
+
+        Raises:
+            InvalidInput: that cannot be, or some are missing already.
+        """
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+        except PermissionError:
+            raise InvalidInput("region", "got a memfd sealed with F_SEAL_SEAL; expected one without") from None
+        except OSError:
+            pass  # Linux before 5.1: pages that are given back are noticed at the next call.
+        self.check_allocated()
 
     def check_allocated(self) -> None:
         """Checks that no page was given back since.

@@ -367,6 +367,8 @@ class SharedMemory:
                 f"got {region.nbytes} bytes, with {self.nbytes} shared already; expected at most {self._max_bytes} in "
                 "all (--max-shared-memory)",
             )
+        if isinstance(region, Region):
+            region.keep_pages()
         session.has_shared = True
         with self._lock:
             session.regions[request.region] = region
