@@ -178,6 +178,25 @@ def test_if_all_ranks_cannot_take_part_all_know_it(desk: Desk) -> None:
     run_in_full(desk, ranks_of(3))
 
 
+def test_a_late_abort_belongs_to_the_attempt_that_was_aborted_and_not_to_the_next_one(desk: Desk) -> None:
+    """Ranks 0 and 2 cannot take part with their first batch; all skip it."""
+    desk.compute()
+    ranks = ranks_of(3)
+    desk.abort(ranks[0], "no label")
+    assert ended(desk.ask(ranks[1]))[0].code is ABORTED
+    again = [rank.again() for rank in ranks]
+    waiting = [desk.ask(rank) for rank in again[:2]]
+    assert desk.waits_for(2)
+    assert desk.abort(ranks[2], "no label, too").code is OK
+    assert desk.joints.waiting_ranks == 2
+    for place, outcome in enumerate(ended(*waiting, desk.ask(again[2]))):
+        assert_right(outcome, place, ranks)
+    waiting = [desk.ask(replace(rank, call=b"third")) for rank in ranks[:2]]
+    assert desk.waits_for(2)
+    desk.abort(ranks[2], "of the third attempt")
+    assert {outcome.text for outcome in ended(*waiting)} == {"rank 2: of the third attempt"}
+
+
 def test_a_rank_that_lost_the_answer_that_a_step_was_aborted_gets_it_again(desk: Desk) -> None:
     ranks = ranks_of(3)
     waiting = desk.ask(ranks[0])

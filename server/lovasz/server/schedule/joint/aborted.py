@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lovasz import wire
 from lovasz.server.errors import JointBrokenError
-from lovasz.server.schedule.joint.group import Run, Step
+from lovasz.server.schedule.joint.group import Group, Run, Step
 
 ABORTED_SECONDS = 15.0
 """How long ranks that come to an aborted step are told so."""
@@ -42,16 +42,25 @@ class AbortedSteps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def add(self, step: Step, text: str, told: dict[int, bytes]) -> None:
-        """A step was aborted.
+    def add(self, step: Step, joint: wire.Joint, reason: str, group: Group | None) -> JointBrokenError:
+        """A rank cannot take part in a step.
 
         Args:
-            told: the calls that know it already, by their ranks.
+            joint: the rank, which knows it.
+            group: the ranks that wait; the caller tells them.
+
+        Returns:
+            What the other ranks are told.
         """
+        told = {joint.rank: joint.call}
+        if group is not None:
+            told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
+        text = f"rank {joint.rank}: {reason}"
         self._steps.pop(step, None)
         self._steps[step] = _Aborted(text, told, time.monotonic() + ABORTED_SECONDS)
         if len(self._steps) > MAX_ABORTED:
             self._steps.popitem(last=False)
+        return JointBrokenError(text)
 
     def tell(self, step: Step, joint: wire.Joint) -> JointBrokenError | None:
         """What a rank that comes to a step is refused with.

@@ -215,7 +215,7 @@ class JointTable:
             JointMismatchError: the rank does not fit those that wait, or is among them with another seat.
         """
         joint, step = abort.joint, Step.of(abort.joint, abort.want_grad)
-        text = f"rank {joint.rank}: {abort.reason or 'it cannot take part'}"
+        reason = abort.reason or "it cannot take part"
         with self._changed:
             group = self._waiting.get(step)
             if seat is not None and (seat.group is not group or group.seats.get(joint.rank) is not seat):
@@ -223,16 +223,15 @@ class JointTable:
             if seat is None and group is not None and (difference := misplaced(group, joint)) is not None:
                 raise JointMismatchError(difference)
             self._come(joint, abort.want_grad, address)
-            told = {joint.rank: joint.call}
-            if group is not None:
-                told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
-                self._waiting.refuse(group, JointBrokenError(text), JointOutcome.ABORTED)
-            else:
-                fields = {"run": step.run.name, "step": step.number, "reason": text}
+            # A rank that was not told of an abort aborts the same attempt, and not the next one, where others may wait.
+            is_late = seat is None and self._aborted.tell(step, joint) is not None
+            if group is None or is_late:
+                fields = {"run": step.run.name, "step": step.number, "reason": f"rank {joint.rank}: {reason}"}
                 _log.warning("a rank cannot take part in a joint step", extra=fields)
-                if self._aborted.tell(step, joint) is not None:
-                    return  # Another rank aborted the same attempt before.
-            self._aborted.add(step, text, told)
+            if not is_late:
+                error = self._aborted.add(step, joint, reason, group)
+                if group is not None:
+                    self._waiting.refuse(group, error, JointOutcome.ABORTED)
 
     def leave_run(self, leave: wire.Leave) -> None:
         """A rank takes no part in further steps of a run; those that wait for it go on without it.
