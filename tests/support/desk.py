@@ -253,12 +253,17 @@ class Desk:
     """A server whose calls are made in this process. Its engine is started by :meth:`compute`."""
 
     def __init__(
-        self, budget: int = 64 * MIB, max_requests: int = 1000, timeout: float = NEVER, regroup: float = 0.0
+        self,
+        budget: int = 64 * MIB,
+        max_requests: int = 1000,
+        timeout: float = NEVER,
+        regroup: float = 0.0,
+        share: float = 1.0,
     ) -> None:
         self.admission = Admission(budget, max_requests)
         self.batcher = Batcher(10**9, 100, 0.0)
         self.metrics = Metrics()
-        self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout, regroup_seconds=regroup)
+        self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout, share, regroup)
         self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER, stall_seconds=NEVER)
         self.pool = CountedPool()
         self._readers, self._calls = ThreadPoolExecutor(200), ThreadPoolExecutor(200)

@@ -519,6 +519,26 @@ def test_a_group_that_can_never_fit_is_told_so() -> None:
     desk.close()
 
 
+def test_ranks_that_come_after_one_that_can_never_fit_are_told_so() -> None:
+    large = Rank(rank=1, world_size=3)
+    desk = Desk(budget=2 * large.nbytes)
+    desk.compute()
+    (never,) = ended(desk.ask(large))
+    assert never.code is RESOURCE_EXHAUSTED
+    empty = [Rank(rank=rank, world_size=3, shape=(0, CLASSES, 6)) for rank in range(3)]
+    for outcome in ended(desk.ask(empty[0]), desk.ask(empty[2])):
+        assert (outcome.code, outcome.text) == (ABORTED, f"rank 1: {never.text}")
+    again = [rank.again() for rank in empty]
+    assert [outcome.code for outcome in ended(*map(desk.ask, again))] == [OK] * 3, "each is told once"
+    waiting = desk.ask(replace(empty[0], step=1))
+    assert desk.waits_for(1)
+    texts = [outcome.text for outcome in ended(desk.ask(replace(large, step=1)), waiting)]
+    assert texts == [never.text] * 2
+    (late,) = ended(desk.ask(replace(empty[2], step=1)))
+    assert (late.code, late.text) == (ABORTED, f"rank 1: {never.text}")
+    desk.close()
+
+
 def test_a_rank_that_is_larger_than_the_room_ends_its_group_for_all() -> None:
     small = Rank(rank=0, world_size=3)
     large = replace(small, rank=2, shape=(2, CLASSES, 6))

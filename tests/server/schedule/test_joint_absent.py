@@ -141,6 +141,34 @@ def test_a_rank_with_images_that_finds_no_room_ends_the_step_of_those_without() 
     desk.close()
 
 
+def test_the_share_of_missing_ranks_is_for_those_that_come_after_the_first_one_with_images() -> None:
+    filled = Rank(rank=2, world_size=3)
+    empty = [Rank(rank=rank, world_size=3, shape=NOTHING) for rank in (0, 1)]
+    desk = Desk(budget=3 * filled.nbytes, share=0.3)
+    desk.compute()
+    waiting = [desk.ask(rank) for rank in empty]
+    assert desk.waits_for(2)
+    assert [outcome.code for outcome in ended(*waiting, desk.ask(filled))] == [OK] * 3
+    first = desk.ask(replace(empty[0], step=1))
+    assert desk.waits_for(1)
+    for outcome in ended(first, desk.ask(replace(filled, step=1))):
+        assert outcome.code is RESOURCE_EXHAUSTED
+        assert "1 rank with 150 B is missing; those of one run may hold 0.3 (--joint-share)" in outcome.text
+        assert outcome.metadata["grpc-retry-pushback-ms"] == "-1000", "no room will ever be there"
+    desk.close()
+
+
+def test_ranks_without_images_that_one_with_images_can_never_fit_beside_are_told_so() -> None:
+    filled = Rank(rank=1)
+    desk = Desk(budget=2 * filled.nbytes - 1)
+    first = desk.ask(Rank(rank=0, shape=NOTHING))
+    assert desk.waits_for(1)
+    for outcome in ended(first, desk.ask(filled)):
+        assert "the tensors of the 2 requests take" in outcome.text
+        assert outcome.metadata["grpc-retry-pushback-ms"] == "-1000"
+    desk.close()
+
+
 # --- Ranks that cannot take part ----------------------------------------------------------------------------------
 
 

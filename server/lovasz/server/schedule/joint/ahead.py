@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal, NamedTuple
 
+from lovasz import wire
 from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
-from lovasz.server.schedule.joint.group import Run
+from lovasz.server.schedule.joint.group import Group, Run
 from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
@@ -78,19 +79,43 @@ class AheadRoom:
         if address:
             holders = (*holders, Holder("caller", address))
         missing = requests - 1
-        budget, most = self._admission.budget_bytes, self._admission.max_requests
-        if missing > self._share * most or nbytes * missing > self._share * budget:
-            # What never fits at all has a text of its own.
-            self._admission.check_size(nbytes * requests, requests, name)
-            raise TooLargeError(
-                f"{missing} ranks with {format_bytes(nbytes * missing)} are missing; those of one run may hold "
-                f"{self._share:g} (--joint-share) of {most} requests (--max-requests) and of {format_bytes(budget)} "
-                "(--memory-budget)"
-            )
+        self._check_size(nbytes * requests, requests, nbytes * missing, missing, name)
         self.check(nbytes * missing, missing, holders)
         permit = AheadPermit(self, self._admission, holders, name)
         permit.absorb(self._admission.reserve(nbytes * requests, requests, name))
         return permit
+
+    def never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
+        """The refusal if a group with one more request can never have room, also if there is nothing else."""
+        here, ahead = group.room_with(request)
+        try:
+            missing = group.ranks - len(group.seats) - 1
+            self._check_size(here + ahead, group.ranks, ahead, missing, group.permit.name)
+        except TooLargeError as error:
+            return error
+        return None
+
+    def _check_size(self, nbytes: int, requests: int, missing_bytes: int, missing: int, name: str) -> None:
+        """Whether a step can ever have room.
+
+        Args:
+            nbytes: of all its ranks.
+            requests: how many they are.
+            missing_bytes: of those that have not come.
+            missing: how many have not come.
+
+        Raises:
+            TooLargeError: it cannot, or one run may not have that much for ranks that are missing.
+        """
+        self._admission.check_size(nbytes, requests, name)
+        budget, most = self._admission.budget_bytes, self._admission.max_requests
+        if missing > self._share * most or missing_bytes > self._share * budget:
+            ranks, are = ("rank", "is") if missing == 1 else ("ranks", "are")
+            raise TooLargeError(
+                f"{missing} {ranks} with {format_bytes(missing_bytes)} {are} missing; those of one run may hold "
+                f"{self._share:g} (--joint-share) of {most} requests (--max-requests) and of {format_bytes(budget)} "
+                "(--memory-budget)"
+            )
 
     def check(self, nbytes: int, requests: int, holders: tuple[Holder, ...]) -> None:
         """Whether so much more may be reserved.

@@ -165,6 +165,11 @@ class Group:
         )
 
     @property
+    def ranks(self) -> int:
+        """How many ranks have not left."""
+        return self.world_size - len(self.absent)
+
+    @property
     def missing(self) -> list[int]:
         """Ranks whose payload is awaited."""
         return [
@@ -183,7 +188,7 @@ class Group:
     @property
     def is_full(self) -> bool:
         """Whether all ranks that have not left have come, with their payloads."""
-        return len(self.seats) == self.world_size - len(self.absent) and not self.missing
+        return len(self.seats) == self.ranks and not self.missing
 
     def take_seat(
         self, request: wire.Request, call: wire.Request | None, cancel: Callable[[], object], address: str = ""
@@ -196,10 +201,10 @@ class Group:
         joint = request.joint
         assert joint is not None
         nbytes = request.tensor_bytes
-        if not self.share:
-            self._share_out(nbytes)
         permit = self.permit.split(self.share)
         try:
+            if not self.share:
+                self._share_out(nbytes)
             permit.resize(max(nbytes, self.share))
         except OverloadedError:
             self.permit.absorb(permit)
@@ -208,21 +213,22 @@ class Group:
         return seat
 
     def _share_out(self, nbytes: int) -> None:
-        """All ranks before had no images: takes room of this many bytes for each rank.
+        """All ranks before had no images: takes room of this many bytes for them, and for each rank that comes later.
 
         Raises:
             OverloadedError: there is no room; some may have been taken.
         """
-        self.permit.resize(nbytes * (self.world_size - len(self.absent) - len(self.seats)))
+        self.permit.resize(nbytes * (self.ranks - len(self.seats) - 1))
         for seat in self.seats.values():
             seat.permit.resize(nbytes)
         self.share = nbytes
 
-    def needed_bytes(self, request: wire.Request) -> int:
-        """The room that the group needs with one more request."""
-        held = [max(seat.nbytes, self.share) for seat in self.seats.values()]
+    def room_with(self, request: wire.Request) -> tuple[int, int]:
+        """The bytes that the group needs with one more request: for the ranks that are here, and for those missing."""
+        share = self.share or request.tensor_bytes
+        held = [max(seat.nbytes, share) for seat in self.seats.values()]
         held.append(request.tensor_bytes)
-        return sum(held) + self.share * (self.world_size - len(self.absent) - len(held))
+        return sum(held), share * (self.ranks - len(held))
 
     def leave(self, rank: int) -> None:
         """A rank that has not come has left the run."""

@@ -133,7 +133,9 @@ class JointTable:
             try:
                 seat = group.take_seat(request, call, cancel, address)
             except OverloadedError as error:
-                refusal = self._never_fits(group, request) or error
+                refusal = self._ahead.never_fits(group, request) or error
+                if isinstance(refusal, TooLargeError):
+                    self._aborted.add(group.step, joint, str(refusal), group)
                 self._waiting.refuse(group, refusal, JointOutcome.OVERLOADED)
                 raise refusal from None
             if call is not None:
@@ -327,7 +329,11 @@ class JointTable:
         if group is None:
             absent = self._attendance.absent(step, joint.world_size)
             present = joint.world_size - len(absent)
-            permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address, name)
+            try:
+                permit = self._ahead.reserve(request.tensor_bytes, present, step.run, address, name)
+            except TooLargeError as error:  # The other ranks may fit, and would wait.
+                self._aborted.add(step, joint, str(error), None)
+                raise
             since = self._regrouping.since(step)
             group = self._waiting.add(Group.begun_by(request, absent, permit, since, self._timeout_seconds))
         elif joint.rank in group.absent:
@@ -349,15 +355,6 @@ class JointTable:
             self._batcher.put(job)
         except StoppingError as stopping:
             job.refuse(stopping)
-
-    def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
-        """The refusal if the group with one more request is larger than all that its name may hold."""
-        ranks = group.world_size - len(group.absent)
-        try:
-            self._admission.check_size(group.needed_bytes(request), ranks, group.permit.name)
-        except TooLargeError as error:
-            return error
-        return None
 
     def _answer(self, seat: Seat) -> Answer:
         group, caller = seat.group, seat.caller
