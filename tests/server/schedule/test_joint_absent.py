@@ -410,7 +410,59 @@ def test_the_last_rank_that_leaves_ends_the_round_and_the_next_one_has_all_ranks
             assert_right(outcome, place, ranks)
     for rank in ranks_of(2, round=3):
         desk.leave(rank)
-    assert len(desk.joints._attendance) == 0
+    (known,) = desk.joints._attendance._runs.values()
+    assert (known.left, len(known.over)) == ({}, 1), "of the rounds that have ended, the last one is remembered"
+
+
+@pytest.mark.parametrize("process", [b"new", b""], ids=["another process", "not said"])
+def test_a_leave_that_comes_again_after_its_round_has_ended_changes_nothing(desk: Desk, process: bytes) -> None:
+    """Its answer was lost. The training then starts again under its old name, and resumes where it was."""
+    desk.compute()
+    old, new = ranks_of(3, step=3, process=process and b"old"), ranks_of(3, step=3, process=process)
+    run_in_full(desk, [replace(rank, step=2) for rank in old])
+    for rank in (*old, old[1]):
+        assert desk.leave(rank).code is OK
+    waiting = [desk.ask(rank.again()) for rank in (new[0], new[2])]
+    assert desk.waits_for(2)
+    if not process:
+        desk.leave(old[1])
+    assert desk.joints.waiting_ranks == 2
+    first, last, second = ended(*waiting, desk.ask(new[1].again()))
+    for place, outcome in enumerate((first, second, last)):
+        assert_right(outcome, place, new)
+    desk.leave(new[1])
+    outcomes = ended(*(desk.ask(replace(rank, step=4)) for rank in (new[0], new[2])))
+    assert [outcome.header.ranks for outcome in outcomes] == [2, 2], "a rank that has come again leaves again"
+
+
+def test_a_new_round_does_not_hide_that_ranks_wait_for_each_other(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_step, "GRACE_SECONDS", 0.0)
+    desk.compute()
+    run_in_full(desk, ranks_of(2, want_grad=False))
+    desk.leave(Rank(rank=0), evaluation_step=1)
+    waiting = [desk.ask(Rank(rank=0, round=1, step=1, want_grad=False, blocking=True, call=b"early"))]
+    assert desk.waits_for(1)
+    desk.leave(Rank(rank=1), evaluation_step=1)
+    waiting.append(desk.ask(Rank(rank=1, round=1, blocking=True, call=b"late")))
+    assert desk.waits_for(2)
+    desk.joints.check()
+    for outcome in ended(*waiting):
+        assert "rank 0 at evaluation step 1 of round 1, rank 1 at step 0 of round 1" in outcome.text
+        assert "made no evaluation step" not in outcome.text, "both have, before the round"
+
+
+@pytest.mark.parametrize("process", [b"p", b""])
+def test_a_call_of_a_rank_with_another_world_size_forgets_nobody(desk: Desk, process: bytes) -> None:
+    desk.compute()
+    ranks = ranks_of(2, process=process)
+    run_in_full(desk, ranks)
+    desk.leave(replace(ranks[1], step=1))
+    assert ended(desk.ask(Rank(rank=0, world_size=1, want_grad=False, process=process)))[0].code is OK
+    present = [replace(ranks[0], step=1)]
+    left_out(ended(desk.ask(present[0]))[0], present[0], present)
+    desk.abort(replace(ranks[1], step=2), "reason")
+    assert ended(desk.ask(Rank(rank=0, world_size=1, step=2, process=process)))[0].code is OK
+    assert ended(desk.ask(replace(ranks[0], step=2)))[0].text == "rank 1: reason"
 
 
 def test_a_run_that_starts_again_from_step_0_waits_for_all_ranks(desk: Desk) -> None:

@@ -24,11 +24,13 @@ class _Aborted:
     """An aborted step.
 
     Attributes:
+        world_size: of its ranks; those of another number are not concerned.
         told: the calls that know it, by their ranks.
         until: when it is forgotten (``time.monotonic``).
     """
 
     text: str
+    world_size: int
     told: dict[int, bytes]
     until: float
 
@@ -57,7 +59,7 @@ class AbortedSteps:
             told |= {rank: seat.joint.call for rank, seat in group.seats.items()}
         text = f"rank {joint.rank}: {reason}"
         self._steps.pop(step, None)
-        self._steps[step] = _Aborted(text, told, time.monotonic() + ABORTED_SECONDS)
+        self._steps[step] = _Aborted(text, joint.world_size, told, time.monotonic() + ABORTED_SECONDS)
         if len(self._steps) > MAX_ABORTED:
             self._steps.popitem(last=False)
         return JointBrokenError(text)
@@ -69,7 +71,7 @@ class AbortedSteps:
         very call that was told, it has lost that answer, and gets it again.
         """
         aborted = self._steps.get(step)
-        if aborted is None or aborted.until < time.monotonic():
+        if aborted is None or aborted.world_size != joint.world_size or aborted.until < time.monotonic():
             return None
         told = aborted.told.get(joint.rank)
         if told is not None and (not told or told != joint.call):

@@ -1,5 +1,4 @@
-"""Which ranks have come to a run, from which processes, and which have left it. Forgotten once all have left, or nobody
-has come for long.
+"""Which ranks have come to a run, from which processes, and which have left it; forgotten when nobody comes for long.
 
 Nothing here takes a lock: ``JointTable`` does.
 """
@@ -12,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from lovasz import wire
 from lovasz.server.errors import RunConflictError
@@ -53,6 +53,17 @@ class _Process:
         return _Process(name, address, self.name, self.address, self.returns + 1 if name == self.former else 0)
 
 
+class _Round(NamedTuple):
+    """A round of a run. Steps of so many ranks have rounds of their own, as an evaluation on fewer ranks has."""
+
+    world_size: int
+    number: int
+
+    @classmethod
+    def of(cls, joint: wire.Joint) -> _Round:
+        return cls(joint.world_size, joint.round)
+
+
 @dataclass
 class _Run:
     """What is remembered of a run.
@@ -63,24 +74,26 @@ class _Run:
         last: the process that each rank came from last, also before the training was restarted.
         address: where a rank came from last; empty: unknown.
         left: by round and rank: the first steps with and without a gradient that the rank takes no part in.
+        over: the round that all ranks have left last, as ``left``; a rank that has come again since is not in it.
         since: when it was first heard of (``time.monotonic``).
         used: when a rank came or left.
         counted: its entries, as far as they were counted for :data:`MAX_ENTRIES`.
     """
 
-    world_size: int
     processes: dict[int, bytes] = field(default_factory=dict)
     evaluated: set[int] = field(default_factory=set)
     last: dict[int, _Process] = field(default_factory=dict)
     address: str = ""
-    left: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    left: dict[_Round, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    over: dict[_Round, dict[int, tuple[int, int]]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     used: float = 0.0
     counted: int = 0
 
     @property
     def entries(self) -> int:
-        return 1 + len(self.processes) + len(self.last) + len(self.evaluated) + sum(map(len, self.left.values()))
+        of_rounds = sum(map(len, (*self.left.values(), *self.over.values())))
+        return 1 + len(self.processes) + len(self.last) + len(self.evaluated) + of_rounds
 
 
 class Attendance:
@@ -120,37 +133,39 @@ class Attendance:
                     f"one{place(address)} and another{place(last.address)}; give each training a name or a secret of "
                     "its own"
                 )
-        left = known.left.get(joint.round)
-        if left is not None:
-            left.pop(joint.rank, None)
+        for rounds in (known.left, known.over):
+            rounds.get(_Round.of(joint), {}).pop(joint.rank, None)
         if not want_grad:
             known.evaluated.add(joint.rank)
         self._count(known)
         return is_restarted
 
-    def leave(self, joint: wire.Joint, evaluation_step: int) -> None:
+    def leave(self, joint: wire.Joint, evaluation_step: int) -> bool:
         """A rank takes no part in the steps of its round from these on: ``joint.step`` is the one with a gradient.
+
+        Returns:
+            Whether that is new; False if it is said again after all ranks have left the round, as where an answer was
+            lost.
 
         Raises:
             RunConflictError: see :meth:`conflict`.
         """
         self._admit(joint)
         known, _ = self._run_of(joint)
-        left = known.left.setdefault(joint.round, {})
-        left[joint.rank] = joint.step, evaluation_step
-        if len(left) == known.world_size:
-            del known.left[joint.round]
-        if known.left:
-            self._count(known)
-        else:
-            self._forget(Run.of(joint))
+        its_round, first = _Round.of(joint), (joint.step, evaluation_step)
+        is_new = known.over.get(its_round, {}).get(joint.rank) != first
+        if is_new:
+            left = known.left.setdefault(its_round, {})
+            left[joint.rank] = first
+            if len(left) == joint.world_size:
+                known.over = {its_round: known.left.pop(its_round)}
+        self._count(known)
+        return is_new
 
     def absent(self, step: Step, world_size: int) -> set[int]:
         """The ranks that have left before a step."""
         known = self._runs.get(step.run)
-        if known is None or known.world_size != world_size:
-            return set()
-        left = known.left.get(step.round, {})
+        left = {} if known is None else known.left.get(_Round(world_size, step.round), {})
         return {rank for rank, first in left.items() if step.number >= first[0 if step.want_grad else 1]}
 
     def knows(self, run: Run) -> bool:
@@ -212,13 +227,11 @@ class Attendance:
         run, last = Run.of(joint), dict[int, _Process]()
         known = self._runs.get(run)
         process = None if known is None else known.processes.get(joint.rank)
-        is_restarted = known is not None and (
-            known.world_size != joint.world_size or bool(process and joint.process and process != joint.process)
-        )
+        is_restarted = bool(process and joint.process and process != joint.process)
         if known is not None and is_restarted:
             last = known.last
             self._forget(run)
-        known = self._runs.setdefault(run, _Run(joint.world_size, last=last))
+        known = self._runs.setdefault(run, _Run(last=last))
         self._named.setdefault(run.name, {})[run] = None
         self._runs.move_to_end(run)
         known.used = time.monotonic()

@@ -243,7 +243,8 @@ class JointTable:
         """
         joint, run, jobs = leave.joint, Run.of(leave.joint), []
         with self._changed:
-            self._attendance.leave(joint, leave.evaluation_step)
+            if not self._attendance.leave(joint, leave.evaluation_step):
+                return
             self._kept.acknowledge(joint, leaves=True)
             for group in self._waiting:
                 step = group.step
