@@ -116,6 +116,19 @@ def test_conflicts_end_some_seconds_after_the_other_training(monkeypatch: pytest
     runs.come(Rank().place(), want_grad=True)
 
 
+def test_who_has_no_secret_is_refused_for_as_long_as_the_others_wait(desk: Desk) -> None:
+    waits = desk.ask(Rank(rank=0, secret=SECRET))
+    assert desk.waits_for(1)
+    (known,) = desk.joints._attendance._runs.values()
+    known.used -= 2 * attendance.LIVE_SECONDS
+    desk.joints.check()
+    (refused,) = ended(desk.ask(Rank(rank=1, call=b"stranger")))
+    assert refused.code is REFUSED
+    desk.compute()
+    for number, outcome in enumerate(ended(waits, desk.ask(Rank(rank=1, secret=SECRET)))):
+        assert_right(outcome, number, ranks_of(2))
+
+
 def test_a_secret_is_in_no_text(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     rank = Rank(secret=SECRET, process=b"p")

@@ -22,7 +22,7 @@ RUN_SECONDS = 3600.0
 MAX_ENTRIES = 200_000
 """Ranks that are remembered over all runs, and rounds that they have left; the runs that were used last stay."""
 LIVE_SECONDS = 15.0
-"""How long after a rank came its run counts as one that others of the same name are in conflict with."""
+"""How long after a rank came, or waited, its run counts as one that others of the same name are in conflict with."""
 _MOST_NAMED = 16
 """Runs of one name that are looked at, those that were heard of first."""
 _RETURNS = 2
@@ -77,6 +77,7 @@ class _Run:
         over: the round that all ranks have left last, as ``left``; a rank that has come again since is not in it.
         since: when it was first heard of (``time.monotonic``).
         used: when a rank came or left.
+        waited: when ranks were last seen to wait.
         counted: its entries, as far as they were counted for :data:`MAX_ENTRIES`.
     """
 
@@ -88,6 +89,7 @@ class _Run:
     over: dict[_Round, dict[int, tuple[int, int]]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     used: float = 0.0
+    waited: float = -math.inf
     counted: int = 0
 
     @property
@@ -204,10 +206,17 @@ class Attendance:
         known = self._runs.get(run)
         return math.inf if known is None else known.since
 
+    def see(self, waiting: Iterable[Run]) -> None:
+        """Ranks of these runs wait."""
+        now = time.monotonic()
+        for run in waiting:
+            if run in self._runs:
+                self._runs[run].waited = now
+
     def forget_old(self) -> None:
         """Forgets runs that nobody has come to for long."""
         until = time.monotonic() - RUN_SECONDS
-        for run in [run for run, known in self._runs.items() if known.used < until]:
+        for run in [run for run, known in self._runs.items() if max(known.used, known.waited) < until]:
             self._forget(run)
 
     def _admit(self, joint: wire.Joint) -> None:
@@ -216,11 +225,12 @@ class Attendance:
             raise RunConflictError(conflict)
 
     def _others(self, name: str) -> Iterator[_Run]:
-        """The runs of this name that have an owner, and to which a rank came a short while ago."""
+        """The runs of this name that have an owner, and whose ranks came or waited a short while ago."""
         until = time.monotonic() - LIVE_SECONDS
         for run in islice(self._named.get(name, ()), _MOST_NAMED):
-            if run.owner and self._runs[run].used > until:
-                yield self._runs[run]
+            known = self._runs[run]
+            if run.owner and max(known.used, known.waited) > until:
+                yield known
 
     def _run_of(self, joint: wire.Joint) -> tuple[_Run, bool]:
         """What is known of the run of a rank, now used, and whether it is a restarted one."""

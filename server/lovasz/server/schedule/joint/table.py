@@ -287,6 +287,7 @@ class JointTable:
         with self._changed:
             self._kept.drop_old()
             self._aborted.forget_old()
+            self._attendance.see(group.step.run for group in self._waiting)
             self._attendance.forget_old()
             for groups in out_of_step(self._waiting, self._attendance, now):
                 text = texts.out_of_step(groups, self._attendance)
