@@ -489,6 +489,43 @@ def test_a_rank_that_had_left_and_comes_again_in_the_same_round_is_waited_for(de
         assert_right(outcome, place, ranks)
 
 
+@pytest.mark.parametrize("shape", [(1, CLASSES, 6), NOTHING], ids=["images", "no images"])
+def test_a_rank_that_leaves_while_its_own_call_waits_is_not_waited_for_once_that_call_is_gone(
+    desk: Desk, shape: tuple[int, ...]
+) -> None:
+    desk.compute()
+    ranks, caller = ranks_of(3, shape=shape), DeskCarrier()
+    its_call = desk.ask(ranks[0], caller)
+    assert desk.waits_for(1)
+    others = [desk.ask(ranks[1])]
+    assert desk.waits_for(2)
+    desk.leave(ranks[0])
+    caller.cancel()
+    ended(its_call)
+    others.append(desk.ask(ranks[2]))
+    assert [outcome.header.ranks for outcome in ended(*others)] == [2, 2]
+    third = [replace(rank, step=1) for rank in ranks]
+    caller = DeskCarrier()
+    its_call, others = desk.ask(third[0], caller), [desk.ask(rank) for rank in third[2:]]
+    assert desk.waits_for(2)
+    desk.leave(third[0])
+    desk.leave(third[1])  # Now only the call of rank 0 is awaited, and it is there.
+    assert [outcome.header.ranks for outcome in ended(its_call, *others)] == [2, 2]
+
+
+def test_the_call_of_a_rank_that_has_left_was_all_that_the_others_waited_for(desk: Desk) -> None:
+    desk.compute()
+    ranks, caller, go_on = ranks_of(2), DeskCarrier(), threading.Event()
+    its_call = desk.ask_in_stream(ranks[0], go_on, caller)
+    assert eventually(lambda: desk.joints.waiting_ranks == 1)
+    other = desk.ask(ranks[1])
+    assert desk.waits_for(1)
+    desk.leave(ranks[0])
+    caller.gone.set()
+    left_out(ended(other)[0], ranks[1], [ranks[1]])
+    ended(its_call)
+
+
 def test_runs_are_forgotten_when_nobody_comes_for_long(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.leave(Rank(rank=1))
     desk.joints.check()

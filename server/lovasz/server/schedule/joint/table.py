@@ -34,9 +34,8 @@ from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import Group, GroupState, Run, Seat, SeatState, Step
 from lovasz.server.schedule.joint.kept import LOOK_SECONDS, Kept, KeptAnswers
 from lovasz.server.schedule.joint.matching import mismatch, misplaced
-from lovasz.server.schedule.joint.out_of_step import out_of_step
 from lovasz.server.schedule.joint.regrouping import Regrouping
-from lovasz.server.schedule.joint.waiting import WaitingGroups, log
+from lovasz.server.schedule.joint.waiting import WaitingGroups
 
 _log = logging.getLogger(__name__)
 
@@ -187,23 +186,27 @@ class JointTable:
 
     def give_up(self, seat: Seat) -> None:
         """The caller of a seat has gone away."""
+        completed: Job | None = None
         with self._changed:
             job, caller = seat.group.job, seat.caller
             if seat.group.state is not GroupState.COMPLETE:
-                self._lose(seat, AbandonedError())
+                completed = self._lose(seat, AbandonedError())
+        self._queue(completed)
         if job is not None and caller is not None:
             job.leave(caller)
 
     def leave(self, place: Seat | Kept) -> None:
         """The call has ended. Nothing uses the tensors of a seat any more."""
+        completed: Job | None = None
         with self._changed:
             if isinstance(place, Kept):
                 place.leave()
                 return
             if place.group.state is not GroupState.COMPLETE:
-                self._lose(place, AbandonedError())
+                completed = self._lose(place, AbandonedError())
             self._vacate(place)
             place.permit.release()
+        self._queue(completed)
 
     def abort(self, abort: wire.Abort, seat: Seat | None = None, address: str = "") -> None:
         """A rank cannot take part in a step: the others are refused, those that wait and those that come soon.
@@ -241,7 +244,7 @@ class JointTable:
         Raises:
             RunConflictError: the ranks of a training of this name have a secret, and this one has none.
         """
-        joint, run, jobs = leave.joint, Run.of(leave.joint), []
+        joint, run, jobs = leave.joint, Run.of(leave.joint), list[Job | None]()
         with self._changed:
             if not self._attendance.leave(joint, leave.evaluation_step):
                 return
@@ -251,9 +254,7 @@ class JointTable:
                 is_meant = (step.run, step.round, group.world_size) == (run, joint.round, joint.world_size)
                 first = joint.step if step.want_grad else leave.evaluation_step
                 if is_meant and step.number >= first and joint.rank not in group.seats.keys() | group.absent:
-                    group.leave(joint.rank)
-                    if group.seats and group.is_full:
-                        jobs.append(self._waiting.complete(group, last_rank=joint.rank))
+                    jobs.append(self._go_on_without(group, joint.rank))
         for job in jobs:
             self._queue(job)
 
@@ -281,25 +282,13 @@ class JointTable:
                 self._waiting.refuse(group, StoppingError(texts.stopping(group)), JointOutcome.STOPPING)
 
     def check(self) -> None:
-        """A chore: forgets what is old, ends steps whose time is up, or whose ranks wait for each other or are to call
-        again, and logs which ranks steps wait for."""
-        now = time.monotonic()
+        """A chore: forgets what is old, and ends steps that need not wait any longer."""
         with self._changed:
             self._kept.drop_old()
             self._aborted.forget_old()
             self._attendance.see(group.step.run for group in self._waiting)
             self._attendance.forget_old()
-            for groups in out_of_step(self._waiting, self._attendance, now):
-                text = texts.out_of_step(groups, self._attendance)
-                for group in groups:
-                    self._waiting.refuse(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
-            for group in [group for group in self._waiting if now >= group.deadline]:
-                self._waiting.time_out(group, self._timeout_seconds, self._attendance)
-            for group in self._regrouping.due(self._waiting, now):
-                self._waiting.refuse(group, self._regrouping.error(group), JointOutcome.REGROUPED)
-            for group in self._waiting:
-                if group.begins_to_straggle(now):
-                    log("a joint step waits", group, missing=texts.ranks(group.missing))
+            self._waiting.check(self._timeout_seconds, self._attendance)
 
     def _end_earlier(self, call: wire.Request) -> None:
         """The same call has come again: ends the earlier one, or waits for it if it is being computed.
@@ -312,7 +301,7 @@ class JointTable:
             if earlier.group.state is not GroupState.COMPLETE:
                 receiving = earlier.state is SeatState.RECEIVING
                 # The group stays even if it has no other rank: this call takes the seat.
-                self._lose(earlier, AbandonedError("the same call came again"), may_end=False)
+                self._lose(earlier, AbandonedError("the same call came again"), is_final=False)
                 if receiving:  # Its payload may have stalled.
                     earlier.cancel()
             elif not self._changed.wait(until - time.monotonic()):
@@ -352,7 +341,14 @@ class JointTable:
                     group, RunConflictError(self._attendance.conflict(strangers)), JointOutcome.ABORTED
                 )
 
-    def _queue(self, job: Job) -> None:
+    def _go_on_without(self, group: Group, rank: int) -> Job | None:
+        """A rank that has no seat has left: returns what is to be queued if the group was waiting for it alone."""
+        group.leave(rank)
+        return self._waiting.complete(group, last_rank=rank) if group.seats and group.is_full else None
+
+    def _queue(self, job: Job | None) -> None:
+        if job is None:
+            return
         try:
             self._batcher.put(job)
         except StoppingError as stopping:
@@ -368,20 +364,27 @@ class JointTable:
                 self._waiting.time_out(group, self._timeout_seconds, self._attendance)
         return caller.wait()
 
-    def _lose(self, seat: Seat, error: ServerError, *, may_end: bool = True) -> None:
+    def _lose(self, seat: Seat, error: ServerError, *, is_final: bool = True) -> Job | None:
         """Frees the seat of a group that is not complete, unless that was done before.
 
         Args:
-            may_end: whether the group ends if that was the last seat.
+            is_final: whether the group ends if that was the last seat, or goes on without a rank that has left the run.
+
+        Returns:
+            What is to be queued, if the others waited only for a rank that has left.
         """
         self._forget(seat)
         if seat.state not in (SeatState.RECEIVING, SeatState.ARRIVED):
-            return
+            return None
         group = seat.group
         group.lose(seat, error)
-        if may_end and group.state is GroupState.WAITING and not group.seats:
-            group.state = GroupState.DESERTED
-            self._waiting.end(group, JointOutcome.LEFT)
+        if is_final and group.state is GroupState.WAITING:
+            if not group.seats:
+                group.state = GroupState.DESERTED
+                self._waiting.end(group, JointOutcome.LEFT)
+            elif seat.joint.rank in self._attendance.absent(group.step, group.world_size):
+                return self._go_on_without(group, seat.joint.rank)
+        return None
 
     def _vacate(self, seat: Seat) -> None:
         self._forget(seat)

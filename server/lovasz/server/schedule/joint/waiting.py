@@ -12,6 +12,7 @@ from lovasz.server.schedule.job import Job
 from lovasz.server.schedule.joint import texts
 from lovasz.server.schedule.joint.attendance import Attendance
 from lovasz.server.schedule.joint.group import STRAGGLER_SECONDS, Group, Step
+from lovasz.server.schedule.joint.out_of_step import out_of_step
 from lovasz.server.schedule.joint.regrouping import Regrouping
 
 _log = logging.getLogger(__name__)
@@ -58,6 +59,23 @@ class WaitingGroups:
         log("a joint step is broken", group, level=logging.WARNING, reason=str(error))
         group.refuse(error)
         self.end(group, outcome)
+
+    def check(self, timeout_seconds: float, attendance: Attendance) -> None:
+        """Ends groups whose time is up, or whose ranks wait for each other or are to call again; logs which ranks the
+        others wait for."""
+        now = time.monotonic()
+        for groups in out_of_step(self, attendance, now):
+            text = texts.out_of_step(groups, attendance)
+            for group in groups:
+                self.refuse(group, JointBrokenError(text), JointOutcome.OUT_OF_STEP)
+        for group in self:
+            if now >= group.deadline:
+                self.time_out(group, timeout_seconds, attendance)
+        for group in self._regrouping.due(self, now):
+            self.refuse(group, self._regrouping.error(group), JointOutcome.REGROUPED)
+        for group in self:
+            if group.begins_to_straggle(now):
+                log("a joint step waits", group, missing=texts.ranks(group.missing))
 
     def time_out(self, group: Group, timeout_seconds: float, attendance: Attendance) -> None:
         """Refuses all ranks of a group: others did not come in time."""
