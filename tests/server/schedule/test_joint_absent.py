@@ -589,11 +589,36 @@ def test_an_evaluation_on_one_rank_is_called_so(desk: Desk) -> None:
     assert (steps[3].evaluation, steps[3].never_evaluated) == (False, "")
     desk.joints.check()
     for outcome in ended(*calls):
-        assert "rank 0 at evaluation step 0, rank 1 at step 3" in outcome.text
+        assert "rank 0 at evaluation step 0, rank 1 at step 3; all ranks must make the same calls" in outcome.text
         assert outcome.text.endswith(
             "; rank 1 made no evaluation step (a call without a gradient) in this run: evaluate on all ranks, or with "
             "a RemoteLoss without joint"
         )
+
+
+@pytest.mark.parametrize("blocking", [True, False], ids=["at once", "at the timeout"])
+@pytest.mark.usefixtures("at_once")
+def test_a_call_left_out_before_the_first_evaluation_is_called_so(desk: Desk, blocking: bool) -> None:
+    """Rank 1 leaves out step 1 and evaluates; rank 0 has done nothing wrong, and has not evaluated yet."""
+    desk.compute()
+    run_in_full(desk, ranks_of(2))
+    calls = [
+        desk.ask(Rank(rank=1, want_grad=False, blocking=blocking)),
+        desk.ask(Rank(rank=0, step=1, blocking=blocking)),
+    ]
+    assert desk.waits_for(2)
+    if not blocking:
+        evaluation = next(group for group in desk.joints._waiting if not group.step.want_grad)
+        evaluation.deadline = 0.0
+    desk.joints.check()
+    desk.joints.stop()
+    outcome = ended(*calls)[0]
+    assert "rank 0 at step 1" in outcome.text
+    assert outcome.text.endswith(
+        "; all ranks must make the same calls: one has left out a call, or made one more, or not all of them evaluate; "
+        "rank 0 made no evaluation step (a call without a gradient) in this run: evaluate on all ranks, or with a "
+        "RemoteLoss without joint"
+    )
 
 
 def test_an_evaluation_that_others_never_come_to_is_called_so_at_the_timeout() -> None:

@@ -14,6 +14,9 @@ from lovasz.spec import Loss, WeightedSum
 
 _NAMED_RANKS = 20
 _NAMED_GROUPS = 3
+_SAME_CALLS = "; all ranks must make the same calls: one has left out a call, or made one more"
+_OR_NO_EVALUATION = ", or not all of them evaluate"
+"""From where the ranks wait alone, one cannot tell which of the two it is."""
 _SHORT = reprlib.Repr()
 _SHORT.maxtuple = 30
 
@@ -73,6 +76,8 @@ def timed_out(group: Group, timeout_seconds: float, waiting: Iterable[Group], at
     if strangers:
         text += f"; ranks with another secret or token wait in a run of this name: {_place(strangers[0])}"
     advice = _advice_on_evaluation(group, attendance)
+    if advice and elsewhere:
+        return text + _SAME_CALLS + _OR_NO_EVALUATION + advice
     if advice or elsewhere or strangers:
         return text + advice
     return f"{text}; they have stopped, are late, or reached another server (see load_balancing)"
@@ -84,7 +89,7 @@ def out_of_step(groups: list[Group], attendance: Attendance) -> str:
     places = ", ".join(_place(group) for group in groups[:_NAMED_GROUPS])
     text = f"the ranks of run {groups[0].step.run.name!r} wait for each other at different steps: {places}"
     advice = next(filter(None, (_advice_on_evaluation(group, attendance) for group in groups)), "")
-    return text + (advice or "; all ranks must make the same calls: one has left out a call, or made one more")
+    return text + _SAME_CALLS + (f"{_OR_NO_EVALUATION}{advice}" if advice else "")
 
 
 def _advice_on_evaluation(group: Group, attendance: Attendance) -> str:
