@@ -380,7 +380,7 @@ def check_faults(rank: int, world: int) -> None:
         ({"reduction": "none"}, "reduction: got 'none' with group"),
         ({"gradient_reduction": "median"}, "gradient_reduction: got 'median'"),
         ({"classes": (1, 1)}, "classes: got [1, 1]; expected each class once"),
-        ({"classes": (0, 1)}, "loss: got 1 * LovaszSoftmax(classes=(0, 1), class"),
+        ({"classes": (0, 1)}, "loss: got 1.0 * LovaszSoftmax(classes=(0, 1), class"),
         (
             {"logits": good.logits.double()},
             "logits: got element type float64; expected element type float32, like rank 0",
@@ -398,6 +398,18 @@ def check_faults(rank: int, world: int) -> None:
         arguments: dict[str, Any] = {"logits": good.logits, "labels": good.labels, **(changed if is_bad else {})}
         with_fault(lambda arguments=arguments: lovasz_softmax(**arguments, group="world"), f"rank {bad}: {text}")
         check_case([a_case(LovaszSoftmax(), 5, 2, (6, 7), r) for r in range(world)], rank)
+    weight = 1.0 + 3e-7 * is_bad
+    with_fault(
+        lambda: compute(good.logits, good.labels, [(weight, LovaszSoftmax())], group="world"),
+        f"rank {bad}: loss: got 1.0000003 * LovaszSoftmax(",
+    )
+    criterion = LocalLoss(LovaszSoftmax(), group="world", gradient_reduction="sum" if is_bad else "mean")
+    with_fault(
+        lambda: criterion(good.logits.clone().requires_grad_(), good.labels),
+        f"rank {bad}: gradient_reduction: got 'sum'; expected 'mean', like rank 0",
+    )
+    with torch.no_grad():
+        criterion(good.logits, good.labels)  # There is no gradient to be reduced.
 
 
 def check_other_failures(rank: int, world: int) -> None:

@@ -153,7 +153,7 @@ def differentiable_joint(
         return _prepared(logits, labels, loss(), valid, offsets)
 
     want_grad = isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad
-    result, ranks = compute_joint(prepare, group, want_grad=want_grad)
+    result, ranks = compute_joint(prepare, group, want_grad=want_grad, gradient_reduction=gradient_reduction)
     factor = {"mean": ranks, "active_mean": result.ranks, "sum": 1}[gradient_reduction]
     return with_gradient(logits, result.loss, result.grad, factor), replace(result, grad=None)
 

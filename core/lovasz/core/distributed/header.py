@@ -14,12 +14,12 @@ import torch
 
 from lovasz.core.batch import FLOAT_TYPES, INTEGER_TYPES, Request
 from lovasz.core.distributed.group import Group
-from lovasz.spec import InvalidInput, WeightedSum
+from lovasz.spec import GradientReduction, InvalidInput, WeightedSum
 from lovasz.spec.layout import MAX_AXES
 from lovasz.version import VERSION
 
 _NO_OFFSETS = -1
-_SETTINGS = ("loss", "logits", "channels", "gradient", "backend", "lovasz")
+_SETTINGS = ("loss", "logits", "channels", "gradient", "gradient_reduction", "backend", "lovasz")
 """What all ranks must have in common, as ``settings`` describes it."""
 
 _SIZES = 3 + 2 * (1 + MAX_AXES)
@@ -88,15 +88,18 @@ def _shape(numbers: npt.NDArray[np.int64]) -> tuple[int, ...]:
     return tuple(numbers[1 : 1 + int(numbers[0])].tolist())
 
 
-def settings(request: Request, loss: WeightedSum, want_grad: bool, backend: str) -> tuple[str, ...]:
+def settings(
+    request: Request, loss: WeightedSum, want_grad: bool, gradient_reduction: GradientReduction, backend: str
+) -> tuple[str, ...]:
     """What all ranks must have in common, in the order of ``_SETTINGS``."""
-    terms = ", ".join(f"{weight:g} * {term}" for weight, term in loss.terms)
+    terms = ", ".join(f"{weight} * {term}" for weight, term in loss.terms)  # All digits of the weight.
     dtype = str(request.logits.dtype).removeprefix("torch.")
     return (
         terms,
         f"element type {dtype}",
         f"{request.layout.channels}",
         "with a gradient" if want_grad else "without a gradient",
+        f"{gradient_reduction!r}" if want_grad else "no gradient",
         f"{backend} on {request.logits.device.type}",
         f"version {VERSION}",
     )

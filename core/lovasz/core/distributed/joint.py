@@ -21,14 +21,18 @@ from lovasz.core.distributed.absence import present
 from lovasz.core.distributed.group import Group, Parts
 from lovasz.core.distributed.header import Sizes, exchange, raise_first, settings
 from lovasz.core.plan import Plan
-from lovasz.spec import InvalidInput, Result, WeightedSum
+from lovasz.spec import GradientReduction, InvalidInput, Result, WeightedSum
 
 TABLES_FROM_PIXELS = 1 << 19
 """In joints of fewer pixels, every rank gets all pixels: that takes about as many bytes as the tables, or fewer."""
 
 
 def compute_joint(
-    prepare: Callable[[], tuple[Request, WeightedSum]], given: Any, *, want_grad: bool
+    prepare: Callable[[], tuple[Request, WeightedSum]],
+    given: Any,
+    *,
+    want_grad: bool,
+    gradient_reduction: GradientReduction = "sum",
 ) -> tuple[Result[Tensor], int]:
     """The loss of all ranks' pixels, and the gradient of this rank's logits. All ranks of the group have to call it.
 
@@ -39,6 +43,8 @@ def compute_joint(
             rank.
         given: the process group, or ``"world"``.
         want_grad: whether this rank wants the gradient.
+        gradient_reduction: what the caller makes of the gradient, which here is multiplied by nothing; the ranks must
+            agree.
 
     Returns:
         (result, the number of ranks in the group).
@@ -49,15 +55,21 @@ def compute_joint(
     """
     group = Group(given)
     with present(group):
-        return _computed(group, prepare, want_grad), group.size
+        return _computed(group, prepare, want_grad, gradient_reduction), group.size
 
 
-def _computed(group: Group, prepare: Callable[[], tuple[Request, WeightedSum]], want_grad: bool) -> Result[Tensor]:
+def _computed(
+    group: Group,
+    prepare: Callable[[], tuple[Request, WeightedSum]],
+    want_grad: bool,
+    gradient_reduction: GradientReduction = "sum",
+) -> Result[Tensor]:
     try:
         request, loss = prepare()
         labels = pixels.sent_labels(request.labels)
         backend = choose([request], loss, request.logits.device)
-        own = settings(request, loss, want_grad, backend.value), Sizes.of(request, labels.dtype)
+        common = settings(request, loss, want_grad, gradient_reduction, backend.value)
+        own = common, Sizes.of(request, labels.dtype)
     except Exception as fault:
         exchange(group, fault)
         raise
