@@ -125,7 +125,10 @@ class LocalLoss(torch.nn.Module):
         return differentiable(logits, labels, self.loss, valid=valid, offsets=offsets, reduction=self.reduction)
 
     def leave(self) -> None:
-        """This rank has no more data: from its next step on, the other ranks go on without it. Returns at once.
+        """This rank has no more data: from its next step on, the other ranks go on without it.
+
+        Returns at once, unless this rank has left before and made no call since: then it first waits until all others
+        have left that round, too, for as long as they have data.
 
         All ranks call it at the end of their data, also those that end last. Meanwhile a thread takes part in the
         exchanges of the group in this rank's place, without data, so that this thread can wait in the ``join()`` of

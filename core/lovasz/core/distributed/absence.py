@@ -100,7 +100,10 @@ _AFTER_CALL: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
 
 
 def leave(given: Any, owner: object) -> None:
-    """Takes no part in further steps of the other ranks; returns at once.
+    """Takes no part in further steps of the other ranks.
+
+    Returns at once, unless this rank has left before and made no call since: then it first waits until all others have
+    left, too.
 
     Args:
         given: the process group.
