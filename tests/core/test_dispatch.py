@@ -16,6 +16,7 @@ from support.imports import REPOSITORY
 from support.ways import SORTED_BELOW_PIXELS
 
 from lovasz.core import CrossEntropy, LovaszHinge, LovaszSoftmax, dispatch
+from lovasz.core.backends.triton import limits
 from lovasz.core.batch import Batch, Request
 from lovasz.core.dispatch import Backend, choose, compute, submit
 from lovasz.core.plan import Plan
@@ -51,7 +52,7 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (LovaszSoftmax(), 4, SIDE // 2, torch.float16, CUDA, Backend.TRITON),
         (LovaszSoftmax(), MAX_PIXELS // SIDE**2, SIDE, torch.float32, CUDA, Backend.TORCH),
         (PER_IMAGE, 4, SIDE, torch.float32, CUDA, Backend.TRITON),
-        (PER_IMAGE, dispatch.TRITON_SEGMENTS, 1, torch.float32, CUDA, Backend.TORCH),
+        (PER_IMAGE, limits.SEGMENTS, 1, torch.float32, CUDA, Backend.TORCH),
         ([(1.0, LovaszSoftmax()), (1.0, PER_IMAGE)], 4, SIDE // 2, torch.float32, CUDA, Backend.TRITON),
         (CrossEntropy(), 4, SIDE, torch.float32, CUDA, Backend.TRITON),
         (LovaszSoftmax(), 40, 2**10, torch.float32, CUDA, Backend.TRITON),
@@ -226,7 +227,7 @@ def test_a_loss_that_triton_is_not_chosen_for_cannot_be_forced_on_it() -> None:
 def test_joints_that_fall_back_to_torch_are_not_divided_as_triton_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "installed", lambda package: True)
     monkeypatch.setattr(dispatch, "triton_works", lambda device: False)
-    monkeypatch.setattr(dispatch, "NUMBERED_PIXELS", 100)
+    monkeypatch.setattr(limits, "NUMBERED_PIXELS", 100)
     requests = [a_request(LovaszSoftmax(), 1, 8) for _ in range(3)]
     divided = dispatch._divide(Batch.of(requests), weighted_sum(LovaszSoftmax()), CUDA, None)
     assert divided == [(Backend.TORCH, [0, 1, 2])]
@@ -242,6 +243,45 @@ def test_a_device_that_is_full_says_nothing_about_triton(monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch, "_compute_small", compute_small)
     dispatch.triton_works.cache_clear()
     with pytest.raises(torch.OutOfMemoryError):
+        dispatch.triton_works(CUDA)
+    assert dispatch.triton_works(CUDA)
+    dispatch.triton_works.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", [None, Backend.TORCH, Backend.TRITON])
+def test_a_capture_is_refused_before_any_backend_is_tried(
+    backend: Backend | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(dispatch, "installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "_compute_small", lambda *arguments: tried.append(arguments))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    total = weighted_sum(LovaszSoftmax())
+    dispatch.triton_works.cache_clear()
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        submit([a_request(total, 1, 8, dtype)], total, CUDA, backend=backend)
+    assert tried == []
+
+
+def test_a_capture_says_nothing_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one on this thread's stream nor one of another thread, during which CUDA loads no kernel."""
+    failures = [RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")]
+    is_capturing = [True]
+
+    def compute_small(*arguments: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(dispatch, "_compute_small", compute_small)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
+    dispatch.triton_works.cache_clear()
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        dispatch.triton_works(CUDA)
+    is_capturing[0] = False
+    with pytest.raises(RuntimeError, match="not permitted"):
         dispatch.triton_works(CUDA)
     assert dispatch.triton_works(CUDA)
     dispatch.triton_works.cache_clear()

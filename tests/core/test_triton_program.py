@@ -125,7 +125,7 @@ def test_a_batch_of_too_many_pixels_is_computed_in_portions(monkeypatch: pytest.
 
     monkeypatch.setattr("lovasz.core.dispatch.checked", lambda backend, joint, loss, device: backend)
     monkeypatch.setattr("lovasz.core.dispatch.compute", noted)
-    monkeypatch.setattr("lovasz.core.dispatch.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
+    monkeypatch.setattr("lovasz.core.backends.triton.limits.NUMBERED_PIXELS", 2 * 4 * 72 + 1)
     portions = submit(requests, total, torch.device("cpu"), backend=Backend.TRITON).collect()
     assert computed == [2, 1]
     assert [bits(answer) for answer in portions] == [bits(answer) for answer in whole]

@@ -1,6 +1,7 @@
 """Chooses the backend for each joint of a batch, and submits batches to backends.
 
-No other module decides which losses, element types and sizes a backend takes.
+No other module decides which losses, element types and sizes a backend takes, but ``backends/triton/limits``, which is
+asked here alone.
 """
 
 from __future__ import annotations
@@ -23,18 +24,17 @@ from torch import Tensor
 
 from lovasz.core.answers import Part, Pending
 from lovasz.core.backends.torch import compute as torch_compute
+from lovasz.core.backends.triton import limits
 from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
 from lovasz.core.plan import Plan
 from lovasz.core.stop import Stop
-from lovasz.core.word import MAX_PIXELS
 from lovasz.spec import (
     BinaryCrossEntropy,
     CrossEntropy,
     InvalidInput,
     LossLike,
     LovaszHinge,
-    LovaszLoss,
     LovaszSigmoid,
     LovaszSoftmax,
     WeightedSum,
@@ -56,16 +56,6 @@ class Backend(enum.Enum):
     """Compiled for the CPU; sorts small groups and rare classes, and counts the others in tables."""
     TRITON = "triton"
     """Compiled for a GPU (interpreted on a CPU); sorts small groups and rare classes, counts the others in tables."""
-
-
-TRITON_CLASSES = 512
-"""The most classes that the Triton backend takes: in large groups the table of each class takes 1.4 MB."""
-
-TRITON_SEGMENTS = 1 << 20
-"""The most segments of a joint that the Triton backend takes; terms with the same ``per_image`` share theirs."""
-
-NUMBERED_PIXELS = 1 << 31
-"""Triton's kernels number the pixels of a batch with 32-bit integers: all numbers are below this."""
 
 
 def submit(
@@ -93,8 +83,10 @@ def submit(
 
     Raises:
         InvalidInput: the backend cannot be used here.
+        RuntimeError: the current stream captures a CUDA graph.
         Stopped: the computation was asked to end early.
     """
+    _refuse_capture(device)
     whole = Batch.of(requests, joined)
     plan_of_whole = Plan.of(whole, loss, device)
     all_places = plan_of_whole.places
@@ -120,6 +112,12 @@ def submit(
     return Pending(whole, tuple(parts), loss, want_grad)
 
 
+def _refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError during a capture, which any backend's wait for the GPU would end with an error of CUDA's."""
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a loss cannot be captured in a CUDA graph: it waits for the GPU, to check the labels")
+
+
 def _divide(
     whole: Batch, loss: WeightedSum, device: torch.device, backend: Backend | None
 ) -> list[tuple[Backend, Sequence[int]]]:
@@ -140,8 +138,8 @@ def _divide(
         if chosen is Backend.TRITON and backend is None and not triton_works(device):
             chosen = Backend.TORCH
         if chosen is Backend.TRITON:
-            pixels = numbered_pixels(joint, loss)
-            if numbered + pixels >= NUMBERED_PIXELS:
+            pixels = limits.numbered_pixels(joint, loss)
+            if numbered + pixels >= limits.NUMBERED_PIXELS:
                 portion, numbered = portion + 1, 0
             numbered += pixels
         joints_of.setdefault((chosen, portion if chosen is Backend.TRITON else 0), []).append(number)
@@ -154,25 +152,9 @@ def choose(joint: Sequence[Request], loss: WeightedSum, device: torch.device) ->
         return Backend.TORCH
     if device.type == "cpu" and installed("numba"):
         return Backend.NUMBA
-    if device.type == "cuda" and installed("triton") and _fits_triton(joint, loss):
+    if device.type == "cuda" and installed("triton") and limits.fits(joint, loss):
         return Backend.TRITON
     return Backend.TORCH
-
-
-def _fits_triton(joint: Sequence[Request], loss: WeightedSum) -> bool:
-    """Whether a joint has few enough classes, segments and pixels for the Triton backend."""
-    images, channels = sum([request.layout.images for request in joint]), joint[0].layout.channels
-    pixels = sum([request.layout.images * request.layout.pixels for request in joint])
-    of_terms = {term.per_image for _, term in loss.terms if isinstance(term, LovaszLoss)}
-    segments = channels * sum(images if per_image else 1 for per_image in of_terms)
-    fits = segments <= TRITON_SEGMENTS and pixels < MAX_PIXELS and numbered_pixels(joint, loss) < NUMBERED_PIXELS
-    return fits and (loss.is_binary or channels <= TRITON_CLASSES)
-
-
-def numbered_pixels(requests: Sequence[Request], loss: WeightedSum) -> int:
-    """The number of pixels as Triton's kernels count them: for the hinge, once for each binary label."""
-    pixels = sum([request.layout.images * request.layout.pixels for request in requests])
-    return pixels * requests[0].layout.channels if loss.is_binary else pixels
 
 
 def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, device: torch.device) -> Backend:
@@ -190,7 +172,7 @@ def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, devic
     if backend is not Backend.TRITON and device.type != "cpu":
         expected = "None, Backend.TORCH or Backend.TRITON"
         raise InvalidInput("backend", f"got {backend} for logits on {device}; expected {expected}")
-    if backend is Backend.TRITON and not _fits_triton(joint, loss):
+    if backend is Backend.TRITON and not limits.fits(joint, loss):
         raise InvalidInput(
             "backend", f"got {backend}, which takes no loss of this size; expected None or Backend.TORCH"
         )
@@ -226,12 +208,21 @@ def installed(package: str) -> bool:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton can compile: it needs a C compiler, which a container may lack. Tried once per device."""
+    """Whether Triton can compile: it needs a C compiler, which a container may lack. Tried once per device.
+
+    A full device and a capture say nothing about Triton: they raise an error, and are not kept as the answer.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, or the device is full (torch.OutOfMemoryError).
+    """
+    _refuse_capture(device)
     try:
         _compute_small([Backend.TRITON], device, torch.float32)
     except torch.OutOfMemoryError:
-        raise  # It says nothing about Triton, and is not kept as the answer.
-    except Exception:
+        raise
+    except Exception as error:
+        if "captur" in str(error):  # Another thread captures: until it ends, CUDA refuses what loads a kernel.
+            raise
         _log.exception("Triton cannot compile for %s; losses are computed by torch's own kernels", device)
         return False
     return True

@@ -2,7 +2,7 @@
 
 On the host: ``compute`` (a batch), ``layout`` (the arrays that host and kernels share, and where they are in buffers),
 ``columns`` (the columns of these arrays), ``program`` (the launches of a kind of batch, in their order), ``launches``,
-``graphs`` (programs recorded as CUDA graphs).
+``graphs`` (programs recorded as CUDA graphs), ``limits`` (which batches the backend takes).
 
 Kernels, in the order of their launches: ``softmax`` or ``binary`` (statistics of all pixels), ``segments`` or
 ``binary_segments`` (what becomes of each segment; ``binary_segments`` also shares out bins, and ``segments`` adds up

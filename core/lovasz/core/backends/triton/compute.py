@@ -52,8 +52,6 @@ def compute(
     device = plan.device
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), current:  # Triton launches on the current device.
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a loss cannot be captured in a CUDA graph: it waits for the GPU, to check the labels")
         program, tensors, grads = prepare(plan, batch, want_grad=want_grad)
         total = torch.empty((), dtype=torch.float32, device=device) if want_total else None
         addresses = addresses_of(program, tensors, grads, total)
