@@ -77,9 +77,11 @@ class Segment:
         left, union = total - np.cumsum(foreground) + foreground, total + np.cumsum(background) - background
         x, y = 1 / union, 1 / (union + background)
         mean = np.stack([(left - foreground / 2) * x * y, (x + y) / 2])
-        drop = np.stack([np.minimum(left * x**2 - (left - foreground) * y**2, 2 * mean[0]), x - y])
+        mean_rests = rests / np.maximum(counts, 1)
+        drop = np.stack([left * x**2 - (left - foreground) * y**2, x - y])
+        drop = np.minimum(drop, mean / (1 - mean_rests / (1 << REST_BITS)))
         loss = float((mean * (counts * layout.upper - rests * layout.unit)).sum())
-        slope, mean_rest = (drop / (1 << REST_BITS)).ravel(), (rests / np.maximum(counts, 1)).ravel()
+        slope, mean_rest = (drop / (1 << REST_BITS)).ravel(), mean_rests.ravel()
         means = mean.ravel()[place]
         return means + slope[place] * (mean_rest[place] - rest), means, loss
 

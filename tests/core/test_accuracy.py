@@ -226,6 +226,29 @@ def test_ranks_behind_a_crowd_of_ties(hinge: bool, crowd: int, way: Way, device:
     assert norm_error(result.grad.cpu()[..., others], expected_grad[..., others]) < tolerance
 
 
+@pytest.mark.parametrize("width", [1.4e-5, 2.9e-5, 5.5e-5, 1.15e-4])
+@pytest.mark.parametrize("lower", ["background", "foreground"])
+def test_no_gradient_has_the_wrong_sign_at_the_lower_end_of_a_bin(
+    lower: str, width: float, way: Way, device: torch.device
+) -> None:
+    """Most errors of a bin are at its upper end, where g is near the mean; each width is that of bins in a table."""
+    pixels, foreground, few = 12_000, 1000, 20
+    labels = (torch.arange(pixels) < foreground).long().unsqueeze(0)
+    errors = torch.full((1, pixels), 1 - 2.0**-24)
+    errors[labels == 1] = 0.5
+    if lower == "background":
+        errors[0, -pixels // 10 :] = 1 - width
+    else:
+        errors[0, :few], errors[0, 0] = 1 - 2.0**-24, 1 - width
+    right = torch.where(labels == 1, 1 - errors, errors)
+    loss = LovaszSoftmax(classes=[1], input="probabilities")
+    result = compute(torch.stack([1 - right, right], 1).to(device), labels.to(device), loss)
+    assert result.grad is not None
+    g = torch.where(labels == 1, -1.0, 1.0) * result.grad[:, 1].cpu()
+    assert (g >= 0).all()
+    assert g.double().sum() == pytest.approx(1, rel=1e-5)
+
+
 def test_many_classes(way: Way, device: torch.device) -> None:
     classes = 300 if way.is_interpreted else 1000
     logits, labels = normal(1, classes, 30, seed=10, dtype=torch.float32), random_labels(1, 30, values=classes, seed=11)

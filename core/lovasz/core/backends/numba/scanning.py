@@ -24,7 +24,8 @@ BINS, _FIRST_BINS = bins.BINS, bins.FIRST_BINS
 _MAX_BITS, _MIN_BITS, _PER_BIT, _OCTAVES = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT, bins.OCTAVES
 _REST_BITS, _REST_SUM_BITS = REST_BITS, REST_SUM_BITS
 _REST_SUM_MASK = np.int64((1 << REST_SUM_BITS) - 1)
-_TO_SLOPE = 1.0 / (1 << REST_BITS)
+_RESTS = float(1 << REST_BITS)
+_TO_SLOPE = 1.0 / _RESTS
 _BLOCK_BINS = 256
 _UNEVEN = 0.3
 _BLOCKS = BINS // _BLOCK_BINS + bins.SPANS
@@ -41,7 +42,7 @@ class Block(NamedTuple):
         word: int64: the words of background.
         left, union: int64: G - n and G + b at the upper end of each bin; the last element, at the lower end of all.
         over_union: float64: 1 / ``union``.
-        mean, slope: float64: of g of background; g falls by ``slope`` per unit of the rest.
+        mean, slope: float64: of g of background; g falls by ``slope`` per unit of the rest, or by less (``_entries``).
         loss: float64: the parts of the loss.
         entry: int64: the entries.
     """
@@ -314,15 +315,16 @@ def _means(left: Integers, over_union: Doubles, n: int, mean: Doubles, slope: Do
         here, behind = _double(left[i]), _double(left[i + 1])
         middle = 0.5 * (here + behind) * x * y
         mean[i] = middle
-        slope[i] = min(here * x * x - behind * y * y, 2.0 * middle) * _TO_SLOPE
+        slope[i] = (here * x * x - behind * y * y) * _TO_SLOPE
 
 
 @compiled
 def _entries(word: Integers, mean: Doubles, slope: Doubles, n: int, weight: float, entry: Integers) -> None:
     for i in range(n):
         k, rest = _unpack(word[i])
-        mean_rest = np.float64(f32(rest) / f32(max(k, 1.0)))
-        entry[i] = _pack(weight * (mean[i] + slope[i] * mean_rest), weight * slope[i])
+        mean_rest = f32(rest) / f32(max(k, 1.0))
+        falling = min(slope[i], np.float64(f32(mean[i]) / (f32(_RESTS) - mean_rest)))  # So that no g is negative.
+        entry[i] = _pack(weight * (mean[i] + falling * np.float64(mean_rest)), weight * falling)
 
 
 @compiled
@@ -344,7 +346,8 @@ def _fill_in_foreground(foreground: Integers, block: Block, m: int, upper: float
         place = block.place[bin_in_use]
         x, y = over_union[bin_in_use], over_union[bin_in_use + np.uint32(1)]
         j, rest = _unpack(foreground[place])
-        mean, slope = 0.5 * (x + y), (x - y) * _TO_SLOPE
+        mean = 0.5 * (x + y)
+        slope = min((x - y) * _TO_SLOPE, mean * j / (_RESTS * j - rest))
         loss[c] = mean * (j * (upper - np.float64(place) * width) - rest * unit)
         foreground[place] = _pack(weight * (mean + slope * (rest / j)), weight * slope)
     return ordered_sum(loss[:m])

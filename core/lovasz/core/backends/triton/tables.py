@@ -265,7 +265,7 @@ def scan(
             first = left.to(tl.float32) * reciprocal_x.to(tl.float32) / (x + 1).to(tl.float32)
             left_below = (left - j.to(tl.float64)).to(tl.float32)
             last = left_below * reciprocal_y.to(tl.float32) / (x + some_k - 1).to(tl.float32)
-            background_drop = tl.minimum(first - last, 2.0 * background_mean.to(tl.float32))
+            background_drop = first - last
             foreground_drop = tl.where((j > 0) & (k > 0), (reciprocal_x - reciprocal_y).to(tl.float32), 0.0)
             # In the last bin all rests are 0, so its slopes must be 0, too.
             background_drop = tl.where(is_last, 0.0, background_drop)
@@ -310,11 +310,14 @@ def sum_of_errors(words, upper_ends, ulps, dropped_bits):
 
 @triton.jit
 def entries_of(means, drops, words, rest_bits, weight):
-    """Entries whose gradient is ``means`` at the mean rest of the bin and falls by ``drops`` over its width."""
+    """Entries whose gradient is ``means`` at the mean rest of the bin and falls by ``drops`` over its width.
+
+    It falls by less where it would be negative at the lower end of the bin.
+    """
     count = counts_of(words).to(tl.float32)
     width = (1 << rest_bits).to(tl.float32)
     mean_rests = tl.where(count > 0, (words & REST_SUM_MASK).to(tl.float32) / tl.maximum(count, 1.0), 0.5 * width)
-    slopes = drops / width
+    slopes = tl.minimum(drops / width, means.to(tl.float32) / (width - mean_rests))
     levels = means + (slopes * mean_rests).to(tl.float64)
     level_bits = (levels * weight).to(tl.float32).to(tl.int32, bitcast=True)
     slope_bits = (slopes.to(tl.float64) * weight).to(tl.float32).to(tl.int32, bitcast=True)
