@@ -34,6 +34,13 @@ def a_request(loss: LossLike, images: int, side: int, dtype: torch.dtype = torch
     return Request.checked(logits, torch.zeros(1, 1, 1).int().expand(images, side, side), weighted_sum(loss))
 
 
+def terms(lovasz: int) -> LossLike:
+    """A sum of this many Lovász terms, and cross-entropies."""
+    return [(1.0, LovaszSoftmax(ignore_index=i)) for i in range(lovasz)] + [
+        (1.0, CrossEntropy(ignore_index=i)) for i in range(8)
+    ]
+
+
 @pytest.fixture
 def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "installed", lambda package: True)
@@ -56,6 +63,9 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ([(1.0, LovaszSoftmax()), (1.0, PER_IMAGE)], 4, SIDE // 2, torch.float32, CUDA, Backend.TRITON),
         (CrossEntropy(), 4, SIDE, torch.float32, CUDA, Backend.TRITON),
         (LovaszSoftmax(), 40, 2**10, torch.float32, CUDA, Backend.TRITON),
+        (terms(limits.LOVASZ_TERMS), 1, 8, torch.float32, CUDA, Backend.TRITON),
+        (terms(limits.LOVASZ_TERMS + 1), 1, 8, torch.float32, CUDA, Backend.TORCH),
+        (terms(limits.LOVASZ_TERMS + 1), 1, 8, torch.float32, CPU, Backend.NUMBA),
     ],
 )
 def test_a_request_takes_the_fastest_way_that_is_exact_enough(
