@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -102,6 +102,31 @@ def test_device_sees_only_these_launches_one_fill_and_one_copy_back(name: str, c
     fills = [kernel for kernel in names if "Memset" in kernel or "elementwise" in kernel]
     assert sum(names[kernel] for kernel in fills) == 1
     assert sum(names.values()) - 1 <= MOST_LAUNCHES
+
+
+def test_programs_that_are_kept_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of many images has large static arrays, and its number of images may be another one each time."""
+    from lovasz.core.backends.triton import compute
+    from lovasz.core.backends.triton.layout import Kind
+
+    loss = weighted_sum([(1.0, LovaszSoftmax(per_image=True)), (1.0, LovaszSoftmax())])
+
+    def kind_of(points: int) -> Kind:
+        plan = Plan(loss, (loss.layout((points, 3), (points,)),), (1,), torch.device("cuda"))
+        return Kind(plan, torch.float32, torch.int64, True)
+
+    programs: OrderedDict[Kind, compute.Program] = OrderedDict()
+    monkeypatch.setattr(compute, "_programs", programs)
+    nbytes = compute.program_of(kind_of(600)).static_bytes
+    monkeypatch.setattr(compute, "KEPT_BYTES", 3 * nbytes)
+    kinds = [kind_of(points) for points in (596, 597, 598, 599, 8)]
+    for kind in kinds:
+        assert not compute.program_of(kind).layout.static
+    assert sum(program.static_bytes for program in programs.values()) <= 3 * nbytes
+    assert list(programs) == kinds[-3:]
+    kept = list(programs)
+    assert compute.program_of(kind_of(2400)).static_bytes > 3 * nbytes
+    assert list(programs) == kept
 
 
 def test_memory_on_the_host_is_there_whatever_the_default_device() -> None:

@@ -30,7 +30,10 @@ from lovasz.core.stop import Stop
 from lovasz.spec import BinaryCrossEntropy, CrossEntropy, LovaszLoss, WeightedSum
 
 KEPT_PROGRAMS = 64
-"""The most programs that are kept, those used last; each takes some hundred kilobytes of device memory."""
+"""The most programs that are kept, those used last; most take some hundred kilobytes of device memory each."""
+KEPT_BYTES = 1 << 26
+"""The most device memory that they take; a program that needs more is not kept. On the host they take about twice as
+much. A batch of 150,000 points, each an image of its own for a term with ``per_image``, needs 32 MiB."""
 
 Tensors = Sequence[tuple[Tensor, Tensor]]
 """Logits and labels of each request, on the device."""
@@ -181,9 +184,11 @@ def program_of(kind: Kind) -> Program:
             _programs.move_to_end(kind)
             return program
     program = Program(kind)
+    if program.static_bytes > KEPT_BYTES:
+        return program
     with _programs_lock:
         _programs[kind] = program
-        while len(_programs) > KEPT_PROGRAMS:
+        while len(_programs) > KEPT_PROGRAMS or sum(own.static_bytes for own in _programs.values()) > KEPT_BYTES:
             _programs.popitem(last=False)
     return program
 

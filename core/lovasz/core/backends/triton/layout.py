@@ -116,7 +116,7 @@ class Layout:
     """The arrays of a kind of batch, and their places.
 
     Attributes:
-        static: the arrays that never change, by the names of the kernels' arguments.
+        static: the arrays that never change, by the names of the kernels' arguments; the program takes them.
         zeroed: the buffer that has to be 0 at the start of each call; it begins with the results.
         results_bytes: the number of bytes of ``zeroed`` that hold the results.
         scratch: the buffer whose contents are undefined at the start of each call.

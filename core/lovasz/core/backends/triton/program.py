@@ -88,6 +88,7 @@ class Program:
     Attributes:
         rooms: the place of each array, by the names of the kernels' arguments.
         numbers: the kernels' arguments that are not arrays, by name.
+        static_bytes: the size of the arrays that never change; they are on the device as long as the program is kept.
         address_bytes: the size of the addresses of a batch.
         workspace_bytes: the device memory that a batch takes in addition to its tensors.
         times_seen: the number of uses before the program is recorded; negative after its recording was dropped.
@@ -106,6 +107,8 @@ class Program:
         for name, array in layout.static.items():
             static.add(name, _TORCH_TYPES[array.dtype.type], array.size)
         self._host = _packed(layout.static, static)
+        self.static_bytes = len(self._host)
+        layout.static.clear()  # They are as large again.
         self.rooms = layout.addresses | static.rooms | layout.zeroed.rooms | layout.scratch.rooms
         if kind.plan.is_binary:
             self.rooms["maps"] = self.rooms["cells"]
