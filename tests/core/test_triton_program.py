@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.comparison import bits, normal, random_labels
+from support.comparison import bits, norm_error, normal, random_labels
+from support.ways import INTERPRETED, Way
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,7 +19,7 @@ from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
 from lovasz.core.dispatch import Backend, submit
 from lovasz.core.plan import Plan
-from lovasz.spec import LossLike, weighted_sum
+from lovasz.spec import LossLike, Result, weighted_sum
 
 pytest.importorskip("triton")
 
@@ -127,6 +129,32 @@ def test_programs_that_are_kept_take_little_memory(monkeypatch: pytest.MonkeyPat
     kept = list(programs)
     assert compute.program_of(kind_of(2400)).static_bytes > 3 * nbytes
     assert list(programs) == kept
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts steps of the interpreter")
+def test_sorted_pixels_find_their_planes_without_a_loop_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term with ``per_image`` keeps the images of a joint apart, for the term without it, too."""
+    from lovasz.core.backends.triton import sorting
+
+    Way("cpu", Backend.TRITON).force(monkeypatch)
+    handed_out, first_elements = [], sorting.first_elements
+
+    def noted(plane: Any, pixels: Any, channels: Any) -> Any:
+        handed_out.append(plane)
+        return first_elements(plane, pixels, channels)
+
+    monkeypatch.setattr(sorting, "first_elements", noted)
+    images, loss = 60, weighted_sum([(1.0, LovaszSoftmax(per_image=True)), (1.0, LovaszSoftmax())])
+    logits = normal(images, 2, 3, seed=3, dtype=torch.float32)
+    request = Request.checked(logits, random_labels(images, 3, values=2, seed=4), loss)
+    sorted_, expected = (
+        submit([request], loss, torch.device("cpu"), backend=backend).collect()[0]
+        for backend in (Backend.TRITON, Backend.TORCH)
+    )
+    assert isinstance(sorted_, Result)
+    assert isinstance(expected, Result)
+    assert norm_error(sorted_.grad, expected.grad) < 1e-6
+    assert 0 < len(handed_out) <= 2 * (images + 1)  # Once for each segment.
 
 
 def test_memory_on_the_host_is_there_whatever_the_default_device() -> None:

@@ -23,7 +23,6 @@ from lovasz.core.backends.triton.columns import (
     PLANE_COLUMNS,
     PLANE_FIRST_PIXEL,
     PLANE_IMAGE_PIXELS,
-    PLANE_PIXELS,
     SEGMENT_COLUMNS,
     SEGMENT_FOREGROUND,
     SEGMENT_LOSS,
@@ -87,6 +86,21 @@ def rank(keys, foreground_count, foreground_before, background_before):
 
 
 @triton.jit
+def planes_of(pixel, planes, first_plane, plane_count):
+    """The number of each pixel's plane, by binary search among consecutive planes."""
+    left = plane_count.to(tl.int32)
+    low = tl.zeros_like(pixel) + first_plane.to(tl.int32)
+    high = low + (left - 1)
+    while left > 1:
+        middle = (low + high + 1) // 2
+        is_before = tl.load(planes + middle * PLANE_COLUMNS + PLANE_FIRST_PIXEL).to(tl.int32) <= pixel
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle - 1)
+        left = (left + 1) // 2
+    return low
+
+
+@triton.jit
 def hand_out(
     keys,
     is_key,
@@ -104,21 +118,18 @@ def hand_out(
 ):
     """Writes each pixel's g to the gradient's memory for the first term, or to ``more_grads`` for the other terms."""
     pixel = (keys & PIXEL_MASK).to(tl.int32) ^ PIXEL_MASK
-    for number in range(first_plane, first_plane + plane_count):
-        plane = planes + number * PLANE_COLUMNS
-        own = pixel - tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32)
-        mask = is_key & (own >= 0) & (own < tl.load(plane + PLANE_PIXELS).to(tl.int32))
-        element = first_elements(plane, tl.where(mask, own, 0), channels)
-        if not BINARY:
-            element += channel * tl.load(plane + PLANE_IMAGE_PIXELS)
+    number = planes_of(pixel, planes, first_plane, plane_count)
+    plane = planes + number * PLANE_COLUMNS
+    first_pixel = tl.load(plane + PLANE_FIRST_PIXEL).to(tl.int32)
+    element = first_elements(plane, tl.where(is_key, pixel - first_pixel, 0), channels)
+    if not BINARY:
+        element += channel * tl.load(plane + PLANE_IMAGE_PIXELS)
+    if term > 0:
+        element = pixel.to(tl.int64) if BINARY else element + first_pixel.to(tl.int64) * channels
+        tl.store(more_grads + (term - 1) * element_count + element, g, mask=is_key)
+    else:
         base = tl.load(addresses + number * ADDRESS_COLUMNS + ADDRESS_GRAD).to(tl.pointer_type(tl.float32))
-        if term > 0:
-            base = more_grads + (term - 1) * element_count
-            if BINARY:
-                element = pixel.to(tl.int64)
-            else:
-                element += tl.load(plane + PLANE_FIRST_PIXEL) * channels
-        tl.store(base + element, g, mask=mask)
+        tl.store(base + element, g, mask=is_key)
 
 
 @triton.jit
