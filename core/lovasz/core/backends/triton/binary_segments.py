@@ -200,7 +200,7 @@ def share_out(cells, bin_count, smallest, largest, TOP: tl.constexpr, CELLS: tl.
         bits = bins_of_cells(counts, pixels, bin_count, SHIFT)
         widths = tl.where(counts > 0, 1 << bits, 0)
         stops = stop + tl.cumsum(widths, 0)
-        tl.store(cells + cell, (stops << STOP_BITS) | (SHIFT - bits), mask=cell < CELLS)
+        tl.store(cells + cell, (stops << STOP_BITS) | (SHIFT - bits), mask=cell <= last)
         stop += tl.sum(widths)
     # No error in the cells after the last is counted, but the binary search for a bin's cell needs ascending ends.
     for start in range(last + 1, CELLS, CELLS_AT_ONCE):
