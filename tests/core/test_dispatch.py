@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,22 @@ def test_a_way_that_cannot_be_taken_is_refused(
         submit([a_request(total, 1, 8, dtype)], total, device, backend=backend)
     assert caught.value.field == "backend"
     assert caught.value.problem.startswith(problem)
+
+
+@pytest.mark.usefixtures("everything_installed")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_triton_takes_no_logits_on_a_cpu_but_under_its_interpreter(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = weighted_sum(LovaszSoftmax())
+    asked = [a_request(total, 1, 8)], total, torch.device(device)
+    monkeypatch.setattr(dispatch, "_triton", lambda: SimpleNamespace(IS_INTERPRETED=False))
+    with pytest.raises(InvalidInput, match=f"got Backend.TRITON for logits on {device}; expected None or") as caught:
+        dispatch.checked(Backend.TRITON, *asked)
+    assert caught.value.field == "backend"
+    monkeypatch.setattr(dispatch, "_triton", lambda: SimpleNamespace(IS_INTERPRETED=True))
+    if device == "cpu":
+        assert dispatch.checked(Backend.TRITON, *asked) is Backend.TRITON
 
 
 @pytest.mark.usefixtures("everything_installed")

@@ -181,6 +181,8 @@ def checked(backend: Backend, joint: Sequence[Request], loss: WeightedSum, devic
         raise InvalidInput(
             "backend", f"got {backend}, but no usable {package} is installed; expected None or Backend.TORCH"
         )
+    if backend is Backend.TRITON and device.type != "cuda" and not (device.type == "cpu" and _triton().IS_INTERPRETED):
+        raise InvalidInput("backend", f"got {backend} for logits on {device}; expected None or Backend.TORCH")
     return backend
 
 

@@ -16,8 +16,10 @@ from contextlib import nullcontext
 import numpy as np
 import numpy.typing as npt
 import torch
+import triton
 from torch import Tensor
 
+from lovasz.core.backends.triton import tables
 from lovasz.core.backends.triton.columns import Address, BinaryCounter, Cross, Group, Outcome, Segment, SoftmaxCounter
 from lovasz.core.backends.triton.graphs import GRAPHS
 from lovasz.core.backends.triton.layout import Kind
@@ -34,6 +36,9 @@ KEPT_PROGRAMS = 64
 KEPT_BYTES = 1 << 26
 """The most device memory that they take; a program that needs more is not kept. On the host they take about twice as
 much. A batch of 150,000 points, each an image of its own for a term with ``per_image``, needs 32 MiB."""
+
+IS_INTERPRETED = not isinstance(tables.scan, triton.JITFunction)
+"""Whether the kernels run on a CPU, under Triton's interpreter: ``TRITON_INTERPRET=1`` was set when it was imported."""
 
 Tensors = Sequence[tuple[Tensor, Tensor]]
 """Logits and labels of each request, on the device."""
