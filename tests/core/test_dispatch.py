@@ -64,6 +64,9 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ([(1.0, LovaszSoftmax()), (1.0, PER_IMAGE)], 4, SIDE // 2, torch.float32, CUDA, Backend.TRITON),
         (CrossEntropy(), 4, SIDE, torch.float32, CUDA, Backend.TRITON),
         (LovaszSoftmax(), 40, 2**10, torch.float32, CUDA, Backend.TRITON),
+        (PER_IMAGE, 10_000, 65, torch.float32, CUDA, Backend.TRITON),
+        (PER_IMAGE, 14_000, 65, torch.float32, CUDA, Backend.TORCH),
+        (LovaszSoftmax(), 14_000, 65, torch.float32, CUDA, Backend.TRITON),
         (terms(limits.LOVASZ_TERMS), 1, 8, torch.float32, CUDA, Backend.TRITON),
         (terms(limits.LOVASZ_TERMS + 1), 1, 8, torch.float32, CUDA, Backend.TORCH),
         (terms(limits.LOVASZ_TERMS + 1), 1, 8, torch.float32, CPU, Backend.NUMBA),
@@ -89,6 +92,22 @@ def test_labels_of_more_pixels_than_31_bits_can_number_are_left_to_torch() -> No
     assert choose([few], loss, CUDA) is Backend.TRITON
     assert choose([many], loss, CUDA) is Backend.TORCH
     assert choose([few, few], loss, CUDA) is Backend.TORCH
+
+
+@pytest.mark.usefixtures("everything_installed")
+def test_joints_whose_tables_are_too_large_together_are_computed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each joint takes the way that it takes alone."""
+    monkeypatch.setattr(limits, "EXCESS_BYTES", 1 << 22)
+    loss = weighted_sum(PER_IMAGE)
+    medium, large = a_request(loss, 6, 65), a_request(loss, 14, 65)
+    assert limits.excess_bytes([medium], loss) == pytest.approx(1.9e6, rel=0.1)
+    divided = dispatch._divide(Batch.of([medium, large, medium, medium]), loss, CUDA, None)
+    assert divided == [(Backend.TRITON, [0, 2]), (Backend.TORCH, [1]), (Backend.TRITON, [3])]
+    assert dispatch._divide(Batch.of([medium] * 2), loss, CUDA, None) == [(Backend.TRITON, range(2))]
+    # As one joint without per_image they would have one table for each class.
+    without, joints = weighted_sum(LovaszSoftmax()), [a_request(loss, 1, 65) for _ in range(20)]
+    divided = dispatch._divide(Batch.of(joints), without, CUDA, None)
+    assert [(backend, len(numbers)) for backend, numbers in divided] == [(Backend.TRITON, 13), (Backend.TRITON, 7)]
 
 
 @pytest.mark.usefixtures("everything_installed")

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lovasz.core import BinaryCrossEntropy, CrossEntropy, LovaszHinge, LovaszSigmoid, LovaszSoftmax
 from lovasz.core.backends.torch import compute as torch_compute
+from lovasz.core.backends.triton import limits
 from lovasz.core.batch import Batch, Request
 from lovasz.core.computed import Computed
 from lovasz.core.dispatch import Backend, submit
@@ -84,6 +85,32 @@ def test_a_batch_of_any_composition_takes_a_handful_of_launches(name: str, want_
     program = Program(Kind(plan, torch.float32, torch.int64, want_grad))
     assert len(program.launches) <= MOST_LAUNCHES
     assert all(launch.grid[0] > 0 for launch in program.launches)
+
+
+@compositions
+def test_tables_take_the_memory_that_the_limits_count(name: str) -> None:
+    from lovasz.core.backends.triton.layout import Kind, Layout
+
+    requests, loss = requests_of(name, torch.device("cpu"))
+    total = weighted_sum(loss)
+    rooms = Layout(Kind(Plan.of(Batch.of(requests), total, torch.device("cuda")), torch.float32, torch.int64, True))
+    nbytes = sum(rooms.zeroed.rooms[table].size * size for table, size in (("words", 8), ("cells", 4)))
+    assert nbytes == sum(limits.table_bytes([request], total) for request in requests)
+
+
+@pytest.mark.parametrize("loss", [LovaszSoftmax(), LovaszHinge(), LovaszSigmoid(per_image=True)])
+def test_tables_of_one_pixel_more_than_are_sorted_are_the_largest(loss: LossLike) -> None:
+    """Relative to their logits; the limits of a batch are counted in full only if they might be exceeded."""
+    total = weighted_sum(loss)
+
+    def ratio(pixels: int) -> float:
+        shape = (1, 1, 1, pixels) if total.is_binary else (1, 2, 1, pixels)
+        logits, labels = torch.zeros(1).expand(shape), torch.zeros(1).int().expand(1, *shape[2 - total.is_binary :])
+        request = Request.checked(logits, labels, total)
+        return limits.table_bytes([request], total) / request.layout.elements
+
+    assert ratio(4096) == 0
+    assert max(map(ratio, (8192, 8193, 16385, 1 << 18, 1 << 24))) < ratio(4097) <= limits._MOST_TABLE_BYTES
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Chooses the backend for each joint of a batch, and submits batches to backends.
 
-No other module decides which losses, element types and sizes a backend takes, but ``backends/triton/limits``, which is
-asked here alone.
+No other module decides which losses, element types and sizes a backend takes; Triton's limits are numbers in
+``backends/triton/limits``.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _refuse_capture(device: torch.device) -> None:
 def _divide(
     whole: Batch, loss: WeightedSum, device: torch.device, backend: Backend | None
 ) -> list[tuple[Backend, Sequence[int]]]:
-    """Divides the joints among backends, and those of Triton into portions with few enough pixels.
+    """Divides the joints among backends, and those of Triton into portions within its limits.
 
     Returns:
         For each portion its backend, and the positions of its joints in ``whole.joints``.
@@ -129,19 +129,20 @@ def _divide(
     if backend is None and whole.requests:
         # A backend with limits that takes all joints as if they were one takes each of them.
         chosen = choose(whole.requests, loss, device)
-        if chosen is Backend.NUMBA or (chosen is Backend.TRITON and triton_works(device)):
+        fits = chosen is Backend.TRITON and limits.tables_fit(whole.joints, loss)
+        if chosen is Backend.NUMBA or (fits and triton_works(device)):
             return [(chosen, range(len(whole.sizes)))]
     joints_of: dict[tuple[Backend, int], list[int]] = {}
-    portion = numbered = 0
+    portion = numbered = excess = 0
     for number, joint in enumerate(whole.joints):
         chosen = choose(joint, loss, device) if backend is None else checked(backend, joint, loss, device)
         if chosen is Backend.TRITON and backend is None and not triton_works(device):
             chosen = Backend.TORCH
         if chosen is Backend.TRITON:
-            pixels = limits.numbered_pixels(joint, loss)
-            if numbered + pixels >= limits.NUMBERED_PIXELS:
-                portion, numbered = portion + 1, 0
-            numbered += pixels
+            pixels, nbytes = limits.numbered_pixels(joint, loss), limits.excess_bytes(joint, loss)
+            if numbered + pixels >= limits.NUMBERED_PIXELS or excess + nbytes > limits.EXCESS_BYTES:
+                portion, numbered, excess = portion + 1, 0, 0
+            numbered, excess = numbered + pixels, excess + nbytes
         joints_of.setdefault((chosen, portion if chosen is Backend.TRITON else 0), []).append(number)
     return [(chosen, numbers) for (chosen, _), numbers in joints_of.items()]
 

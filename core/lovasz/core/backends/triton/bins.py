@@ -13,6 +13,7 @@ per octave) get bins in proportion to the pixels that the first sweep has counte
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,9 @@ SIGMOID_TOP = 127 * _CELLS_PER_OCTAVE
 SIGMOID_CELLS = SIGMOID_TOP + 1 - _CELLS_PER_OCTAVE
 """The number of cells, down to the smallest normal float."""
 
+SORTED_PIXELS = 4096
+"""The most pixels of a group without tables, each of whose segments is sorted by one kernel instance."""
+
 STOP_BITS = 5
 """The low bits of a map's integers. An integer is (the end of the cell's bins) x 2^STOP_BITS + (the number of low bits
 of a float that do not influence its bin)."""
@@ -62,6 +66,7 @@ def softmax_map(coarser: int) -> npt.NDArray[np.int32]:
     return (stops << STOP_BITS | (SOFTMAX_SHIFT - bits)).astype(np.int32)
 
 
+@cache
 def softmax_bins(coarser: int) -> int:
     return int(softmax_map(coarser)[-1] >> STOP_BITS) + 1
 

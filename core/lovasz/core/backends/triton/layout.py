@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from lovasz.core.backends.triton import bins, tables
+from lovasz.core.backends.triton.bins import SORTED_PIXELS
 from lovasz.core.backends.triton.columns import (
     Address,
     BinaryCounter,
@@ -31,9 +32,6 @@ from lovasz.core.backends.triton.columns import (
 )
 from lovasz.core.computed import Fault
 from lovasz.core.plan import FUSE_ALL, Plan
-
-SORTED_PIXELS = 4096
-"""The most pixels of a group without tables, each of whose segments is sorted by one kernel instance."""
 
 RANKED_PIXELS = 1 << 18
 """In a group with tables and fewer pixels than this, all buckets are sorted. The same holds for every group of binary
