@@ -259,11 +259,12 @@ class Desk:
         timeout: float = NEVER,
         regroup: float = 0.0,
         share: float = 1.0,
+        max_segments: int = 10**9,
     ) -> None:
         self.admission = Admission(budget, max_requests)
         self.batcher = Batcher(10**9, 100, 0.0)
         self.metrics = Metrics()
-        self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout, share, regroup)
+        self.joints = JointTable(self.admission, self.batcher, self.metrics, timeout, max_segments, share, regroup)
         self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER, stall_seconds=NEVER)
         self.pool = CountedPool()
         self._readers, self._calls = ThreadPoolExecutor(200), ThreadPoolExecutor(200)
@@ -277,7 +278,7 @@ class Desk:
             joints=self.joints,
             metrics=self.metrics,
             calls=CallLimit(1000),
-            max_segments=10**9,
+            max_segments=max_segments,
             lanes=Lanes(),
         )
         self.service = LossServicer(

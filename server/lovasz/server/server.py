@@ -101,6 +101,7 @@ class Server:
             self._batcher,
             self._metrics,
             config.joint_timeout_seconds,
+            config.max_segments,
             config.joint_share,
             config.joint_regroup_seconds,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,15 @@ def test_of_many_events_one_a_second_is_logged_at_its_level(caplog: pytest.LogCa
         sparingly.warning("full", peer="b")
         Sparingly(logger).info("quiet")
     assert [(one.levelname, one.getMessage()) for one in caplog.records] == [("WARNING", "full")]
+
+
+def test_of_many_events_a_few_a_second_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    sparingly = Sparingly(logging.getLogger("sparingly"), most=3)
+    with caplog.at_level(logging.INFO, "sparingly"):
+        for number in range(100):
+            sparingly.info("full", number=number)
+        sparingly._last.append(-math.inf)  # Two seconds later.
+        sparingly._last.rotate(1)
+        sparingly.info("full", number=100)
+    logged: list[Any] = caplog.records
+    assert [(one.number, one.unlogged) for one in logged] == [(0, 0), (1, 0), (2, 0), (100, 97)]

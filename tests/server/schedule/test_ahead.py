@@ -12,7 +12,7 @@ from lovasz.server.schedule.joint.group import Run
 
 def test_one_run_holds_its_share_at_most() -> None:
     admission = Admission(1000, 8)
-    room = AheadRoom(admission, 0.5)
+    room = AheadRoom(admission, 0.5, 1000)
     with pytest.raises(TooLargeError, match="5 ranks with 5 B are missing"):
         room.reserve(1, 6, Run("run"), "a")
     with pytest.raises(TooLargeError, match=r"hold 0\.5 \(--joint-share\)"):
@@ -28,7 +28,7 @@ def test_one_run_holds_its_share_at_most() -> None:
 
 
 def test_one_caller_holds_a_share_and_all_callers_half_of_the_rest_too() -> None:
-    room = AheadRoom(Admission(1000, 100), 0.5)
+    room = AheadRoom(Admission(1000, 100), 0.5, 1000)
     room.reserve(200, 2, Run("one"), "a")
     with pytest.raises(NoBytesLeftError, match="the missing ranks of caller a hold 400 B"):
         room.reserve(200, 2, Run("two"), "a")
@@ -39,7 +39,7 @@ def test_one_caller_holds_a_share_and_all_callers_half_of_the_rest_too() -> None
 
 def test_what_is_given_back_is_forgotten() -> None:
     admission = Admission(1000, 100)
-    room = AheadRoom(admission, 0.5)
+    room = AheadRoom(admission, 0.5, 1000)
     permit = room.reserve(0, 3, Run("run"), "a")
     seat = permit.split(0)
     permit.resize(300)

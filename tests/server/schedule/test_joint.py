@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -32,6 +33,7 @@ from support.desk import (
 from support.waiting import eventually
 
 from lovasz.server.schedule.joint import kept
+from lovasz.server.schedule.joint import waiting as waiting_groups
 from lovasz.server.transport.call import Call
 from lovasz.spec import InvalidInput, LovaszSoftmax
 
@@ -536,6 +538,36 @@ def test_ranks_that_come_after_one_that_can_never_fit_are_told_so() -> None:
     assert texts == [never.text] * 2
     (late,) = ended(desk.ask(replace(empty[2], step=1)))
     assert (late.code, late.text) == (ABORTED, f"rank 1: {never.text}")
+    desk.close()
+
+
+def test_ranks_that_would_take_too_long_together_are_told_so() -> None:
+    per_image = LovaszSoftmax(per_image=True)
+    ranks = [Rank(rank=rank, world_size=3, loss=per_image, shape=(4, CLASSES, 6)) for rank in range(3)]
+    desk = Desk(max_segments=2 * 4 * CLASSES)
+    desk.compute()
+    calls = [desk.ask(rank) for rank in ranks[:2]]
+    assert desk.waits_for(2)
+    outcomes = ended(*calls, desk.ask(ranks[2]))
+    assert [outcome.code for outcome in outcomes] == [RESOURCE_EXHAUSTED] * 3
+    assert all(f"3 of 3 ranks have {3 * 4 * CLASSES} segments" in outcome.text for outcome in outcomes)
+    assert outcomes[2].metadata["grpc-retry-pushback-ms"] == "-1000"
+    as_one = [replace(rank, step=1, loss=LovaszSoftmax()) for rank in ranks]
+    assert [outcome.code for outcome in ended(*map(desk.ask, as_one))] == [OK] * 3, "one group in all"
+    desk.close()
+
+
+def test_broken_steps_cannot_fill_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_groups, "_MOST_LINES", 2)
+    desk, since = Desk(), time.monotonic()
+    with caplog.at_level(logging.INFO, "lovasz.server.schedule.joint"):
+        for step in range(50):
+            assert desk.abort(Rank(step=step), "x" * 2000).code is OK
+            waiting = desk.ask(Rank(step=1000 + step))
+            assert desk.waits_for(1)
+            desk.abort(Rank(rank=1, step=1000 + step), "no memory")
+            ended(waiting)
+    assert 2 <= len(caplog.records) <= 2 * (time.monotonic() - since + 1)
     desk.close()
 
 

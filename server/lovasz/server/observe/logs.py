@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 import time
+from collections import deque
 from datetime import datetime, timezone
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -47,12 +48,18 @@ class JsonFormatter(_Formatter):
 
 
 class Sparingly:
-    """Logs at most one event a second, with the number of events since the last one that were not logged."""
+    """Logs few events a second, each with the number of events since the last one that were not logged."""
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: logging.Logger, most: int = 1) -> None:
+        """Nothing was logged yet.
+
+        Args:
+            most: the most events that are logged within a second.
+        """
         self._logger = logger
         self._lock = threading.Lock()
-        self._last = -math.inf
+        self._last = deque([-math.inf] * most, most)
+        """When the last events were logged (``time.monotonic``)."""
         self._unlogged = 0
 
     def info(self, event: str, **fields: object) -> None:
@@ -64,10 +71,11 @@ class Sparingly:
     def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
         now = time.monotonic()
         with self._lock:
-            if now - self._last < 1.0:
+            if now - self._last[0] < 1.0:
                 self._unlogged += 1
                 return
-            self._last, unlogged, self._unlogged = now, self._unlogged, 0
+            self._last.append(now)
+            unlogged, self._unlogged = self._unlogged, 0
         self._logger.log(level, event, extra={**fields, "unlogged": unlogged})
 
 

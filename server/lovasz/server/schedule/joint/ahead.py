@@ -6,12 +6,13 @@ Nothing here takes a lock: ``JointTable`` does.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from lovasz import wire
-from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, TooLargeError
+from lovasz.server.errors import NoBytesLeftError, NoRequestsLeftError, OverloadedError, TooLargeError
 from lovasz.server.schedule.admission import Admission, Permit
-from lovasz.server.schedule.joint.group import Group, Run
+from lovasz.server.schedule.joint.group import Group, Run, Seat
 from lovasz.server.settings import format_bytes
 
 _RETRY_SECONDS = 1.0
@@ -52,13 +53,14 @@ class AheadRoom:
     """Counts what is reserved ahead. One run, and one caller, may have a share of all room; all together half of the
     rest, too."""
 
-    def __init__(self, admission: Admission, share: float) -> None:
+    def __init__(self, admission: Admission, share: float, max_segments: int) -> None:
         """Nothing is reserved yet.
 
         Args:
             share: of one run, or one caller, in (0, 1].
+            max_segments: the most that the ranks of a step have together, if images are scored.
         """
-        self._admission, self._share = admission, share
+        self._admission, self._share, self._max_segments = admission, share, max_segments
         self._bytes: Counter[Holder] = Counter()
         self._requests: Counter[Holder] = Counter()
 
@@ -85,7 +87,38 @@ class AheadRoom:
         permit.absorb(self._admission.reserve(nbytes * requests, requests, name))
         return permit
 
-    def never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
+    def seat(
+        self,
+        group: Group,
+        request: wire.Request,
+        call: wire.Request | None,
+        cancel: Callable[[], object],
+        address: str,
+    ) -> Seat:
+        """``Group.take_seat``.
+
+        Raises:
+            TooLargeError: the group can never have room for this rank, or would take too long.
+            OverloadedError: the rank needs more than its share, and there is no room at the moment.
+        """
+        self._check_segments(group, request)
+        try:
+            return group.take_seat(request, call, cancel, address)
+        except OverloadedError as error:
+            raise self._never_fits(group, request) or error from None
+
+    def _check_segments(self, group: Group, request: wire.Request) -> None:
+        """Each request has no more than ``max_segments``; without ``per_image`` the whole step has as many as one."""
+        if not request.loss.scores_images:
+            return
+        ranks, segments = len(group.seats) + 1, sum(seat.segments for seat in group.seats.values()) + request.segments
+        if segments > self._max_segments:
+            raise TooLargeError(
+                f"{ranks} of {group.ranks} ranks have {segments} segments (classes x images with per_image, over all "
+                f"Lovász terms); the server computes {self._max_segments} at most (--max-segments)"
+            )
+
+    def _never_fits(self, group: Group, request: wire.Request) -> TooLargeError | None:
         """The refusal if a group with one more request can never have room, also if there is nothing else."""
         here, ahead = group.room_with(request)
         try:

@@ -88,6 +88,7 @@ class Seat:
         nbytes: bytes of its tensors.
         permit: room for them; until the group is complete, at least for the group's share, so that there is room for a
             rank that leaves and comes again.
+        segments: of its request.
         cancel: ends the call.
         address: where the call came from; empty: unknown.
         caller: who waits; set while the state is ARRIVED.
@@ -99,6 +100,7 @@ class Seat:
     joint: wire.Joint
     call: wire.Request | None
     nbytes: int
+    segments: int
     permit: Permit
     cancel: Callable[[], object]
     address: str = ""
@@ -209,7 +211,7 @@ class Group:
         except OverloadedError:
             self.permit.absorb(permit)
             raise
-        seat = self.seats[joint.rank] = Seat(self, joint, call, nbytes, permit, cancel, address)
+        seat = self.seats[joint.rank] = Seat(self, joint, call, nbytes, request.segments, permit, cancel, address)
         return seat
 
     def _share_out(self, nbytes: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -37,8 +36,6 @@ from lovasz.server.schedule.joint.matching import mismatch, misplaced
 from lovasz.server.schedule.joint.regrouping import Regrouping
 from lovasz.server.schedule.joint.waiting import WaitingGroups
 
-_log = logging.getLogger(__name__)
-
 
 class JointTable:
     """The groups that wait for ranks.
@@ -53,16 +50,18 @@ class JointTable:
         batcher: Batcher,
         metrics: Metrics,
         timeout_seconds: float,
+        max_segments: int,
         share: float = 1.0,
         regroup_seconds: float = 0.0,
     ) -> None:
         """No group waits yet.
 
         Args:
+            max_segments: the most that the ranks of a step have together, if images are scored.
             share: the most of all room that the missing ranks of one run, or of one caller's steps, may hold.
             regroup_seconds: how long ranks wait before they are asked to call again for the first time; 0: never.
         """
-        self._ahead = AheadRoom(admission, share)
+        self._ahead = AheadRoom(admission, share, max_segments)
         self._admission, self._batcher = admission, batcher
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
@@ -130,13 +129,12 @@ class JointTable:
                 self._kept.acknowledge(joint)
                 raise
             try:
-                seat = group.take_seat(request, call, cancel, address)
-            except OverloadedError as error:
-                refusal = self._ahead.never_fits(group, request) or error
+                seat = self._ahead.seat(group, request, call, cancel, address)
+            except (OverloadedError, TooLargeError) as refusal:
                 if isinstance(refusal, TooLargeError):
                     self._aborted.add(group.step, joint, str(refusal), group)
                 self._waiting.refuse(group, refusal, JointOutcome.OVERLOADED)
-                raise refusal from None
+                raise
             if call is not None:
                 self._seats[call] = seat
             self._kept.acknowledge(joint)
@@ -231,8 +229,7 @@ class JointTable:
             # A rank that was not told of an abort aborts the same attempt, and not the next one, where others may wait.
             is_late = seat is None and self._aborted.tell(step, joint) is not None
             if group is None or is_late:
-                fields = {"run": step.run.name, "step": step.number, "reason": f"rank {joint.rank}: {reason}"}
-                _log.warning("a rank cannot take part in a joint step", extra=fields)
+                self._waiting.tell_of_abort(step, joint.rank, reason)
             if not is_late:
                 error = self._aborted.add(step, joint, reason, group)
                 if group is not None:

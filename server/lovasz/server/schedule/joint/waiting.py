@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from lovasz.server.errors import JointBrokenError, ServerError
+from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import JointOutcome, Metrics
 from lovasz.server.schedule.job import Job
 from lovasz.server.schedule.joint import texts
@@ -16,6 +17,9 @@ from lovasz.server.schedule.joint.out_of_step import out_of_step
 from lovasz.server.schedule.joint.regrouping import Regrouping
 
 _log = logging.getLogger(__name__)
+
+_MOST_LINES = 10
+"""The most lines of the log within a second: callers can break steps as fast as they ask."""
 
 
 class WaitingGroups:
@@ -28,6 +32,7 @@ class WaitingGroups:
             ended: called after each end that is no completion.
         """
         self._metrics, self._regrouping, self._ended = metrics, regrouping, ended
+        self._log = Sparingly(_log, _MOST_LINES)
         self._groups: dict[Step, Group] = {}
 
     def __len__(self) -> int:
@@ -51,14 +56,19 @@ class WaitingGroups:
         del self._groups[group.step]
         self._count(group, JointOutcome.COMPLETED)
         if time.monotonic() - group.since > STRAGGLER_SECONDS:
-            log("a joint step waited", group, last_rank=last_rank)
+            self._log.info("a joint step waited", **_fields(group), last_rank=last_rank)
         return group.complete()
 
     def refuse(self, group: Group, error: ServerError, outcome: JointOutcome) -> None:
         """Refuses all ranks of a group."""
-        log("a joint step is broken", group, level=logging.WARNING, reason=str(error))
+        self._log.warning("a joint step is broken", **_fields(group), reason=str(error))
         group.refuse(error)
         self.end(group, outcome)
+
+    def tell_of_abort(self, step: Step, rank: int, reason: str) -> None:
+        """A rank cannot take part in a step for which nobody waits, or others wait for another attempt."""
+        text = f"rank {rank}: {reason}"
+        self._log.warning("a rank cannot take part in a joint step", run=step.run.name, step=step.number, reason=text)
 
     def check(self, timeout_seconds: float, attendance: Attendance) -> None:
         """Ends groups whose time is up, or whose ranks wait for each other or are to call again; logs which ranks the
@@ -75,7 +85,7 @@ class WaitingGroups:
             self.refuse(group, self._regrouping.error(group), JointOutcome.REGROUPED)
         for group in self:
             if group.begins_to_straggle(now):
-                log("a joint step waits", group, missing=texts.ranks(group.missing))
+                self._log.info("a joint step waits", **_fields(group), missing=texts.ranks(group.missing))
 
     def time_out(self, group: Group, timeout_seconds: float, attendance: Attendance) -> None:
         """Refuses all ranks of a group: others did not come in time."""
@@ -94,7 +104,7 @@ class WaitingGroups:
         self._metrics.joint_groups.labels(outcome.value).inc()
 
 
-def log(event: str, group: Group, *, level: int = logging.INFO, **fields: object) -> None:
-    """Logs what happened to a group."""
+def _fields(group: Group) -> dict[str, object]:
+    """What the log says of a group."""
     waited = round(time.monotonic() - group.since, 1)
-    _log.log(level, event, extra={"run": group.step.run.name, "step": group.step.number, "seconds": waited, **fields})
+    return {"run": group.step.run.name, "step": group.step.number, "seconds": waited}
