@@ -100,6 +100,26 @@ def test_a_device_that_fails_is_said_to_and_the_process_ends(
     assert any(line["event"] == "the server cannot go on: stopping" for line in server.log)
 
 
+@pytest.mark.parametrize("stub", ["check"], indirect=True)
+def test_an_idle_device_that_hangs_in_its_check_is_said_to_and_the_process_ends(
+    stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub],
+) -> None:
+    server, service = stub
+    assert service.Compute(request_of(*tensors(20, POISON)), timeout=60).header.loss > 0
+    with grpc.insecure_channel(server.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert eventually(
+            lambda: (
+                health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
+                == health_pb2.HealthCheckResponse.NOT_SERVING
+            )
+        )
+    call = service.Compute.future(request_of(*tensors(20)), timeout=60)
+    assert call.code() is grpc.StatusCode.UNAVAILABLE, call.details()
+    assert server.wait() == 3
+    assert any(line["event"] == "the server cannot go on: stopping" for line in server.log)
+
+
 @pytest.mark.parametrize("stub", ["gRPC"], indirect=True)
 def test_a_server_whose_grpc_is_dead_ends(stub: tuple[FaultyServer, loss_pb2_grpc.LossServiceStub]) -> None:
     server, service = stub

@@ -1,7 +1,8 @@
 """A server whose device or system fails: a stand-in for hardware that a test cannot break.
 
 Faults begin when a request with :data:`POISON` classes is computed, except "memory", which happens at random, and
-"threads", which is there from the start.
+"threads", which is there from the start. With "check" this request is still answered, and the next check of the idle
+device hangs.
 """
 
 from __future__ import annotations
@@ -59,10 +60,15 @@ def main() -> int:
             raise RuntimeError("CUDA error: unspecified launch failure")
         return real(requests, *arguments, **options)
 
+    def check(*arguments: Any, **options: Any) -> Any:
+        if fault == "check" and broken.is_set():
+            threading.Event().wait()
+        return submit(*arguments, **options)
+
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError("can't start new thread")
 
-    engine.submit = self_test.submit = submit  # type: ignore[attr-defined]
+    engine.submit, self_test.submit = submit, check  # type: ignore[attr-defined]
     if fault == "gRPC":
         self_check._ANSWER_SECONDS = 1.0
         whole = threads.CallThreads.submit

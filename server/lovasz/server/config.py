@@ -221,8 +221,8 @@ class ServerConfig(AccessSettings):
         DEFAULT_DEVICE_STALL_SECONDS,
         "--device-stall",
         "SECONDS",
-        "a device that takes longer than this for one batch counts as unhealthy; the server ends (exit status 3) when "
-        "its device has been unhealthy for as long",
+        "a device that takes longer than this for one batch, or its check, counts as unhealthy; the server ends (exit "
+        "status 3) when its device has been unhealthy for as long",
         number,
     )
     otlp_endpoint: str = setting(

@@ -20,7 +20,7 @@ from lovasz.core.dispatch import advice, installed, submit, warm_up
 from lovasz.core.stop import Stop, Stopped
 from lovasz.server.device.gradients import to_callers
 from lovasz.server.device.kept_memory import KeptMemory
-from lovasz.server.device.self_test import computes_known_losses
+from lovasz.server.device.self_test import SelfTest
 from lovasz.server.errors import AbandonedError, DeviceError, JointBrokenError, TooLargeError
 from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.observe.metrics import Metrics
@@ -59,8 +59,8 @@ class Engine:
     their own, so that the answers of the first do not wait for the second.
 
     Attributes:
-        busy_since: since when it is at work on a batch (``time.monotonic``); None: it is idle.
-        passed_check: whether the device gave the right answer when it was last checked.
+        busy_since: since when it uses the device, for a batch, its check or to free its memory (``time.monotonic``);
+            None: it does not.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine:
 
         Args:
             health_interval_seconds: how often an idle device is checked.
-            stall_seconds: how long one batch may take before the device counts as unhealthy.
+            stall_seconds: how long one batch, or a check, may take before the device counts as unhealthy.
         """
         self.device = device
         self._batcher = batcher
@@ -96,8 +96,7 @@ class Engine:
         self._kept_memory = KeptMemory(device)
         self._held: tuple[Job, ...] = ()
         """The jobs that are being computed."""
-        self.passed_check = False
-        self._last_check = -math.inf
+        self._self_test = SelfTest(device)
         self._started = False
 
     def start(self) -> None:
@@ -117,7 +116,7 @@ class Engine:
         except Exception as error:
             raise DeviceError(f"{self.device} cannot compute: {error}") from error
         _log.info("compiled", extra={**device, "seconds": round(time.monotonic() - since, 1)})
-        self._check()
+        self._self_test.run()
         if not self.passed_check:
             raise DeviceError(f"{self.device} did not compute a known loss; the log says why")
         self._thread.start()
@@ -181,6 +180,11 @@ class Engine:
         return not self._started
 
     @property
+    def passed_check(self) -> bool:
+        """Whether the device gave the right answers when it was last checked."""
+        return self._self_test.passed
+
+    @property
     def healthy(self) -> bool:
         """Whether the device gave the right answer when it was last checked, and has not been stuck since."""
         since = self.busy_since
@@ -211,15 +215,15 @@ class Engine:
 
     def _step(self, batch: list[Job], running: _Running | None) -> _Running | None:
         """As :meth:`_advance`; checks an idle device when that is due."""
-        if not batch and not running:
-            self._kept_memory.free_if_idle(self._busy_until)
-            if time.monotonic() - self._last_check >= self._health_interval_seconds:
-                self._check()
-            return None
         self.busy_since = time.monotonic()
         self._held = (*batch, *(running.jobs if running else ()))
+        if not batch and not running:
+            self._kept_memory.free_if_idle(self._busy_until)
+            if time.monotonic() - self._self_test.ended >= self._health_interval_seconds:
+                self._self_test.run()
+            return None
         if not self.passed_check:
-            self._check()  # What it computes may be wrong.
+            self._self_test.run()  # What it computes may be wrong.
         following = None
         if not self.passed_check:
             _refuse(batch, self._no_answer())
@@ -343,26 +347,12 @@ class Engine:
             job.refuse(TooLargeError(f"{_what(job)} do not fit into the free memory of {self.device}"))
             return
         _log.error("a request could not be computed", exc_info=error)
-        self._check()
+        self._self_test.run()
         fault = error if self.passed_check else self._no_answer()
         job.refuse(fault)
 
     def _no_answer(self) -> DeviceError:
         return DeviceError(f"{self.device} does not answer; try another server")
-
-    def _check(self) -> None:
-        """Lets the device compute losses that are known."""
-        passed_before = self.passed_check
-        try:
-            self.passed_check = computes_known_losses(self.device)
-            if not self.passed_check:
-                _log.error("the device computes wrongly", extra={"device": str(self.device)})
-        except Exception:
-            self.passed_check = False
-            _log.exception("the device does not answer", extra={"device": str(self.device)})
-        if self.passed_check and not passed_before:
-            _log.info("the device answers", extra={"device": str(self.device)})
-        self._last_check = time.monotonic()
 
 
 def _callers(jobs: Sequence[Job]) -> list[Caller]:

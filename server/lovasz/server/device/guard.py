@@ -25,8 +25,8 @@ class DeviceGuard:
         """Has not looked yet.
 
         Args:
-            stall_seconds: how long one batch may take; and how long the device may be unable to answer then, before
-                ``fail`` is called with the reason.
+            stall_seconds: how long one batch, or a check, may take; and how long the device may be unable to answer
+                then, before ``fail`` is called with the reason.
         """
         self._engine, self._admission, self._stall_seconds, self._fail = engine, admission, stall_seconds, fail
         self._last_look = time.monotonic()

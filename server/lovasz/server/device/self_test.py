@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 
 import torch
 
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
 from lovasz.spec import LovaszHinge, LovaszSoftmax, Result, weighted_sum
+
+_log = logging.getLogger(__name__)
+
+
+class SelfTest:
+    """Lets a device compute losses that are known, and keeps the verdict.
+
+    Attributes:
+        passed: whether the device gave the right answers when it was last checked.
+        ended: when that was (``time.monotonic``).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.passed = False
+        self.ended = -math.inf
+
+    def run(self) -> None:
+        """Checks the device. Never raises, but hangs where the device does."""
+        passed_before, device = self.passed, {"device": str(self._device)}
+        try:
+            self.passed = computes_known_losses(self._device)
+            if not self.passed:
+                _log.error("the device computes wrongly", extra=device)
+        except Exception:
+            self.passed = False
+            _log.exception("the device does not answer", extra=device)
+        if self.passed and not passed_before:
+            _log.info("the device answers", extra=device)
+        self.ended = time.monotonic()
 
 
 def computes_known_losses(device: torch.device) -> bool:
