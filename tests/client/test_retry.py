@@ -8,10 +8,11 @@ import grpc
 import pytest
 
 from lovasz.client.memory_socket import SocketError
-from lovasz.client.retry import JITTER, MAX_BACKOFF_SECONDS, MAX_JOINT_BACKOFF_SECONDS, Retries
+from lovasz.client.retry import FIRST_ATTEMPTS, JITTER, MAX_BACKOFF_SECONDS, MAX_JOINT_BACKOFF_SECONDS, Retries
 from lovasz.server.schedule.joint.kept import ASK_AGAIN_SECONDS
 
 REFUSED = SocketError(grpc.StatusCode.UNAVAILABLE, "the server is starting", retry_after_milliseconds=100)
+FULL = SocketError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at a time", retry_after_milliseconds=1)
 LOST = SocketError(grpc.StatusCode.UNAVAILABLE, "the connection was lost")
 LATE = SocketError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
@@ -37,6 +38,20 @@ def test_an_attempt_that_had_no_time_does_not_hide_the_reason_before() -> None:
 def test_an_attempt_that_had_time_tells_that_it_ended_by_the_timeout() -> None:
     assert error_of(60.0, REFUSED, LATE) is LATE
     assert error_of(0.5, LATE) is LATE
+
+
+@pytest.mark.parametrize("refused", [REFUSED, FULL], ids=["starting", "full"])
+def test_a_server_that_says_when_to_try_again_was_heard_from(refused: SocketError) -> None:
+    ends = [refused] * 3 * FIRST_ATTEMPTS
+
+    def attempt(left: float) -> str:
+        if ends:
+            raise ends.pop()
+        return "answer"
+
+    retries = Retries()
+    retries._closed = cast("Any", Waits())
+    assert retries.call(attempt, 60.0) == "answer"
 
 
 class Waits:

@@ -20,7 +20,7 @@ from lovasz.wire import PUSHBACK_KEY
 
 FIRST_ATTEMPTS = 5
 """Attempts while a client has had no answer yet, as its address may be wrong; about ten seconds. Then: no limit. That a
-server is starting counts as an answer."""
+server says when to try again, as one that is starting or full, counts as an answer."""
 INITIAL_BACKOFF_SECONDS = 0.3
 BACKOFF_MULTIPLIER = 3.0
 MAX_BACKOFF_SECONDS = 5.0
@@ -87,7 +87,7 @@ class Retries:
     def _delay(self, error: grpc.RpcError, number: int, *, is_joint: bool) -> float | None:
         """Seconds to wait before the next attempt; None: make none."""
         metadata = dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))
-        if error.code() is grpc.StatusCode.UNAVAILABLE and PUSHBACK_KEY in metadata:
+        if PUSHBACK_KEY in metadata:
             self._answered = True
         if error.code() not in RETRYABLE and not was_reset(error):
             return None
