@@ -181,7 +181,7 @@ class Engine:
 
     @property
     def passed_check(self) -> bool:
-        """Whether the device gave the right answers when it was last checked."""
+        """Whether the device gave the right answers when it last had the memory for them."""
         return self._self_test.passed
 
     @property

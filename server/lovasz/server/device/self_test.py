@@ -10,6 +10,7 @@ import torch
 
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
+from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.spec import LovaszHinge, LovaszSoftmax, Result, weighted_sum
 
 _log = logging.getLogger(__name__)
@@ -19,25 +20,35 @@ class SelfTest:
     """Lets a device compute losses that are known, and keeps the verdict.
 
     Attributes:
-        passed: whether the device gave the right answers when it was last checked.
-        ended: when that was (``time.monotonic``).
+        passed: whether the device gave the right answers when it last had the memory for them.
+        ended: when it was last checked (``time.monotonic``).
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.passed = False
         self.ended = -math.inf
+        self._lacked_memory = False
 
     def run(self) -> None:
-        """Checks the device. Never raises, but hangs where the device does."""
+        """Checks the device. Never raises, but hangs where the device does.
+
+        A device without memory left, which other processes may hold, is no broken one: the verdict stays.
+        """
         passed_before, device = self.passed, {"device": str(self._device)}
         try:
             self.passed = computes_known_losses(self._device)
+            self._lacked_memory = False
             if not self.passed:
                 _log.error("the device computes wrongly", extra=device)
-        except Exception:
-            self.passed = False
-            _log.exception("the device does not answer", extra=device)
+        except Exception as error:
+            if is_out_of_memory(error):
+                if not self._lacked_memory:
+                    _log.warning("the device has no memory left for its check", extra={**device, "error": str(error)})
+                self._lacked_memory = True
+            else:
+                self.passed = False
+                _log.exception("the device does not answer", extra=device)
         if self.passed and not passed_before:
             _log.info("the device answers", extra=device)
         self.ended = time.monotonic()
