@@ -36,6 +36,11 @@ class ServerError(Exception):
 
     retry_after_seconds: float | None = None
 
+    @property
+    def retry_after_milliseconds(self) -> int | None:
+        """The same as it is sent. gRPC's own retries wait for this long; if it is negative, they do not try again."""
+        return None if self.retry_after_seconds is None else round(self.retry_after_seconds * 1000)
+
 
 class OverloadedError(ServerError):
     """The server is full at the moment. Raised as one of its subclasses, which say what the server lacks."""

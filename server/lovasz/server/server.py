@@ -179,10 +179,12 @@ class Server:
             headerless=headerless,
         )
         reflection = Reflection((SERVICE_NAME, HEALTH_SERVICE_NAME), self._metrics) if config.reflection else None
-        self._grpc.offer(servicer, self._health, reflection)
+        self._grpc.offer(servicer, self._health, reflection, self._metrics)
         self._socket_threads: SocketThreads | None = None
         if self._shared_memory:
-            self._socket_threads = SocketThreads(config.max_requests, servicer.compute_shared, self._lanes)
+            self._socket_threads = SocketThreads(
+                config.max_requests, servicer.compute_shared, self._lanes, self._metrics
+            )
             for shared_memory in self._shared_memory:
                 shared_memory.offer(self._socket_threads)
         timed = [headerless, self._health.headerless, *([reflection.streams] if reflection else [])]

@@ -12,6 +12,7 @@ from support.memory_caller import MemoryCaller
 from support.waiting import eventually
 
 from lovasz import wire
+from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.shared_memory import SharedMemory
@@ -51,8 +52,14 @@ def service() -> Service:
 
 
 @pytest.fixture
-def server(service: Service, tmp_path: Path) -> Iterator[SharedMemory]:
-    server, threads = SharedMemory(str(tmp_path / "s"), 1 << 20, 1 << 20), SocketThreads(MOST, service.compute, Lanes())
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def server(service: Service, metrics: Metrics, tmp_path: Path) -> Iterator[SharedMemory]:
+    server = SharedMemory(str(tmp_path / "s"), 1 << 20, 1 << 20)
+    threads = SocketThreads(MOST, service.compute, Lanes(), metrics)
     threads.start_all()
     server.offer(threads)
     server.start()
@@ -139,17 +146,25 @@ def test_a_fault_outside_the_service_is_told_in_no_detail(
     assert caller.answer().header.loss == 2
 
 
-def test_a_number_that_is_in_flight_is_refused(caller: MemoryCaller, service: Service) -> None:
+def refusals(metrics: Metrics, code: str, reason: str) -> tuple[float | None, float | None]:
+    """How many the requests and the rejections have of them."""
+    labels = {"method": "SharedMemory", "loss": "unknown", "code": code}
+    counted = metrics.registry.get_sample_value("lovasz_requests_total", labels)
+    return counted, metrics.registry.get_sample_value("lovasz_rejections_total", {"reason": reason})
+
+
+def test_a_number_that_is_in_flight_is_refused(caller: MemoryCaller, service: Service, metrics: Metrics) -> None:
     caller.ask(1, header(run="held"))
     caller.ask(1, header())
     error = caller.answer().error
     assert (error.code, error.text.startswith("call.number: got 1, which is in flight")) == ("INVALID_ARGUMENT", True)
+    assert refusals(metrics, "INVALID_ARGUMENT", "invalid") == (1, 1)
     service.go_on.set()
     assert caller.answer().header.loss == 2
 
 
 def test_a_call_without_a_thread_is_refused_with_a_delay_and_regions_are_still_taken(
-    server: SharedMemory, caller: MemoryCaller, service: Service
+    server: SharedMemory, caller: MemoryCaller, service: Service, metrics: Metrics
 ) -> None:
     for number in range(MOST):
         caller.ask(number, header(run="held"))
@@ -160,6 +175,7 @@ def test_a_call_without_a_thread_is_refused_with_a_delay_and_regions_are_still_t
         answer = one.answer()
         assert (answer.number, answer.error.code) == (99, "RESOURCE_EXHAUSTED")
         assert answer.error.retry_after_milliseconds > 0
+    assert refusals(metrics, "RESOURCE_EXHAUSTED", "no_requests") == (2, 2)
     assert other.release(5) == ""
     service.go_on.set()
     assert {caller.answer().number for _ in range(MOST)} == set(range(MOST))

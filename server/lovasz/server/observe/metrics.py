@@ -72,6 +72,10 @@ class Abandonment(enum.Enum):
     EXPIRED = "expired"
 
 
+SHARED_MEMORY = "SharedMemory"
+"""What metrics and log call the method of calls over the shared-memory socket."""
+LOSS_METHODS = ("Compute", "ComputeStream", SHARED_MEMORY)
+"""The methods whose calls have a loss."""
 PHASES = tuple(phase.value for phase in Phase)
 CLASSES = ("0", "0.01", "0.1", "1", "10")
 """Classes of requests by how long they take. Each is named by its lower limit in seconds."""
@@ -239,6 +243,17 @@ class Metrics:
         with self._lock:
             counter.value += 1
 
+    def count_unread(self, method: str, code: str, rejection: Rejection, caller: str = "") -> None:
+        """Counts a request that is refused before its header is read.
+
+        Args:
+            caller: the name of the caller's token; empty: it has none.
+        """
+        self.count_request(method, unread_loss(method), code)
+        self.rejections.labels(rejection.value).inc()
+        if caller:
+            self.count_caller(caller, code)
+
     def count_caller(self, name: str, code: str) -> None:
         """Counts a request of the caller whose token has this name."""
         counter = self._caller_requests.series(name, code)
@@ -296,6 +311,11 @@ class Metrics:
         assert readers.keys() == GAUGES.keys()
         for name, text in GAUGES.items():
             Gauge(name, text, registry=self.registry).set_function(_readable(readers[name]))
+
+
+def unread_loss(method: str) -> str:
+    """What counts as the kind of a call's loss before its header is read."""
+    return "unknown" if method in LOSS_METHODS else "none"
 
 
 def _readable(read: Callable[[], float]) -> Callable[[], float]:

@@ -19,7 +19,6 @@ from lovasz.server.errors import (
     AbandonedError,
     ExpiredError,
     NoBytesLeftError,
-    NoRequestsLeftError,
     ServerError,
     TooLargeError,
 )
@@ -29,7 +28,7 @@ from lovasz.server.memory.exhaustion import is_out_of_memory
 from lovasz.server.memory.pool import StagingPool
 from lovasz.server.memory.staging import Staging
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.observe.metrics import Metrics, Phase
+from lovasz.server.observe.metrics import Metrics, Phase, unread_loss
 from lovasz.server.observe.tracing import EndedCall, SpanRecorder, exemplar
 from lovasz.server.schedule.admission import Admission, Permit
 from lovasz.server.schedule.batcher import Batcher
@@ -44,7 +43,7 @@ from lovasz.server.transport.identity import Identity
 from lovasz.server.transport.lanes import Lanes
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.status import FAULT, FAULT_TEXT, STATUS, Status, status_of
-from lovasz.server.transport.threads import TOO_MANY_CALLS_TEXT
+from lovasz.server.transport.threads import too_many_calls
 from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 
@@ -92,18 +91,14 @@ class Pipeline:
 class Call:
     """One call, from its header to its last byte. At the end of its ``with``, it gives back all that it holds."""
 
-    def __init__(self, pipeline: Pipeline, method: str, context: Carrier, *, loss: str = "unknown") -> None:
-        """Begins the call.
-
-        Args:
-            loss: what the metrics show as the kind of its loss, until its header is read.
-        """
+    def __init__(self, pipeline: Pipeline, method: str, context: Carrier) -> None:
+        """Begins the call."""
         self._pipeline = pipeline
         self._method = method
         self._context = context
         self._identity = Identity.of(context)
         self._clock = CallClock()
-        self._loss = loss
+        self._loss = unread_loss(method)
         self._run = ""
         self._inside = False
         self._permit: Permit | None = None
@@ -125,7 +120,7 @@ class Call:
         """
         self._inside = self._pipeline.calls.take()
         if not self._inside:
-            raise NoRequestsLeftError(TOO_MANY_CALLS_TEXT, _RETRY_SECONDS)
+            raise too_many_calls()
 
     def read_header(self, message: pb.RequestHeader) -> wire.Request:
         """Parses the header.
@@ -371,8 +366,6 @@ class Call:
             self._pipeline.metrics.faults.inc()
             _log.error("unexpected fault", exc_info=error, extra={**request, **(self._trace or {})})
             text = FAULT_TEXT
-        if isinstance(error, ServerError) and error.retry_after_seconds is not None:
-            # gRPC's own retries wait for this long; if it is negative, they do not try again.
-            milliseconds = str(round(error.retry_after_seconds * 1000))
-            self._context.set_trailing_metadata(((wire.PUSHBACK_KEY, milliseconds),))
+        if isinstance(error, ServerError) and error.retry_after_milliseconds is not None:
+            self._context.set_trailing_metadata(((wire.PUSHBACK_KEY, str(error.retry_after_milliseconds)),))
         self._context.abort(status.code, text)

@@ -53,9 +53,7 @@ class Gate(OwnThreads):
         status = status_of(UnauthenticatedError(text))
         assert status.rejection is not None
         name = method.rpartition("/")[2]
-        loss = "unknown" if name.startswith("Compute") else "none"
-        self._metrics.count_request(name, loss, status.code.name)
-        self._metrics.rejections.labels(status.rejection.value).inc()
+        self._metrics.count_unread(name, status.code.name, status.rejection)
         self._log.info("a request was refused", peer=context.peer(), method=name, reason=text)
         context.abort(status.code, text)
 

@@ -14,6 +14,7 @@ from lovasz import wire
 from lovasz.server import addresses
 from lovasz.server.access.certificates import Certificates
 from lovasz.server.access.watched_files import WatchedFiles
+from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport.call_limit import CallLimit
 from lovasz.server.transport.credentials import server_credentials
 from lovasz.server.transport.gate import Gate
@@ -111,9 +112,11 @@ class GrpcServer:
         """Calls that may wait for their header at a time: half of all, so that others always find a thread."""
         return self._max_calls // 2
 
-    def offer(self, servicer: LossServicer, health: HealthMonitor, reflection: Reflection | None) -> None:
+    def offer(
+        self, servicer: LossServicer, health: HealthMonitor, reflection: Reflection | None, metrics: Metrics
+    ) -> None:
         """Takes the services; comes before the other methods."""
-        loss = LimitedHandler(servicer.handler(), self._calls)
+        loss = LimitedHandler(servicer.handler(), self._calls, metrics)
         guarded: list[grpc.GenericRpcHandler] = [loss]
         self._services: list[OwnThreads] = [loss, health]
         if reflection is not None:

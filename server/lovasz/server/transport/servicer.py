@@ -16,6 +16,7 @@ from lovasz import wire
 from lovasz.server.device.engine import Engine
 from lovasz.server.device.hardware import hardware_name
 from lovasz.server.errors import ServerError
+from lovasz.server.observe.metrics import LOSS_METHODS, SHARED_MEMORY
 from lovasz.server.transport.call import SERVICE_NAME, Call, Pipeline
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.messages import Undecodable, decoded_stream, has_left, or_undecodable
@@ -29,9 +30,6 @@ from lovasz.spec import LOSS_KINDS, InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
 from lovasz.wire import framing
-
-SHARED_MEMORY = "SharedMemory"
-"""What metrics and log call the method of calls over the shared-memory socket."""
 
 _SUMS = ("cross_entropy+lovasz_softmax", "binary_cross_entropy+lovasz_hinge", "binary_cross_entropy+lovasz_sigmoid")
 _LOSSES = (*LOSS_KINDS, *_SUMS, "unknown")
@@ -59,7 +57,7 @@ class LossServicer:
 
     def __post_init__(self) -> None:
         # Counters begin at 0: Prometheus sees no rise in one that begins at its first failure.
-        kinds = [*itertools.product(("Compute", "ComputeStream", SHARED_MEMORY), _LOSSES), *_WITHOUT_LOSS]
+        kinds = [*itertools.product(LOSS_METHODS, _LOSSES), *_WITHOUT_LOSS]
         for (method, loss), code in itertools.product(kinds, CODES):
             self.pipeline.metrics.requests.series(method, loss, code.name)
 
@@ -107,7 +105,7 @@ class LossServicer:
                 with self.pipeline.lanes.aside():
                     message = self.headerless.first(messages, context)
             except ServerError as error:
-                with Call(self.pipeline, name, context, loss="unknown" if name == "Compute" else "none"):
+                with Call(self.pipeline, name, context):
                     raise error
             return method(Undecodable(0) if message is None else message, context)
 
@@ -176,7 +174,7 @@ class LossServicer:
         self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext
     ) -> pb.AbortStepResponse:
         """Ends a joint step in which a rank cannot take part."""
-        with Call(self.pipeline, "AbortStep", context, loss="none") as call:
+        with Call(self.pipeline, "AbortStep", context) as call:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("AbortStepRequest")
@@ -188,7 +186,7 @@ class LossServicer:
         self, request: pb.LeaveRunRequest | Undecodable, context: grpc.ServicerContext
     ) -> pb.LeaveRunResponse:
         """Lets the other ranks of a run go on without one."""
-        with Call(self.pipeline, "LeaveRun", context, loss="none") as call:
+        with Call(self.pipeline, "LeaveRun", context) as call:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("LeaveRunRequest")

@@ -12,12 +12,14 @@ from typing import NoReturn
 import grpc
 
 from lovasz.server.observe.logs import Sparingly
+from lovasz.server.observe.metrics import SHARED_MEMORY, Metrics
 from lovasz.server.transport.call_limit import CallLimit
 from lovasz.server.transport.carrier import Carrier
 from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.packet_threads import PacketThreads
-from lovasz.server.transport.status import FAULT_TEXT
-from lovasz.server.transport.threads import RETRY_MILLISECONDS, TOO_MANY_CALLS, TOO_MANY_CALLS_TEXT
+from lovasz.server.transport.status import FAULT_TEXT, status_of
+from lovasz.server.transport.threads import TOO_MANY_CALLS, too_many_calls
+from lovasz.spec import InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.wire import PUSHBACK_KEY
 
@@ -138,25 +140,32 @@ class SessionCalls:
 
     def begin(self, message: pb.SharedMemoryCall) -> SocketCall | None:
         """A call that came; :meth:`SocketThreads.serve` has to serve it. None: it was refused."""
-        number, refusal = message.number, None
+        number = message.number
         call = SocketCall(self, message)
         with self._lock:
-            if number in self._open:
-                text = f"call.number: got {number}, which is in flight; expected another number"
-                refusal = pb.CallError(code=grpc.StatusCode.INVALID_ARGUMENT.name, text=text)
-            elif not self._threads.limit.take():
-                self._threads.log.warning(TOO_MANY_CALLS, peer=self.peer)
-                refusal = pb.CallError(
-                    code=grpc.StatusCode.RESOURCE_EXHAUSTED.name,
-                    text=TOO_MANY_CALLS_TEXT,
-                    retry_after_milliseconds=int(RETRY_MILLISECONDS),
-                )
-            else:
+            is_in_flight = number in self._open
+            goes_on = not is_in_flight and self._threads.limit.take()
+            if goes_on:
                 self._open[number] = call
-        if refusal is not None:
-            self._send(pb.SharedMemoryReply(answer=pb.SharedMemoryAnswer(number=number, error=refusal)))
-            return None
-        return call
+        if goes_on:
+            return call
+        if is_in_flight:
+            text = f"got {number}, which is in flight; expected another number"
+            self._refuse(number, InvalidInput("call.number", text))
+        else:
+            self._threads.log.warning(TOO_MANY_CALLS, peer=self.peer)
+            refusal = too_many_calls()
+            self._refuse(number, refusal, refusal.retry_after_milliseconds)
+        return None
+
+    def _refuse(self, number: int, error: Exception, retry_after_milliseconds: int | None = None) -> None:
+        status = status_of(error)
+        assert status.rejection is not None
+        self._threads.metrics.count_unread(SHARED_MEMORY, status.code.name, status.rejection)
+        failure = pb.CallError(
+            code=status.code.name, text=str(error), retry_after_milliseconds=retry_after_milliseconds
+        )
+        self._send(pb.SharedMemoryReply(answer=pb.SharedMemoryAnswer(number=number, error=failure)))
 
     def cancel(self, number: int) -> None:
         """Its caller does not wait for this call any more."""
@@ -200,12 +209,12 @@ class SocketThreads:
 
     Attributes:
         limit: of calls at a time, of one connection or of all.
-        log: for refusals.
+        log, metrics: for refusals.
         packets: what the threads wait for.
     """
 
-    def __init__(self, most: int, compute: Compute, lanes: Lanes) -> None:
-        self.log = Sparingly(_log)
+    def __init__(self, most: int, compute: Compute, lanes: Lanes, metrics: Metrics) -> None:
+        self.log, self.metrics = Sparingly(_log), metrics
         self.packets = PacketThreads(most + 1, "socket-call")
         self.limit = CallLimit(most)
         self._compute, self._lanes = compute, lanes

@@ -6,23 +6,30 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import grpc
 
+from lovasz.server.errors import NoRequestsLeftError
 from lovasz.server.observe.logs import Sparingly
-from lovasz.server.transport.identity import Identity
+from lovasz.server.observe.metrics import Metrics
+from lovasz.server.transport.identity import CALLER_NAME, Identity
 from lovasz.server.transport.lanes import Lanes, Place
+from lovasz.server.transport.status import status_of
 from lovasz.server.transport.warm_threads import WarmThreads
 from lovasz.wire import PUSHBACK_KEY
 
 TOO_MANY_CALLS = "too many calls at a time"
 """What the log says."""
-TOO_MANY_CALLS_TEXT = f"{TOO_MANY_CALLS} (--max-requests)"
-"""What callers are told."""
-RETRY_MILLISECONDS = "1000"
+_RETRY_SECONDS = 1.0
 """How long a caller that is refused is told to wait."""
 _REFUSING_THREADS = 2
+
+
+def too_many_calls() -> NoRequestsLeftError:
+    """What callers are told for whom no thread is free."""
+    return NoRequestsLeftError(f"{TOO_MANY_CALLS} (--max-requests)", _RETRY_SECONDS)
 
 
 def start_all(pool: ThreadPoolExecutor, most: int) -> None:
@@ -132,19 +139,24 @@ def _connection(arguments: Iterable[Any]) -> str:
 class LimitedHandler(OwnThreads, grpc.GenericRpcHandler):
     """The methods of a service while a thread is free; else a refusal, from threads of its own."""
 
-    def __init__(self, service: grpc.GenericRpcHandler, threads: CallThreads) -> None:
+    def __init__(self, service: grpc.GenericRpcHandler, threads: CallThreads, metrics: Metrics) -> None:
         super().__init__(_REFUSING_THREADS, "refusal")
-        self._service, self._threads = service, threads
+        self._service, self._threads, self._metrics = service, threads, metrics
         self._log = Sparingly(logging.getLogger(__name__))
-
-        def refuse(_: object, context: grpc.ServicerContext) -> None:
-            self._log.warning(TOO_MANY_CALLS, peer=context.peer())
-            context.set_trailing_metadata(((PUSHBACK_KEY, RETRY_MILLISECONDS),))
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_CALLS_TEXT)
-
-        self.run_here(refuse)
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(refuse)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = self._service.service(handler_call_details)
-        return self._refusal if handler is not None and self._threads.is_full else handler
+        if handler is None or not self._threads.is_full:
+            return handler
+        refuse = partial(self._refuse, handler_call_details.method.rpartition("/")[2])
+        self.run_here(refuse)
+        return grpc.stream_unary_rpc_method_handler(refuse)
+
+    def _refuse(self, method: str, _: object, context: grpc.ServicerContext) -> NoReturn:
+        error = too_many_calls()
+        status = status_of(error)
+        assert status.rejection is not None
+        self._metrics.count_unread(method, status.code.name, status.rejection, CALLER_NAME.get())
+        self._log.warning(TOO_MANY_CALLS, peer=context.peer())
+        context.set_trailing_metadata(((PUSHBACK_KEY, str(error.retry_after_milliseconds)),))
+        context.abort(status.code, str(error))
