@@ -73,6 +73,23 @@ def test_a_step_whose_only_rank_trickles_in_ends_at_the_timeout(besieged: Server
     assert eventually(lambda: metric(besieged, "lovasz_joint_groups_total", outcome="timeout") == before + 1)
 
 
+def test_calls_of_one_connection_beyond_its_share_are_told_when_to_try_again_and_others_are_served() -> None:
+    request, own = request_of(*tensors(16)), [("grpc.use_local_subchannel_pool", 1)]
+    with (
+        ServerProcess(["--device", "cpu", "--max-requests", "128"]) as server,
+        grpc.insecure_channel(server.target, options=own) as channel,
+        grpc.insecure_channel(server.target, options=own) as other,
+    ):
+        service = loss_pb2_grpc.LossServiceStub(channel)
+        for _ in range(8):
+            calls = [service.Compute.future(request, timeout=60) for _ in range(200)]
+            assert loss_pb2_grpc.LossServiceStub(other).Compute(request, timeout=60).header.loss > 0
+            for call in calls:
+                assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED), call.details()
+                if call.code() is not grpc.StatusCode.OK:
+                    assert wire.PUSHBACK_KEY in dict(call.trailing_metadata())
+
+
 def test_who_declares_much_has_to_send_much(besieged: ServerProcess, audit: Audit) -> None:
     side = int((BUDGET_BYTES / 33) ** 0.5)
     logits, labels = np.empty((1, 4, side, side), np.float32), np.empty((1, side, side), np.uint8)

@@ -33,8 +33,12 @@ _SPARE_CALLS = 64
 """Calls beyond --max-requests, each with a thread. Any call beyond these is refused at once."""
 _OTHER_CALLS = 16
 """The spare calls that are reserved for server info, however busy the loss service is."""
+_CONNECTION_SHARE = 0.8
+"""The share of all calls that one connection may have."""
 _LEAST_STREAMS = 128
-"""Calls that one connection may have open at least. Further calls wait in the client."""
+"""The least limit of gRPC's own for the calls of one connection (streams of HTTP/2). There, gRPC resets calls that come
+before it has freed earlier ones, and their callers learn nothing. So it is above the limits of this server, which tells
+callers when to try again: it is all calls, and once more as many as requests."""
 
 LAST_BYTES_SECONDS = 1.0
 """How long the answers of finished calls may take to leave at least, once nothing else is in flight."""
@@ -93,11 +97,11 @@ class GrpcServer:
         self._max_calls = max_requests + _SPARE_CALLS
         self._options: list[tuple[str, int]] = [
             *_OPTIONS,
-            ("grpc.max_concurrent_streams", max(max_requests, _LEAST_STREAMS)),
+            ("grpc.max_concurrent_streams", max(self._max_calls + max_requests, _LEAST_STREAMS)),
         ]
         if max_connection_age_seconds:
             self._options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1000)))
-        self._calls = CallThreads(self._max_calls, lanes)
+        self._calls = CallThreads(self._max_calls, lanes, int(_CONNECTION_SHARE * self._max_calls))
         self.readers = ThreadPoolExecutor(self._max_calls, thread_name_prefix="reader")
         self.loss_calls = CallLimit(self._max_calls - _OTHER_CALLS)
         self._lock = threading.Lock()
@@ -118,7 +122,7 @@ class GrpcServer:
         """Takes the services; comes before the other methods."""
         loss = LimitedHandler(servicer.handler(), self._calls, metrics)
         guarded: list[grpc.GenericRpcHandler] = [loss]
-        self._services: list[OwnThreads] = [loss, health]
+        self._services: list[OwnThreads] = [health]
         if reflection is not None:
             guarded.append(reflection.handler())
             self._services.append(reflection)

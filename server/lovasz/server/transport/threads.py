@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -71,17 +71,26 @@ class OwnThreads:
 
 
 class CallThreads(Executor):
-    """Threads for so many calls of gRPC. gRPC's own limit would count the calls of the health service, too."""
+    """Threads for so many calls of gRPC. gRPC's own limit would count the calls of the health service, too.
 
-    def __init__(self, most: int, lanes: Lanes) -> None:
+    A call that finds none is run all the same, in one of a few other threads, where :attr:`refuses_here` says so to its
+    method: gRPC has no other way to end it.
+    """
+
+    def __init__(self, most: int, lanes: Lanes, most_of_connection: int | None = None) -> None:
         """No calls.
 
         Args:
             lanes: which calls go on. A call that waits for its turn takes no thread.
+            most_of_connection: how many of the calls may be of one connection; None: all.
         """
         self._threads, self._most, self._lanes = WarmThreads(most, "call"), most, lanes
+        self._most_of_connection = most if most_of_connection is None else most_of_connection
+        self._here = threading.local()
+        self._refusing = ThreadPoolExecutor(_REFUSING_THREADS, "refusal", initializer=self._refuse_here)
         self._lock = threading.Lock()
         self._calls = 0
+        self._calls_of: Counter[str] = Counter()
 
     def start_all(self) -> None:
         """Starts all threads.
@@ -90,15 +99,24 @@ class CallThreads(Executor):
             RuntimeError: the system refuses one.
         """
         self._threads.start_all()
+        start_all(self._refusing, _REFUSING_THREADS)
 
     @property
     def is_full(self) -> bool:
         """Whether there is a call for each thread."""
         return self._calls >= self._most
 
+    @property
+    def refuses_here(self) -> bool:
+        """Whether the call that this thread serves has to be refused."""
+        return getattr(self._here, "refuses", False)
+
     def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        connection = _connection(arguments)
+        if not self._begin(connection):
+            return self._refusing.submit(call, *arguments, **options)
         future: Future[Any] = Future()
-        place = Place(_connection(arguments))
+        place = Place(connection)
 
         def work() -> None:
             with self._lanes.served(place):
@@ -107,19 +125,34 @@ class CallThreads(Executor):
                         future.set_result(call(*arguments, **options))
                     except BaseException as error:
                         future.set_exception(error)
-            self._count(-1)
+            self._end(connection)
 
-        self._count(1)
         self._lanes.begin(place, lambda: self._threads.put(work))
         return future
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._calls += change
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads. gRPC has ended all calls before."""
         self._threads.stop(wait=wait)
+        self._refusing.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def _refuse_here(self) -> None:
+        self._here.refuses = True
+
+    def _begin(self, connection: str) -> bool:
+        """Counts a call if there is a thread for it."""
+        with self._lock:
+            if self._calls >= self._most or self._calls_of[connection] >= self._most_of_connection:
+                return False
+            self._calls += 1
+            self._calls_of[connection] += 1
+            return True
+
+    def _end(self, connection: str) -> None:
+        with self._lock:
+            self._calls -= 1
+            self._calls_of[connection] -= 1
+            if not self._calls_of[connection]:
+                del self._calls_of[connection]
 
 
 def _connection(arguments: Iterable[Any]) -> str:
@@ -136,23 +169,36 @@ def _connection(arguments: Iterable[Any]) -> str:
         return ""
 
 
-class LimitedHandler(OwnThreads, grpc.GenericRpcHandler):
-    """The methods of a service while a thread is free; else a refusal, from threads of its own."""
+class LimitedHandler(grpc.GenericRpcHandler):
+    """The methods of a service, each with a stream of requests. Calls without a thread are refused."""
 
     def __init__(self, service: grpc.GenericRpcHandler, threads: CallThreads, metrics: Metrics) -> None:
-        super().__init__(_REFUSING_THREADS, "refusal")
         self._service, self._threads, self._metrics = service, threads, metrics
+        self._limited: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._log = Sparingly(logging.getLogger(__name__))
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = self._service.service(handler_call_details)
-        if handler is None or not self._threads.is_full:
-            return handler
-        refuse = partial(self._refuse, handler_call_details.method.rpartition("/")[2])
-        self.run_here(refuse)
-        return grpc.stream_unary_rpc_method_handler(refuse)
+        method = handler_call_details.method
+        if method not in self._limited:
+            handler = self._service.service(handler_call_details)
+            if handler is None:
+                return None
+            self._limited[method] = self._with_limit(handler, method.rpartition("/")[2])
+        return self._limited[method]
 
-    def _refuse(self, method: str, _: object, context: grpc.ServicerContext) -> NoReturn:
+    def _with_limit(self, handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        answers = handler.stream_stream is not None
+        behavior: Any = handler.stream_stream or handler.stream_unary
+
+        def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            if self._threads.refuses_here:
+                self._refuse(method, context)
+            return behavior(messages, context)
+
+        make = grpc.stream_stream_rpc_method_handler if answers else grpc.stream_unary_rpc_method_handler
+        return make(answer, handler.request_deserializer, handler.response_serializer)
+
+    def _refuse(self, method: str, context: grpc.ServicerContext) -> NoReturn:
         error = too_many_calls()
         status = status_of(error)
         assert status.rejection is not None
