@@ -17,10 +17,11 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from support import http2
 from support.client_to_kill import LARGE
 from support.footprint import Footprint, available_bytes, forget_peak, peak_bytes
 from support.fork_server import Forked, ForkedServer
-from support.messages import messages_of, tensors
+from support.messages import messages_of, request_of, tensors
 from support.scrape import metric
 from support.waiting import eventually
 
@@ -150,6 +151,40 @@ def test_a_stream_without_a_header_is_cut_off(impatient: ServerProcess) -> None:
     assert isinstance(error, LossError)
     assert "--header-timeout" in str(error)
     assert metric(impatient, "lovasz_stalled_total", phase="receive") == before + 1
+
+
+def test_a_request_of_one_message_has_as_long_as_a_payload(impatient: ServerProcess) -> None:
+    """The whole of it comes long after the header's time."""
+    logits, labels = tensors(60)  # The answer fits into the window.
+    data = http2.message(request_of(logits, labels).SerializeToString())
+    part = len(data) // 10
+    with http2.Connection(impatient.target) as caller:
+        stream = caller.open("/lovasz.v1.LossService/Compute")
+        for place in range(0, 9 * part, part):
+            assert caller.send(stream, data[place : place + part])
+            time.sleep(0.25)
+        assert caller.send(stream, data[9 * part :], end=True)
+        assert eventually(lambda: stream in caller.ended)
+        assert len(caller.received[stream]) > logits.nbytes
+
+
+def test_a_request_of_one_message_that_does_not_come_is_cut_off_with_a_reason() -> None:
+    release = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        release.wait(60)
+        yield from ()
+
+    limits = ["--header-timeout", "0.5", "--payload-timeout", "0.5"]
+    with ForkedServer(["--device", "cpu", *limits]) as server, grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_unary("/lovasz.v1.LossService/Compute").future(nothing(), timeout=60)
+        assert call.code() is grpc.StatusCode.ABORTED
+        assert call.details() == "no message arrived within 1 s (--header-timeout and --payload-timeout)"
+        release.set()
+        assert eventually(lambda: metric(server, "lovasz_requests_total", method="Compute", code="ABORTED") == 1)
+        assert metric(server, "lovasz_stalled_total", phase="receive") == 1
+        assert metric(server, "lovasz_abandoned_total") == 0
+    assert any(line["event"] == "a request was refused" and line["reason"] == call.details() for line in server.log)
 
 
 def test_a_receiver_that_stalls_is_cut_off(impatient: ServerProcess) -> None:

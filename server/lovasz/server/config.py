@@ -124,7 +124,8 @@ class ServerConfig(AccessSettings):
         DEFAULT_HEADER_SECONDS,
         "--header-timeout",
         "SECONDS",
-        "a caller whose header has not arrived after this time is cut off",
+        "a caller whose header has not arrived after this time is cut off; for a request in one message, this and "
+        "--payload-timeout are the time for all of it",
         number,
     )
     payload_seconds: float = setting(

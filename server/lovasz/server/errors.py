@@ -32,9 +32,11 @@ class ServerError(Exception):
 
     Attributes:
         retry_after_seconds: the delay after which the caller should try again; None if the server does not say.
+        was_sent: whether the call was ended with it already, from outside its thread.
     """
 
     retry_after_seconds: float | None = None
+    was_sent = False
 
     @property
     def retry_after_milliseconds(self) -> int | None:
@@ -106,13 +108,14 @@ class StalledError(ServerError):
     """The caller stopped sending its request."""
 
     @classmethod
-    def of_header(cls, seconds: float, option: str) -> StalledError:
-        """No header came in time.
+    def of(cls, what: str, seconds: float, option: str) -> StalledError:
+        """Something did not come in time.
 
         Args:
+            what: what had to come: a header, or a message.
             option: what sets the time; empty: no option does.
         """
-        return cls(f"no header arrived within {seconds:g} s" + (f" ({option})" if option else ""))
+        return cls(f"no {what} arrived within {seconds:g} s" + (f" ({option})" if option else ""))
 
 
 class JointMismatchError(ServerError):

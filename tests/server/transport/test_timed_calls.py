@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 from support.clock import Clock
 
-from lovasz.server.errors import NoRequestsLeftError
+from lovasz.server.errors import AbandonedError, NoRequestsLeftError, StalledError
 from lovasz.server.observe.metrics import Metrics
 from lovasz.server.transport import timed_calls
-from lovasz.server.transport.timed_calls import TimedCalls
+from lovasz.server.transport.timed_calls import Limit, TimedCalls
 
 
 class Context:
@@ -54,6 +54,37 @@ def test_a_call_whose_time_is_up_is_cut_off_once(clock: Clock) -> None:
     clock.now += 0.1
     calls.check()
     assert context.is_cut_off
+
+
+def test_a_call_may_have_a_limit_of_its_own(clock: Clock) -> None:
+    calls = calls_of(10)
+    usual, patient = opened(calls), Context()
+    call = calls.open(cast("Any", patient), Limit("message", 8.0, "--payload-timeout"))
+    clock.now += 6.0
+    calls.check()
+    assert (usual.is_cut_off, patient.is_cut_off) == (True, False)
+    clock.now += 2.5
+    calls.check()
+    assert patient.is_cut_off
+    with pytest.raises(StalledError, match=r"no message arrived within 8 s \(--payload-timeout\)"):
+        call.read(abandoned)
+
+
+def abandoned() -> None:
+    """What a call reads whose end gRPC has seen."""
+    raise AbandonedError
+
+
+def test_who_makes_room_may_try_again_and_is_no_staller(clock: Clock) -> None:
+    calls = calls_of(1)
+    call = calls.open(cast("Any", Context()))
+    with pytest.raises(AbandonedError):
+        call.read(abandoned)
+    clock.now += 1.0
+    opened(calls, "ipv4:a:2")
+    with pytest.raises(NoRequestsLeftError, match="too many calls at a time") as raised:
+        call.read(abandoned)
+    assert raised.value.was_sent
 
 
 def test_the_oldest_makes_room_but_not_for_a_burst(clock: Clock) -> None:

@@ -285,7 +285,8 @@ class Call:
         admitted = self._permit is not None or self._place is not None
         self._give_back()
         if not self._context.is_active() and (error is None or type(error) in STATUS or kind is GeneratorExit):
-            error = error if isinstance(error, ExpiredError) else self._gone()
+            is_known = isinstance(error, ExpiredError) or (isinstance(error, ServerError) and error.was_sent)
+            error = error if is_known else self._gone()
         if admitted:
             # If the call failed, its last phase counts, too: the slowest calls are among those whose callers gave up.
             seconds = self._clock.stop()
@@ -294,7 +295,7 @@ class Call:
             self._count(grpc.StatusCode.OK)
             return
         status = status_of(error)
-        self._count_failure(status)
+        self._count_failure(error, status)
         if kind is not GeneratorExit:  # gRPC closes a stream whose call has ended.
             self._abort(error, status)
 
@@ -346,14 +347,14 @@ class Call:
             )
             self._pipeline.spans.record(ended)
 
-    def _count_failure(self, status: Status) -> None:
+    def _count_failure(self, error: BaseException, status: Status) -> None:
         metrics, phase = self._pipeline.metrics, self._clock.phase.value
         self._count(status.code)
         if status.rejection is not None:
             metrics.rejections.labels(status.rejection.value).inc()
         if status.abandonment is not None:
             metrics.abandoned.labels(status.abandonment.value, phase).inc()
-        if status.stalled:
+        if status.stalled and not (isinstance(error, ServerError) and error.was_sent):  # It counts where it is sent.
             metrics.stalled.labels(phase).inc()
 
     def _abort(self, error: BaseException, status: Status) -> None:

@@ -79,7 +79,7 @@ class Receiver:
             self._changed.wait_for(lambda: self._header is not None or self._finished, seconds)
             self._raise_error()
             if self._header is None:
-                raise StalledError.of_header(seconds, "--header-timeout")
+                raise StalledError.of("header", seconds, "--header-timeout")
             return self._header
 
     def payload(self, staging: Staging) -> None:

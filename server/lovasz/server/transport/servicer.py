@@ -25,7 +25,7 @@ from lovasz.server.transport.receiving import Patience, Receiver
 from lovasz.server.transport.sending import SendWatch
 from lovasz.server.transport.shared_memory import SharedMemory
 from lovasz.server.transport.status import CODES
-from lovasz.server.transport.timed_calls import TimedCalls
+from lovasz.server.transport.timed_calls import Limit, TimedCalls
 from lovasz.spec import LOSS_KINDS, InvalidInput
 from lovasz.v1 import loss_pb2 as pb
 from lovasz.version import VERSION
@@ -97,13 +97,16 @@ class LossServicer:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """A method of one message, which is read here: gRPC would wait for it without a limit, on one of its threads.
 
-        On the wire, a stream of one message is no different.
+        On the wire, a stream of one message is no different. gRPC does not tell how much of a message has come: a
+        request has as long for header and payload together as in a stream.
         """
+        seconds = self.patience.header_seconds + self.patience.payload_seconds
+        limit = Limit("message", seconds, "--header-timeout and --payload-timeout") if name == "Compute" else None
 
         def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
                 with self.pipeline.lanes.aside():
-                    message = self.headerless.first(messages, context)
+                    message = self.headerless.first(messages, context, limit)
             except ServerError as error:
                 with Call(self.pipeline, name, context):
                     raise error
@@ -158,8 +161,8 @@ class LossServicer:
                 decoded_stream(messages), self.readers.submit, self.patience, functools.partial(has_left, context)
             )
             try:
-                with self.headerless.open(context):
-                    message = receiver.header()
+                with self.headerless.open(context) as opened:
+                    message = opened.read(receiver.header)
                 header = call.read_header(message)
                 if header.shared is not None:
                     raise InvalidInput("shared_tensors", "came with ComputeStream; expected them with Compute alone")

@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
-from lovasz.server.errors import AbandonedError, NoRequestsLeftError, StalledError
+from lovasz.server.errors import AbandonedError, NoRequestsLeftError, ServerError, StalledError, fresh
 from lovasz.server.observe.logs import Sparingly
 from lovasz.server.observe.metrics import Metrics, Phase
 from lovasz.server.transport.messages import has_left
+from lovasz.server.transport.status import status_of
 from lovasz.wire import UNIX
 
 CONNECTION_CALLS = 32
@@ -27,23 +29,50 @@ _RETRY_SECONDS = 0.3
 MessageT = TypeVar("MessageT")
 
 
+class Limit(NamedTuple):
+    """How long a call may be open.
+
+    Attributes:
+        what: what has to come in this time.
+        option: what sets it; empty: no option does.
+    """
+
+    what: str
+    seconds: float
+    option: str = ""
+
+
 @dataclass(eq=False)
 class OpenCall:
     """A call that is open: a ``with`` closes it.
 
     Attributes:
         since: when it was opened (``time.monotonic``).
-        is_cut_off: whether its time was up, or another call needed its place.
+        error: what it was cut off with, as its time was up, or another call needed its place; None: it was not.
     """
 
     calls: TimedCalls
     peer: str
-    cut_off: Callable[[], object]
+    context: grpc.ServicerContext
+    limit: Limit
     since: float
-    is_cut_off: bool = False
+    error: ServerError | None = None
 
     def __enter__(self) -> OpenCall:
         return self
+
+    def read(self, read: Callable[[], MessageT]) -> MessageT:
+        """Reads from the caller.
+
+        Raises:
+            ServerError: the call was cut off meanwhile; or what ``read`` raises.
+        """
+        try:
+            return read()
+        except AbandonedError:
+            if self.error is None:
+                raise
+        raise fresh(self.error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -62,19 +91,21 @@ class TimedCalls:
 
         Args:
             what: what the log and errors call them.
-            seconds: how long each may be open.
+            seconds: how long each may be open, unless :meth:`open` is told another limit.
             most: how many may be open at a time.
             option: what sets ``seconds``; empty: no option does.
         """
-        self._what, self._seconds, self._most, self._metrics = what, seconds, most, metrics
-        self._option = option
+        self._what, self._most, self._metrics = what, most, metrics
+        self._limit = Limit("header", seconds, option)
         self._lock = threading.Lock()
         self._open: dict[OpenCall, None] = {}
         """The longest first."""
         self._of_connection: dict[str, dict[OpenCall, None]] = {}
         self._log = Sparingly(logging.getLogger(__name__))
 
-    def first(self, messages: Iterator[MessageT], context: grpc.ServicerContext) -> MessageT | None:
+    def first(
+        self, messages: Iterator[MessageT], context: grpc.ServicerContext, limit: Limit | None = None
+    ) -> MessageT | None:
         """The first message of a call; None if the caller sends none.
 
         Raises:
@@ -82,27 +113,19 @@ class TimedCalls:
             StalledError: it did not come in time. The call is cut off.
             AbandonedError: the caller went away.
         """
-        with self.open(context) as call:
-            try:
-                message = next(messages, None)
-            except grpc.RpcError as error:
-                error.__traceback__ = None  # gRPC keeps it with the call: a cycle.
-                if not call.is_cut_off:
-                    raise AbandonedError from None
-                message = None
-            if message is None and call.is_cut_off:
-                raise StalledError.of_header(self._seconds, self._option)
-            if message is None and has_left(context):
-                raise AbandonedError
-            return message
+        with self.open(context, limit) as call:
+            return call.read(partial(_first, messages, context))
 
-    def open(self, context: grpc.ServicerContext) -> OpenCall:
+    def open(self, context: grpc.ServicerContext, limit: Limit | None = None) -> OpenCall:
         """Counts a call as open, until the end of a ``with``.
+
+        Args:
+            limit: how long it may be; None: as long as most.
 
         Raises:
             NoRequestsLeftError: too many are.
         """
-        call = OpenCall(self, context.peer(), context.cancel, time.monotonic())
+        call = OpenCall(self, context.peer(), context, limit or self._limit, time.monotonic())
         with self._lock:
             oldest = self._oldest(self._open, self._most)
             own = self._of_connection.get(call.peer, {})
@@ -114,18 +137,21 @@ class TimedCalls:
                 self._of_connection[call.peer] = own
         if not has_place:
             self._log.warning(f"too many {self._what}", peer=call.peer)
-            raise NoRequestsLeftError(f"too many {self._what} at a time", _RETRY_SECONDS)
+            raise self._too_many()
         if oldest is not None:
-            self._cut_off(oldest)
+            self._cut_off(oldest, self._too_many())
         return call
 
     def check(self) -> None:
         """A chore: cuts off the calls whose time is up."""
-        until = time.monotonic() - self._seconds
+        now = time.monotonic()
         with self._lock:
-            late = [call for call in self._open if call.since < until]
+            late = [call for call in self._open if call.since + call.limit.seconds < now]
         for call in late:
-            self._cut_off(call)
+            self._cut_off(call, StalledError.of(*call.limit))
+
+    def _too_many(self) -> NoRequestsLeftError:
+        return NoRequestsLeftError(f"too many {self._what} at a time", _RETRY_SECONDS)
 
     @staticmethod
     def _oldest(calls: dict[OpenCall, None], most: int) -> OpenCall | None:
@@ -140,12 +166,33 @@ class TimedCalls:
             if not own:
                 del self._of_connection[call.peer]
 
-    def _cut_off(self, call: OpenCall) -> None:
+    def _cut_off(self, call: OpenCall, error: ServerError) -> None:
+        error.was_sent = True
         with self._lock:
             if call not in self._open:
                 return
             del self._open[call]
-            call.is_cut_off = True
+            call.error = error
         self._metrics.stalled.labels(Phase.RECEIVE.value).inc()
         self._log.warning(f"cut off one of the {self._what}", peer=call.peer)
-        call.cut_off()
+        _end(call.context, error)
+
+
+def _first(messages: Iterator[MessageT], context: grpc.ServicerContext) -> MessageT | None:
+    try:
+        message = next(messages, None)
+    except grpc.RpcError as error:
+        error.__traceback__ = None  # gRPC keeps it with the call: a cycle.
+        raise AbandonedError from None
+    if message is None and has_left(context):
+        raise AbandonedError
+    return message
+
+
+def _end(context: Any, error: ServerError) -> None:
+    """Ends a call from outside its thread, which waits in gRPC."""
+    try:
+        # Not a part of gRPC's interface, which has ``cancel`` alone: that tells the caller no reason.
+        context._rpc_event.call.cancel(status_of(error).code.value[0], str(error))
+    except Exception:
+        context.cancel()
