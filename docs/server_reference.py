@@ -35,10 +35,11 @@ has a page for people at `/`, and the numbers of that page at `/status`. `make d
 
 The phases of a request: `receive`: header and payload; `joint`: waiting for the other ranks of its step; `queue`:
 waiting for the device; `compute`: computing its batch; `copy`: copying the batch's gradients to the host; `send`:
-sending the answer. Other labels: `mode` is `train` (with a gradient) or `eval`; `over` is the lower limit of a class of
-times, in seconds; `lovasz_abandoned_total` has the reasons `cancelled` and `expired`. The reasons of
-`lovasz_rejections_total` beside those that its text names: `starting` and `stopping` (the server), `invalid`,
-`mismatch` and `conflict` (a rank that does not fit its joint step, or comes twice), `unauthenticated`.
+sending the answer. An answer in one message counts as sent when gRPC has taken it: what the network takes for it is not
+measured. Other labels: `mode` is `train` (with a gradient) or `eval`; `over` is the lower limit of a class of times, in
+seconds; `lovasz_abandoned_total` has the reasons `cancelled` and `expired`. The reasons of `lovasz_rejections_total`
+beside those that its text names: `starting` and `stopping` (the server), `invalid`, `mismatch` and `conflict` (a rank
+that does not fit its joint step, or comes twice), `unauthenticated`.
 
 | metric | type | labels | description |
 |---|---|---|---|

@@ -38,8 +38,9 @@ REQUESTS = (
     ),
     Panel(
         "Time of a request",
-        "From its header to the end of its answer, or to its failure. Resolution: the buckets of the histogram, "
-        "0.1, 0.2, 0.5, 1, 2, 5 ... Points: single requests whose callers record traces.",
+        "From the start of its call to the end of its answer (in one message: until gRPC has taken it), or to its "
+        "failure. Resolution: the buckets of the histogram, 0.1, 0.2, 0.5, 1, 2, 5 ... Points: single requests whose "
+        "callers record traces.",
         "s",
         tuple(
             (f"p{100 * share:.0f} {outcome}", quantile(share, "lovasz_request_seconds", outcome=outcome))

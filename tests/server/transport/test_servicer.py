@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sized
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,8 +14,10 @@ from support.desk import ABORTED, CANCELLED, OK, RESOURCE_EXHAUSTED, Desk, DeskC
 from support.waiting import eventually
 
 from lovasz.server.observe.metrics import CLASSES, GAUGES, PHASES, Metrics
+from lovasz.server.transport.call import SERVICE_NAME
 from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.status import CODES
+from lovasz.wire import framing
 
 
 def sample(desk: Desk, name: str, **labels: str) -> float | None:
@@ -112,6 +115,22 @@ def test_each_phase_of_a_slow_request_is_counted_apart_from_those_of_quick_ones(
     assert sum(sample(desk, "class_requests_total", over=over) or 0 for over in CLASSES) == 3
     by_class = [sample(desk, "class_phase_seconds_total", over=over, phase="joint") or 0 for over in CLASSES]
     assert sum(by_class) == pytest.approx(sample(desk, "phase_seconds_sum", phase="joint"))
+
+
+def test_the_time_of_a_request_in_one_message_begins_with_its_call(desk: Desk) -> None:
+    desk.compute()
+    rank, carrier = Rank(world_size=0), DeskCarrier()
+
+    def slowly() -> Iterator[framing.UnaryRequest]:
+        threading.Event().wait(0.3)
+        yield framing.UnaryRequest(rank.request.to_proto(), *rank.payload)
+
+    details: Any = SimpleNamespace(method=f"/{SERVICE_NAME}/Compute", invocation_metadata=())
+    method: Any = desk.service.handler().service(details)
+    assert method.stream_unary(slowly(), carrier)
+    carrier.end()
+    assert (sample(desk, "phase_seconds_sum", phase="receive") or 0) > 0.25
+    assert (sample(desk, "request_seconds_sum", outcome="answered") or 0) > 0.25
 
 
 def test_what_was_refused_has_no_time_and_is_told_apart_by_what_it_lacked() -> None:

@@ -34,7 +34,7 @@ class Phase(enum.Enum):
     COPY = "copy"
     """The copy of the batch's gradients to the host."""
     SEND = "send"
-    """Its answer."""
+    """Its answer. One of one message is sent when gRPC has taken it: the network is left out."""
 
 
 class JointOutcome(enum.Enum):
@@ -150,8 +150,8 @@ class Metrics:
         )
         request_seconds = tallies.histogram(
             "lovasz_request_seconds",
-            "Time of each admitted request, from its header to the end of its answer, or to its failure; the outcome "
-            "is answered or failed.",
+            "Time of each admitted request, from the start of its call to the end of its answer (in one message: until "
+            "gRPC has taken it), or to its failure; the outcome is answered or failed.",
             ["outcome"],
             buckets=_SECONDS,
         )

@@ -91,13 +91,17 @@ class Pipeline:
 class Call:
     """One call, from its header to its last byte. At the end of its ``with``, it gives back all that it holds."""
 
-    def __init__(self, pipeline: Pipeline, method: str, context: Carrier) -> None:
-        """Begins the call."""
+    def __init__(self, pipeline: Pipeline, method: str, context: Carrier, began: float | None = None) -> None:
+        """Begins the call.
+
+        Args:
+            began: when it began (``time.monotonic``) if its message has been read already; None: now.
+        """
         self._pipeline = pipeline
         self._method = method
         self._context = context
         self._identity = Identity.of(context)
-        self._clock = CallClock()
+        self._clock = CallClock(began)
         self._loss = unread_loss(method)
         self._run = ""
         self._inside = False
@@ -106,7 +110,7 @@ class Call:
         self._staging: AnyStaging | None = None
         self._handed_over: tuple[int, SendWatch] | None = None
         remaining = context.time_remaining()
-        self._deadline = None if remaining is None else self._clock.started + remaining
+        self._deadline = None if remaining is None else time.monotonic() + remaining
         self._trace = exemplar(context.invocation_metadata())
 
     def __enter__(self) -> Call:

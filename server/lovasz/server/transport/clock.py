@@ -19,9 +19,14 @@ class CallClock:
         began: when each phase began (``time.monotonic``).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
+        """Begins to receive.
+
+        Args:
+            began: when the call began (``time.monotonic``); None: now.
+        """
         self.phase = Phase.RECEIVE
-        self.started = self._since = time.monotonic()
+        self.started = self._since = time.monotonic() if began is None else began
         self.seconds: dict[Phase, float] = {}
         self.began = {self.phase: self.started}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ class LossServicer:
             ),
             "GetServerInfo": self._unary(
                 "GetServerInfo",
-                self.server_info,
+                lambda request, context, began: self.server_info(request, context),
                 pb.GetServerInfoRequest.FromString,
                 pb.GetServerInfoResponse.SerializeToString,
             ),
@@ -91,7 +92,7 @@ class LossServicer:
     def _unary(
         self,
         name: str,
-        method: Callable[[Any, grpc.ServicerContext], Any],
+        method: Callable[[Any, grpc.ServicerContext, float], Any],
         decode: Callable[[bytes], Any],
         encode: Callable[[Any], bytes] | None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
@@ -104,21 +105,27 @@ class LossServicer:
         limit = Limit("message", seconds, "--header-timeout and --payload-timeout") if name == "Compute" else None
 
         def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            began = time.monotonic()
             try:
                 with self.pipeline.lanes.aside():
                     message = self.headerless.first(messages, context, limit)
             except ServerError as error:
-                with Call(self.pipeline, name, context):
+                with Call(self.pipeline, name, context, began):
                     raise error
-            return method(Undecodable(0) if message is None else message, context)
+            return method(Undecodable(0) if message is None else message, context, began)
 
         return grpc.stream_unary_rpc_method_handler(
             answer, request_deserializer=or_undecodable(decode), response_serializer=encode
         )
 
-    def compute(self, request: framing.UnaryRequest | Undecodable, context: grpc.ServicerContext) -> bytes:
+    def compute(
+        self,
+        request: framing.UnaryRequest | Undecodable,
+        context: grpc.ServicerContext,
+        began: float | None = None,
+    ) -> bytes:
         """Computes a request that comes in one message."""
-        with Call(self.pipeline, "Compute", context) as call:
+        with Call(self.pipeline, "Compute", context, began) as call:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("ComputeRequest")
@@ -174,10 +181,10 @@ class LossServicer:
             yield from self.sending.watched(itertools.chain(first, wire.chunks([grad_bytes(answer)])), context)
 
     def abort_step(
-        self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext
+        self, request: pb.AbortStepRequest | Undecodable, context: grpc.ServicerContext, began: float | None = None
     ) -> pb.AbortStepResponse:
         """Ends a joint step in which a rank cannot take part."""
-        with Call(self.pipeline, "AbortStep", context) as call:
+        with Call(self.pipeline, "AbortStep", context, began) as call:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("AbortStepRequest")
@@ -186,10 +193,10 @@ class LossServicer:
             return pb.AbortStepResponse()
 
     def leave_run(
-        self, request: pb.LeaveRunRequest | Undecodable, context: grpc.ServicerContext
+        self, request: pb.LeaveRunRequest | Undecodable, context: grpc.ServicerContext, began: float | None = None
     ) -> pb.LeaveRunResponse:
         """Lets the other ranks of a run go on without one."""
-        with Call(self.pipeline, "LeaveRun", context) as call:
+        with Call(self.pipeline, "LeaveRun", context, began) as call:
             call.enter()
             if isinstance(request, Undecodable):
                 raise request.error("LeaveRunRequest")
