@@ -41,7 +41,7 @@ class Timing:
     """Where the server spent the time of a request.
 
     Attributes:
-        receive_seconds: from the header to the last byte of the payload.
+        receive_seconds: from the start of the call to the last byte of the payload.
         queue_seconds: from there to the start of the computation.
         compute_seconds: the computation of the request's batch.
         batch_requests: how many requests shared that batch, this one included.

@@ -6,6 +6,7 @@ import random
 import threading
 
 import pytest
+from support.clock import Clock
 
 from lovasz.server.errors import (
     NameLimitError,
@@ -15,6 +16,7 @@ from lovasz.server.errors import (
     StoppingError,
     TooLargeError,
 )
+from lovasz.server.schedule import earmark
 from lovasz.server.schedule.admission import Admission
 
 
@@ -181,3 +183,72 @@ def test_a_full_share_reclaims_what_its_name_keeps_and_a_full_budget_what_anyone
     with admission.reserve(80), pytest.raises(OverloadedError):
         admission.reserve(30, name="alice")
     assert asked == ["alice", None]
+
+
+# --- Large requests beside small ones ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(earmark, "time", clock)
+    return clock
+
+
+def refused(admission: Admission, nbytes: int, who: str, name: str = "") -> str:
+    with pytest.raises(OverloadedError) as error:
+        admission.reserve(nbytes, name=name, who=who)
+    return str(error.value)
+
+
+def wait_in_vain(admission: Admission, clock: Clock, nbytes: int = 90, name: str = "") -> None:
+    """A large request comes again and again, for as long as it takes until bytes are kept for it."""
+    for _ in range(8):
+        refused(admission, nbytes, "large", name)
+        clock.now += 0.5
+
+
+def test_small_requests_leave_room_to_a_large_one_that_has_been_refused_for_some_seconds(clock: Clock) -> None:
+    admission = Admission(100, 10)
+    first, second = admission.reserve(20, who="small"), admission.reserve(20, who="small")
+    refused(admission, 90, "large")
+    admission.reserve(20, who="small").release()  # It has not waited for long.
+    wait_in_vain(admission, clock)
+    first.release()
+    assert "90 B are kept for a request that waits for long" in refused(admission, 20, "small")
+    admission.reserve(20).release()  # A part of a joint step.
+    second.release()
+    admission.reserve(10, who="small").release()  # There is room for both.
+    large = admission.reserve(90, who="large")
+    large.release()
+    admission.reserve(90, who="small").release()
+
+
+def test_a_large_request_that_does_not_come_back_holds_nobody_up(clock: Clock) -> None:
+    admission = Admission(100, 10)
+    with admission.reserve(20):
+        wait_in_vain(admission, clock)
+        refused(admission, 20, "small")
+        clock.now += 2.0
+        admission.reserve(20, who="small").release()
+
+
+def test_room_that_others_hold_for_long_is_waited_for_in_vain_and_not_again_at_once(clock: Clock) -> None:
+    admission, served = Admission(100, 10), 0
+    with admission.reserve(20):
+        for _ in range(300):
+            refused(admission, 90, "large")
+            try:
+                admission.reserve(20, who="small").release()
+                served += 1
+            except OverloadedError:
+                pass
+            clock.now += 0.1
+    assert served > 0.85 * 300
+
+
+def test_no_bytes_are_kept_beyond_the_share_of_a_name(clock: Clock) -> None:
+    admission = Admission(100, 10, of_alice)
+    with admission.reserve(30, name="alice"), admission.reserve(50):
+        wait_in_vain(admission, clock, 40, "alice")
+        admission.reserve(20, who="small").release()

@@ -10,10 +10,12 @@ from typing import Any
 
 import grpc
 import pytest
+from support.clock import Clock
 from support.desk import ABORTED, CANCELLED, OK, RESOURCE_EXHAUSTED, Desk, DeskCarrier, Outcome, Rank, ended
 from support.waiting import eventually
 
 from lovasz.server.observe.metrics import CLASSES, GAUGES, PHASES, Metrics
+from lovasz.server.schedule import earmark
 from lovasz.server.transport.call import SERVICE_NAME
 from lovasz.server.transport.lanes import Lanes, Place
 from lovasz.server.transport.status import CODES
@@ -144,6 +146,27 @@ def test_what_was_refused_has_no_time_and_is_told_apart_by_what_it_lacked() -> N
     assert sample(desk, "rejections_total", reason="no_bytes") == 1
     assert sample(desk, "rejections_total", reason="no_requests") == 1
     assert counted(desk) == {}
+    desk.close()
+
+
+def test_a_caller_whose_request_is_refused_again_and_again_has_room_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(earmark, "time", clock)
+    small, large = Rank(world_size=0), Rank(world_size=0, shape=(1, 3, 60))
+    desk = Desk(budget=large.nbytes + small.nbytes - 1)
+    desk.compute()
+    with desk.admission.reserve(small.nbytes):
+        for _ in range(8):
+            (outcome,) = ended(desk.ask(large, DeskCarrier(address="large")))
+            assert outcome.code is RESOURCE_EXHAUSTED
+            clock.now += 0.5
+    (outcome,) = ended(desk.ask(small, DeskCarrier(address="small")))
+    assert (outcome.code, "are kept for a request" in outcome.text) == (RESOURCE_EXHAUSTED, True)
+    for rank in (large, small):
+        (outcome,) = ended(desk.ask(rank, DeskCarrier(address="large")))
+        assert outcome.code is OK
     desk.close()
 
 

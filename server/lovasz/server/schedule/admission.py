@@ -18,6 +18,7 @@ from lovasz.server.errors import (
     StoppingError,
     TooLargeError,
 )
+from lovasz.server.schedule.earmark import Earmark
 from lovasz.server.settings import format_bytes
 
 _MIN_RETRY_SECONDS = 0.05
@@ -117,6 +118,7 @@ class Admission:
         self.failing = False
         self._peak_bytes = 0
         self._mean_held_seconds = 0.1
+        self._earmark = Earmark()
         self.reclaim: Callable[[str | None], bool] = lambda name: False
         """Gives up bytes that are not needed but only useful, those of a name or of all; says whether there were any.
         Called when only bytes are missing."""
@@ -135,11 +137,13 @@ class Admission:
             peak, self._peak_bytes = self._peak_bytes, self._bytes
             return peak
 
-    def reserve(self, nbytes: int, requests: int = 1, name: str = "") -> Permit:
+    def reserve(self, nbytes: int, requests: int = 1, name: str = "", who: str = "") -> Permit:
         """Takes room for the tensors of a request, or of several.
 
         Args:
             name: whose share they count for: the name of a token; empty: nobody's.
+            who: who asks, and asks again with the same size if there is no room: then bytes are kept for it after some
+                seconds (``Earmark``). Empty: that is not known. Such requests leave nothing to others, either.
 
         Raises:
             TooLargeError: they need more than the whole budget, or the whole share of the name.
@@ -149,7 +153,7 @@ class Admission:
             StoppingError: the server is draining.
         """
         self.check_size(nbytes, requests, name)
-        self._take(nbytes, requests, name)
+        self._take(nbytes, requests, name, who)
         return Permit(self, nbytes, requests, name)
 
     def most_bytes(self, name: str) -> int:
@@ -204,18 +208,39 @@ class Admission:
             self._empty.wait_for(lambda: self._requests == 0, timeout_seconds)
             return self._requests
 
-    def _take(self, nbytes: int, requests: int, name: str) -> None:
+    def _take(self, nbytes: int, requests: int, name: str, who: str = "") -> None:
         while True:
             with self._lock:
                 refusal = self._refusal(nbytes, requests, name)
                 if refusal is None:
+                    if who:
+                        self._leave_room(nbytes, who)
                     self._count(nbytes, requests, name)
                     self._peak_bytes = max(self._peak_bytes, self._bytes)
                     return
                 lacks_only_bytes = self._refusal(0, requests, name) is None
                 lacks_own_share = isinstance(refusal, NameLimitError)
             if not (lacks_only_bytes and self.reclaim(name if lacks_own_share else None)):
+                if who and isinstance(refusal, NoBytesLeftError):
+                    with self._lock:
+                        if not name or self._refusal_of(nbytes, requests, name) is None:
+                            self._earmark.refused(who, nbytes, refusal.retry_after_seconds)
                 raise refusal
+
+    def _leave_room(self, nbytes: int, who: str) -> None:
+        """There is room for this request: does another one wait for it?
+
+        Raises:
+            NoBytesLeftError: there is none beside the bytes that are kept for that one.
+        """
+        kept = self._earmark.kept_from(who, nbytes)
+        if kept and self._bytes + nbytes + kept > self.budget_bytes:
+            raise NoBytesLeftError(
+                f"{format_bytes(nbytes)} are needed; {format_bytes(self._bytes)} of {format_bytes(self.budget_bytes)} "
+                f"are in use (--memory-budget), and {format_bytes(kept)} are kept for a request that waits for long",
+                self._retry_seconds(),
+            )
+        self._earmark.admitted(who, nbytes)
 
     def _count(self, nbytes: int, requests: int, name: str) -> None:
         """So much more is in flight, or less."""

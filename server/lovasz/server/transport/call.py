@@ -185,7 +185,8 @@ class Call:
         if not self._context.is_active():  # Its rank may have come again with another call meanwhile.
             raise AbandonedError
         if header.joint is None:
-            self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=self._identity.name)
+            name, who = self._identity
+            self._permit = self._pipeline.admission.reserve(header.tensor_bytes, name=name, who=who)
         else:
             joints = self._pipeline.joints
             place = self._place = joints.join(header, self._context.cancel, self.address, self._identity.name)
