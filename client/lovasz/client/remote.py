@@ -229,9 +229,7 @@ class RemoteTarget:
             raise self._translated(error) from None
         return ServerInfo(
             version=info.version,
-            devices=tuple(
-                Device(device.name, device.hardware, device.healthy, device.starting) for device in info.devices
-            ),
+            devices=tuple([Device(one.name, one.hardware, one.healthy, one.starting) for one in info.devices]),
             losses=tuple(info.losses),
             memory_budget_bytes=info.memory_budget_bytes,
             max_requests=info.max_requests,
