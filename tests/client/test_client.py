@@ -753,17 +753,22 @@ def test_a_request_that_can_never_fit_is_not_tried_again(size: Size) -> None:
         assert server.methods == [size.method]
 
 
-def test_the_fifth_failure_is_the_last() -> None:
-    with serving(failing(9, grpc.StatusCode.RESOURCE_EXHAUSTED, pushback_ms=1)) as server:
+def test_the_fifth_failure_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the server says when to try again."""
+    monkeypatch.setattr("lovasz.client.retry.INITIAL_BACKOFF_SECONDS", 0.001)
+    with serving(failing(9, grpc.StatusCode.RESOURCE_EXHAUSTED)) as server:
         with pytest.raises(ServerOverloadedError, match="not yet, 4"):
             call(server, SMALL)
         assert len(server.methods) == 5
 
 
 @each_size
-def test_a_server_that_starts_is_waited_for(size: Size) -> None:
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED], ids=["starts", "full"]
+)
+def test_a_server_that_starts_or_is_full_is_waited_for(size: Size, code: grpc.StatusCode) -> None:
     """It says when to try again, so the address is right."""
-    with serving(failing(9, grpc.StatusCode.UNAVAILABLE, pushback_ms=1)) as server:
+    with serving(failing(9, code, pushback_ms=1)) as server:
         assert call(server, size) == 3.0
         assert server.methods == [size.method] * 10
 

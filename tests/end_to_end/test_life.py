@@ -25,6 +25,7 @@ from support.waiting import eventually
 
 from lovasz import wire
 from lovasz.client import LossClient, LovaszSoftmax, ServerOverloadedError, ServerUnavailableError
+from lovasz.client.retry import FIRST_ATTEMPTS
 from lovasz.server import launch
 from lovasz.server.launch import ServerProcess
 from lovasz.spec import LOSS_KINDS
@@ -152,10 +153,11 @@ def test_over_budget_is_refused_from_the_header_and_room_comes_back() -> None:
     with ForkedServer(["--device", "cpu", "--memory-budget", "200KiB"]) as server, LossClient(server.target) as client:
         channel, call, release = held_open(server.target, header_of(logits, labels))
         assert eventually(lambda: metric(server, "lovasz_in_flight_bytes") == 2 * logits.nbytes + labels.nbytes)
-        with pytest.raises(ServerOverloadedError, match=r"132 KiB of 200 KiB are in use"):
-            client.compute(logits, labels, SOFTMAX)
-        # A client that has had no answer yet asks five times, waiting as long as the server says.
-        assert metric(server, "lovasz_rejections_total", reason="no_bytes") == 5
+        full = pytest.raises(ServerOverloadedError, match=r"132 KiB of 200 KiB are in use")
+        with LossClient(server.target, timeout=2.0) as new, full:
+            new.compute(logits, labels, SOFTMAX)
+        # Also a client that has had no answer yet asks until its timeout, waiting as long as the server says.
+        assert metric(server, "lovasz_rejections_total", reason="no_bytes") > FIRST_ATTEMPTS
         assert client.compute(*tensors(16), SOFTMAX).loss > 0
         call.cancel()
         release.set()
@@ -172,8 +174,9 @@ def test_too_many_requests_are_refused_while_health_is_still_answered() -> None:
     with ForkedServer(["--device", "cpu", "--max-requests", "2"]) as server, LossClient(server.target) as client:
         held = [held_open(server.target, header) for _ in range(2)]
         assert eventually(lambda: metric(server, "lovasz_in_flight_requests") == 2)
-        with pytest.raises(ServerOverloadedError, match=r"2 requests are in flight, of at most 2"):
-            client.compute(*tensors(8), SOFTMAX)
+        full = pytest.raises(ServerOverloadedError, match=r"2 requests are in flight, of at most 2")
+        with LossClient(server.target, timeout=2.0) as new, full:
+            new.compute(*tensors(8), SOFTMAX)
         with grpc.insecure_channel(server.target) as channel:
             assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == SERVING
         for channel, call, release in held:

@@ -54,7 +54,8 @@ class LossClient:
         """Checks its arguments. It connects at the first call.
 
         A call that finds no server, or a full one, is repeated until its timeout. Before the client's first answer its
-        address may be wrong: until then a call is tried at most 5 times, within about 10 seconds.
+        address may be wrong: until then a call is tried at most 5 times, within about 10 seconds. A server that says
+        when to try again, as one that is starting or full, counts as an answer.
 
         Args:
             target: HOST:PORT, ``unix:/path``, any other target of gRPC, or ``"inprocess"``: no server, ``lovasz.core``
