@@ -86,7 +86,8 @@ def submit(
         RuntimeError: the current stream captures a CUDA graph.
         Stopped: the computation was asked to end early.
     """
-    _refuse_capture(device)
+    if device.type == "cuda":
+        _refuse_capture()
     whole = Batch.of(requests, joined)
     plan_of_whole = Plan.of(whole, loss, device)
     all_places = plan_of_whole.places
@@ -112,9 +113,9 @@ def submit(
     return Pending(whole, tuple(parts), loss, want_grad)
 
 
-def _refuse_capture(device: torch.device) -> None:
+def _refuse_capture() -> None:
     """Raises RuntimeError during a capture, which any backend's wait for the GPU would end with an error of CUDA's."""
-    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a loss cannot be captured in a CUDA graph: it waits for the GPU, to check the labels")
 
 
@@ -218,7 +219,7 @@ def triton_works(device: torch.device) -> bool:
     Raises:
         RuntimeError: a CUDA graph is being captured, or the device is full (torch.OutOfMemoryError).
     """
-    _refuse_capture(device)
+    _refuse_capture()
     try:
         _compute_small([Backend.TRITON], device, torch.float32)
     except torch.OutOfMemoryError:

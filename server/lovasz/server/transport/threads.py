@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ TOO_MANY_CALLS = "too many calls at a time"
 _RETRY_SECONDS = 1.0
 """How long a caller that is refused is told to wait."""
 _REFUSING_THREADS = 2
+_REFUSAL_SECONDS = 0.005
+"""How long each takes for a refusal, at least: callers that ask again at once would keep the interpreter busy."""
 
 
 def too_many_calls() -> NoRequestsLeftError:
@@ -199,6 +202,7 @@ class LimitedHandler(grpc.GenericRpcHandler):
         return make(answer, handler.request_deserializer, handler.response_serializer)
 
     def _refuse(self, method: str, context: grpc.ServicerContext) -> NoReturn:
+        time.sleep(_REFUSAL_SECONDS)
         error = too_many_calls()
         status = status_of(error)
         assert status.rejection is not None
