@@ -7,7 +7,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
@@ -268,6 +268,7 @@ class Desk:
         self.engine = SlowEngine(CPU, self.batcher, self.metrics, health_interval_seconds=NEVER, stall_seconds=NEVER)
         self.pool = CountedPool()
         self._readers, self._calls = ThreadPoolExecutor(200), ThreadPoolExecutor(200)
+        self._asked: list[Future[Outcome]] = []
         pipeline = Pipeline(
             admission=self.admission,
             staging=self.pool,
@@ -296,7 +297,7 @@ class Desk:
 
     def ask(self, rank: Rank, carrier: DeskCarrier | None = None) -> Future[Outcome]:
         """Makes its call, in one message."""
-        return self._calls.submit(self._ask, rank, carrier or DeskCarrier())
+        return self._begun(self._calls.submit(self._ask, rank, carrier or DeskCarrier()))
 
     def _ask(self, rank: Rank, carrier: DeskCarrier) -> Outcome:
         message = framing.UnaryRequest(rank.request.to_proto(), *rank.payload)
@@ -326,7 +327,11 @@ class Desk:
             yield bytes(message) if isinstance(message, memoryview) else message
 
     def ask_in_stream(self, rank: Rank, go_on: threading.Event, carrier: DeskCarrier | None = None) -> Future[Outcome]:
-        return self._calls.submit(self._ask_in_stream, rank, go_on, carrier or DeskCarrier())
+        return self._begun(self._calls.submit(self._ask_in_stream, rank, go_on, carrier or DeskCarrier()))
+
+    def _begun(self, call: Future[Outcome]) -> Future[Outcome]:
+        self._asked.append(call)
+        return call
 
     def _ask_in_stream(self, rank: Rank, go_on: threading.Event, carrier: DeskCarrier) -> Outcome:
         try:
@@ -364,9 +369,12 @@ class Desk:
 
     def close(self) -> None:
         """Ends, and shows that nothing is left."""
+        if late := wait(self._asked, timeout=60).not_done:  # The test has failed, perhaps with ranks that wait.
+            self.joints.stop()
         if self.engine._thread.ident is not None:
             assert self.engine.stop(timeout_seconds=30)
-        self._calls.shutdown()
+        self._calls.shutdown(wait=not late)
+        assert not late, f"{len(late)} calls have not ended"
         self._readers.shutdown()
         self.joints._reclaim(None)
         assert (self.joints.groups, self.joints.waiting_ranks, self.joints.kept) == (0, 0, 0)
