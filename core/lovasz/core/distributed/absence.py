@@ -30,6 +30,10 @@ _TURN = timedelta(seconds=0.2)
 """How long the thread waits at a time inside torch; a thread that returns from there while the interpreter ends aborts
 the process."""
 
+_SETTLE_SECONDS = 0.1
+"""How long gloo's own threads have at the exit to let go of the tensors of exchanges that are over. They need the
+interpreter for it: one that asks for it while the interpreter ends aborts the process."""
+
 _EXPECTED = "expected a gloo group for this loss alone: torch.distributed.new_group(backend='gloo')"
 
 _ENDING = threading.Event()
@@ -169,5 +173,6 @@ def _wait_at_exit() -> None:
     for _ in range(2):
         until = time.monotonic() + SECONDS_AT_EXIT
         if all(absence.is_over(until) for absence in absences):
-            return
+            break
         _ENDING.set()
+    time.sleep(_SETTLE_SECONDS)
