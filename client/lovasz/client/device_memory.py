@@ -73,6 +73,9 @@ class DeviceRegion(Shared):
         if self._written is not None:
             self._written.synchronize()
 
+    def renew(self) -> None:
+        """Nothing to do: a server takes memory of a GPU again."""
+
     def description(self) -> pb.DeviceMemory:
         return pb.DeviceMemory(device=self._uuid, nbytes=self.nbytes)
 

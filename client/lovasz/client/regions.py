@@ -48,7 +48,8 @@ class Shared(ABC):
         self.descriptor, self.was_shared = descriptor, False
         self._close_descriptor = weakref.finalize(self, os.close, descriptor)
 
-    def renew(self) -> None:  # noqa: B027
+    @abstractmethod
+    def renew(self) -> None:
         """Makes it shareable once more, with the same contents."""
 
     def description(self) -> pb.DeviceMemory | None:
