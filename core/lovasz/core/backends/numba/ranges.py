@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numba
@@ -27,7 +26,7 @@ MOST_PIXELS = 1 << 23
 
 _SAMPLES = 4
 """The keys of a strip that are looked at to divide the keys of its segment into ranges."""
-_LARGEST_KEY = np.iinfo(np.uint64).max
+_LARGEST_KEY = np.uint64(np.iinfo(np.uint64).max)
 
 
 class Strips(NamedTuple):
@@ -76,60 +75,102 @@ def sort_in_ranges(call: Call, found: Segments, codes: npt.NDArray[np.uint8], ru
 
 
 def _sort_portion(call: Call, found: Segments, codes: npt.NDArray[np.uint8], rules: Rules) -> npt.NDArray[np.float64]:
-    strips = _strips(found)
+    strips = Strips(*_cut(found.start, found.stop))
     keys = call.scratch.array("keys of strips", (len(strips.segment), STRIP_PIXELS), np.uint64)
     places = call.scratch.array("places of keys", (len(strips.segment), STRIP_PIXELS), np.uint16)
     g = call.scratch.array("gradients of keys", (places.size if rules.want_grad else 0,), np.float32)
     of_strips: dict[str, Any] = {"strips": strips, "segments": found, "rules": rules, "places": places}
     call.run(select, errors=call.errors, codes=codes, keys=keys, **of_strips)
-    ranges, ends = _ranges(strips, keys, len(found.row), call.threads)
+    ends = np.zeros(len(found.row) + 1, np.int64)
+    ranges = Ranges(*_divide(strips, keys, ends, RANGE_KEYS, call.threads))
     memory = call.scratch.array("keys of ranges", (2, int(ends[-1])), np.uint64)
     losses = call.scratch.array("losses of keys", (int(ends[-1]),), np.float64)
     of_keys: dict[str, Any] = {"keys": keys, "own_keys": memory[0], "other_keys": memory[1]}
     call.run(rank, ranges=ranges, counts=strips.count, segments=found, losses=losses, g=g, **of_keys)
-    if rules.want_grad:
-        call.run(write, planes=call.planes, g=g, **of_strips)
-    # Without the background after the last foreground, whose losses are 0: as many as ``extension`` adds up.
-    return np.array([sorting.sum_of_losses(own[: np.count_nonzero(own)]) for own in np.split(losses, ends[:-1])])
+    sums = np.empty(len(found.row))
+    call.run(write, planes=call.planes, g=g, losses=losses, ends=ends, sums=sums, **of_strips)
+    return sums
 
 
-def _strips(found: Segments) -> Strips:
-    pixels = found.stop - found.start
-    per_segment = -(-pixels // STRIP_PIXELS)
-    segment = np.repeat(np.arange(len(pixels)), per_segment)
-    first = np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
-    start = found.start[segment] + (np.arange(len(segment)) - first) * STRIP_PIXELS
-    return Strips(segment, first, start, np.minimum(start + STRIP_PIXELS, found.stop[segment]), np.zeros_like(start))
+@compiled
+def _cut(start: Integers, stop: Integers) -> tuple[Integers, Integers, Integers, Integers, Integers]:
+    """The columns of the strips of segments with the pixels [start, stop); their keys are not counted yet."""
+    number = 0
+    for s in range(len(start)):
+        number += -(-(stop[s] - start[s]) // STRIP_PIXELS)
+    segment, firsts, starts, stops, count = (
+        np.empty(number, np.int64),
+        np.empty(number, np.int64),
+        np.empty(number, np.int64),
+        np.empty(number, np.int64),
+        np.zeros(number, np.int64),
+    )
+    strip = 0
+    for s in range(len(start)):
+        first = strip
+        for begin in range(start[s], stop[s], STRIP_PIXELS):
+            segment[strip], firsts[strip] = s, first
+            starts[strip], stops[strip] = begin, min(begin + STRIP_PIXELS, stop[s])
+            strip += 1
+    return segment, firsts, starts, stops, count
 
 
-def _ranges(strips: Strips, keys: npt.NDArray[np.uint64], segments: int, threads: int) -> tuple[Ranges, Integers]:
-    """The ranges of all segments, and the place in ``losses`` where the keys of each segment end."""
-    edges = np.searchsorted(strips.segment, np.arange(segments + 1))
-    ends = np.array([strips.count[first:stop].sum() for first, stop in pairwise(edges)]).cumsum()
-    columns = []
-    for s, (first, stop) in enumerate(pairwise(edges)):
-        counts, place = strips.count[first:stop], ends[s - 1] if s else 0
-        number = max(-(-(ends[s] - place) // RANGE_KEYS), threads if segments < threads else 1)
-        inner = _quantiles(keys[first:stop], counts, int(number))
-        for low, high in zip([0, *inner], [*inner, _LARGEST_KEY], strict=True):
-            columns.append((s, first, stop, low, high, place))
-    of_ranges: tuple[Any, ...] = tuple(zip(*columns, strict=True))
-    types = (np.int64, np.int64, np.int64, np.uint64, np.uint64, np.int64)
-    arrays: Any = (np.array(column, kind) for column, kind in zip(of_ranges, types, strict=True))
-    return Ranges(*arrays), ends
+@compiled
+def _divide(
+    strips: Strips, keys: npt.NDArray[np.uint64], ends: Integers, range_keys: int, threads: int
+) -> tuple[Integers, Integers, Integers, Keys, Keys, Integers]:
+    """The columns of the ranges of all segments.
+
+    Args:
+        ends: one element per segment and one more, 0; written: ``losses`` has those of segment i in [ends[i],
+            ends[i + 1]).
+        range_keys: about the most keys of a range.
+    """
+    segments, strip = len(ends) - 1, 0
+    for i in range(len(strips.segment)):
+        ends[strips.segment[i] + 1] += strips.count[i]
+    for s in range(segments):
+        ends[s + 1] += ends[s]
+    least = threads if segments < threads else 1
+    most = ends[segments] // range_keys + segments * (least + 1)
+    segment, first_strip, stop_strip, place = (
+        np.empty(most, np.int64),
+        np.empty(most, np.int64),
+        np.empty(most, np.int64),
+        np.empty(most, np.int64),
+    )
+    low, high = np.empty(most, np.uint64), np.empty(most, np.uint64)
+    number = 0
+    for s in range(segments):
+        first = strip
+        while strip < len(strips.segment) and strips.segment[strip] == s:
+            strip += 1
+        wanted = max(-(-(ends[s + 1] - ends[s]) // range_keys), least)
+        inner = _quantiles(keys[first:strip], strips.count[first:strip], wanted)
+        for i in range(len(inner) + 1):
+            segment[number], first_strip[number], stop_strip[number], place[number] = s, first, strip, ends[s]
+            low[number] = inner[i - 1] if i > 0 else np.uint64(0)
+            high[number] = inner[i] if i < len(inner) else _LARGEST_KEY
+            number += 1
+    return segment[:number], first_strip[:number], stop_strip[:number], low[:number], high[:number], place[:number]
 
 
-def _quantiles(keys: npt.NDArray[np.uint64], counts: Integers, number: int) -> list[int]:
-    """Keys that divide those of a segment's strips into so many ranges of about the same size."""
-    strips = np.flatnonzero(counts)
-    if len(strips) == 0:
-        return []
-    places = counts[strips, None] * np.arange(_SAMPLES) // _SAMPLES
-    sample, weights = keys[strips[:, None], places].ravel(), counts[strips].repeat(_SAMPLES)
-    order = sample.argsort()
-    below = weights[order].cumsum()
-    found = np.searchsorted(below, below[-1] * np.arange(1, number) // number)
-    return [int(key) for key in sample[order][found]]
+@compiled
+def _quantiles(keys: npt.NDArray[np.uint64], counts: Integers, number: int) -> Keys:
+    """Keys that divide those of a segment's strips into so many ranges of about the same size; none without keys."""
+    sample, weights = np.empty(len(counts) * _SAMPLES, np.uint64), np.empty(len(counts) * _SAMPLES, np.int64)
+    n, total = 0, 0
+    for strip in range(len(counts)):
+        for i in range(_SAMPLES if counts[strip] > 0 else 0):
+            sample[n], weights[n] = keys[strip, counts[strip] * i // _SAMPLES], counts[strip]
+            n, total = n + 1, total + counts[strip]
+    order = np.argsort(sample[:n])
+    found, below, j = np.empty(number - 1 if n > 0 else 0, np.uint64), 0, 0
+    for i in range(len(found)):
+        while below + weights[order[j]] < total * (i + 1) // number:
+            below, j = below + weights[order[j]], j + 1
+        found[i] = sample[order[j]]
+    return found
 
 
 @compiled
@@ -224,14 +265,33 @@ def write(
     planes: Planes,
     places: npt.NDArray[np.uint16],
     g: Floats,
+    losses: npt.NDArray[np.float64],
+    ends: Integers,
+    sums: npt.NDArray[np.float64],
 ) -> None:
-    """Writes the gradient of each strip's pixels: that of the keys, and 0 elsewhere."""
+    """Adds up the losses of each segment's keys; writes the gradient of its pixels: that of the keys, and 0 elsewhere.
+
+    Args:
+        ends: those of ``_divide``.
+        sums: written, one element per segment.
+    """
+    number = len(sums) + (len(strips.segment) if rules.want_grad else 0)
     while True:
-        task = claim(tasks, len(strips.segment))
-        if task >= len(strips.segment):
+        task = claim(tasks, number)
+        if task >= number:
             break
-        s, start, stop, count, j = strips.segment[task], strips.start[task], strips.stop[task], strips.count[task], 0
-        place, own = places[task, :count], g[task * STRIP_PIXELS : task * STRIP_PIXELS + count]
+        if task < len(sums):
+            sums[task] = _sum(losses[ends[task] : ends[task + 1]])
+            continue
+        strip = task - len(sums)
+        s, start, stop, count, j = (
+            strips.segment[strip],
+            strips.start[strip],
+            strips.stop[strip],
+            strips.count[strip],
+            0,
+        )
+        place, own = places[strip, :count], g[strip * STRIP_PIXELS : strip * STRIP_PIXELS + count]
         for plane in range(segments.first_plane[s], segments.stop_plane[s]):
             plane_start, pixels = planes.start[plane], planes.pixels[plane]
             low, high = max(start, plane_start), min(stop, plane_start + pixels)
@@ -244,3 +304,12 @@ def write(
             while j < count and start + place[j] < high:
                 grads[start + place[j] - low] += own[j]
                 j += 1
+
+
+@compiled
+def _sum(losses: npt.NDArray[np.float64]) -> float:
+    """Adds up as many losses as ``sorting.extension`` does: not those of the background after the last foreground."""
+    n = len(losses)
+    while n > 0 and losses[n - 1] == 0.0:
+        n -= 1
+    return float(sorting.sum_of_losses(losses[:n]))
