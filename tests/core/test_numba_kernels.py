@@ -191,8 +191,7 @@ def test_a_point_cloud_has_the_bits_of_an_image_of_its_points(
 def place(errors: Floats, top: int, found: npt.NDArray[np.int64], rests: npt.NDArray[np.int64]) -> None:
     for i in range(len(errors)):
         distance = tables._distance(errors[i], tables._top_bits(top))
-        found[i] = tables._bin(distance)
-        rests[i] = tables._rest(distance)
+        found[i], rests[i] = divmod(tables._position(distance), 1 << REST_BITS)
 
 
 def placed(errors: Floats, top: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -227,7 +226,7 @@ def test_bins_are_those_that_the_docstring_describes(top: int) -> None:
     own = octave < bins.OCTAVES
     width = np.array([2.0 ** (top - o - bins.bits_of(o)) for o in octave])
     lower = 2.0 ** (top - octave)
-    largest = 2 * lower - (found - np.array(bins.first_bins())[np.minimum(octave, 64)]) * width - lower / 2**23
+    largest = 2 * lower - (found - np.array(bins.first_bins())[np.minimum(octave, bins.OCTAVES)]) * width - lower / 2**23
     expected = np.floor((largest - exact) / (width / (1 << REST_BITS)))
     assert rests[own].tolist() == expected[own].tolist()
     assert (rests[~own] == 0).all()

@@ -17,7 +17,7 @@ import numpy as np
 MAX_BITS = 15
 MIN_BITS = 5
 OCTAVES_PER_BIT = 3
-OCTAVES = 64
+OCTAVES = 61
 
 FINE_TOP = 0
 """The top exponent for probabilities: the largest is 1, the only one in its octave."""

@@ -198,6 +198,8 @@ class Call:
         Args:
             scored: shape (planes, K): the rows to leave as they are; None to clear all.
         """
+        if scored is not None and scored.all():
+            return
         first = 0
         for grad, layout, fused in zip(self._g, self.plan.layouts, self.plan_planes.fused, strict=True):
             count = 1 if fused else layout.images

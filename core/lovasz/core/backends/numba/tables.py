@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
 from numpy import int32 as i32
+from numpy import uint32 as u32
 
 from lovasz.core.backends.numba import bins
 from lovasz.core.backends.numba.intrinsics import compiled, float_bits, fma, inlined, pointer
@@ -23,9 +24,14 @@ WORDS = _UNCOUNTED + _UNCOUNTED_WORDS
 """The words of a table: one per bin for background, then for foreground, then some that pixels without a bin share. One
 word for all of them would be slow: each addition to it would wait for the one before."""
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
-_OCTAVES, _REST_BITS = bins.OCTAVES, REST_BITS
+_OCTAVES, _REST_BITS, _REST_MASK = bins.OCTAVES, REST_BITS, (1 << REST_BITS) - 1
+_FINER_BITS = _MAX_BITS + REST_BITS - 23
+_ALL_BEFORE = _PER_BIT << (_MAX_BITS + 1 + REST_BITS)
+"""More than the position of any octave with more than ``MIN_BITS``: that of such octaves if there was no end of them."""
 assert _PER_BIT == 3, "_coarser divides by 3"
-assert _MAX_BITS + REST_BITS >= 23, "_rest shifts to the left"
+assert _FINER_BITS >= 0, "_position shifts to the left"
+assert (_OCTAVES - _PER_BIT * (_MAX_BITS - _MIN_BITS)) << (_MAX_BITS + REST_BITS) < 1 << 32, "that has 32 bits"
+assert WORDS << REST_BITS < 1 << 31, "positions have 31 bits"
 _ONE = np.int64(1 << REST_SUM_BITS)
 
 _BLOCK_PIXELS, _PART_PIXELS = 1024, 128
@@ -58,22 +64,14 @@ def _coarser(octave: i32) -> i32:
 
 
 @inlined
-def _bin(distance: i32) -> i32:
-    octave = i32(distance >> i32(23))
-    coarser = _coarser(octave)
-    before = i32(i32(_PER_BIT) * i32(i32(2 << _MAX_BITS) - i32(i32(2 << _MAX_BITS) >> coarser)))
-    before = i32(before + i32(i32(octave - i32(i32(_PER_BIT) * coarser)) << i32(i32(_MAX_BITS) - coarser)))
-    place = i32(before + i32(i32(distance & i32(0x7FFFFF)) >> i32(i32(23 - _MAX_BITS) + coarser)))
-    return i32(BINS - 1) if octave >= i32(_OCTAVES) else place
-
-
-@inlined
-def _rest(distance: i32) -> i32:
-    octave = i32(distance >> i32(23))
-    coarser = _coarser(octave)
-    below = i32(distance & i32(i32(i32(1) << i32(i32(23 - _MAX_BITS) + coarser)) - i32(1)))
-    rest = i32(i32(below << i32(_REST_BITS + _MAX_BITS - 23)) >> coarser)
-    return i32(0) if octave >= i32(_OCTAVES) else rest
+def _position(distance: i32) -> i32:
+    """Where a distance falls: its bin x 2^REST_BITS + its rest."""
+    near = min(distance, i32(_OCTAVES << 23))
+    coarser = _coarser(i32(near >> i32(23)))
+    # The octaves whose bins have so few bits begin at a multiple of _PER_BIT octaves; 3 x 2^MAX_BITS bins, half as many
+    # again and so on are before them.
+    within = u32(i32(near - i32(coarser * i32(_PER_BIT << 23))) << i32(_FINER_BITS)) >> u32(coarser)
+    return i32(i32(i32(_ALL_BEFORE) - i32(i32(_ALL_BEFORE) >> coarser)) + i32(within))
 
 
 ALL_DISTANCES = (1 << 31) - 1
@@ -85,7 +83,7 @@ def floor(stop: int, top: int) -> int:
     nearest, furthest = 0, ALL_DISTANCES  # The smallest distance that is in no such bin is between them.
     while nearest < furthest:
         middle = (nearest + furthest) // 2
-        if _bin(i32(middle)) < stop:
+        if _position(i32(middle)) >> _REST_BITS < stop:
             nearest = middle + 1
         else:
             furthest = middle
@@ -156,8 +154,8 @@ def count(
     Returns:
         (lowest, highest) bin that any pixel falls in.
     """
-    places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
-    lowest, highest = i32(BINS), i32(-1)
+    positions = np.empty(_BLOCK_PIXELS, np.int32)
+    lowest, highest = i32(BINS << _REST_BITS), i32(-1)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
     last_counted, counted, is_sparse = i32(last), np.empty(_BLOCK_PIXELS // _PART_PIXELS, np.bool_), True
@@ -173,21 +171,20 @@ def count(
                 continue
             n = min(step, end - first)
             error, code = errors[first : first + n], codes[first : first + n]
-            place, rest = places[:n], rests[:n]
+            position = positions[:n]
             for i in range(n):
-                distance = _distance(error[i], top_bits)
-                found, own, uncounted = _bin(distance), i32(code[i]), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
+                distance, own = _distance(error[i], top_bits), i32(code[i])
+                found, uncounted = _position(distance), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
                 is_left_out = (distance == nothing) | (distance > last_counted)
                 highest = max(highest, i32(-1) if is_left_out else found)
                 lowest = min(lowest, found)
-                found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
-                found = uncounted if own == void_code else found
-                found = uncounted if own == ignored_code else found
-                place[i] = uncounted if is_left_out else found
-                rest[i] = _rest(distance)
+                found = i32(found + (i32(BINS << _REST_BITS) if own == foreground_code else i32(0)))
+                is_left_out |= (own == void_code) | (own == ignored_code)
+                position[i] = i32(uncounted << i32(_REST_BITS)) if is_left_out else found
             for i in range(n):
-                table[np.uint32(place[i])] += _ONE + np.int64(rest[i])
-    return np.int64(lowest), np.int64(highest)
+                own_bin, rest = u32(position[i]) >> u32(_REST_BITS), position[i] & i32(_REST_MASK)
+                table[own_bin] += _ONE + np.int64(rest)
+    return np.int64(lowest >> i32(_REST_BITS)), np.int64(highest >> i32(_REST_BITS))
 
 
 @compiled
@@ -223,7 +220,7 @@ def look_up(
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
     last_counted, counted, is_sparse = i32(last), np.empty(_BLOCK_PIXELS // _PART_PIXELS, np.bool_), True
-    places, rests = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
+    positions = np.empty(_BLOCK_PIXELS, np.int32)
     for plane in range(first_plane, stop_plane):
         plane_start = planes.start[plane]
         low, high = max(start, plane_start), min(stop, plane_start + planes.pixels[plane])
@@ -240,25 +237,27 @@ def look_up(
             for first in range(begin, end, step):
                 n = min(step, end - first)
                 error, code = errors[row, first : first + n], codes[first : first + n]
-                place, rest, grad = places[:n], rests[:n], grads[first - plane_start : first - plane_start + n]
+                position, grad = positions[:n], grads[first - plane_start : first - plane_start + n]
                 if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
                     for i in range(0 if add else n):  # As a loop, since NumPy's assignment is not vector code here.
                         grad[i] = f32(0)
                     continue
                 for i in range(n):
-                    distance = _distance(error[i], top_bits)
-                    found, own = _bin(distance), i32(code[i])
+                    distance, own = _distance(error[i], top_bits), i32(code[i])
                     is_left_out = (distance == nothing) | (distance > last_counted)
-                    found = i32(found + (i32(BINS) if own == foreground_code else i32(0)))
-                    found = i32(_UNCOUNTED) if own == void_code else found
-                    found = i32(_UNCOUNTED) if own == ignored_code else found
-                    place[i] = i32(_UNCOUNTED) if is_left_out else found
-                    rest[i] = _rest(distance)
+                    is_left_out |= (own == void_code) | (own == ignored_code)
+                    found = i32(_position(distance) + (i32(BINS << _REST_BITS) if own == foreground_code else i32(0)))
+                    position[i] = i32(_UNCOUNTED << _REST_BITS) if is_left_out else found
                 if add:
                     for i in range(n):
-                        at = 2 * np.uint32(place[i])
-                        grad[i] += fma(-entries[at + 1], f32(rest[i]), entries[at])
+                        grad[i] += _entry(entries, position[i])
                 else:
                     for i in range(n):
-                        at = 2 * np.uint32(place[i])
-                        grad[i] = fma(-entries[at + 1], f32(rest[i]), entries[at])
+                        grad[i] = _entry(entries, position[i])
+
+
+@inlined
+def _entry(entries: Floats, position: i32) -> f32:
+    """The gradient at a position."""
+    at = 2 * (u32(position) >> u32(_REST_BITS))
+    return fma(-entries[at + 1], f32(position & i32(_REST_MASK)), entries[at])
