@@ -226,7 +226,9 @@ def test_bins_are_those_that_the_docstring_describes(top: int) -> None:
     own = octave < bins.OCTAVES
     width = np.array([2.0 ** (top - o - bins.bits_of(o)) for o in octave])
     lower = 2.0 ** (top - octave)
-    largest = 2 * lower - (found - np.array(bins.first_bins())[np.minimum(octave, bins.OCTAVES)]) * width - lower / 2**23
+    largest = (
+        2 * lower - (found - np.array(bins.first_bins())[np.minimum(octave, bins.OCTAVES)]) * width - lower / 2**23
+    )
     expected = np.floor((largest - exact) / (width / (1 << REST_BITS)))
     assert rests[own].tolist() == expected[own].tolist()
     assert (rests[~own] == 0).all()
@@ -375,7 +377,7 @@ def test_background_after_the_last_foreground_bin_need_not_be_counted(kind: str)
     last = int(slow_bin(errors[codes == 1].astype(np.float64), 0).max())
     whole, pruned, foreground = new_table(), new_table(), int((codes == 1).sum())
     lowest, highest = count(errors, codes, whole)
-    smallest, _ = selecting.smallest_foreground(errors, codes, 1)
+    smallest = selecting.smallest_foreground(errors, codes, 1)
     range_of_pruned = count(errors, codes, pruned, tables.last_distance(smallest, bins.FINE_TOP))
     assert lowest <= range_of_pruned[0]
     assert range_of_pruned[1] == last
@@ -506,7 +508,8 @@ def test_sorted_segment_is_the_reference(size: int, distinct: int, share: float)
     codes[0] = 1
     keys, other = np.empty((2, size), np.uint64)
     g = np.full(size, np.nan, np.float32)
-    loss = sorting.extension(errors, codes, 1, VOID, VOID, 1.0, 1.0, False, keys, other, g)
+    smallest, foreground = selecting.smallest_foreground(errors, codes, 1), int((codes == 1).sum())
+    loss = sorting.extension(errors, codes, 1, VOID, VOID, smallest, foreground, 1.0, 1.0, False, keys, other, g)
     exact = torch.from_numpy(errors).double().requires_grad_()
     expected = reference.lovasz_extension(exact, torch.from_numpy(codes == 1))
     (expected_g,) = torch.autograd.grad(expected, exact)

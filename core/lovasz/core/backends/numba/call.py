@@ -71,7 +71,7 @@ class Arrays:
         planes: the planes, with the addresses of the tensors of one call.
         of_planes: int64, (5, planes, K): labels, predictions, hits, ``Call.valid`` and ``Call.positive``.
         faults: int64, (3, joints).
-        counts: the first three of these five, and the faults; flat.
+        counts: the first three of these five, ``Counts.nearest`` and the faults; flat.
     """
 
     def __init__(self, plan: Plan, outline: Outline, types: TypeOutline, scratch: Scratch) -> None:
@@ -90,12 +90,12 @@ class Arrays:
             are_points=types.plane_points,
             points=points,
         )
-        of_planes = 5 * len(layout) * plan.channels
+        of_planes = 6 * len(layout) * plan.channels
         self._numbers = scratch.array("counts", (of_planes + len(Fault) * joints,), np.int64)
-        self.of_planes = self._numbers[:of_planes].reshape(5, -1, plan.channels)
+        self.of_planes = self._numbers[:of_planes].reshape(6, -1, plan.channels)[:5]
         self.faults = self._numbers[of_planes:].reshape(-1, joints)
-        labels, predictions, hits, self.valid, self.positive = self._numbers[:of_planes].reshape(5, -1)
-        self.counts = Counts(labels, predictions, hits, self._numbers[of_planes:])
+        labels, predictions, hits, self.valid, self.positive, nearest = self._numbers[:of_planes].reshape(6, -1)
+        self.counts = Counts(labels, predictions, hits, nearest, self._numbers[of_planes:])
 
     def begin(self, *tensors: Sequence[Tensor]) -> None:
         """Writes the addresses, and clears the counts.
@@ -244,6 +244,14 @@ class Call:
         if self.ranks is not None:
             self.ranks.reduce([of_joints, faults], maxima)
         return JointCounts(*of_joints, faults)
+
+    def nearest(self, term: Term) -> npt.NDArray[np.int64]:
+        """``Counts.nearest`` of each segment of a term, (K, groups), once all blocks have been counted."""
+        of_planes, first_planes = self.per_plane(self.counts.nearest), self.plan_planes.joints.first_plane
+        if term.per_image or len(first_planes) == len(self.plan_planes):
+            return of_planes
+        of_joints: npt.NDArray[np.int64] = np.maximum.reduceat(of_planes, first_planes, axis=1)
+        return of_joints
 
     @property
     def joint_pixels(self) -> npt.NDArray[np.int64]:

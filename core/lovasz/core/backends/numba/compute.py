@@ -193,11 +193,12 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
     for term in plan.terms:
         if isinstance(term.loss, LovaszSoftmax):
             counts = call.per_plane(call.counts.labels) if term.per_image else of_joints.labels
+            nearest = None if plan.loss.probabilities or call.ranks is not None else call.nearest(term)
             ignored = call.outline.ignored_code(term)
             if ignored != labelling.void:
                 counts = counts.copy()
                 counts[ignored] = 0
-            terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds))
+            terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds, nearest=nearest))
         elif isinstance(term.loss, CrossEntropy):
             terms.append(_cross_entropy(entropies, next(numbers)))
         else:
@@ -279,16 +280,17 @@ def _score(
     scored_planes: npt.NDArray[np.bool_],
     thresholds: Thresholds,
     scale: ErrorScale | None = None,
+    nearest: npt.NDArray[np.int64] | None = None,
 ) -> TermValues:
     """Scores a Lovász term, and marks the rows (classes) of each plane that get a gradient.
 
     Args:
         counted: the ``counts`` of ``select_segments``.
-        foreground, scale: as for ``score_term``.
+        foreground, scale, nearest: as for ``score_term``.
         scored_planes: bool, shape (planes, K); set to true where the term scores the plane's segment.
     """
     scored, weights = select_segments(term, counted, call.factors(term), term.listed)
-    losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, scale)
+    losses = score_term(call, term, scored, weights, foreground, codes, add, thresholds, scale, nearest)
     scored_planes |= scored.T.take(call.outline.of_term(term).group_of_planes, 0)
     if call.ranks is None or not term.per_image:
         return TermValues(losses, scored)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from lovasz.core.backends.numba import divided, joint_segments, ranges, tables, undivided
 from lovasz.core.backends.numba.bins import BINARY_COARSER, FINE_TOP, HIGHEST_TOP, LOWEST_TOP, SOFTMAX_COARSER
 from lovasz.core.backends.numba.call import Call
+from lovasz.core.backends.numba.keys import MOST
 from lovasz.core.backends.numba.segments import Rules, Segments, WindowRules
 from lovasz.core.plan import Term
 from lovasz.core.ranks import Ranks
@@ -98,6 +99,7 @@ def score_term(
     add: bool,
     thresholds: Thresholds,
     scale: ErrorScale | None = None,
+    nearest: npt.NDArray[np.int64] | None = None,
 ) -> Floats:
     """Computes the losses of a term's scored segments, and their gradients.
 
@@ -106,6 +108,7 @@ def score_term(
         foreground: the foreground pixels of each segment, shape (K, groups); those of all ranks for a joint.
         add: whether gradients are added to those of other terms.
         scale: None for softmax, whose errors are at most 1.
+        nearest: ``Counts.nearest`` of each segment, shape (K, groups); None: it is not known.
 
     Returns:
         The losses: float64, shape (K, groups), 0 for segments that are not scored.
@@ -136,6 +139,8 @@ def score_term(
         weight=weight,
         foreground_weight=-weight if is_negative else weight,
     )
+    if nearest is not None:
+        found = found._replace(smallest=MOST - nearest.take(places))
     cut = is_binary and not call.plan.is_sigmoid
     rules = Rules(call.outline.labelling.void, outline.ignored, cut, call.want_grad, add, windows)
     if ranks is None and outline.largest < thresholds.pixels:

@@ -14,6 +14,7 @@ from lovasz.core.backends.numba import sorting
 from lovasz.core.backends.numba.call import Call
 from lovasz.core.backends.numba.planes import Floats
 from lovasz.core.backends.numba.segments import Rules, Segments, write_at
+from lovasz.core.backends.numba.selecting import smallest_foreground
 from lovasz.core.ranks import Ranks
 
 _VOID, _FOREGROUND = 2, 1
@@ -98,6 +99,8 @@ def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[floa
         _FOREGROUND,
         _VOID,
         _VOID,
+        smallest_foreground(error, code, _FOREGROUND),
+        np.count_nonzero(code == _FOREGROUND),
         found.weight[s],
         found.foreground_weight[s],
         rules.cut,

@@ -170,6 +170,7 @@ class Outline:
         row = np.tile(np.arange(channels), count)
         zeros, weightless = np.zeros_like(row), np.zeros(len(row))
         segments = Segments(
+            smallest=np.full_like(row, -1),
             counted=np.zeros(len(row), np.bool_),
             row=row,
             code_row=row if is_binary else zeros,

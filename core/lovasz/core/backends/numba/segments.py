@@ -12,13 +12,14 @@ from lovasz.core.backends.numba import sorting, tables
 from lovasz.core.backends.numba.intrinsics import compiled, pointer
 from lovasz.core.backends.numba.keys import Keys
 from lovasz.core.backends.numba.planes import Floats, Integers, Planes
-from lovasz.core.backends.numba.selecting import Places
+from lovasz.core.backends.numba.selecting import Places, smallest_foreground
 
 
 class Segments(NamedTuple):
     """Tasks of a loop, one element per segment.
 
     Attributes:
+        smallest: the bits of its smallest foreground error; below 0: it has to be looked for.
         counted: whether it is counted in a table.
         row: the row of its errors and gradients.
         code_row: the row of its codes.
@@ -34,6 +35,7 @@ class Segments(NamedTuple):
         weight, foreground_weight: the factors of the gradient of background and foreground.
     """
 
+    smallest: Integers
     counted: npt.NDArray[np.bool_]
     row: Integers
     code_row: Integers
@@ -54,6 +56,7 @@ class Segments(NamedTuple):
 class Segment(NamedTuple):
     """One of the ``Segments``, which is not counted."""
 
+    smallest: int
     row: int
     code_row: int
     foreground: int
@@ -121,12 +124,15 @@ def sort_segment(
     if segment.foreground_count == 0:
         loss = sorting.largest(error, code, rules.void, rules.ignored, segment.weight, rules.cut, g)
     else:
+        smallest = segment.smallest
         loss = sorting.extension(
             error,
             code,
             segment.foreground,
             rules.void,
             rules.ignored,
+            smallest if smallest >= 0 else smallest_foreground(error, code, segment.foreground),
+            segment.foreground_count,
             segment.weight,
             segment.foreground_weight,
             rules.cut,

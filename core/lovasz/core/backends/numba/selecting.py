@@ -32,14 +32,12 @@ _TO_MASK = u64(0x0102040810204080)
 
 
 @compiled
-def smallest_foreground(errors: Floats, codes: Codes, foreground: int) -> tuple[int, int]:
-    """The bits of the smallest foreground error, and the number of foreground pixels."""
-    smallest, foreground_count, foreground_code = MOST, i32(0), i32(foreground)
+def smallest_foreground(errors: Floats, codes: Codes, foreground: int) -> int:
+    """The bits of the smallest foreground error."""
+    smallest, foreground_code = MOST, i32(foreground)
     for i in range(len(errors)):
-        is_foreground = i32(codes[i]) == foreground_code
-        smallest = min(smallest, float_bits(errors[i]) if is_foreground else MOST)
-        foreground_count = i32(foreground_count + (i32(1) if is_foreground else i32(0)))
-    return smallest, foreground_count
+        smallest = min(smallest, float_bits(errors[i]) if i32(codes[i]) == foreground_code else MOST)
+    return int(smallest)
 
 
 @compiled

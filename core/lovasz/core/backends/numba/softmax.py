@@ -15,7 +15,8 @@ from numpy import float32 as f32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
-from lovasz.core.backends.numba.intrinsics import atomic_add, compiled, pointer, prefetch
+from lovasz.core.backends.numba.intrinsics import atomic_add, atomic_max, compiled, float_bits, pointer, prefetch
+from lovasz.core.backends.numba.keys import MOST
 from lovasz.core.backends.numba.planes import (
     FLOAT_BYTES,
     Blocks,
@@ -36,6 +37,8 @@ READ_ELEMENTS, READ_PIXELS = 1 << 17, 4096
 Its rows are long, since the processor reads ahead only once it has read some of a row."""
 WRITTEN_ELEMENTS, WRITTEN_PIXELS = 1 << 15, 512
 """The same on the way back, which asks for the rows of the next block in time; each block is read several times."""
+_SMALLEST = 4
+"""The smallest error of a class is kept so many times, of pixels in turn: neighbours do not wait for each other."""
 
 
 class Counts(NamedTuple):
@@ -45,12 +48,15 @@ class Counts(NamedTuple):
         labels: (planes x K): pixels of each class.
         predictions: (planes x K): pixels predicted as each class.
         hits: (planes x K): pixels predicted as each class that belong to it.
+        nearest: (planes x K): the largest ``MOST - bits`` of the errors of the class's own pixels; 0: it has none. Only
+            ``prepare`` writes it.
         faults: (3 x joints): pixels with each :class:`~lovasz.core.computed.Fault`.
     """
 
     labels: Integers
     predictions: Integers
     hits: Integers
+    nearest: Integers
     faults: Integers
 
 
@@ -83,7 +89,7 @@ def prepare(
     maximum, prediction, not_finite = np.empty(size, f32), np.empty(size, np.int32), np.empty(size, f32)
     total, others = np.empty(size, f32), np.empty(size, f32)
     label_exponential, label_shifted = np.empty(size, f32), np.empty(size, f32)
-    local = np.empty((3, channels), np.int64)
+    local, smallest = np.empty((3, channels), np.int64), np.empty((_SMALLEST, channels + 1), f32)
     while True:
         task = claim(tasks, len(blocks.plane))
         if task >= len(blocks.plane):
@@ -91,6 +97,7 @@ def prepare(
         plane = blocks.plane[task]
         joint = planes.joint[plane]
         local[:] = 0
+        smallest[:] = f32(np.inf)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
             start = planes.start[plane] + first
@@ -138,11 +145,16 @@ def prepare(
                 for i in range(n):
                     row[i] *= t[i]
             for i in range(n):
-                errors[min(np.int64(code[i]), channels - 1), start + i] = o[i] * t[i]
+                own, error = np.int64(code[i]), o[i] * t[i]
+                errors[min(own, channels - 1), start + i] = error
+                smallest[i % _SMALLEST, own] = min(smallest[i % _SMALLEST, own], error)
             infinite = _count(code, p, nf, labelling, local)
             atomic_add(counts.faults, joint, bad)
             atomic_add(counts.faults, joints + joint, infinite)
         _add_counts(counts, local, plane)
+        for k in range(channels):
+            if local[0, k] > 0:
+                atomic_max(counts.nearest, plane * channels + k, np.int64(MOST - float_bits(smallest[:, k].min())))
 
 
 # Each loop over pixels uses few arrays: with more, the compiler cannot prove that they do not overlap.

@@ -11,7 +11,7 @@ from lovasz.core.backends.numba.elementary import ordered_sum
 from lovasz.core.backends.numba.intrinsics import bits_float, compiled, inlined
 from lovasz.core.backends.numba.keys import BACKGROUND, MOST, POSITION, POSITION_BITS, Keys
 from lovasz.core.backends.numba.planes import Codes, Floats
-from lovasz.core.backends.numba.selecting import select, smallest_foreground
+from lovasz.core.backends.numba.selecting import select
 
 _DIGIT_BITS = 11
 """Keys are sorted by digits of at most so many bits. Each pass sorts by one digit and is stable, so keys with equal
@@ -32,6 +32,8 @@ def extension(
     foreground: int,
     void: int,
     ignored: int,
+    smallest: int,
+    foreground_count: int,
     weight: float,
     foreground_weight: float,
     cut: bool,
@@ -47,12 +49,13 @@ def extension(
     Args:
         errors: float32, shape (P,), at least 0.
         foreground, void, ignored: as for :func:`lovasz.core.backends.numba.tables.count`.
+        smallest: ``selecting.smallest_foreground``.
+        foreground_count: the number of foreground pixels, at least one.
         weight, foreground_weight: the factors of the gradient of background and foreground.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         keys, other_keys: memory for P keys each.
         g: float32, shape (P,), may be the memory of ``errors``; shape (0,) if no gradient is wanted.
     """
-    smallest, foreground_count = smallest_foreground(errors, codes, foreground)
     kept = select(errors, codes, foreground, void, ignored, smallest, cut, keys)
     in_order, free = sort(keys[:kept], other_keys[:kept])
     g[:] = np.float32(0)

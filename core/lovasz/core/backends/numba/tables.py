@@ -27,7 +27,7 @@ _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_
 _OCTAVES, _REST_BITS, _REST_MASK = bins.OCTAVES, REST_BITS, (1 << REST_BITS) - 1
 _FINER_BITS = _MAX_BITS + REST_BITS - 23
 _ALL_BEFORE = _PER_BIT << (_MAX_BITS + 1 + REST_BITS)
-"""More than the position of any octave with more than ``MIN_BITS``: that of such octaves if there was no end of them."""
+"""The end of the positions of octaves with more than ``MIN_BITS``, if the bins became fewer without an end."""
 assert _PER_BIT == 3, "_coarser divides by 3"
 assert _FINER_BITS >= 0, "_position shifts to the left"
 assert (_OCTAVES - _PER_BIT * (_MAX_BITS - _MIN_BITS)) << (_MAX_BITS + REST_BITS) < 1 << 32, "that has 32 bits"

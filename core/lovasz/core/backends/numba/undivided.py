@@ -75,6 +75,7 @@ def score(
 @compiled
 def _segment(segments: Segments, s: int) -> Segment:
     return Segment(
+        smallest=segments.smallest[s],
         row=segments.row[s],
         code_row=segments.code_row[s],
         foreground=segments.foreground[s],
@@ -108,7 +109,9 @@ def count_segment(
     keys, other_keys, room, values, places = memory
     start, stop = segments.start[s], segments.stop[s]
     error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
-    smallest, _ = smallest_foreground(error, code, segments.foreground[s])
+    smallest = segments.smallest[s]
+    if smallest < 0:
+        smallest = smallest_foreground(error, code, segments.foreground[s])
     last = tables.last_distance(smallest, segments.top[s])
     floor = least_floor(rules, tables.floor_behind(last, segments.top[s]))
     if are_few(error, code, rules.void, rules.ignored, floor, segments.few[s]):

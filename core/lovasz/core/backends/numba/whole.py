@@ -10,6 +10,7 @@ import numpy.typing as npt
 from lovasz.core.backends.numba import cross_entropy, softmax
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.intrinsics import compiled
+from lovasz.core.backends.numba.keys import MOST
 from lovasz.core.backends.numba.planes import Blocks, Floats, Integers, Labelling, Planes, claim
 from lovasz.core.backends.numba.segments import Rules, Segment, WindowRules, sort_segment
 from lovasz.core.backends.numba.softmax import Counts
@@ -154,6 +155,7 @@ def compute(
                         scored_planes[first:stop, k] = True
                         weight = factors[group, k] / classes
                         segment = Segment(
+                            smallest=_smallest(counts, first, stop, channels, k),
                             row=k,
                             code_row=0,
                             foreground=k,
@@ -205,6 +207,15 @@ def _add_labels(counts: Counts, first_plane: int, stop_plane: int, ignored: int,
     for plane in range(first_plane, stop_plane):
         for k in range(channels):
             labels[k] += counts.labels[plane * channels + k] if k != ignored else 0
+
+
+@compiled
+def _smallest(counts: Counts, first_plane: int, stop_plane: int, channels: int, k: int) -> int:
+    """The bits of the smallest error of a class's own pixels in the planes."""
+    nearest = np.int64(0)
+    for plane in range(first_plane, stop_plane):
+        nearest = max(nearest, counts.nearest[plane * channels + k])
+    return np.int64(MOST) - nearest
 
 
 @compiled
