@@ -100,7 +100,7 @@ def _sorted(values: Floats, found: Segments, s: int, rules: Rules) -> tuple[floa
         _VOID,
         _VOID,
         smallest_foreground(error, code, _FOREGROUND),
-        np.count_nonzero(code == _FOREGROUND),
+        int(np.count_nonzero(code == _FOREGROUND)),
         found.weight[s],
         found.foreground_weight[s],
         rules.cut,
