@@ -149,14 +149,14 @@ def operator(
     Args:
         name: the operator's name, such as ``lovasz::loss``.
         compute: called with (logits, labels, key, number, want_grad) each time that the graph runs. The key says which
-            loss; the number may differ from call to call.
+            loss; the number may differ from call to call. It detaches the logits, and refuses those with a tangent.
 
     Returns:
         A function of the same arguments that returns the loss as a 0-dim tensor.
     """
 
     def run(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> tuple[Tensor, Tensor]:
-        loss, grad = compute(logits.detach(), labels, key, number, want_grad)
+        loss, grad = compute(logits, labels, key, number, want_grad)
         dtype = _dtype_of(logits)
         # An output must not share memory with anything else.
         value = loss.clone() if isinstance(loss, Tensor) else _constant(loss, logits)
@@ -196,6 +196,16 @@ def constant(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
     return function
 
 
+@constant
+def is_transformed() -> bool:
+    """Whether the compiler is inside a transform of ``torch.func`` or forward-mode differentiation as it traces.
+
+    There an operator would get no tangent, and take that for zero. A loss between the graphs refuses it.
+    """
+    in_forward_mode: bool = torch.autograd.forward_ad._current_level >= 0
+    return in_forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_only_two(name: str, others: tuple[object, ...]) -> None:
     """Refuses positional arguments after logits and labels, where other losses take pixel weights.
 
@@ -232,6 +242,11 @@ def no_tensor(logits: object, for_arrays: str) -> str:
     return f"got {type(logits).__name__}; expected a torch tensor ({cure})"
 
 
+_REASON = (
+    "a loss is computed between the graphs if it has valid=, offsets=, reduction='none' or a group, and is "
+    "not supported inside torch.func or forward-mode differentiation"
+)
+
 _between_graphs: dict[str, Callable[..., Any]] = {}
 
 
@@ -242,7 +257,7 @@ def untraced(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
     @constant
     def registered() -> str:
         # Run while the compiler traces, so that importing this module does not import the compiler.
-        _between_graphs.setdefault(key, torch.compiler.disable(function))
+        _between_graphs.setdefault(key, torch.compiler.disable(function, reason=_REASON))
         return key
 
     @wraps(function)
@@ -250,7 +265,9 @@ def untraced(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
         if torch.compiler.is_compiling():
             result: ResultT = _between_graphs[registered()](*args, **kwargs)
             return result
-        return function(*args, **kwargs)
+        # The compiler may have left this frame as it is, and would trace those below.
+        untouched: Callable[..., ResultT] = _between_graphs.get(key, function)
+        return untouched(*args, **kwargs)
 
     return called
 

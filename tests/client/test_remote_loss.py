@@ -461,6 +461,30 @@ def test_it_is_one_operator_in_graphs_of_torch_compile(recording: RecordingClien
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_forward_mode_is_refused_in_graphs_too() -> None:
+    """In a graph, a tangent would be taken for zero."""
+    torch._dynamo.reset()
+    criterion, (logits, labels) = RemoteLoss("inprocess", LOSSES[0]), some_input()
+    values = logits.detach()
+
+    @torch.compile(backend="eager")
+    def tangent() -> object:
+        return torch.func.jvp(lambda one: criterion(one, labels), (values,), (values,))
+
+    with pytest.raises(InvalidInputError, match=r"^logits: got a tensor without memory, as inside torch\.func\.grad"):
+        tangent()
+    compiled = torch.compile(criterion, backend="eager")
+    assert compiled(values, labels) == criterion(values, labels)
+    forward = torch.autograd.forward_ad
+    with (
+        forward.dual_level(),
+        pytest.raises(InvalidInputError, match=r"^logits: got a tensor with a tangent \(forward-mode"),
+    ):
+        compiled(forward.make_dual(values, values), labels)
+    torch._dynamo.reset()
+
+
 # --- Where a rank's place comes from ------------------------------------------------------------------------------
 
 

@@ -190,6 +190,44 @@ def test_double_backward_is_refused_where_the_backend_does_not() -> None:
         (loss + grad.norm()).backward()
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "grad": lambda loss, logits: torch.func.grad(loss)(logits),
+    "jvp": lambda loss, logits: torch.func.jvp(loss, (logits,), (logits,)),
+    "vmap": lambda loss, logits: torch.func.vmap(loss)(logits[None]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_transforms_are_refused_in_graphs_too(name: str, backend: str) -> None:
+    """In a graph, a tangent would be taken for zero."""
+    logits, labels = normal(2, 4, 9, 8, seed=1), random_labels(2, 9, 8, values=4, seed=2)
+    for criterion in (lovasz_softmax, CRITERIA["sum"]):
+
+        def step(values: Tensor, criterion: Criterion = criterion) -> object:
+            return TRANSFORMS[name](lambda one: criterion(one, labels), values)
+
+        with pytest.raises(InvalidInput, match=r"^logits: got a tensor without memory, as inside torch\.func\.grad"):
+            torch.compile(step, backend=backend)(logits)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"not supported inside torch\.func or forward-mode"):
+            torch.compile(step, backend=backend, fullgraph=True)(logits)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_tangents_are_refused_by_graphs(backend: str) -> None:
+    logits, labels = normal(2, 4, 9, 8, seed=1), random_labels(2, 9, 8, values=4, seed=2)
+    compiled = torch.compile(lovasz_softmax, backend=backend)
+    expected = lovasz_softmax(logits, labels)
+    for _ in range(2):  # The second time there is a graph, which was compiled outside.
+        with torch.autograd.forward_ad.dual_level():
+            assert compiled(logits, labels) == expected, "without a tangent"
+            with pytest.raises(InvalidInput, match=r"^logits: got a tensor with a tangent \(forward-mode"):
+                compiled(torch.autograd.forward_ad.make_dual(logits, logits), labels)
+        torch._dynamo.reset()
+        assert compiled(logits, labels) == expected
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_model_and_loss(tmp_path: Path) -> None:
     done = subprocess.run(

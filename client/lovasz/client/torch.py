@@ -18,6 +18,7 @@ from torch import Tensor
 from lovasz.autograd import (
     Computed,
     check_only_two,
+    is_transformed,
     no_tensor,
     operator,
     refuse_script,
@@ -190,11 +191,9 @@ class RemoteLoss(torch.nn.Module):
             raise error
         want_grad = torch.is_grad_enabled() and logits.requires_grad
         is_plain = valid is None and offsets is None and self.reduction == "mean"
-        if torch.compiler.is_compiling():
-            if is_plain:
-                return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
-            return _untraced(self, logits, labels, want_grad, step, valid, offsets)
-        return self._differentiable(logits, labels, want_grad, step, valid, offsets)
+        if torch.compiler.is_compiling() and is_plain and not is_transformed():
+            return _operator(logits, torch.as_tensor(labels), self._key, -1 if step is None else step, want_grad)
+        return _untraced(self, logits, labels, want_grad, step, valid, offsets)
 
     def _differentiable(
         self, logits: Tensor, labels: AnyArray, want_grad: bool, step: int | None, valid: Any, offsets: Any

@@ -9,10 +9,11 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from lovasz.autograd import Computed, constant, operator
+from lovasz.autograd import Computed, constant, is_transformed, operator
 from lovasz.core.batch import Request
 from lovasz.core.dispatch import submit
 from lovasz.spec import Loss, LovaszHinge, LovaszSigmoid, LovaszSoftmax, WeightedSum, weighted_sum
+from lovasz.spec.arrays import check_dense
 
 KINDS: dict[str, Callable[..., Loss]] = {kind.__name__: kind for kind in (LovaszSoftmax, LovaszHinge, LovaszSigmoid)}
 """The losses that have a function. The compiler's constants are names, not classes."""
@@ -64,13 +65,14 @@ def key_of_options(name: str, *options: Any) -> str:
 
 
 def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:
-    """Whether ``loss_operator`` can compute a loss with these arguments; with others it is computed between graphs."""
-    return valid is None and offsets is None and reduction == "mean" and group is None
+    """Whether ``loss_operator`` can compute a loss with these arguments here; else it is computed between graphs."""
+    return valid is None and offsets is None and reduction == "mean" and group is None and not is_transformed()
 
 
 def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:
+    check_dense("logits", logits)
     loss = _loss_of(key)
-    request = Request.checked(logits, labels, loss)
+    request = Request.checked(logits.detach(), labels, loss)
     pending = submit([request], loss, logits.device, want_grad=want_grad, want_total=want_grad)
     return pending.differentiable()
 
