@@ -243,8 +243,8 @@ def no_tensor(logits: object, for_arrays: str) -> str:
 
 
 _REASON = (
-    "a loss is computed between the graphs if it has valid=, offsets=, reduction='none' or a group, and is "
-    "not supported inside torch.func or forward-mode differentiation"
+    "a loss is computed between the graphs if it has valid=, offsets=, reduction='none', a group, or an array as an "
+    "option, and is not supported inside torch.func or forward-mode differentiation"
 )
 
 _between_graphs: dict[str, Callable[..., Any]] = {}

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.comparison import normal, random_labels
@@ -131,6 +133,19 @@ def test_another_loss_of_a_module_is_the_compiled_one_too() -> None:
     assert module(logits, labels) == LocalLoss([(2.0, CrossEntropy())])(logits, labels)
     assert compiled(logits, labels) == module(logits, labels)
     assert copy.deepcopy(module)(logits, labels) == module(logits, labels)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_class_weights_that_change_after_compilation(kind: Callable[[list[float]], Any]) -> None:
+    """The compiler does not compare the elements of arrays from call to call."""
+    logits, labels = normal(2, 4, 8, 8, seed=1), random_labels(2, 8, 8, values=4, seed=2)
+    weights = kind([1.0, 2.0, 3.0, 4.0])
+    compiled = torch.compile(lambda z, y, w: lovasz_softmax(z, y, class_weights=w), backend="eager")
+    first = compiled(logits, labels, weights)
+    assert first == lovasz_softmax(logits, labels, class_weights=weights)
+    weights[0] = 10.0
+    second = compiled(logits, labels, weights)
+    assert second == lovasz_softmax(logits, labels, class_weights=weights) > first
 
 
 def test_a_graph_whose_loss_is_gone_says_so() -> None:

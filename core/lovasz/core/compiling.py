@@ -22,6 +22,7 @@ KEPT_LOSSES = 64
 """The most losses that are kept for the next call with the same options."""
 
 _PLAIN = (str, bool, int, type(None))
+_CONSTANTS = (str, int, float, list, tuple, range, type(None))
 
 _losses: dict[str, WeightedSum] = {}
 """The losses of functions that were compiled, by their text: an operator takes no objects."""
@@ -67,6 +68,11 @@ def key_of_options(name: str, *options: Any) -> str:
 def is_plain(valid: Any, offsets: Any, reduction: str, group: Any) -> bool:
     """Whether ``loss_operator`` can compute a loss with these arguments here; else it is computed between graphs."""
     return valid is None and offsets is None and reduction == "mean" and group is None and not is_transformed()
+
+
+def are_constants(options: tuple[Any, ...]) -> bool:
+    """Whether the compiler compiles again when one of these options changes: it does not look into arrays."""
+    return all(isinstance(option, _CONSTANTS) for option in options)
 
 
 def _compute(logits: Tensor, labels: Tensor, key: str, number: int, want_grad: bool) -> Computed:

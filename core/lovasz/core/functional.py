@@ -12,7 +12,7 @@ from torch import Tensor
 from lovasz.autograd import no_tensor, untraced, with_gradient, with_gradients
 from lovasz.core.arrays import as_tensor
 from lovasz.core.batch import Request
-from lovasz.core.compiling import is_plain, key_of_options, loss_of_options, loss_operator
+from lovasz.core.compiling import are_constants, is_plain, key_of_options, loss_of_options, loss_operator
 from lovasz.core.dispatch import Backend, replay, submit
 from lovasz.core.distributed.joint import compute_joint
 from lovasz.spec import (
@@ -326,7 +326,7 @@ def _with_options(
     gradient_reduction: GradientReduction,
 ) -> Tensor:
     """Computes the loss of this name in ``KINDS``; in ``torch.compile`` as an operator, if one can compute it."""
-    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group):
+    if torch.compiler.is_compiling() and is_plain(valid, offsets, reduction, group) and are_constants(options):
         key = key_of_options(name, *options)
         return loss_operator(logits, labels, key, 0, torch.is_grad_enabled() and logits.requires_grad)
     return _eagerly(name, options, logits, labels, valid, offsets, reduction, group, gradient_reduction)
