@@ -185,6 +185,17 @@ def test_weights_of_a_parameter_are_taken() -> None:
     assert LovaszSoftmax(range(1, 4), (w for w in (1, 2))) == LovaszSoftmax((1, 2, 3), (1.0, 2.0))
 
 
+@pytest.mark.parametrize("weight", [torch.nn.Parameter(torch.tensor(1.0)), torch.ones((), requires_grad=True).exp()])
+def test_weights_of_terms_that_are_learned_are_refused(weight: torch.Tensor) -> None:
+    """They would stay as they are: a loss has a gradient in its logits alone."""
+    text = refusal(lambda: LocalLoss([(1.0, CrossEntropy()), (weight, LovaszSoftmax())]))
+    assert text == (
+        f"loss[1] weight: got a {type(weight).__name__} that requires a gradient, which it would not get; expected a "
+        "constant (a weight that is learned multiplies a loss of its own: weight * criterion(logits, labels))"
+    )
+    assert weighted_sum([(weight.detach(), CrossEntropy())]).terms[0][0] == weight.item()
+
+
 def test_defaults() -> None:
     assert LovaszSoftmax() == LovaszSoftmax("present", None, False, None, "logits")
     assert LovaszHinge() == LovaszHinge(False, None, False)

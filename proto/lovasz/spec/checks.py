@@ -41,6 +41,17 @@ def number(name: str, value: object) -> float:
     raise InvalidInput(name, f"got {shown(value)}; expected a finite number")
 
 
+def weight(name: str, value: object) -> float:
+    """The weight of a term: a finite number, and no parameter of torch that is to be learned."""
+    if getattr(value, "requires_grad", False) is True:
+        raise InvalidInput(
+            name,
+            f"got a {type(value).__name__} that requires a gradient, which it would not get; expected a constant (a "
+            "weight that is learned multiplies a loss of its own: weight * criterion(logits, labels))",
+        )
+    return number(name, value)
+
+
 def numbers(name: str, values: Sequence[object]) -> tuple[float, ...]:
     """Finite numbers. The name of each is made only where it is needed, as there may be many."""
     return tuple(

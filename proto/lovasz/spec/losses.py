@@ -41,7 +41,7 @@ class LovaszSoftmax(_Description):
     """The Lovász-Softmax loss (Berman, Triki and Blaschko, CVPR 2018).
 
     Logits have shape (N, C, *spatial), labels (N, *spatial) or (N, 1, *spatial), with any number of spatial axes or
-    none. Options may be tensors or arrays of any framework.
+    none. Options may be tensors or arrays of any framework; they are read once, as constants.
 
     Args:
         classes: which classes are scored. ``"present"``: those with a pixel in the group; ``"all"``: every class; a

@@ -243,5 +243,5 @@ def weighted_sum(loss: LossLike) -> WeightedSum:
             if is_pair and isinstance(pair[0], Loss):
                 cure = f" (the weight comes first: ({pair[1]!r}, {type(pair[0]).__name__}(...)))"
             raise InvalidInput(f"loss[{i}]", f"got {shown(pair)}; expected a pair (weight, loss){cure}")
-        terms.append((checks.number(f"loss[{i}] weight", pair[0]), pair[1]))
+        terms.append((checks.weight(f"loss[{i}] weight", pair[0]), pair[1]))
     return WeightedSum(tuple(terms))
