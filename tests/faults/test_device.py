@@ -3,11 +3,14 @@ process ends for its supervisor."""
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -20,6 +23,7 @@ from support.footprint import Footprint
 from support.messages import LOSS, request_of, tensors
 from support.waiting import eventually
 
+from lovasz.client import InvalidInputError, LossClient
 from lovasz.core import compute
 from lovasz.v1 import loss_pb2_grpc
 
@@ -165,3 +169,30 @@ def test_a_stop_that_hangs_is_ended_even_if_nothing_can_be_written() -> None:
         "faulthandler.cancel_dump_traceback_later(); threading.Event().wait()"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGALRM
+
+
+def test_a_standard_error_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
+    """A pipe whose reader hangs, and which is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\n")
+    os.set_blocking(writer, True)
+    target = f"unix:{tmp_path}/socket"
+    addresses = ["--listen", target, "--metrics-listen", "127.0.0.1:0"]
+    process = subprocess.Popen([sys.executable, "-m", "lovasz.server", *ARGUMENTS, *addresses], stderr=writer)
+    os.close(writer)
+    try:
+        with LossClient(target, timeout=60) as client:
+            logits, labels = tensors(8)
+            assert eventually(Path(tmp_path, "socket").exists)  # For a server that never was, a call waits ten seconds.
+            with pytest.raises(InvalidInputError):  # The log says so.
+                client.compute(logits, labels + 100, LOSS)
+            assert client.compute(logits, labels, LOSS).loss == compute(logits, labels, LOSS).loss
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)

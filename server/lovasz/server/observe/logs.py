@@ -11,6 +11,8 @@ import time
 from collections import deque
 from datetime import datetime, timezone
 
+from lovasz.server.observe.log_writer import LogWriter
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -92,6 +94,10 @@ def _printable(text: str) -> str:
 
 def configure(level: str, format: str) -> None:
     """Sends all logs of the process to standard error. Only for the entry point."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler
+    try:
+        handler = logging.NullHandler() if sys.stderr is None else LogWriter(sys.stderr)
+    except RuntimeError:  # No more threads can start: the server will say so, and end.
+        handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
