@@ -36,7 +36,9 @@ class Starting:
         self.target, self.page = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
         command = [sys.executable, "-m", "lovasz.server", "--device", "cpu", "--log-format", "json"]
         command += ["--listen", self.target, "--metrics-listen", f"127.0.0.1:{ports[1]}"]
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+        self.temporary = cache / "temporary"
+        self.temporary.mkdir()
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "TMPDIR": str(self.temporary)}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[dict[str, object]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -97,6 +99,7 @@ def test_a_first_start_says_what_it_does_and_ends_at_once(
     assert not starting.logged("ready")
     assert starting.end(signal.SIGTERM) == 0
     assert starting.log[-1]["event"] == "stopped while it started"
+    assert not os.listdir(starting.temporary)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -354,6 +354,8 @@ class Server:
 
     def abandon(self) -> None:
         """Ends what listens, without waiting for anything."""
+        if self._self_check is not None:
+            self._self_check.stop()
         self._grpc.stop()
         for shared_memory in self._shared_memory:
             shared_memory.stop()

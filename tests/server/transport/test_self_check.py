@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -63,3 +65,12 @@ def test_a_server_whose_private_socket_was_removed_goes_on(
     assert [record.getMessage() for record in caplog.records] == [
         "a socket was removed: gRPC is not checked there any more"
     ]
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(OSError, match="too long for a socket; set TMPDIR"):
+        SelfCheck(1, print)
+    assert not os.listdir(folder)

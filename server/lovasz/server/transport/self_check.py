@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lovasz.wire import UNIX
+from lovasz.server.transport.private_folder import PrivateFolder
+from lovasz.wire import MAX_SOCKET_PATH_BYTES, UNIX
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +35,13 @@ class SelfCheck:
             fail: called with the reason once gRPC is dead.
 
         Raises:
-            OSError: the folder cannot be made.
+            OSError: the folder cannot be made, or its path is too long for a socket.
         """
-        self._folder = tempfile.mkdtemp(prefix="lovasz-")
-        self.paths = [os.path.join(self._folder, str(number)) for number in range(servers)]
+        self._folder = PrivateFolder()
+        self.paths = [os.path.join(self._folder.path, str(number)) for number in range(servers)]
+        if len(os.fsencode(self.paths[-1])) > MAX_SOCKET_PATH_BYTES:
+            self._folder.remove()
+            raise OSError(f"{self._folder.path}: the path is too long for a socket; set TMPDIR to a shorter one")
         self._fail = fail
         self._failures = dict.fromkeys(self.paths, 0)
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
@@ -74,4 +76,4 @@ class SelfCheck:
         """Ends the connections, and removes the folder."""
         for channel in self._channels.values():
             channel.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
