@@ -54,6 +54,8 @@ _MOST_SECONDS = 1_000_000
 """More than eleven days. gRPC counts milliseconds in 32 bits, and clocks have limits, too."""
 _LEAST_BUDGET_BYTES = 64 << 10
 """A smaller budget holds no request that is worth a call."""
+_MOST_REQUESTS = 1 << 16
+"""Each needs threads."""
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")
 _EXPECTED_ENDPOINT = "http://HOST:PORT or https://HOST:PORT"
@@ -263,6 +265,8 @@ class ServerConfig(AccessSettings):
         for name in ("max_requests", "max_batch_elements", "max_batch_requests", "max_segments", "max_runs"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
+        if self.max_requests > _MOST_REQUESTS:
+            self._refuse("max_requests", f"at most {_MOST_REQUESTS}")
         for name in ("max_batch_delay_seconds", "drain_seconds", "joint_regroup_seconds", "max_connection_age_seconds"):
             if not 0 <= getattr(self, name) <= _MOST_SECONDS:
                 self._refuse(name, f"a number >= 0 and <= {_MOST_SECONDS}")

@@ -9,6 +9,8 @@ from typing import Any
 
 _LEAST_BARE_BYTES = 1 << 20
 """A size without a unit counts bytes from here on. A smaller one was meant in another unit."""
+_MOST_BYTES = 1 << 60
+"""The answer to GetServerInfo has 63 bits for a size."""
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -20,12 +22,15 @@ def parse_bytes(text: str) -> int:
     """``"512MiB"``, ``"4GiB"``, or a number of bytes, at least 1048576.
 
     Raises:
-        ValueError: the text is not a size, or a small number without a unit.
+        ValueError: the text is not a size, or a small number without a unit, or larger than any memory.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", text.strip())
     if match is None:
         raise ValueError(f"got {text!r}; expected a size such as 512MiB, 4GiB or a number of bytes")
-    count = int(float(match[1]) * _UNITS[match[2]])
+    bytes_given = float(match[1]) * _UNITS[match[2]]
+    if bytes_given > _MOST_BYTES:
+        raise ValueError(f"got {text!r}; expected at most {format_bytes(_MOST_BYTES)}")
+    count = int(bytes_given)
     if not match[2] and count < _LEAST_BARE_BYTES:
         raise ValueError(
             f"got {text!r}; expected a size with a unit, such as 512MiB or 4GiB (a number without a unit counts bytes, "
