@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         off; 2 for an invalid setting, or an address or a device that cannot be used, or threads that cannot start; 3 if
         its device or its gRPC no longer answered.
     """
+    _hold_standard_descriptors()
     try:
         config = ServerConfig.load(sys.argv[1:] if arguments is None else arguments, os.environ)
     except ConfigError as error:
@@ -98,6 +99,18 @@ def _imports_that_stay() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _hold_standard_descriptors() -> None:
+    """Opens those of standard input, output and error that are closed.
+
+    Else a caller's connection could get the number of one, and what libraries print would be sent to it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # Takes the lowest number that is free.
 
 
 def _raise_descriptor_limit() -> None:
