@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,31 @@ def test_what_the_file_said_before_holds_while_it_is_wrong(tmp_path: Path, caplo
     assert [record.getMessage() for record in caplog.records] == ["files were read again"]
     assert (tokens.name_of(ALICE), tokens.name_of(BOB), tokens.names) == (None, "bob", {"bob"})
     assert tokens.is_valid
+
+
+def test_a_pipe_is_read_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As that of ``--tokens <(command)``."""
+    reader, writer = os.pipe()
+    os.write(writer, f"alice:{ALICE}".encode())
+    os.close(writer)
+    tokens = Tokens("--tokens", f"/dev/fd/{reader}")
+    tokens.check()
+    os.close(reader)
+    assert tokens.is_valid
+    assert tokens.name_of(ALICE) == "alice"
+    assert not caplog.records
+
+
+@pytest.mark.timeout(20)
+def test_a_file_that_becomes_a_named_pipe_holds_up_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = tokens_of(tmp_path, f"alice:{ALICE}")
+    (tmp_path / "tokens").unlink()
+    os.mkfifo(tmp_path / "tokens")
+    for _ in range(2):
+        tokens.check()
+    assert not tokens.is_valid
+    assert tokens.name_of(ALICE) == "alice"
+    assert [vars(said)["reason"] for said in caplog.records] == ["not a regular file any more"]
 
 
 def test_a_file_that_becomes_wrong_again_is_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,11 @@
-"""Files that are read again when they change."""
+"""Files that are read again when they change; pipes are read once."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -35,6 +38,7 @@ class WatchedFiles(Generic[ValueT]):
         self._names = ", ".join(f"{option} {path}" for option, path in files)
         self._refused: object = None
         """What was last found to be wrong: the contents, or the error of reading them."""
+        self._can_change = all(_can_be_read_again(path) for _, path in files)
         try:
             self._contents = self._read()
             self.value = parse(self._contents)
@@ -48,8 +52,12 @@ class WatchedFiles(Generic[ValueT]):
 
     def check(self) -> None:
         """A chore: takes over what the files say now. If it is invalid, the log says so once."""
+        if not self._can_change:
+            return
         found: object = None
         try:
+            if not all(_can_be_read_again(path) for _, path in self._files):
+                raise OSError(errno.EINVAL, "not a regular file any more")
             found = contents = self._read()
             if contents == self._contents:
                 self._refused = None
@@ -71,6 +79,15 @@ class WatchedFiles(Generic[ValueT]):
 
     def _read(self) -> tuple[bytes, ...]:
         return tuple(Path(path).read_bytes() for _, path in self._files)
+
+
+def _can_be_read_again(path: str) -> bool:
+    """False for a pipe, such as that of ``<(command)``: it is empty once it was read, or holds up who opens it."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return True  # Reading it says why.
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _reason(error: Exception) -> str:
