@@ -167,3 +167,22 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert err.startswith("usage: lovasz ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--count", "0", "got '0'; expected a whole number >= 1"),
+        ("--count", "-1", "got '-1'; expected a whole number >= 1"),
+        ("--wait", "nan", "got 'nan'; expected seconds >= 0"),
+        ("--wait", "-1", "got '-1'; expected seconds >= 0"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--wait nan`` would try for ever."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ping", "localhost:1", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

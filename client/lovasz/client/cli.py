@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -77,13 +78,13 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="how many calls to time (default: 5)")
+    parser.add_argument("--count", type=_count, default=5, metavar="N", help="how many calls to time (default: 5)")
     parser.add_argument(
         "--timeout", type=float, default=5.0, metavar="SECONDS", help="the timeout of each call (default: 5)"
     )
     parser.add_argument(
         "--wait",
-        type=float,
+        type=_seconds,
         default=0.0,
         metavar="SECONDS",
         help="keep trying for this long, until the server has started (default: 0, try once)",
@@ -92,12 +93,28 @@ def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_ping)
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number >= 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected seconds >= 0")
+    return seconds
+
+
 def _ping(options: argparse.Namespace) -> int:
     client_options = ClientOptions(options.timeout, access=options.access)
     with LossClient.with_options(options.target, client_options) as client:
         info = _first_answer(client, time.monotonic() + options.wait)
         seconds = []
-        for _ in range(max(1, options.count)):
+        for _ in range(options.count):
             started = time.perf_counter()
             info = client.server_info()
             seconds.append(time.perf_counter() - started)
