@@ -238,6 +238,22 @@ def test_single_class_that_threads_divide_into_parts(per_image: bool, way: Way, 
     assert beside_another == seen
 
 
+@pytest.mark.parametrize("weight", [0.0, -0.0])
+@compiled_ways
+def test_term_of_weight_0_gives_the_same_zeros_on_any_number_of_threads(weight: float, way: Way, threads: None) -> None:
+    """The order of few pixels matters: one thread writes the gradient of all, several add to theirs."""
+    way.require_speed(1 << 19)
+    loss = [(weight, LovaszHinge())]
+    logits = normal(1, 512, 1024, seed=35, dtype=torch.float32).to(way.device)
+    labels = torch.zeros(1, 512, 1024, dtype=torch.uint8, device=way.device)
+    labels[0, 0], logits[0, 0] = 1, -2.5
+    seen = set()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        seen.add(bits(compute(logits, labels, loss)))
+    assert len(seen) == 1
+
+
 @each_loss
 def test_run_to_run_no_bit_changes(loss: LossLike, way: Way, device: torch.device) -> None:
     batch = members(loss, torch.float32, device, way)

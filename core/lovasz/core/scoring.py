@@ -34,7 +34,7 @@ def segment_factors(term: Term, share: Any, class_weights: Any) -> Any:
         float64, shape (K, groups).
     """
     weight = term.weight if isinstance(term.loss, LovaszSoftmax) else term.weight / len(class_weights)
-    return weight * share * class_weights[:, None]
+    return weight * share * class_weights[:, None] + 0.0  # No -0.0: gradients that are written, not added, would be it.
 
 
 def select_segments(term: Term, counts: Any, factors: Any, listed: Any) -> tuple[Any, Any]:

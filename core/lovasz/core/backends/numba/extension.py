@@ -137,7 +137,7 @@ def score_term(
         top=np.minimum(fine_top + coarser, HIGHEST_TOP) if windows.most > 0 else fine_top,
         fine_top=fine_top,
         weight=weight,
-        foreground_weight=-weight if is_negative else weight,
+        foreground_weight=0.0 - weight if is_negative else weight,  # Not -0.0.
     )
     if nearest is not None:
         found = found._replace(smallest=MOST - nearest.take(places))
