@@ -10,7 +10,7 @@ from support.comparison import norm_error, reference_answer, shared_ties_answer
 from support.ways import NUMBA_TABLES, SORTED_BELOW_PIXELS, Way
 from torch import Tensor
 
-from lovasz.core import LovaszHinge, compute
+from lovasz.core import LovaszHinge, LovaszSigmoid, compute
 from lovasz.core.dispatch import Backend
 
 TOLERANCE = 2e-5
@@ -67,3 +67,20 @@ def test_any_scale_and_mix(
     way.require_speed(SORTED_BELOW_PIXELS)
     pixels = SORTED_BELOW_PIXELS + 77
     assert_right(*binary_problem(pixels, share, offset, deviation, foreground_deviation, seed), way)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("kind", [LovaszHinge, LovaszSigmoid])
+def test_a_term_without_background_has_a_scale_of_its_own(
+    kind: type[LovaszHinge | LovaszSigmoid], per_image: bool, way: Way
+) -> None:
+    """Another term scores background whose errors are far larger."""
+    way.require_speed(SIDE * SIDE)
+    generator = torch.Generator().manual_seed(42)
+    labels = torch.randint(0, 2, (2, SIDE * SIDE), generator=generator)
+    logits = torch.randn(2, SIDE * SIDE, generator=generator) + (50 if kind is LovaszSigmoid else 0) * labels
+    logits[labels == 0] = 5.0 if kind is LovaszSigmoid else 1e20
+    logits, labels, own = logits.to(way.device), labels.to(way.device), kind(per_image=per_image, ignore_index=0)
+    alone = compute(logits, labels, own, want_grad=False)
+    beside = compute(logits, labels, [(0.5, kind()), (1.0, own)], want_grad=False)
+    assert beside.terms[1].loss == pytest.approx(alone.loss, rel=1e-6, abs=0)

@@ -143,6 +143,7 @@ LOSSES: dict[str, tuple[LossLike, int]] = {
     "two rules": ([(0.5, CrossEntropy(class_weights=(1, 2, 0, 3, 0.5))), (1.0, LovaszSoftmax(ignore_index=2))], 5),
     "hinge": (LovaszHinge(ignore_index=VOID), 1),
     "hinge per image": (LovaszHinge(per_image=True), 1),
+    "hinges of two rules": ([(1.0, LovaszHinge()), (0.5, LovaszHinge(ignore_index=0))], 1),
     "multilabel": ([(1.0, LovaszHinge(multilabel=True)), (0.5, LovaszHinge(True, None, True))], 3),
     "sigmoid": ([(1.0, LovaszSigmoid(ignore_index=7)), (1.0, BinaryCrossEntropy(pos_weight=3.0, ignore_index=7))], 1),
     "many classes": (LovaszSoftmax(ignore_index=-1), 300),

@@ -252,6 +252,8 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         if isinstance(term.loss, BinaryCrossEntropy):
             terms.append(_binary_cross_entropy(call, term, next(numbers), entropies, counted.sum(0), codes))
         elif isinstance(term.loss, LovaszHinge | LovaszSigmoid):
+            if ignored == 0:
+                scale = scale._replace(largest=_largest_foreground(call, term, codes))
             terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, scale))
         else:
             raise NotImplementedError(f"{term.loss.kind} as a binary loss")
@@ -260,6 +262,23 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
     elif call.want_grad:
         call.clear_grads(scored_planes)
     return terms, of_joints
+
+
+def _largest_foreground(call: Call, term: Term, codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """``ErrorScale.largest`` for a term that ignores the background, which others score; a collective call for a joint.
+
+    The background's errors may be so large that all others would be in the last bin, which adds nothing to the loss.
+    """
+    errors = call.errors[:, : call.plan.pixels]
+    counted = (codes[:, : call.plan.pixels] == 1) & (errors < np.float32(np.inf))
+    largest = np.maximum.reduceat(np.where(counted, errors, np.float32(0)), call.planes.start, axis=1)
+    of_planes = largest.view(np.int32).astype(np.int64)
+    if term.per_image:
+        return of_planes
+    of_joints: npt.NDArray[np.int64] = np.maximum.reduceat(of_planes, call.plan_planes.joints.first_plane, axis=1)
+    if call.ranks is not None:
+        call.ranks.reduce([], [of_joints])
+    return of_joints
 
 
 def _prepare_grads(call: Call) -> bool:
