@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lovasz.core.backends.numba import binary, extension, softmax, whole
-from lovasz.core.backends.numba.binary import BinaryCrossEntropies
+from lovasz.core.backends.numba import binary, entropy_terms, extension, softmax, whole
 from lovasz.core.backends.numba.call import ROW_PADDING, Call, JointCounts
-from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_losses, set_all_factors
+from lovasz.core.backends.numba.cross_entropy import CrossEntropies
 from lovasz.core.backends.numba.extension import ErrorScale, Thresholds, score_term
-from lovasz.core.backends.numba.fixed_point import scales, sum_bits
 from lovasz.core.backends.numba.outline import WholeOutline
 from lovasz.core.backends.numba.scratch import SCRATCH
 from lovasz.core.batch import Batch
@@ -103,7 +101,7 @@ class WholeArrays(NamedTuple):
     @classmethod
     def of(cls, call: Call, outline: WholeOutline, threads: int) -> WholeArrays:
         plan, channels, pixels, array = call.plan, call.plan.channels, call.outline.largest, call.scratch.array
-        entropies = _cross_entropies(call, with_losses=False)
+        entropies = entropy_terms.cross_entropies(call, with_losses=False)
         scored_planes = array("scored planes", (len(call.plan_planes), channels), np.bool_)
         losses = np.empty_like(outline.tables["factors"])
         scored = np.empty_like(losses, np.bool_)
@@ -157,7 +155,7 @@ def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCo
     entropies, losses, scored = arrays.entropies, arrays.losses, arrays.scored
     for term in call.plan.terms:
         if isinstance(term.loss, CrossEntropy):
-            terms.append(_cross_entropy(entropies, next(numbers)))
+            terms.append(entropy_terms.values_of_cross_entropy(entropies, next(numbers)))
         elif isinstance(term.loss, LovaszSoftmax):
             own = next(lovasz)
             terms.append(TermValues(losses[own].T.copy(), scored[own].T.copy()))
@@ -169,7 +167,7 @@ def _whole(call: Call, outline: WholeOutline) -> tuple[list[TermValues], JointCo
 def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
     plan, labelling, codes = call.plan, call.outline.labelling, call.codes()
     inputs: dict[str, Any] = {"labelling": labelling, "errors": call.errors, "codes": codes[0]}
-    entropies = _cross_entropies(call)
+    entropies = entropy_terms.cross_entropies(call)
     probability = call.scratch.array("label probability", (plan.pixels,), np.float32)
     if plan.loss.probabilities:
         tolerance = np.float32(PROBABILITY_TOLERANCE)
@@ -186,7 +184,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
     of_joints = call.joint_counts(maxima=[entropies.largest])
     if call.ranks is not None and of_joints.faults.any():
         return [], of_joints
-    _add_cross_entropies(call, entropies, of_joints.labels)
+    entropy_terms.add_cross_entropies(call, entropies, of_joints.labels)
     scored_planes = np.zeros((len(call.plan_planes), plan.channels), np.bool_)
     add, numbers = _prepare_grads(call), itertools.count()
     terms = []
@@ -200,7 +198,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
                 counts[ignored] = 0
             terms.append(_score(call, term, counts, counts, codes, add, scored_planes, thresholds, nearest=nearest))
         elif isinstance(term.loss, CrossEntropy):
-            terms.append(_cross_entropy(entropies, next(numbers)))
+            terms.append(entropy_terms.values_of_cross_entropy(entropies, next(numbers)))
         else:
             raise NotImplementedError(f"{term.loss.kind} as a softmax loss")
     if call.want_grad and plan.loss.probabilities:
@@ -212,7 +210,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
 
 def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
     plan, codes, largest = call.plan, call.codes(), np.zeros_like(call.valid)
-    entropies = _binary_cross_entropies(call)
+    entropies = entropy_terms.binary_cross_entropies(call)
     inputs: dict[str, Any] = {
         "logits_kind": call.logits_kind,
         "labelling": call.outline.labelling,
@@ -250,7 +248,11 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         elif ignored == 0:
             counted = foreground
         if isinstance(term.loss, BinaryCrossEntropy):
-            terms.append(_binary_cross_entropy(call, term, next(numbers), entropies, counted.sum(0), codes))
+            terms.append(
+                entropy_terms.values_of_binary_cross_entropy(
+                    call, term, next(numbers), entropies, counted.sum(0), codes
+                )
+            )
         elif isinstance(term.loss, LovaszHinge | LovaszSigmoid):
             if ignored == 0:
                 scale = scale._replace(largest=_largest_foreground(call, term, codes))
@@ -318,84 +320,3 @@ def _score(
         np.concatenate(losses_of_ranks).reshape(-1, len(losses)).T.copy(),
         np.concatenate(scored_of_ranks).reshape(-1, len(losses)).T.copy(),
     )
-
-
-def _cross_entropies(call: Call, *, with_losses: bool = True) -> CrossEntropies:
-    """The cross-entropy terms of a batch, with memory for what is written.
-
-    Args:
-        with_losses: whether there is memory for the losses of all pixels.
-    """
-    of_plan = call.outline.cross_entropies
-    terms, joints = len(of_plan.smoothing), len(call.plan.sizes)
-    if terms == 0:
-        return of_plan
-    scale, mean = np.empty((2, terms, joints))
-    pull, spread = np.empty((2, terms, joints), np.float32)
-    largest, sums = np.zeros((2, terms * joints), np.int64)
-    pixels = call.plan.pixels if with_losses else 0
-    losses = call.scratch.array("pixel losses", (terms, pixels), np.float32)
-    return of_plan._replace(losses=losses, largest=largest, scale=scale, sums=sums, mean=mean, pull=pull, spread=spread)
-
-
-def _add_cross_entropies(call: Call, entropies: CrossEntropies, labels: npt.NDArray[np.int64]) -> None:
-    """Adds up the losses of pixels, and writes the factors of the gradients.
-
-    Args:
-        labels: the pixels of each class in each joint.
-    """
-    if len(entropies.smoothing) == 0:
-        return
-    pixels = call.joint_pixels
-    bits = call.outline.sum_bits if call.ranks is None else sum_bits(pixels)
-    set_all_factors(entropies, labels, pixels, bits)
-    call.run_blocks(add_losses, entropies=entropies)
-    if call.ranks is not None:
-        call.ranks.add([entropies.sums])
-
-
-def _cross_entropy(entropies: CrossEntropies, t: int) -> TermValues:
-    """The values of a cross-entropy term: the weighted mean over its pixels."""
-    scale = entropies.scale[t : t + 1]
-    losses = entropies.sums.reshape(entropies.scale.shape)[t : t + 1] / scale * entropies.mean[t : t + 1]
-    return TermValues(losses, np.ones_like(losses, np.bool_))
-
-
-def _binary_cross_entropies(call: Call) -> BinaryCrossEntropies:
-    """The binary cross-entropy terms of a batch; ``_binary_cross_entropy`` fills in the factors of their gradients."""
-    of_plan = call.outline.binary_cross_entropies
-    terms = len(of_plan.ignored)
-    if terms == 0:
-        return of_plan
-    return of_plan._replace(
-        losses=call.rows("pixel losses of labels", call.plan.channels, np.float32),
-        largest=np.zeros_like(of_plan.largest),
-        factor=np.zeros((terms, len(call.plan.sizes))),
-    )
-
-
-def _binary_cross_entropy(
-    call: Call,
-    term: Term,
-    t: int,
-    entropies: BinaryCrossEntropies,
-    counted: npt.NDArray[np.int64],
-    codes: npt.NDArray[Any],
-) -> TermValues:
-    """Computes the loss of a term, the mean over its pixels and labels, and the factor of its gradient.
-
-    Args:
-        counted: int64, shape (joints,): the number of its pixels, once for each label.
-    """
-    joints = len(call.plan.sizes)
-    mean = np.divide(1.0, counted, out=np.zeros(joints), where=counted > 0)
-    pixels = call.joint_pixels * call.plan.channels
-    largest_weight = max(1.0, float(term.pos_weight.max()))
-    units = scales(entropies.largest, pixels, sum_bits(pixels), largest_weight)
-    sums = np.zeros(joints, np.int64)
-    call.run_blocks(binary.add_losses, codes=codes, entropies=entropies, term=t, scales=units, sums=sums)
-    if call.ranks is not None:
-        call.ranks.add([sums])
-    entropies.factor[t] = term.weight * mean
-    losses = (sums / units * mean)[None]
-    return TermValues(losses, np.ones_like(losses, np.bool_))
