@@ -97,7 +97,9 @@ def test_what_never_fits_is_refused_at_once_until_the_file_allows_it(limited: Li
     limited.rewrite("files were read again")
 
 
+@pytest.mark.alone
 def test_a_weight_counts_on_the_device(limited: Limited) -> None:
+    """Beside other tests its callers would be the limit, and not the device."""
     done, end = {"bob": 0, "carol": 0}, threading.Event()
     logits, labels = tensors(64, classes=19)
 
