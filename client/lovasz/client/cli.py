@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lovasz.client import access_arguments, token_command
+from lovasz.client import access_arguments, number_arguments, token_command
 from lovasz.client.client import LossClient
 from lovasz.client.errors import DeadlineExceededError, LossError, ServerUnavailableError
 from lovasz.client.options import ASKED_OVER_GRPC, IN_DEVICE_MEMORY, IN_SHARED_MEMORY, OVER_GRPC, ClientOptions
@@ -78,35 +77,25 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_ping_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="HOST:PORT or unix:/path")
-    parser.add_argument("--count", type=_count, default=5, metavar="N", help="how many calls to time (default: 5)")
+    parser.add_argument(
+        "--count",
+        type=number_arguments.whole_number(),
+        default=5,
+        metavar="N",
+        help="how many calls to time (default: 5)",
+    )
     parser.add_argument(
         "--timeout", type=float, default=5.0, metavar="SECONDS", help="the timeout of each call (default: 5)"
     )
     parser.add_argument(
         "--wait",
-        type=_seconds,
+        type=number_arguments.seconds_or_forever,
         default=0.0,
         metavar="SECONDS",
         help="keep trying for this long, until the server has started (default: 0, try once)",
     )
     access_arguments.add_access_arguments(parser)
     parser.set_defaults(run=_ping)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number >= 1")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected seconds >= 0")
-    return seconds
 
 
 def _ping(options: argparse.Namespace) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lovasz import spec, wire
+from lovasz.client import number_arguments
 from lovasz.client.access import Access
 from lovasz.client.bench.load import DEFAULT_DURATION_SECONDS, DEFAULT_WARMUP_SECONDS
 from lovasz.client.bench.text import choice_text, shape_text
@@ -108,17 +108,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"the dtype of logits and gradient: {choice_text(wire.FLOATS)} (default: {DEFAULT_DTYPE})",
     )
     several("--transport", _transport, "KIND", f"{choice_text(TRANSPORTS)} (default: {DEFAULT_TRANSPORT})")
-    several("--concurrency", _concurrency, "N", "how many clients send at a time, each in its own thread (default: 1)")
+    concurrency = number_arguments.whole_number(MAX_CONCURRENCY)
+    several("--concurrency", concurrency, "N", "how many clients send at a time, each in its own thread (default: 1)")
     parser.add_argument(
         "--duration",
-        type=_seconds_above_zero,
+        type=number_arguments.seconds_above_zero,
         default=DEFAULT_DURATION_SECONDS,
         metavar="SECONDS",
         help=f"how long each combination is measured (default: {DEFAULT_DURATION_SECONDS:g})",
     )
     parser.add_argument(
         "--warmup",
-        type=_seconds,
+        type=number_arguments.seconds,
         default=DEFAULT_WARMUP_SECONDS,
         metavar="SECONDS",
         help="how long each combination runs before it is measured "
@@ -136,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds_above_zero,
+        type=number_arguments.seconds_above_zero,
         default=DEFAULT_TIMEOUT_SECONDS,
         metavar="SECONDS",
         help=f"the timeout of each call (default: {DEFAULT_TIMEOUT_SECONDS:g})",
@@ -176,33 +177,6 @@ def _one_of(names: Sequence[str], text: str) -> str:
     if text not in names:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected {choice_text(names)}")
     return text
-
-
-def _concurrency(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_CONCURRENCY):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number in [1, {MAX_CONCURRENCY}]")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    seconds = _number(text)
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected seconds >= 0")
-    return seconds
-
-
-def _seconds_above_zero(text: str) -> float:
-    seconds = _number(text)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected seconds > 0")
-    return seconds
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def _new_file(text: str) -> Path:
