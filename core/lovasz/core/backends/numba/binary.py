@@ -68,6 +68,7 @@ def prepare(
     valid: Integers,
     positive: Integers,
     largest: Integers,
+    largest_foreground: Integers,
 ) -> None:
     """Writes errors and codes, both (K, pixels), and the losses of ``entropies``, and counts pixels.
 
@@ -77,7 +78,7 @@ def prepare(
     Args:
         valid: (planes x K), written: the number of pixels that are not void.
         positive: (planes x K), written: the number of these whose error is above 0.
-        largest: (planes x K), written: the bits of the largest error.
+        largest, largest_foreground: (planes x K), written: the bits of the largest error, and of that of foreground.
     """
     joints = len(counts.faults) // 3
     flags = np.empty(_BLOCK_PIXELS, np.float32)
@@ -112,18 +113,20 @@ def prepare(
                 else:
                     for i in range(n):
                         row[i] = max(f32(1) - row[i], f32(0))
-                top, infinite, above, void = i32(0), i32(0), i32(0), i32(labelling.void)
+                top, top_foreground, infinite, above, void = i32(0), i32(0), i32(0), i32(0), i32(labelling.void)
                 for i in range(n):  # Errors are not negative, so their bits have their order.
                     counted = i32(code[i]) != void
                     is_finite = not_finite[i] == f32(0)
                     infinite = i32(infinite + (i32(1) if counted & (not is_finite) else i32(0)))
                     bits = float_bits(row[i]) if counted & is_finite else i32(0)
                     top = max(top, bits)
+                    top_foreground = max(top_foreground, bits if code[i] == 1 else i32(0))
                     above = i32(above + (i32(1) if bits > i32(0) else i32(0)))
                 atomic_add(counts.faults, joint, bad)
                 atomic_add(counts.faults, joints + joint, np.int64(infinite))
                 atomic_add(positive, place, np.int64(above))
                 atomic_max(largest, place, np.int64(top))
+                atomic_max(largest_foreground, place, np.int64(top_foreground))
 
 
 @inlined

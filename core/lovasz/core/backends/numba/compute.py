@@ -209,7 +209,7 @@ def _softmax(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Join
 
 
 def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], JointCounts]:
-    plan, codes, largest = call.plan, call.codes(), np.zeros_like(call.valid)
+    plan, codes, largest = call.plan, call.codes(), np.zeros((2, len(call.valid)), np.int64)
     entropies = entropy_terms.binary_cross_entropies(call)
     inputs: dict[str, Any] = {
         "logits_kind": call.logits_kind,
@@ -225,11 +225,13 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
         counts=call.counts,
         valid=call.valid,
         positive=call.positive,
-        largest=largest,
+        largest=largest[0],
+        largest_foreground=largest[1],
         **inputs,
     )
-    largest = call.per_plane(largest)
-    largest_of_joints = np.maximum.reduceat(largest, call.plan_planes.joints.first_plane, axis=1)
+    # Of all counted pixels, and of foreground alone: terms that ignore the background have a scale of their own.
+    of_planes = np.stack([call.per_plane(row) for row in largest])
+    largest_of_joints = np.maximum.reduceat(of_planes, call.plan_planes.joints.first_plane, axis=2)
     of_joints = call.joint_counts(maxima=[largest_of_joints, entropies.largest])
     if call.ranks is not None and of_joints.faults.any():
         return [], of_joints
@@ -238,11 +240,12 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
     terms = []
     for term in plan.terms:
         foreground, counted = of_joints.labels, of_joints.valid
-        scale = ErrorScale(largest_of_joints, of_joints.positive)
+        ignored = call.outline.ignored_code(term)
+        which = 1 if ignored == 0 else 0
+        scale = ErrorScale(largest_of_joints[which], of_joints.positive)
         if term.per_image:
             foreground, counted = call.per_plane(call.counts.labels), call.per_plane(call.valid)
-            scale = ErrorScale(largest, call.per_plane(call.positive))
-        ignored = call.outline.ignored_code(term)
+            scale = ErrorScale(of_planes[which], call.per_plane(call.positive))
         if ignored == 1:
             counted, foreground = counted - foreground, np.zeros_like(foreground)
         elif ignored == 0:
@@ -254,8 +257,6 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
                 )
             )
         elif isinstance(term.loss, LovaszHinge | LovaszSigmoid):
-            if ignored == 0:
-                scale = scale._replace(largest=_largest_foreground(call, term, codes))
             terms.append(_score(call, term, counted, foreground, codes, add, scored_planes, thresholds, scale))
         else:
             raise NotImplementedError(f"{term.loss.kind} as a binary loss")
@@ -264,23 +265,6 @@ def _binary(call: Call, thresholds: Thresholds) -> tuple[list[TermValues], Joint
     elif call.want_grad:
         call.clear_grads(scored_planes)
     return terms, of_joints
-
-
-def _largest_foreground(call: Call, term: Term, codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """``ErrorScale.largest`` for a term that ignores the background, which others score; a collective call for a joint.
-
-    The background's errors may be so large that all others would be in the last bin, which adds nothing to the loss.
-    """
-    errors = call.errors[:, : call.plan.pixels]
-    counted = (codes[:, : call.plan.pixels] == 1) & (errors < np.float32(np.inf))
-    largest = np.maximum.reduceat(np.where(counted, errors, np.float32(0)), call.planes.start, axis=1)
-    of_planes = largest.view(np.int32).astype(np.int64)
-    if term.per_image:
-        return of_planes
-    of_joints: npt.NDArray[np.int64] = np.maximum.reduceat(of_planes, call.plan_planes.joints.first_plane, axis=1)
-    if call.ranks is not None:
-        call.ranks.reduce([], [of_joints])
-    return of_joints
 
 
 def _prepare_grads(call: Call) -> bool:
