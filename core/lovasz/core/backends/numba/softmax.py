@@ -31,6 +31,7 @@ from lovasz.core.backends.numba.planes import (
     widen,
     write_points,
 )
+from lovasz.core.backends.numba.rows import add_products, add_rows, find_largest, gather, mark_infinite, take
 
 READ_ELEMENTS, READ_PIXELS = 1 << 17, 4096
 """The most elements (classes x pixels), and pixels, of a block on the way there: half of a core's second-level cache.
@@ -105,33 +106,29 @@ def prepare(
             m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
             t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
             bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
-            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
+            is_finite = _read(planes, plane, logits_kind, first, errors, start, m, p)
+            nf[:] = f32(0)
+            if not is_finite:
+                mark_infinite(errors, start, nf)
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     weighted_logits(entropies, term, errors, start, m)
                     sums, counted = entropies.losses[term, start : start + n], entropies.counted[term]
                     for i in range(n):  # A masked class has a part of the target, and an infinite loss.
                         nf[i] += f32(0) if sums[i] > f32(-np.inf) else counted[code[i]]
-            _gather(errors, start, code, xy)
-            for i in range(n):
-                xy[i] -= m[i]
-                nf[i] += f32(0) if xy[i] > f32(-np.inf) else f32(1)
-            t[:] = f32(0)
-            o[:] = f32(0)
+            if not is_finite or len(entropies.smoothing) > 0:
+                gather(errors, start, code, xy)
+                for i in range(n):
+                    xy[i] -= m[i]
+                    nf[i] += f32(0) if xy[i] > f32(-np.inf) else f32(1)
             for k in range(channels):
                 row = errors[k, start : start + n]
                 for i in range(n):
                     row[i] = exp(row[i] - m[i])
-                for i in range(n):
-                    t[i] += row[i]
+            add_rows(errors, start, t)
             # Not others + label's: its last bit depends on the label, but equal logits must give equal errors.
-            _gather(errors, start, code, ey)
-            for i in range(n):
-                errors[min(np.int64(code[i]), channels - 1), start + i] = f32(0)
-            for k in range(channels):
-                row = errors[k, start : start + n]
-                for i in range(n):
-                    o[i] += row[i]
+            take(errors, start, code, ey)
+            add_rows(errors, start, o)
             for term in range(len(entropies.smoothing)):
                 losses = entropies.losses[term, start : start + n]
                 pixel_losses(entropies, term, code, t, o, ey, xy, losses, joint, joints)
@@ -157,9 +154,6 @@ def prepare(
                 atomic_max(counts.nearest, plane * channels + k, np.int64(MOST - float_bits(smallest[:, k].min())))
 
 
-# Each loop over pixels uses few arrays: with more, the compiler cannot prove that they do not overlap.
-
-
 @compiled
 def _read(
     planes: Planes,
@@ -170,39 +164,16 @@ def _read(
     start: int,
     maximum: Floats,
     prediction: npt.NDArray[np.int32],
-    not_finite: Floats,
-) -> None:
-    """Reads logits into ``out``; writes each pixel's largest one and its class, and 0 if all are below infinity."""
-    row_bytes = np.uint64(planes.pixels[plane] * FLOAT_BYTES[logits_kind])
-    n = len(maximum)
-    not_finite[:] = f32(0)
+) -> bool:
+    """Reads logits into ``out``; writes each pixel's largest one and its class; returns whether all are finite."""
     if planes.are_points[plane]:
-        read_points(planes.logits[plane], first, out, start, n)
-    for k in range(len(out)):
-        row = out[k, start : start + n]
-        if not planes.are_points[plane]:
-            widen(logits_kind, planes.logits[plane] + row_bytes * np.uint64(k), first, row)
-        for i in range(n):
-            not_finite[i] += f32(0) if row[i] < f32(np.inf) else f32(1)
-        if k == 0:
-            maximum[:] = row
-            prediction[:] = 0
-        elif k % 2 == 0 or k == len(out) - 1:  # Two rows at a time: half as many reads and writes.
-            before = out[k - 1, start : start + n]
-            for i in range(n):
-                largest, class_ = maximum[i], prediction[i]
-                class_ = np.int32(k - 1) if before[i] > largest else class_
-                largest = max(before[i], largest)
-                prediction[i] = np.int32(k) if row[i] > largest else class_
-                maximum[i] = max(row[i], largest)
-
-
-@compiled
-def _gather(rows: npt.NDArray[np.float32], start: int, code: Codes, out: Floats) -> None:
-    """Copies each pixel's value from the row of its label; void pixels get an arbitrary value."""
-    last = len(rows) - 1
-    for i in range(len(code)):
-        out[i] = rows[min(np.int64(code[i]), last), start + i]
+        read_points(planes.logits[plane], first, out, start, len(maximum))
+    else:
+        row_bytes = np.uint64(planes.pixels[plane] * FLOAT_BYTES[logits_kind])
+        for k in range(len(out)):
+            address = planes.logits[plane] + row_bytes * np.uint64(k)
+            widen(logits_kind, address, first, out[k, start : start + len(maximum)])
+    return find_largest(out, start, maximum, prediction)
 
 
 @compiled
@@ -236,7 +207,10 @@ def prepare_probabilities(
             code = codes[start : start + n]
             m, p, nf, low = maximum[:n], prediction[:n], not_finite[:n], smallest[:n]
             bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
-            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
+            is_finite = _read(planes, plane, logits_kind, first, errors, start, m, p)
+            nf[:] = f32(0)
+            if not is_finite:
+                mark_infinite(errors, start, nf)
             low[:] = errors[0, start : start + n]
             for k in range(channels):
                 row = errors[k, start : start + n]
@@ -320,6 +294,7 @@ def finish(
         plane = blocks.plane[task]
         joint, pixels = planes.joint[plane], planes.pixels[plane]
         grads = numba.carray(pointer(planes.grads[plane]), (channels, pixels), np.float32)
+        flat, pitch = grads.reshape(-1), np.uint64(pixels)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
             start = planes.start[plane] + first
@@ -329,15 +304,9 @@ def finish(
             for k in range(channels):
                 if not scored[plane, k]:
                     grads[k, first : first + n] = f32(0)
-            _gather(grads, first, code, gy)
-            _gather(errors, start, code, ey)
-            for i in range(n):
-                grads[min(np.int64(code[i]), channels - 1), first + i] = f32(0)
-            o[:] = f32(0)
-            for k in range(channels):
-                row, g = errors[k, start : start + n], grads[k, first : first + n]
-                for i in range(n):
-                    o[i] += row[i] * g[i]
+            gather(errors, start, code, ey)
+            take(grads, first, code, gy)
+            add_products(errors, start, grads, first, o)
             pulled[:] = f32(0)
             for term in range(len(entropies.smoothing)):
                 weights, counted = entropies.weights[term], entropies.counted[term]
@@ -359,7 +328,7 @@ def finish(
                 if code[i] == labelling.void:
                     grads[:, first + i] = f32(0)
                 else:
-                    grads[np.int64(code[i]), first + i] = gy[i]
+                    flat[np.uint64(code[i]) * pitch + np.uint64(first + i)] = gy[i]
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     add_spread(entropies, term, joint, code, py, errors, start, grads, first)
