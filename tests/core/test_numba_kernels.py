@@ -275,10 +275,17 @@ def new_table() -> npt.NDArray[np.int64]:
     return np.zeros(tables.WORDS, np.int64)
 
 
+NOT_KEPT = np.empty(0, np.int32)
+
+
 def count(
-    errors: Floats, codes: npt.NDArray[np.uint8], table: npt.NDArray[np.int64], last: int = tables.ALL_DISTANCES
+    errors: Floats,
+    codes: npt.NDArray[np.uint8],
+    table: npt.NDArray[np.int64],
+    last: int = tables.ALL_DISTANCES,
+    kept: npt.NDArray[np.int32] = NOT_KEPT,
 ) -> tuple[int, int]:
-    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.FINE_TOP, last, table)
+    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.FINE_TOP, last, table, kept)
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
@@ -396,6 +403,45 @@ def test_table_is_all_zero_after_use(kind: str) -> None:
     scan(table, lowest, highest, int((codes == 1).sum()))
     tables.clear(table, lowest, highest)
     assert not table.any()
+
+
+@each_kind
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_positions_that_were_kept_give_the_bits_of_those_worked_out_again(kind: str, cut: bool, share: float) -> None:
+    errors, codes = segment(kind)
+    errors[: len(errors) // 2] *= np.float32(share)  # If all are 0, whole blocks are left out.
+    codes[: len(errors) // 2] = np.minimum(codes[: len(errors) // 2], 1) if share else 0
+    smallest, foreground = selecting.smallest_foreground(errors, codes, 1), int((codes == 1).sum())
+    last, table, kept = tables.last_distance(smallest, bins.FINE_TOP), new_table(), np.full(len(errors), -1, np.int32)
+    of_segment = errors, codes, 1, VOID, IGNORED, cut, bins.FINE_TOP, last, table
+    lowest, highest = tables.count(*of_segment, kept)
+    scan(table, lowest, highest, foreground)
+    again, added = np.full_like(errors, np.nan), np.ones_like(errors)
+    tables.look_up_again(*of_segment, False, again)
+    tables.look_up_again(*of_segment, True, added)
+    grads = kept.view(np.float32)
+    tables.look_up(kept, table, grads)
+    assert grads.tobytes() == again.tobytes()
+    assert added.tobytes() == (np.float32(1) + again).tobytes()
+    assert not grads[codes >= IGNORED].any()
+
+
+def test_positions_that_another_process_has_changed_stay_inside_the_table() -> None:
+    table = new_table()
+    entries = table.view(np.float32)
+    entries[:] = np.arange(len(entries), dtype=np.float32)  # g = a, and s = a + 1 times the rest, which is 0 here.
+    entries[2 * (2 * bins.BINS) :] = 0.0
+    edges = np.array([0, 1, bins.BINS, 2 * bins.BINS - 1, tables.WORDS - 1], np.int64) << REST_BITS
+    kept = np.concatenate([edges, edges | 1 << 31]).astype(np.uint32).view(np.int32)
+    grads = np.full(len(kept), np.nan, np.float32)
+    tables.look_up(kept, table, grads)
+    expected = [0.0, 2.0, 2.0 * bins.BINS, 2.0 * (2 * bins.BINS - 1), 0.0]
+    assert grads.tolist() == 2 * expected
+    anything = np.random.default_rng(3).integers(-(1 << 31), 1 << 31, 100_000).astype(np.int32)
+    grads = np.full(len(anything), np.nan, np.float32)
+    tables.look_up(anything, table, grads)
+    assert np.isfinite(grads).all()
 
 
 CALLS: list[LossLike] = [

@@ -60,9 +60,12 @@ def segment(kind: str, pixels: int = 40_000) -> tuple[Errors, Codes]:
 each_kind = pytest.mark.parametrize("kind", ["common", "rare", "alone", "fresh", "equal", "crowd"])
 
 
+NOT_KEPT = np.empty(0, np.int32)
+
+
 def counted(errors: Errors, codes: Codes) -> tuple[npt.NDArray[np.int64], int, int]:
     table = np.zeros(tables.WORDS, np.int64)
-    return table, *tables.count(errors, codes, 1, VOID, IGNORED, False, TOP, tables.ALL_DISTANCES, table)
+    return table, *tables.count(errors, codes, 1, VOID, IGNORED, False, TOP, tables.ALL_DISTANCES, table, NOT_KEPT)
 
 
 def counts(table: npt.NDArray[np.int64], bins_: slice) -> tuple[int, int]:
@@ -165,7 +168,8 @@ def test_floor_is_the_edge_of_the_bins_before(top: int) -> None:
         table = np.zeros(tables.WORDS, np.int64)
         for error in (largest, above) if bin_ > 0 else (largest,):
             codes = np.zeros(1, np.uint8)
-            tables.count(np.float32([error]), codes, 1, VOID, IGNORED, False, top, tables.ALL_DISTANCES, table)
+            error_alone, last = np.float32([error]), tables.ALL_DISTANCES
+            tables.count(error_alone, codes, 1, VOID, IGNORED, False, top, last, table, NOT_KEPT)
         found = np.flatnonzero(table[: bins.BINS]).tolist()
         assert found == ([bin_] if bin_ == 0 else [bin_ - 1, bin_])
 

@@ -166,16 +166,20 @@ class Call:
 
     @cached_property
     def errors(self) -> npt.NDArray[np.float32]:
-        """Float32, shape (K, pixels + padding): scratch; or the memory of the gradient.
+        """Float32, shape (K, pixels + padding): scratch; or the memory of the gradient if ``errors_are_in_grads``."""
+        if self.errors_are_in_grads:
+            return self.grads[0].numpy().reshape(self.plan.channels, -1)
+        return self.rows("errors", self.plan.channels, np.float32)
 
-        The latter where each pixel's error is read before its gradient is written. Not a caller's memory: the caller
-        may change it meanwhile, and it may overlap that of the logits.
+    @cached_property
+    def errors_are_in_grads(self) -> bool:
+        """Whether each pixel's error is read before its gradient is written, so that one memory does for both.
+
+        Not a caller's memory: the caller may change it meanwhile, and it may overlap that of the logits.
         """
         plan, is_alone = self.plan, len(self._requests) == 1 and self._requests[0].grad is None and self.ranks is None
         has_same_rows = plan.is_binary and (plan.channels == 1 or len(self.plan_planes) == 1)
-        if is_alone and has_same_rows and len(plan.lovasz) == 1 and self.want_grad:
-            return self.grads[0].numpy().reshape(plan.channels, -1)
-        return self.rows("errors", plan.channels, np.float32)
+        return is_alone and has_same_rows and len(plan.lovasz) == 1 and self.want_grad
 
     def _rows_of_points(self, are_points: list[bool]) -> list[Tensor]:
         """``grads``, with rows of scratch in place of those of points."""

@@ -68,7 +68,8 @@ def score(
 
     joint = None if ranks is None else JointTables(call, ranks, part_tables, firsts, parts, rules.cut)
     for some, own in zip(steps, parts_of, strict=True):
-        call.run(loops.count_parts, parts=_some(parts, own), part_tables=part_tables[own], **of_pixels)
+        counted = _some(parts, own)
+        call.run(loops.count_parts, parts=counted, part_tables=part_tables[own], planes=call.planes, **of_pixels)
         call.run(loops.add_parts, firsts=firsts[some], parts=parts, part_tables=part_tables)
         if joint:
             joint.survey(some)

@@ -80,7 +80,7 @@ THRESHOLDS = Thresholds(
     ranges=1 << 20,
 )
 MOST_TABLES = 8
-"""The most segments that are counted in parts at a time: the table of each part takes 3 MB."""
+"""The most segments that are counted in parts at a time: the table of each part takes 4 MB."""
 MOST_JOINT_TABLES = 24
 """The same if other ranks have pixels of the segments: for each portion, all ranks wait for each other twice."""
 SORT_ALL = Thresholds(pixels=MAX_PIXELS, positive=0.0, whole=0)
@@ -142,7 +142,8 @@ def score_term(
     if nearest is not None:
         found = found._replace(smallest=MOST - nearest.take(places))
     cut = is_binary and not call.plan.is_sigmoid
-    rules = Rules(call.outline.labelling.void, outline.ignored, cut, call.want_grad, add, windows)
+    keep = call.want_grad and not add and not call.errors_are_in_grads
+    rules = Rules(call.outline.labelling.void, outline.ignored, cut, call.want_grad, add, keep, windows)
     if ranks is None and outline.largest < thresholds.pixels:
         losses = _score_whole(call, found, codes, rules, outline.largest)
     else:

@@ -92,6 +92,7 @@ class Rules(NamedTuple):
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         want_grad: whether gradients are wanted.
         add: whether gradients are added to the memory's contents; otherwise they overwrite them.
+        keep: whether this memory keeps the position of each pixel of a segment from counting to looking up.
         windows: the settings for the windows of counted segments.
     """
 
@@ -100,6 +101,7 @@ class Rules(NamedTuple):
     cut: bool
     want_grad: bool
     add: bool
+    keep: bool
     windows: WindowRules
 
 
@@ -150,6 +152,7 @@ def count_range(
     segments: Segments,
     s: int,
     rules: Rules,
+    planes: Planes,
     errors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     start: int,
@@ -162,10 +165,27 @@ def count_range(
     Args:
         last: as for :func:`lovasz.core.backends.numba.tables.count`.
     """
-    error, code = errors[segments.row[s], start:stop], codes[segments.code_row[s], start:stop]
-    return tables.count(
-        error, code, segments.foreground[s], rules.void, rules.ignored, rules.cut, segments.top[s], last, table
-    )
+    row, code_row, kept = segments.row[s], segments.code_row[s], np.empty(0, np.int32)
+    lowest, highest = np.int64(tables.BINS), np.int64(-1)
+    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+        first, end = _common(planes, plane, start, stop)
+        if first < end:
+            if rules.keep:
+                kept = _part_of_grads(row, planes, plane, first, end).view(np.int32)
+            low, high = tables.count(
+                errors[row, first:end],
+                codes[code_row, first:end],
+                segments.foreground[s],
+                rules.void,
+                rules.ignored,
+                rules.cut,
+                segments.top[s],
+                last,
+                table,
+                kept,
+            )
+            lowest, highest = min(lowest, low), max(highest, high)
+    return lowest, highest
 
 
 @compiled
@@ -181,25 +201,42 @@ def look_up_range(
     last: int,
     table: Integers,
 ) -> None:
-    """Writes the gradient of the pixels [start, stop) of a segment."""
-    tables.look_up(
-        errors,
-        codes[segments.code_row[s]],
-        segments.row[s],
-        segments.foreground[s],
-        rules.void,
-        rules.ignored,
-        rules.cut,
-        segments.top[s],
-        table,
-        planes,
-        segments.first_plane[s],
-        segments.stop_plane[s],
-        start,
-        stop,
-        last,
-        rules.add,
-    )
+    """Writes the gradient of the pixels [start, stop) of a segment, which ``count_range`` has counted."""
+    row, code_row = segments.row[s], segments.code_row[s]
+    for plane in range(segments.first_plane[s], segments.stop_plane[s]):
+        first, end = _common(planes, plane, start, stop)
+        if first < end:
+            grads = _part_of_grads(row, planes, plane, first, end)
+            if rules.keep:
+                tables.look_up(grads.view(np.int32), table, grads)
+            else:
+                tables.look_up_again(
+                    errors[row, first:end],
+                    codes[code_row, first:end],
+                    segments.foreground[s],
+                    rules.void,
+                    rules.ignored,
+                    rules.cut,
+                    segments.top[s],
+                    last,
+                    table,
+                    rules.add,
+                    grads,
+                )
+
+
+@compiled
+def _common(planes: Planes, plane: int, start: int, stop: int) -> tuple[int, int]:
+    """The pixels of a plane that are in [start, stop)."""
+    begin = planes.start[plane]
+    return max(start, begin), min(stop, begin + planes.pixels[plane])
+
+
+@compiled
+def _part_of_grads(row: int, planes: Planes, plane: int, first: int, end: int) -> Floats:
+    """The gradient of the pixels [first, end), which are counted from the first pixel of all planes."""
+    begin = planes.start[plane]
+    return grads_of(row, planes, plane)[first - begin : end - begin]
 
 
 @compiled

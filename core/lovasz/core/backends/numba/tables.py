@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
@@ -13,16 +12,18 @@ from numpy import int32 as i32
 from numpy import uint32 as u32
 
 from lovasz.core.backends.numba import bins
-from lovasz.core.backends.numba.intrinsics import compiled, float_bits, fma, inlined, pointer
-from lovasz.core.backends.numba.planes import Codes, Floats, Integers, Planes
+from lovasz.core.backends.numba.intrinsics import compiled, float_bits, fma, inlined
+from lovasz.core.backends.numba.planes import Codes, Floats, Integers
 from lovasz.core.word import REST_BITS, REST_SUM_BITS
 
 BINS = bins.BINS
 _UNCOUNTED = 2 * BINS
 _UNCOUNTED_WORDS = 16
-WORDS = _UNCOUNTED + _UNCOUNTED_WORDS
-"""The words of a table: one per bin for background, then for foreground, then some that pixels without a bin share. One
-word for all of them would be slow: each addition to it would wait for the one before."""
+"""Pixels without a bin share so many words. One for all would be slow: each addition would wait for the one before."""
+_POSITION_BITS = 31
+WORDS = 1 << (_POSITION_BITS - REST_BITS)
+"""The words of a table: one per bin for background, then for foreground, then those for pixels without a bin. The rest
+are not used: any position, also one that was not computed, has a word in the table."""
 _MAX_BITS, _MIN_BITS, _PER_BIT = bins.MAX_BITS, bins.MIN_BITS, bins.OCTAVES_PER_BIT
 _OCTAVES, _REST_BITS, _REST_MASK = bins.OCTAVES, REST_BITS, (1 << REST_BITS) - 1
 _FINER_BITS = _MAX_BITS + REST_BITS - 23
@@ -31,7 +32,7 @@ _ALL_BEFORE = _PER_BIT << (_MAX_BITS + 1 + REST_BITS)
 assert _PER_BIT == 3, "_coarser divides by 3"
 assert _FINER_BITS >= 0, "_position shifts to the left"
 assert (_OCTAVES - _PER_BIT * (_MAX_BITS - _MIN_BITS)) << (_MAX_BITS + REST_BITS) < 1 << 32, "that has 32 bits"
-assert WORDS << REST_BITS < 1 << 31, "positions have 31 bits"
+assert _UNCOUNTED + _UNCOUNTED_WORDS <= WORDS
 _ONE = np.int64(1 << REST_SUM_BITS)
 
 _BLOCK_PIXELS, _PART_PIXELS = 1024, 128
@@ -137,6 +138,7 @@ def count(
     top: int,
     last: int,
     table: Integers,
+    kept: npt.NDArray[np.int32],
 ) -> tuple[int, int]:
     """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
 
@@ -150,11 +152,12 @@ def count(
         top: the exponent of the first octave.
         last: pixels at larger distances are left out; the result of ``last_distance``, or ``ALL_DISTANCES``.
         table: ``WORDS`` words.
+        kept: shape (pixels,), written: the position of each pixel, for ``look_up``; shape (0,) if it is not wanted.
 
     Returns:
         (lowest, highest) bin that any pixel falls in.
     """
-    positions = np.empty(_BLOCK_PIXELS, np.int32)
+    positions, not_kept = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     lowest, highest = i32(BINS << _REST_BITS), i32(-1)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
@@ -167,11 +170,13 @@ def count(
             )
         step = _PART_PIXELS if is_sparse else _BLOCK_PIXELS
         for first in range(begin, end, step):
-            if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
-                continue
             n = min(step, end - first)
             error, code = errors[first : first + n], codes[first : first + n]
-            position = positions[:n]
+            position, own_kept = positions[:n], kept[first : first + n] if len(kept) > 0 else not_kept[:n]
+            if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
+                for i in range(n if len(kept) > 0 else 0):
+                    own_kept[i] = i32(_UNCOUNTED << _REST_BITS)
+                continue
             for i in range(n):
                 distance, own = _distance(error[i], top_bits), i32(code[i])
                 found, uncounted = _position(distance), i32(i32(_UNCOUNTED) + i32(i % _UNCOUNTED_WORDS))
@@ -180,7 +185,8 @@ def count(
                 lowest = min(lowest, found)
                 found = i32(found + (i32(BINS << _REST_BITS) if own == foreground_code else i32(0)))
                 is_left_out |= (own == void_code) | (own == ignored_code)
-                position[i] = i32(uncounted << i32(_REST_BITS)) if is_left_out else found
+                # ``kept`` may be memory that another process changes: what is counted is read from ``position``.
+                position[i] = own_kept[i] = i32(uncounted << i32(_REST_BITS)) if is_left_out else found
             for i in range(n):
                 own_bin, rest = u32(position[i]) >> u32(_REST_BITS), position[i] & i32(_REST_MASK)
                 table[own_bin] += _ONE + np.int64(rest)
@@ -192,68 +198,73 @@ def clear(table: Integers, lowest: int, highest: int) -> None:
     """Sets the words of the bins [lowest, highest], and those that pixels without a bin share, back to 0."""
     table[lowest : highest + 1] = 0
     table[BINS + lowest : BINS + highest + 1] = 0
-    table[_UNCOUNTED:] = 0
+    table[_UNCOUNTED : _UNCOUNTED + _UNCOUNTED_WORDS] = 0
 
 
 @compiled
-def look_up(
-    errors: npt.NDArray[np.float32],
+def look_up(kept: npt.NDArray[np.int32], table: Integers, grads: Floats) -> None:
+    """Writes the gradient of pixels.
+
+    Args:
+        kept: as ``count`` has written it; it may be the memory of ``grads``. Any other contents are harmless, too.
+    """
+    entries = table.view(np.float32)
+    entries[2 * _UNCOUNTED : 2 * (_UNCOUNTED + _UNCOUNTED_WORDS)] = f32(0)
+    for i in range(len(kept)):
+        grads[i] = _entry(entries, i32(kept[i] & i32((1 << _POSITION_BITS) - 1)))
+
+
+@compiled
+def look_up_again(
+    errors: Floats,
     codes: Codes,
-    row: int,
     foreground: int,
     void: int,
     ignored: int,
     cut: bool,
     top: int,
-    table: Integers,
-    planes: Planes,
-    first_plane: int,
-    stop_plane: int,
-    start: int,
-    stop: int,
     last: int,
+    table: Integers,
     add: bool,
+    grads: Floats,
 ) -> None:
-    """Writes (or adds, if ``add``) the gradient of the row's pixels [start, stop), which lie in the given planes."""
+    """The same, with positions that are worked out once more. See ``count``.
+
+    Args:
+        add: whether the gradient is added to ``grads``, which may be the memory of ``errors`` otherwise.
+    """
     entries = table.view(np.float32)
     entries[2 * _UNCOUNTED : 2 * _UNCOUNTED + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
     nothing = top_bits if cut else i32(-1)  # the distance of an error of 0
     last_counted, counted, is_sparse = i32(last), np.empty(_BLOCK_PIXELS // _PART_PIXELS, np.bool_), True
     positions = np.empty(_BLOCK_PIXELS, np.int32)
-    for plane in range(first_plane, stop_plane):
-        plane_start = planes.start[plane]
-        low, high = max(start, plane_start), min(stop, plane_start + planes.pixels[plane])
-        if low >= high:
-            continue
-        address = planes.grads[plane] + np.uint64(4 * planes.pixels[plane] * row)
-        grads = numba.carray(pointer(address), (planes.pixels[plane],), np.float32)
-        for begin in range(low, high, _BLOCK_PIXELS):
-            end = min(begin + _BLOCK_PIXELS, high)
-            if is_sparse or (begin - low) % _DENSE_PIXELS == 0:
-                error, code = errors[row, begin:end], codes[begin:end]
-                is_sparse = _is_sparse(error, code, foreground_code, top_bits, last_counted, counted)
-            step = _PART_PIXELS if is_sparse else _BLOCK_PIXELS
-            for first in range(begin, end, step):
-                n = min(step, end - first)
-                error, code = errors[row, first : first + n], codes[first : first + n]
-                position, grad = positions[:n], grads[first - plane_start : first - plane_start + n]
-                if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
-                    for i in range(0 if add else n):  # As a loop, since NumPy's assignment is not vector code here.
-                        grad[i] = f32(0)
-                    continue
+    for begin in range(0, len(errors), _BLOCK_PIXELS):
+        end = min(begin + _BLOCK_PIXELS, len(errors))
+        if is_sparse or begin % _DENSE_PIXELS == 0:
+            error, code = errors[begin:end], codes[begin:end]
+            is_sparse = _is_sparse(error, code, foreground_code, top_bits, last_counted, counted)
+        step = _PART_PIXELS if is_sparse else _BLOCK_PIXELS
+        for first in range(begin, end, step):
+            n = min(step, end - first)
+            error, code = errors[first : first + n], codes[first : first + n]
+            position, grad = positions[:n], grads[first : first + n]
+            if is_sparse and not counted[(first - begin) // _PART_PIXELS]:
+                for i in range(0 if add else n):  # As a loop, since NumPy's assignment is not vector code here.
+                    grad[i] = f32(0)
+                continue
+            for i in range(n):
+                distance, own = _distance(error[i], top_bits), i32(code[i])
+                is_left_out = (distance == nothing) | (distance > last_counted)
+                is_left_out |= (own == void_code) | (own == ignored_code)
+                found = i32(_position(distance) + (i32(BINS << _REST_BITS) if own == foreground_code else i32(0)))
+                position[i] = i32(_UNCOUNTED << _REST_BITS) if is_left_out else found
+            if add:
                 for i in range(n):
-                    distance, own = _distance(error[i], top_bits), i32(code[i])
-                    is_left_out = (distance == nothing) | (distance > last_counted)
-                    is_left_out |= (own == void_code) | (own == ignored_code)
-                    found = i32(_position(distance) + (i32(BINS << _REST_BITS) if own == foreground_code else i32(0)))
-                    position[i] = i32(_UNCOUNTED << _REST_BITS) if is_left_out else found
-                if add:
-                    for i in range(n):
-                        grad[i] += _entry(entries, position[i])
-                else:
-                    for i in range(n):
-                        grad[i] = _entry(entries, position[i])
+                    grad[i] += _entry(entries, position[i])
+            else:
+                for i in range(n):
+                    grad[i] = _entry(entries, position[i])
 
 
 @inlined

@@ -124,7 +124,7 @@ def count_segment(
         if rules.want_grad:
             write_at(segments, s, rules, planes, places[:n], g)
         return True
-    lowest, highest = count_range(segments, s, rules, errors, codes, start, stop, last, table)
+    lowest, highest = count_range(segments, s, rules, planes, errors, codes, start, stop, last, table)
     window, n, loss = find_window(segments, s, rules, lowest, highest, table), 0, 0.0
     is_fine = is_accepted(segments, s, rules, window)
     if is_fine and window.pixels > 0:

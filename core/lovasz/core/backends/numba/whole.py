@@ -142,7 +142,7 @@ def compute(
         if add:
             softmax.clear(planes, first_plane, stop_plane, channels)
         for term in range(len(terms.ignored)):
-            rules = Rules(void, terms.ignored[term], False, want_grad, add, WindowRules(False, False, 0, False))
+            rules = Rules(void, terms.ignored[term], False, want_grad, add, False, WindowRules(False, False, 0, False))
             first_group, stop_group = joint, joint + 1
             if terms.per_image[term] != 0:
                 first_group, stop_group = first_plane, stop_plane
