@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
+from numpy import int32 as i32
 
 from lovasz.core.backends.numba.cross_entropy import CrossEntropies, add_spread, pixel_losses, weighted_logits
 from lovasz.core.backends.numba.elementary import exp
@@ -294,13 +295,14 @@ def finish(
         plane = blocks.plane[task]
         joint, pixels = planes.joint[plane], planes.pixels[plane]
         grads = numba.carray(pointer(planes.grads[plane]), (channels, pixels), np.float32)
-        flat, pitch = grads.reshape(-1), np.uint64(pixels)
+        flat, pitch, void = grads.reshape(-1), np.uint64(pixels), i32(labelling.void)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
             start = planes.start[plane] + first
             code, py = codes[start : start + n], label_probability[start : start + n]
             o, gy, ey, pulled = others[:n], label_g[:n], label_error[:n], pull[:n]
             ahead = min(size, blocks.last[task] - first - n)
+            any_void = _has(code, void)
             for k in range(channels):
                 if not scored[plane, k]:
                     grads[k, first : first + n] = f32(0)
@@ -322,18 +324,29 @@ def finish(
                 # The next block: otherwise each of its rows, which lie in other pages, would have to be waited for.
                 prefetch(errors[k, start + n : start + n + ahead])
                 prefetch(grads[k, first + n : first + n + ahead])
-                for i in range(n):
-                    g[i] = row[i] * (g[i] + o[i])
-            for i in range(n):
-                if code[i] == labelling.void:
-                    grads[:, first + i] = f32(0)
+                if any_void:
+                    for i in range(n):
+                        g[i] = row[i] * (g[i] + o[i]) if i32(code[i]) != void else f32(0)
                 else:
+                    for i in range(n):
+                        g[i] = row[i] * (g[i] + o[i])
+            for i in range(n):
+                if i32(code[i]) != void:
                     flat[np.uint64(code[i]) * pitch + np.uint64(first + i)] = gy[i]
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     add_spread(entropies, term, joint, code, py, errors, start, grads, first)
             if planes.are_points[plane]:
                 write_points(planes.points[plane], first, grads, n)
+
+
+@compiled
+def _has(code: Codes, void: i32) -> bool:
+    """Whether any pixel is void."""
+    found = i32(0)
+    for i in range(len(code)):
+        found |= i32(1) if i32(code[i]) == void else i32(0)
+    return found > 0
 
 
 @compiled
