@@ -54,7 +54,7 @@ def overwritten(*tensors: Tensor) -> Iterator[None]:
 @pytest.mark.parametrize("backend", [Backend.TORCH, Backend.NUMBA])
 @pytest.mark.parametrize("shape", [SORTED, COUNTED])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: weighted_sum(loss).kind)
-def test_no_index_out_of_bounds_is_read_from_logits_or_gradient(loss: LossLike, shape: tuple[int, ...], backend: Backend) -> None:
+def test_no_index_that_is_read_leaves_its_table(loss: LossLike, shape: tuple[int, ...], backend: Backend) -> None:
     parsed = weighted_sum(loss)
     logits, grad = torch.randn(shape), torch.empty(shape)
     images, classes, *pixels = shape
