@@ -285,7 +285,8 @@ def count(
     last: int = tables.ALL_DISTANCES,
     kept: npt.NDArray[np.int32] = NOT_KEPT,
 ) -> tuple[int, int]:
-    return tables.count(errors, codes, 1, VOID, IGNORED, False, bins.FINE_TOP, last, table, kept)
+    pixels = tables.Pixels(errors, codes, 1, VOID, IGNORED, False, bins.FINE_TOP, last)
+    return tables.count(pixels, table, kept)
 
 
 def scan(table: npt.NDArray[np.int64], lowest: int, highest: int, foreground: int) -> float:
@@ -414,12 +415,12 @@ def test_positions_that_were_kept_give_the_bits_of_those_worked_out_again(kind: 
     codes[: len(errors) // 2] = np.minimum(codes[: len(errors) // 2], 1) if share else 0
     smallest, foreground = selecting.smallest_foreground(errors, codes, 1), int((codes == 1).sum())
     last, table, kept = tables.last_distance(smallest, bins.FINE_TOP), new_table(), np.full(len(errors), -1, np.int32)
-    of_segment = errors, codes, 1, VOID, IGNORED, cut, bins.FINE_TOP, last, table
-    lowest, highest = tables.count(*of_segment, kept)
+    pixels = tables.Pixels(errors, codes, 1, VOID, IGNORED, cut, bins.FINE_TOP, last)
+    lowest, highest = tables.count(pixels, table, kept)
     scan(table, lowest, highest, foreground)
     again, added = np.full_like(errors, np.nan), np.ones_like(errors)
-    tables.look_up_again(*of_segment, False, again)
-    tables.look_up_again(*of_segment, True, added)
+    tables.look_up_again(pixels, table, False, again)
+    tables.look_up_again(pixels, table, True, added)
     grads = kept.view(np.float32)
     tables.look_up(kept, table, grads)
     assert grads.tobytes() == again.tobytes()

@@ -96,6 +96,6 @@ def test_values_of_the_labels_rows(number: int, dtype: type[np.generic]) -> None
     assert gathered[labelled].tobytes() == before[own].tobytes()
     assert taken.tobytes() == gathered.tobytes()
     assert not values[own].any()
-    values[own] = before[own]
+    rows.put(taken, codes, void, values, START)
     changed = np.argwhere(values != before)
     assert not np.isin(changed[:, 1] - START, pixels[labelled]).any(), "only void pixels"

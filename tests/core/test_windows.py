@@ -65,7 +65,8 @@ NOT_KEPT = np.empty(0, np.int32)
 
 def counted(errors: Errors, codes: Codes) -> tuple[npt.NDArray[np.int64], int, int]:
     table = np.zeros(tables.WORDS, np.int64)
-    return table, *tables.count(errors, codes, 1, VOID, IGNORED, False, TOP, tables.ALL_DISTANCES, table, NOT_KEPT)
+    pixels = tables.Pixels(errors, codes, 1, VOID, IGNORED, False, TOP, tables.ALL_DISTANCES)
+    return table, *tables.count(pixels, table, NOT_KEPT)
 
 
 def counts(table: npt.NDArray[np.int64], bins_: slice) -> tuple[int, int]:
@@ -168,8 +169,9 @@ def test_floor_is_the_edge_of_the_bins_before(top: int) -> None:
         table = np.zeros(tables.WORDS, np.int64)
         for error in (largest, above) if bin_ > 0 else (largest,):
             codes = np.zeros(1, np.uint8)
-            error_alone, last = np.float32([error]), tables.ALL_DISTANCES
-            tables.count(error_alone, codes, 1, VOID, IGNORED, False, top, last, table, NOT_KEPT)
+            errors = np.float32([error])
+            pixels = tables.Pixels(errors, codes, 1, VOID, IGNORED, False, top, tables.ALL_DISTANCES)
+            tables.count(pixels, table, NOT_KEPT)
         found = np.flatnonzero(table[: bins.BINS]).tolist()
         assert found == ([bin_] if bin_ == 0 else [bin_ - 1, bin_])
 

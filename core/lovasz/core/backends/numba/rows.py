@@ -109,3 +109,12 @@ def take(rows: Rows, start: int, code: Codes, out: Floats) -> None:
         place = min(np.uint64(code[i]), last) * pitch + np.uint64(start + i)
         out[i] = values[place]
         values[place] = f32(0)
+
+
+@compiled
+def put(values: Floats, code: Codes, void: int, rows: Rows, start: int) -> None:
+    """Writes each pixel's value to the row of its label; those of void pixels are left out."""
+    out, pitch, of_void = rows.reshape(-1), np.uint64(rows.shape[1]), i32(void)
+    for i in range(len(code)):
+        if i32(code[i]) != of_void:
+            out[np.uint64(code[i]) * pitch + np.uint64(start + i)] = values[i]

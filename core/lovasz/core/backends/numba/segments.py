@@ -163,27 +163,16 @@ def count_range(
     """Counts the pixels [start, stop) of a segment; returns the lowest and the highest bin in use.
 
     Args:
-        last: as for :func:`lovasz.core.backends.numba.tables.count`.
+        last: as in :class:`lovasz.core.backends.numba.tables.Pixels`.
     """
-    row, code_row, kept = segments.row[s], segments.code_row[s], np.empty(0, np.int32)
+    kept = np.empty(0, np.int32)
     lowest, highest = np.int64(tables.BINS), np.int64(-1)
     for plane in range(segments.first_plane[s], segments.stop_plane[s]):
         first, end = _common(planes, plane, start, stop)
         if first < end:
             if rules.keep:
-                kept = _part_of_grads(row, planes, plane, first, end).view(np.int32)
-            low, high = tables.count(
-                errors[row, first:end],
-                codes[code_row, first:end],
-                segments.foreground[s],
-                rules.void,
-                rules.ignored,
-                rules.cut,
-                segments.top[s],
-                last,
-                table,
-                kept,
-            )
+                kept = _part_of_grads(segments.row[s], planes, plane, first, end).view(np.int32)
+            low, high = tables.count(_pixels(segments, s, rules, errors, codes, first, end, last), table, kept)
             lowest, highest = min(lowest, low), max(highest, high)
     return lowest, highest
 
@@ -202,27 +191,39 @@ def look_up_range(
     table: Integers,
 ) -> None:
     """Writes the gradient of the pixels [start, stop) of a segment, which ``count_range`` has counted."""
-    row, code_row = segments.row[s], segments.code_row[s]
     for plane in range(segments.first_plane[s], segments.stop_plane[s]):
         first, end = _common(planes, plane, start, stop)
         if first < end:
-            grads = _part_of_grads(row, planes, plane, first, end)
+            grads = _part_of_grads(segments.row[s], planes, plane, first, end)
             if rules.keep:
                 tables.look_up(grads.view(np.int32), table, grads)
             else:
-                tables.look_up_again(
-                    errors[row, first:end],
-                    codes[code_row, first:end],
-                    segments.foreground[s],
-                    rules.void,
-                    rules.ignored,
-                    rules.cut,
-                    segments.top[s],
-                    last,
-                    table,
-                    rules.add,
-                    grads,
-                )
+                pixels = _pixels(segments, s, rules, errors, codes, first, end, last)
+                tables.look_up_again(pixels, table, rules.add, grads)
+
+
+@compiled
+def _pixels(
+    segments: Segments,
+    s: int,
+    rules: Rules,
+    errors: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    first: int,
+    end: int,
+    last: int,
+) -> tables.Pixels:
+    """The pixels [first, end) of a segment."""
+    return tables.Pixels(
+        errors[segments.row[s], first:end],
+        codes[segments.code_row[s], first:end],
+        segments.foreground[s],
+        rules.void,
+        rules.ignored,
+        rules.cut,
+        segments.top[s],
+        last,
+    )
 
 
 @compiled

@@ -32,7 +32,7 @@ from lovasz.core.backends.numba.planes import (
     widen,
     write_points,
 )
-from lovasz.core.backends.numba.rows import add_products, add_rows, find_largest, gather, mark_infinite, take
+from lovasz.core.backends.numba.rows import add_products, add_rows, find_largest, gather, mark_infinite, put, take
 
 READ_ELEMENTS, READ_PIXELS = 1 << 17, 4096
 """The most elements (classes x pixels), and pixels, of a block on the way there: half of a core's second-level cache.
@@ -107,10 +107,7 @@ def prepare(
             m, p, nf = maximum[:n], prediction[:n], not_finite[:n]
             t, o, ey, xy = total[:n], others[:n], label_exponential[:n], label_shifted[:n]
             bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
-            is_finite = _read(planes, plane, logits_kind, first, errors, start, m, p)
-            nf[:] = f32(0)
-            if not is_finite:
-                mark_infinite(errors, start, nf)
+            is_finite = _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     weighted_logits(entropies, term, errors, start, m)
@@ -165,8 +162,13 @@ def _read(
     start: int,
     maximum: Floats,
     prediction: npt.NDArray[np.int32],
+    not_finite: Floats,
 ) -> bool:
-    """Reads logits into ``out``; writes each pixel's largest one and its class; returns whether all are finite."""
+    """Reads logits into ``out``; writes each pixel's largest one and its class, and 0 if all are below infinity.
+
+    Returns:
+        Whether all logits of the block are finite.
+    """
     if planes.are_points[plane]:
         read_points(planes.logits[plane], first, out, start, len(maximum))
     else:
@@ -174,7 +176,11 @@ def _read(
         for k in range(len(out)):
             address = planes.logits[plane] + row_bytes * np.uint64(k)
             widen(logits_kind, address, first, out[k, start : start + len(maximum)])
-    return find_largest(out, start, maximum, prediction)
+    is_finite = find_largest(out, start, maximum, prediction)
+    not_finite[:] = f32(0)
+    if not is_finite:
+        mark_infinite(out, start, not_finite)
+    return is_finite
 
 
 @compiled
@@ -208,10 +214,7 @@ def prepare_probabilities(
             code = codes[start : start + n]
             m, p, nf, low = maximum[:n], prediction[:n], not_finite[:n], smallest[:n]
             bad = read_codes(planes.label_kind[plane], planes.labels[plane], first, labelling, code)
-            is_finite = _read(planes, plane, logits_kind, first, errors, start, m, p)
-            nf[:] = f32(0)
-            if not is_finite:
-                mark_infinite(errors, start, nf)
+            _read(planes, plane, logits_kind, first, errors, start, m, p, nf)
             low[:] = errors[0, start : start + n]
             for k in range(channels):
                 row = errors[k, start : start + n]
@@ -295,7 +298,7 @@ def finish(
         plane = blocks.plane[task]
         joint, pixels = planes.joint[plane], planes.pixels[plane]
         grads = numba.carray(pointer(planes.grads[plane]), (channels, pixels), np.float32)
-        flat, pitch, void = grads.reshape(-1), np.uint64(pixels), i32(labelling.void)
+        void = i32(labelling.void)
         for first in range(blocks.first[task], blocks.last[task], size):
             n = min(size, blocks.last[task] - first)
             start = planes.start[plane] + first
@@ -330,9 +333,7 @@ def finish(
                 else:
                     for i in range(n):
                         g[i] = row[i] * (g[i] + o[i])
-            for i in range(n):
-                if i32(code[i]) != void:
-                    flat[np.uint64(code[i]) * pitch + np.uint64(first + i)] = gy[i]
+            put(gy, code, labelling.void, grads, first)
             for term in range(len(entropies.smoothing)):
                 if entropies.smoothing[term] > f32(0):
                     add_spread(entropies, term, joint, code, py, errors, start, grads, first)

@@ -48,7 +48,7 @@ def extension(
 
     Args:
         errors: float32, shape (P,), at least 0.
-        foreground, void, ignored: as for :func:`lovasz.core.backends.numba.tables.count`.
+        foreground, void, ignored: as in :class:`lovasz.core.backends.numba.tables.Pixels`.
         smallest: ``selecting.smallest_foreground``.
         foreground_count: the number of foreground pixels, at least one.
         weight, foreground_weight: the factors of the gradient of background and foreground.

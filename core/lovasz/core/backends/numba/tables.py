@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 from numpy import float32 as f32
@@ -127,36 +129,43 @@ def _is_sparse(
     return 2 * parts * _PART_PIXELS <= len(errors)
 
 
-@compiled
-def count(
-    errors: Floats,
-    codes: Codes,
-    foreground: int,
-    void: int,
-    ignored: int,
-    cut: bool,
-    top: int,
-    last: int,
-    table: Integers,
-    kept: npt.NDArray[np.int32],
-) -> tuple[int, int]:
-    """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
+class Pixels(NamedTuple):
+    """Pixels of a segment, and what decides their positions.
 
-    With ``cut``, pixels with error 0 are left out: they come last, and add nothing to the loss.
-
-    Args:
+    Attributes:
+        errors, codes: one element per pixel.
         foreground: the code of the class.
         void: the code of pixels that are void for all terms.
         ignored: the code of further pixels that are void for this term; ``void`` if there are none.
         cut: whether a pixel with error 0 gets gradient 0, as for the hinge.
         top: the exponent of the first octave.
         last: pixels at larger distances are left out; the result of ``last_distance``, or ``ALL_DISTANCES``.
+    """
+
+    errors: Floats
+    codes: Codes
+    foreground: int
+    void: int
+    ignored: int
+    cut: bool
+    top: int
+    last: int
+
+
+@compiled
+def count(pixels: Pixels, table: Integers, kept: npt.NDArray[np.int32]) -> tuple[int, int]:
+    """Counts pixels in a segment's table: background in the first BINS words, foreground in the next BINS words.
+
+    With ``cut``, pixels with error 0 are left out: they come last, and add nothing to the loss.
+
+    Args:
         table: ``WORDS`` words.
         kept: shape (pixels,), written: the position of each pixel, for ``look_up``; shape (0,) if it is not wanted.
 
     Returns:
         (lowest, highest) bin that any pixel falls in.
     """
+    errors, codes, foreground, void, ignored, cut, top, last = pixels
     positions, not_kept = np.empty(_BLOCK_PIXELS, np.int32), np.empty(_BLOCK_PIXELS, np.int32)
     lowest, highest = i32(BINS << _REST_BITS), i32(-1)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
@@ -215,24 +224,13 @@ def look_up(kept: npt.NDArray[np.int32], table: Integers, grads: Floats) -> None
 
 
 @compiled
-def look_up_again(
-    errors: Floats,
-    codes: Codes,
-    foreground: int,
-    void: int,
-    ignored: int,
-    cut: bool,
-    top: int,
-    last: int,
-    table: Integers,
-    add: bool,
-    grads: Floats,
-) -> None:
-    """The same, with positions that are worked out once more. See ``count``.
+def look_up_again(pixels: Pixels, table: Integers, add: bool, grads: Floats) -> None:
+    """The same, with positions that are worked out once more.
 
     Args:
-        add: whether the gradient is added to ``grads``, which may be the memory of ``errors`` otherwise.
+        add: whether the gradient is added to ``grads``, which may be the memory of the errors otherwise.
     """
+    errors, codes, foreground, void, ignored, cut, top, last = pixels
     entries = table.view(np.float32)
     entries[2 * _UNCOUNTED : 2 * _UNCOUNTED + 2] = f32(0)
     top_bits, foreground_code, void_code, ignored_code = _top_bits(top), i32(foreground), i32(void), i32(ignored)
